@@ -1,0 +1,31 @@
+"""SInGE for torch-pruning: an importance, an iterative pruner, and groups that are verified before they are cut."""
+
+from __future__ import annotations
+
+import torch_pruning as tp
+
+from .importance import SInGEImportance
+from .pruner import PruningOutcome, SInGEPruner
+from .removal import PreservingGroup, Trackers
+from .slices import ItemSlice, register_slices
+
+__all__ = [
+    "ItemSlice",
+    "PreservingGroup",
+    "PruningOutcome",
+    "SInGEImportance",
+    "SInGEPruner",
+    "Trackers",
+    "register",
+    "register_slices",
+]
+
+
+def register() -> None:
+    """Make the names reachable as ``tp.importance.SInGEImportance`` and ``tp.pruner.SInGEPruner``.
+
+    Idempotent; a different object that already has the name is never replaced.
+    """
+    for namespace, value in ((tp.importance, SInGEImportance), (tp.pruner, SInGEPruner)):
+        if not hasattr(namespace, value.__name__):
+            setattr(namespace, value.__name__, value)

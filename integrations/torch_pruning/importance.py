@@ -1,0 +1,153 @@
+"""``tp.importance.SInGEImportance``: the criterion under torch-pruning's importance contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from singe_plugin.errors import ConfigError, DataError
+from singe_plugin.objective import ObjectiveLike, materialise
+from singe_plugin.reduction import NormalizerLike
+from singe_plugin.scoring import ScoringOptions, score_error, score_units
+
+from .groups import unit_group
+
+__all__ = ["SInGEImportance"]
+
+
+class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
+    r"""Importance by integrating the gradient along the path that walks a unit's weights to zero.
+
+    .. math::
+
+        C_{IG^p}(n)=\sum_{s=0}^{S}\|\mu^sW^n\|_p\,\|\nabla_{\mu^sW^n}F(X)\|_p\qquad\text{(Eq. 5)}
+
+    :math:`W^n` is every row that produces unit n in the group, bias included, batch-norm folded in. Works wherever
+    torch-pruning takes an importance; needs data, which :meth:`bind` gives it.
+
+    Args:
+        criterion: ``l1 l2 lp grad norm_grad sg ig ig_abs``, see :mod:`singe_plugin.criteria`.
+        p: the norms' degree, at least 1.
+        mu: the update rate, inside ]0, 1[ (0.9 on ImageNet and 0.95 on CIFAR-10 in the paper).
+        steps: S; None means the smallest S with :math:`\mu^S\le0.01`.
+        quadrature: ``"geometric"`` is the paper's sum (S+1 passes), ``"gauss"`` integrates the same function with
+            ``nodes`` Gauss-Legendre nodes.
+        nodes: passes of the gauss rule.
+        path: ``"layer"`` (the group decays as a whole) or ``"neuron"`` (each unit alone, Eq. 4).
+        objective: F: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
+        group_reduction: over the group's layers: ``sum mean max prod first gate``.
+        normalizer: of a group's scores, torch-pruning's names, a callable or None.
+        unit_batch: units per pass for ``path="neuron"``.
+        amp: None, ``"bf16"`` or ``"fp16"``.
+        channels_last: convert image batches to that memory format.
+
+    Raises:
+        ConfigError: at construction, for a value that cannot mean anything.
+
+    Example:
+        >>> import torch, torch_pruning as tp, singe_plugin
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> batch = (torch.randn(16, 4), torch.randint(0, 2, (16,)))
+        >>> imp = tp.importance.SInGEImportance(mu=0.9).bind(net, [batch])
+        >>> graph = tp.DependencyGraph().build_dependency(net, batch[0])
+        >>> imp(graph.get_pruning_group(net[0], tp.prune_linear_out_channels, list(range(8)))).shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        criterion: str = "ig",
+        p: float = 2,
+        mu: float = 0.9,
+        steps: int | None = None,
+        quadrature: str = "gauss",
+        path: str = "layer",
+        objective: ObjectiveLike = "loss",
+        group_reduction: str = "sum",
+        normalizer: NormalizerLike = None,
+        nodes: int = 5,
+        unit_batch: int = 16,
+        amp: str | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        self.options = ScoringOptions(
+            criterion=criterion,
+            p=p,
+            mu=mu,
+            steps=steps,
+            quadrature=quadrature,
+            nodes=nodes,
+            path=path,
+            objective=objective,
+            group_reduction=group_reduction,
+            normalizer=normalizer,
+            unit_batch=unit_batch,
+            amp=amp,
+            channels_last=channels_last,
+        )
+        self.model: nn.Module | None = None
+        self.batches: Iterable[Any] | None = None
+
+    def bind(self, model: nn.Module, batches: Iterable[Any]) -> SInGEImportance:
+        """Give the importance the model and the data that F is evaluated on; returns itself.
+
+        Args:
+            model: the model whose groups will be scored.
+            batches: an iterable of ``(inputs, targets)`` or mappings with targets; all of it is read at every
+                scoring, so pass a few batches (the paper uses one of 64 images), not an epoch. A one-shot iterator
+                is kept as a list.
+
+        Raises:
+            ConfigError: if ``model`` is not a module.
+            DataError: if ``batches`` is not an iterable of batches, or is empty.
+        """
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"bind(model, batches) needs a torch.nn.Module, got {type(model).__name__}")
+        usable = materialise(batches)
+        if hasattr(usable, "__len__") and len(usable) == 0:
+            raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+        self.model, self.batches = model, usable
+        return self
+
+    def __call__(self, group: Any, **_: Any) -> Tensor:
+        """Score the channels of a group's root, one number per index, larger is more important.
+
+        The group is not changed. Scores are on the model's device.
+
+        Raises:
+            DataError: if data is needed and none is bound.
+        """
+        return self.score_units(group, None)
+
+    def score_units(self, group: Any, units: Sequence[Sequence[int]] | None) -> Tensor:
+        """Score sets of root channels as one unit each (the aligned channels of a grouped convolution).
+
+        Args:
+            group: a torch-pruning group.
+            units: positions into the root's indices; None makes every root channel its own unit.
+        """
+        with torch.no_grad():
+            return score_units(self._model_of(group), unit_group(group, units), self.batches, self.options)
+
+    def error(self, group: Any) -> tuple[Tensor, Tensor]:
+        """Scores before the normaliser, and an estimate of their quadrature error (about three times the cost)."""
+        if self.batches is None and self.options.rule.needs_gradient:
+            raise DataError("the quadrature error needs data; call importance.bind(model, batches) first")
+        return score_error(self._model_of(group), unit_group(group), self.batches or [], self.options)
+
+    def _model_of(self, group: Any) -> nn.Module:
+        model: nn.Module = group._DG.model
+        if self.model is not None and self.model is not model:
+            raise ConfigError(
+                "the importance is bound to another model than the one this group belongs to; call "
+                "importance.bind(model, batches) with the model that is pruned"
+            )
+        return model
+
+    def __repr__(self) -> str:
+        o = self.options
+        return f"SInGEImportance({o.criterion!r}, p={o.p:g}, mu={o.mu:g}, {o.quadrature}, path={o.path!r})"

@@ -1,0 +1,99 @@
+"""Any torch-pruning importance as the scorer of Algorithm 1.
+
+The loop is criterion-agnostic. What differs between importances is what they need beforehand: Taylor needs
+gradients, Hessian needs them per sample, OBD-C needs its hooks; SInGE and the magnitudes need nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+import torch_pruning as tp
+from torch import nn
+
+from singe_plugin.errors import DataError, ScoringError
+from singe_plugin.objective import call_model, split_batch, to_device
+from singe_plugin.state import model_device, preserved
+
+__all__ = ["needs_data", "with_gradients"]
+
+_TAYLOR = tp.importance.GroupTaylorImportance
+_HESSIAN = tp.importance.GroupHessianImportance
+_OBDC = tp.importance.OBDCImportance
+Preparer = Callable[[Any, Any, list[Any]], None]
+
+
+def needs_data(importance: Any) -> bool:
+    """Whether a torch-pruning importance reads gradients that somebody has to compute first."""
+    return isinstance(importance, (_TAYLOR, _HESSIAN, _OBDC))
+
+
+def with_gradients(pruner: Any, importance: Any, batches: Iterable[Any] | None, score: Callable[[], Any]) -> Any:
+    """Call ``score`` while the model holds the gradients that ``importance`` reads; then put the model back.
+
+    Raises:
+        DataError: if the importance needs data and there is none.
+    """
+    if not needs_data(importance):
+        return score()
+    if batches is None:
+        raise DataError(
+            f"{type(importance).__name__} reads gradients, and there is no data to compute them on; give "
+            "SInGEPruner(batches=...)"
+        )
+    model: nn.Module = pruner.model
+    with preserved(model), torch.enable_grad():
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        ready = [to_device(batch, model_device(model)) for batch in batches]
+        if not ready:
+            raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+        _PREPARE[next(kind for kind in _PREPARE if isinstance(importance, kind))](pruner, importance, ready)
+        return score()
+
+
+def _loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Any:
+    inputs, targets = split_batch(batch)
+    outputs = call_model(model, inputs)
+    if not isinstance(outputs, torch.Tensor):
+        raise ScoringError(f"the model returns {type(outputs).__name__}, not logits; only SInGE takes an objective")
+    return functional.cross_entropy(outputs, targets, reduction=reduction)
+
+
+def _taylor(pruner: Any, importance: Any, batches: list[Any]) -> None:
+    for batch in batches:
+        (_loss(pruner.model, batch) / len(batches)).backward()
+
+
+def _hessian(pruner: Any, importance: Any, batches: list[Any]) -> None:
+    importance.zero_grad()
+    for batch in batches:
+        losses = _loss(pruner.model, batch, "none")
+        for loss in losses:
+            pruner.model.zero_grad()
+            loss.backward(retain_graph=True)
+            importance.accumulate_grad(pruner.model)
+
+
+def _obdc(pruner: Any, importance: Any, batches: list[Any]) -> None:
+    importance.modules.clear()
+    importance.steps = 0
+    importance.num_classes = None
+    importance.A, importance.DS, importance.Fisher = {}, {}, {}
+    for module in pruner.model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            importance.modules.append(module)
+            module.register_forward_pre_hook(importance._save_input)
+            module.register_full_backward_hook(importance._save_grad_output)
+    for batch in batches:
+        pruner.model.zero_grad()
+        _loss(pruner.model, batch).backward()
+        importance.step()
+
+
+_PREPARE: dict[type, Preparer] = {_HESSIAN: _hessian, _OBDC: _obdc, _TAYLOR: _taylor}

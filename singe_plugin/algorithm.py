@@ -1,0 +1,205 @@
+r"""Algorithm 1 of the paper, written once.
+
+.. code-block:: text
+
+    for l in 1..L                            # forward order
+        while pruning_rate(W_l) <= rho_l
+            M <- C(W_l, F, D)                # score
+            n <- argmin M;  remove W_l^n     # one unit, or units_per_step of them
+            fine-tune                        # here (every="removal"), or after the loop (every="layer")
+
+A *host* knows where units live and how to remove them; a *scorer* turns a layer's name into one score per unit.
+The algorithm asks nothing else of either.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.budget import CostModel, LayerSpec, count_params
+from singe_plugin.errors import ConfigError, ScoringError
+from singe_plugin.events import Callback, LayerDone, LayerScored, Removed, RunEnded, RunStarted
+from singe_plugin.finetune import FineTune
+from singe_plugin.units import UnitGroup
+
+__all__ = ["Host", "Progress", "Scorer", "prune_layers", "units_per_removal"]
+
+Scorer = Callable[[str], Tensor]
+
+
+class Host(Protocol):
+    """What the algorithm needs of the library that prunes: layers, slices, removal, cost."""
+
+    model: nn.Module
+
+    def layers(self) -> Sequence[LayerSpec]:
+        """The prunable layers in forward order, with the units they have now."""
+
+    def units(self, layer: str) -> UnitGroup:
+        """The slices of the parameters that make up each unit of a layer, as it is now."""
+
+    def remove(self, layer: str, units: Sequence[int]) -> None:
+        """Remove units, in the current numbering."""
+
+    def costs(self) -> CostModel:
+        """What removing units costs, in parameters and MACs."""
+
+
+@dataclass
+class Progress:
+    """How far a run is; what a checkpoint stores next to the tensors.
+
+    Attributes:
+        plan: layer -> units to remove.
+        next_layer: the position of the first layer that is not done.
+        removals: ``(layer, units)`` in the numbering that was current then, in order.
+        alive: layer -> the original numbers of its remaining units.
+        end_done: steps of the final fine-tuning phase that are done.
+        finished: whether the run is over.
+    """
+
+    plan: dict[str, int]
+    next_layer: int = 0
+    removals: list[tuple[str, list[int]]] = field(default_factory=list)
+    alive: dict[str, list[int]] = field(default_factory=dict)
+    end_done: int = 0
+    finished: bool = False
+
+
+def units_per_removal(units_per_step: int | float | str, units: int) -> int:
+    """How many units go between two scorings of a layer that has ``units``.
+
+    Args:
+        units_per_step: a whole number, a fraction of the layer inside ]0, 1[, or ``"layer"`` (all at once).
+        units: the units of the unpruned layer.
+
+    Raises:
+        ConfigError: for anything else.
+
+    Example:
+        >>> units_per_removal(1, 64), units_per_removal(0.25, 64), units_per_removal("layer", 64)
+        (1, 16, 64)
+    """
+    if units_per_step == "layer":
+        return units
+    if isinstance(units_per_step, int) and not isinstance(units_per_step, bool) and units_per_step >= 1:
+        return units_per_step
+    if isinstance(units_per_step, float) and 0 < units_per_step < 1:
+        return max(1, round(units_per_step * units))
+    raise ConfigError(
+        f"units_per_step={units_per_step!r} is not a number of units; give a whole number >= 1, a fraction inside "
+        "]0, 1[ or 'layer'"
+    )
+
+
+def prune_layers(
+    host: Host,
+    scorer: Scorer,
+    progress: Progress,
+    *,
+    units_per_step: int | float | str = 1,
+    finetune: FineTune | None = None,
+    callback: Callback | None = None,
+    checkpoint: Callable[[Progress], None] | None = None,
+    checkpoint_steps: int = 200,
+) -> Progress:
+    """Run Algorithm 1 from where ``progress`` stands to the end.
+
+    Args:
+        host: the model and its layers.
+        scorer: layer name -> one score per unit, lower is removed first.
+        progress: the plan and what is done of it; updated in place.
+        units_per_step: removals between two scorings (see :func:`units_per_removal`).
+        finetune: the steps in between, or None.
+        callback: sees every event.
+        checkpoint: called after every layer, and every ``checkpoint_steps`` steps of the final phase.
+
+    Raises:
+        ScoringError: if the scorer's answer does not fit the layer.
+    """
+    callback = callback or Callback()
+    started = time.perf_counter()
+    layers = list(host.layers())
+    todo = [layer for layer in layers if progress.plan.get(layer.name, 0) > 0]
+    if not progress.alive:
+        progress.alive = {layer.name: list(range(layer.units)) for layer in layers}
+    original = {name: len(alive) for name, alive in progress.alive.items()}
+    for layer_name, units in progress.removals:
+        original[layer_name] += len(units)
+    chunks = {layer.name: units_per_removal(units_per_step, original[layer.name]) for layer in layers}
+    phases = _phases(todo, progress.plan, chunks, finetune)
+    if not progress.removals and not progress.next_layer and not progress.end_done:
+        callback.on_run_start(RunStarted(dict(progress.plan), finetune.steps if finetune else 0))
+    for index in range(progress.next_layer, len(todo)):
+        layer = todo[index]
+        first_phase = phases.first[index]
+        removed = 0
+        while removed < progress.plan[layer.name]:
+            scores = _score(scorer, layer.name, len(progress.alive[layer.name]), callback)
+            count = min(chunks[layer.name], progress.plan[layer.name] - removed)
+            chosen = scores.argsort(stable=True)[:count].sort().values.tolist()
+            host.remove(layer.name, chosen)
+            alive = progress.alive[layer.name]
+            names = tuple(alive[i] for i in chosen)
+            gone = set(chosen)
+            progress.alive[layer.name] = [unit for i, unit in enumerate(alive) if i not in gone]
+            progress.removals.append((layer.name, chosen))
+            callback.on_removed(Removed(layer.name, names, len(progress.alive[layer.name])))
+            if finetune is not None and finetune.every == "removal":
+                phase = first_phase + math.ceil(removed / chunks[layer.name])
+                finetune.run(host.model, finetune.share(phase, phases.total), callback)
+            removed += count
+        if finetune is not None and finetune.every == "layer":
+            finetune.run(host.model, finetune.share(index, phases.total), callback)
+        callback.on_layer_done(LayerDone(layer.name, index, len(todo), count_params(host.model)))
+        progress.next_layer = index + 1
+        if checkpoint is not None:
+            checkpoint(progress)
+    if finetune is not None and finetune.every == "end":
+        while progress.end_done < finetune.steps:
+            steps = min(checkpoint_steps, finetune.steps - progress.end_done)
+            finetune.run(host.model, steps, callback)
+            progress.end_done += steps
+            if checkpoint is not None:
+                checkpoint(progress)
+    callback.on_run_end(RunEnded(count_params(host.model), time.perf_counter() - started))
+    progress.finished = True
+    if checkpoint is not None:
+        checkpoint(progress)
+    return progress
+
+
+@dataclass(frozen=True)
+class _Phases:
+    first: list[int]
+    total: int
+
+
+def _phases(
+    todo: Sequence[LayerSpec], plan: dict[str, int], chunks: dict[str, int], finetune: FineTune | None
+) -> _Phases:
+    """The number of fine-tuning phases, and the one each layer begins with."""
+    if finetune is None or finetune.every != "removal":
+        return _Phases([0] * len(todo), max(len(todo), 1))
+    counts = [math.ceil(plan[layer.name] / chunks[layer.name]) for layer in todo]
+    return _Phases([sum(counts[:i]) for i in range(len(counts))], max(sum(counts), 1))
+
+
+def _score(scorer: Scorer, layer: str, units: int, callback: Callback) -> Tensor:
+    start = time.perf_counter()
+    scores = scorer(layer)
+    if not isinstance(scores, Tensor) or scores.ndim != 1 or len(scores) != units:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ScoringError(f"layer {layer!r} has {units} units, but the importance returned {got}")
+    scores = scores.detach().float().cpu()
+    if bool(torch.isnan(scores).any()):
+        raise ScoringError(f"layer {layer!r}: the importance returned NaN; nothing can be ranked by it")
+    callback.on_layer_scored(LayerScored(layer, scores, time.perf_counter() - start))
+    return scores

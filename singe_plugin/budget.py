@@ -1,0 +1,377 @@
+r"""Parameters, MACs, latency; and a global target turned into a number of units to remove from each layer.
+
+§3.3 of the paper: layer-wise objectives :math:`\rho_l` with
+:math:`\sum_l\rho_l\,\Omega(W_l)=\rho\,\Omega(F)`. The cost of a layer depends on what is removed from the layers
+that feed it, so the ratios are found by bisection on the exact cost of the whole network.
+
+One MAC is one multiply-add; ``torch.utils.flop_counter`` counts two operations for it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from singe_plugin.errors import BudgetError, ConfigError
+from singe_plugin.objective import call_model
+from singe_plugin.state import preserved
+
+__all__ = [
+    "CostModel",
+    "LayerSpec",
+    "RATIOS",
+    "Target",
+    "TensorCost",
+    "count_macs",
+    "count_macs_by_module",
+    "count_params",
+    "measure_latency",
+    "plan_removals",
+]
+
+RATIOS = ("uniform", "block", "global")
+_POINT = 0.01
+
+
+def count_params(model: nn.Module) -> int:
+    """The number of parameters; a shared one counts once.
+
+    Example:
+        >>> count_params(torch.nn.Linear(3, 2))
+        8
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """MACs of one forward pass, per module (nested modules count in their parents too); ``""`` is the whole model.
+
+    Counted with ``torch.utils.flop_counter`` in eval mode, for the batch that is given.
+    """
+    counter = FlopCounterMode(display=False)
+    with preserved(model), torch.no_grad(), counter:
+        model.eval()
+        call_model(model, example_inputs)
+    root = type(model).__name__
+    counts: dict[str, int] = {}
+    for name, operations in counter.get_flop_counts().items():
+        total = sum(int(v) for v in operations.values()) // 2
+        if name == "Global":
+            counts[""] = total
+        elif name.startswith(f"{root}."):
+            counts[name[len(root) + 1 :]] = total
+    counts.setdefault("", 0)
+    return counts
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-adds of one forward pass over ``example_inputs`` (the whole batch).
+
+    Example:
+        >>> count_macs(torch.nn.Linear(3, 2), torch.zeros(1, 3))
+        6
+    """
+    return count_macs_by_module(model, example_inputs)[""]
+
+
+def measure_latency(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup: int = 3) -> float:
+    """The median time of one forward pass in milliseconds, in eval mode, on the model's device.
+
+    Compare two models only inside one run on one machine.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    times = []
+    with preserved(model), torch.inference_mode():
+        model.eval()
+        for index in range(warmup + repeats):
+            start = time.perf_counter()
+            call_model(model, example_inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if index >= warmup:
+                times.append(time.perf_counter() - start)
+    times.sort()
+    return 1000 * times[len(times) // 2]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A fraction of the parameters or MACs to remove.
+
+    Example:
+        >>> Target.parse("params=0.5")
+        Target(kind='params', fraction=0.5)
+    """
+
+    kind: str
+    fraction: float
+
+    @classmethod
+    def parse(cls, text: str | Target) -> Target:
+        """Read ``"params=0.5"`` or ``"macs=0.3"``.
+
+        Raises:
+            ConfigError: for another form, or a fraction outside ]0, 1[.
+        """
+        if isinstance(text, Target):
+            kind, fraction = text.kind, text.fraction
+        else:
+            kind, _, number = text.partition("=") if isinstance(text, str) else ("", "", "")
+            try:
+                fraction = float(number)
+            except ValueError:
+                fraction = math.nan
+        kind = kind.strip()
+        if kind not in ("params", "macs") or not 0 < fraction < 1:
+            raise ConfigError(
+                f"target={text!r} is not a target; give the fraction to remove, inside ]0, 1[, as 'params=0.5' or "
+                "'macs=0.5'"
+            )
+        return cls(kind, fraction)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A prunable layer (a group of coupled layers) as the budget sees it.
+
+    Attributes:
+        name: unique; the qualified name of its first layer.
+        units: how many it has now.
+        block: the name of its block; layers of a block get one ratio under ``ratios="block"``.
+        channels_per_unit: above 1 for grouped layers and heads.
+        max_ratio: the largest fraction of its units that may go.
+    """
+
+    name: str
+    units: int
+    block: str
+    channels_per_unit: int = 1
+    max_ratio: float = 1.0
+
+    def kept_for(self, kept: float, round_to: int | None) -> int:
+        """The number of units kept that is nearest to ``kept`` and allowed: at least one, channels a multiple of
+        ``round_to``."""
+        quantum = self.quantum(round_to)
+        floor = max(1, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
+        if quantum == 1:
+            return min(self.units, max(floor, round(kept)))
+        lowest = math.ceil(floor / quantum) * quantum
+        if lowest >= self.units:
+            return self.units
+        nearest = max(lowest, round(kept / quantum) * quantum)
+        return self.units if nearest > self.units else nearest
+
+    def quantum(self, round_to: int | None) -> int:
+        """How many units one rounding step is."""
+        return 1 if not round_to else round_to // math.gcd(round_to, self.channels_per_unit)
+
+
+@dataclass(frozen=True)
+class TensorCost:
+    """A parameter whose size depends on what is removed.
+
+    Attributes:
+        shape: its shape now.
+        links: ``(dimension, layer, positions that go with each unit)``.
+        macs: multiply-adds that scale with its number of elements.
+    """
+
+    shape: tuple[int, ...]
+    links: tuple[tuple[int, str, float], ...] = ()
+    macs: float = 0.0
+
+    def elements(self, removed: Mapping[str, int]) -> float:
+        """Its number of elements after ``removed[layer]`` units are gone."""
+        sizes = [float(s) for s in self.shape]
+        for dim, layer, per_unit in self.links:
+            sizes[dim] -= per_unit * removed.get(layer, 0)
+        return math.prod(max(s, 0.0) for s in sizes)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts parameters and MACs of the pruned network from the number of units removed per layer.
+
+    Parameters are exact; MACs are those of convolutions and linear layers scaled exactly, the rest constant.
+    """
+
+    tensors: tuple[TensorCost, ...]
+    fixed_params: int = 0
+    total_macs: int = 0
+    _base: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def cost(self, kind: str, removed: Mapping[str, int]) -> float:
+        """``"params"`` or ``"macs"`` after the removals."""
+        if kind == "params":
+            return self.fixed_params + sum(t.elements(removed) for t in self.tensors)
+        moving = sum(t.macs for t in self.tensors)
+        return (
+            self.total_macs
+            - moving
+            + sum(t.macs * t.elements(removed) / math.prod(t.shape) for t in self.tensors if t.macs)
+        )
+
+    def removed_fraction(self, kind: str, removed: Mapping[str, int]) -> float:
+        """The fraction of parameters or MACs that goes."""
+        if kind not in self._base:
+            self._base[kind] = self.cost(kind, {})
+        return 1 - self.cost(kind, removed) / max(self._base[kind], 1e-12)
+
+
+Scores = Mapping[str, Tensor]
+Counts = dict[str, int]
+
+
+def plan_removals(
+    layers: Sequence[LayerSpec],
+    cost: CostModel,
+    target: Target | None,
+    ratios: str | Mapping[str, float] = "block",
+    round_to: int | None = None,
+    scores: Scores | None = None,
+    pruning_ratio: float | None = None,
+    aim: float | None = None,
+) -> Counts:
+    """How many units to remove from each layer.
+
+    Args:
+        layers: in forward order.
+        cost: what removals cost.
+        target: what to reach; None removes ``pruning_ratio`` of every layer's units (or what the dict says).
+        ratios: ``"uniform"`` (one ratio for all), ``"block"`` (one ratio per block, growing linearly with depth from
+            half of the last block's), ``"global"`` (all units ranked by score), or ``{layer or block: ratio}``.
+        round_to: channels kept are a multiple of this.
+        scores: per layer, for ``"global"``.
+        pruning_ratio: the ratio of units when there is no target.
+        aim: the fraction to aim at in place of the target's, to correct for costs the model does not know.
+
+    Returns:
+        layer name -> number of units to remove.
+
+    Raises:
+        BudgetError: if the target cannot be met within one point; it names the nearest fraction that can.
+        ConfigError: for an unknown way to spread, or unknown names in the dict.
+    """
+    if not layers:
+        raise BudgetError("there is no layer that can be pruned; see the report for the reasons")
+    if isinstance(ratios, Mapping):
+        counts = _from_dict(layers, ratios, round_to)
+        if target is not None:
+            _check(cost, target, counts, "the given ratios remove", aim)
+        return counts
+    if ratios not in RATIOS:
+        raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
+    spread = _spreader(layers, ratios, scores, round_to)
+    if target is None:
+        if pruning_ratio is None or not 0 <= pruning_ratio < 1:
+            raise ConfigError(f"pruning_ratio={pruning_ratio!r} is not a fraction of units inside [0, 1[")
+        return spread(pruning_ratio)
+    wanted = target.fraction if aim is None else aim
+    low, high = 0.0, 2.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if cost.removed_fraction(target.kind, spread(middle)) < wanted:
+            low = middle
+        else:
+            high = middle
+    best = min((spread(low), spread(high)), key=lambda c: abs(cost.removed_fraction(target.kind, c) - wanted))
+    best = _refine(layers, cost, target.kind, wanted, best, round_to)
+    _check(cost, target, best, "the nearest that can be reached is", aim)
+    return best
+
+
+def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: float | None) -> None:
+    reached = cost.removed_fraction(target.kind, counts)
+    wanted = target.fraction if aim is None else aim
+    if abs(reached - wanted) > _POINT:
+        raise BudgetError(
+            f"target {target.kind}={target.fraction:g} cannot be met within one point: {what} "
+            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to and max_pruning_ratio"
+        )
+
+
+def _from_dict(layers: Sequence[LayerSpec], ratios: Mapping[str, float], round_to: int | None) -> Counts:
+    known = {layer.name for layer in layers} | {layer.block for layer in layers}
+    unknown = [name for name in ratios if name not in known]
+    if unknown:
+        raise ConfigError(f"ratios names {unknown}, which are no prunable layers or blocks; there are {sorted(known)}")
+    bad = {name: r for name, r in ratios.items() if not 0 <= float(r) < 1}
+    if bad:
+        raise ConfigError(f"ratios must be inside [0, 1[, got {bad}")
+    counts = {}
+    for layer in layers:
+        ratio = float(ratios.get(layer.name, ratios.get(layer.block, 0.0)))
+        counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio), round_to) if ratio else 0
+    return counts
+
+
+def _spreader(
+    layers: Sequence[LayerSpec], ratios: str, scores: Scores | None, round_to: int | None
+) -> Callable[[float], Counts]:
+    """A monotone function from one number (the level) to removals per layer."""
+    if ratios == "global":
+        return _by_score(layers, scores, round_to)
+    blocks = list(dict.fromkeys(layer.block for layer in layers))
+    weight = {b: 1.0 for b in blocks}
+    if ratios == "block" and len(blocks) > 1:
+        weight = {b: 0.5 + 0.5 * i / (len(blocks) - 1) for i, b in enumerate(blocks)}
+
+    def spread(level: float) -> Counts:
+        counts = {}
+        for layer in layers:
+            ratio = min(level * weight[layer.block], layer.max_ratio)
+            counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio), round_to)
+        return counts
+
+    return spread
+
+
+def _by_score(layers: Sequence[LayerSpec], scores: Scores | None, round_to: int | None) -> Callable[[float], Counts]:
+    if scores is None:
+        raise ConfigError("ratios='global' needs the scores of every layer")
+    ordered = torch.cat([scores[layer.name].double().cpu() for layer in layers]).sort().values
+    sorted_scores = {layer.name: scores[layer.name].double().cpu().sort().values for layer in layers}
+
+    def spread(level: float) -> Counts:
+        rank = min(int(min(level, 1.0) * len(ordered)), len(ordered) - 1)
+        threshold = ordered[rank] if level > 0 else torch.tensor(-math.inf)
+        counts = {}
+        for layer in layers:
+            below = int(torch.searchsorted(sorted_scores[layer.name], threshold, right=level >= 1.0))
+            counts[layer.name] = layer.units - layer.kept_for(layer.units - below, round_to)
+        return counts
+
+    return spread
+
+
+def _refine(
+    layers: Sequence[LayerSpec], cost: CostModel, kind: str, wanted: float, counts: Counts, round_to: int | None
+) -> Counts:
+    """Move single layers by one rounding step while that brings the cost nearer to what is wanted."""
+    counts = dict(counts)
+    error = abs(cost.removed_fraction(kind, counts) - wanted)
+    for _ in range(4 * len(layers)):
+        if error < _POINT / 20:
+            break
+        best: tuple[float, str, int] | None = None
+        for layer in layers:
+            step = layer.quantum(round_to)
+            for move in (-step, step):
+                kept = layer.kept_for(layer.units - counts[layer.name] - move, round_to)
+                if kept == layer.units - counts[layer.name]:
+                    continue
+                trial = {**counts, layer.name: layer.units - kept}
+                miss = abs(cost.removed_fraction(kind, trial) - wanted)
+                if miss < error and (best is None or miss < best[0]):
+                    best = (miss, layer.name, layer.units - kept)
+        if best is None:
+            break
+        error, counts[best[1]] = best[0], best[2]
+    return counts

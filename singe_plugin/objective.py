@@ -1,0 +1,177 @@
+"""The objective F: what a batch looks like, how the model is called, and the scalar that is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from singe_plugin.errors import ConfigError, DataError
+
+__all__ = [
+    "Objective",
+    "ObjectiveLike",
+    "call_model",
+    "cross_entropy",
+    "get_objective",
+    "split_batch",
+    "to_device",
+    "true_class_logit",
+]
+
+Objective: TypeAlias = Callable[[Any, Any], Tensor]
+ObjectiveLike: TypeAlias = str | Objective
+
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def cross_entropy(outputs: Any, targets: Any) -> Tensor:
+    r"""``"loss"``: the mean cross-entropy :math:`F = -\frac1B\sum_b\log p_{y_b}(x_b)`.
+
+    Args:
+        outputs: logits ``[B, C, ...]``.
+        targets: class indices ``[B, ...]`` or probabilities ``[B, C, ...]``.
+
+    Example:
+        >>> import torch
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
+        tensor(0.6931)
+    """
+    logits = _logits(outputs, "loss")
+    return functional.cross_entropy(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
+
+
+def true_class_logit(outputs: Any, targets: Any) -> Tensor:
+    r"""``"logit"``: the mean logit of the true class, :math:`F=\frac1B\sum_b z_{b,y_b}`.
+
+    Args:
+        outputs: logits ``[B, C]``.
+        targets: class indices ``[B]``, or probabilities ``[B, C]`` (then the expected logit).
+
+    Example:
+        >>> import torch
+        >>> true_class_logit(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
+        tensor(5.)
+    """
+    logits = _logits(outputs, "logit")
+    if targets.is_floating_point():
+        expected: Tensor = (logits * targets).sum(1).mean()
+        return expected
+    return logits.gather(1, targets.unsqueeze(1)).mean()
+
+
+def _logits(outputs: Any, name: str) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # half precision would round F
+    raise DataError(
+        f"objective={name!r} needs a tensor of logits, but the model returns {type(outputs).__name__}; "
+        "pass a callable instead, e.g. objective=lambda outputs, targets: cross_entropy(outputs[0], targets)"
+    )
+
+
+OBJECTIVES: dict[str, Objective] = {"loss": cross_entropy, "logit": true_class_logit}
+
+
+def get_objective(objective: ObjectiveLike) -> Objective:
+    """Turn a name or a callable into the callable ``(outputs, targets) -> scalar``.
+
+    Raises:
+        ConfigError: if it is neither a known name nor callable.
+
+    Example:
+        >>> get_objective("loss") is cross_entropy
+        True
+    """
+    if isinstance(objective, str) and objective in OBJECTIVES:
+        return OBJECTIVES[objective]
+    if callable(objective):
+        return objective
+    raise ConfigError(
+        f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)} or pass a callable "
+        "(outputs, targets) -> scalar"
+    )
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Split a batch into inputs and targets.
+
+    A pair ``(inputs, targets)`` is taken as it is; a mapping gives its targets up under one of ``labels``,
+    ``label``, ``targets``, ``target``, ``y``, and the rest are the model's keyword arguments.
+
+    Raises:
+        DataError: if the batch has neither form.
+
+    Example:
+        >>> split_batch(({"pixels": 1}, 2))
+        ({'pixels': 1}, 2)
+        >>> split_batch({"pixels": 1, "labels": 2})
+        ({'pixels': 1}, 2)
+    """
+    if isinstance(batch, Mapping):
+        for key in TARGET_KEYS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise DataError(
+            f"the batch is a mapping with keys {sorted(map(str, batch))}, none of which is a target "
+            f"({', '.join(TARGET_KEYS)}); rename one, or yield (inputs, targets)"
+        )
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    form = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+    raise DataError(f"a batch must be a pair (inputs, targets) or a mapping with targets, got {form}")
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call the model: a tensor is its one argument, a tuple or list its arguments, a mapping its keywords.
+
+    Example:
+        >>> import torch
+        >>> call_model(torch.nn.Identity(), torch.ones(1))
+        tensor([1.])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def to_device(value: Any, device: torch.device, channels_last: bool = False) -> Any:
+    """Move every tensor in a nested batch to ``device``; 4-D float images to ``channels_last`` on request.
+
+    Example:
+        >>> import torch
+        >>> to_device((torch.zeros(1), {"y": 2}), torch.device("cpu"))
+        (tensor([0.]), {'y': 2})
+    """
+    if isinstance(value, Tensor):
+        if channels_last and value.ndim == 4 and value.is_floating_point():
+            return value.to(device, non_blocking=True, memory_format=torch.channels_last)
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device, channels_last) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        moved = [to_device(v, device, channels_last) for v in value]
+        return tuple(moved) if isinstance(value, tuple) else moved
+    return value
+
+
+def materialise(batches: Iterable[Any] | None) -> Iterable[Any]:
+    """Make sure that the batches can be iterated more than once (a one-shot iterator becomes a list).
+
+    Raises:
+        DataError: if ``batches`` is not an iterable of batches, or is a lone tensor.
+    """
+    if isinstance(batches, (Tensor, str, bytes)) or not isinstance(batches, Iterable):
+        raise DataError(
+            f"batches must be an iterable of (inputs, targets), e.g. a DataLoader or a list, got "
+            f"{type(batches).__name__}"
+        )
+    if isinstance(batches, Mapping):
+        raise DataError("batches is one mapping; wrap a single batch in a list: [batch]")
+    if iter(batches) is batches:
+        return list(batches)
+    return batches

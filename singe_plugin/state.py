@@ -1,0 +1,144 @@
+"""Leave no trace: everything of a model that scoring and verification might touch, saved and put back."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RngState", "model_device", "preserved", "train_mode_of"]
+
+HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@dataclass
+class RngState:
+    """The state of every random generator that a forward pass or a data loader can draw from.
+
+    Example:
+        >>> import torch
+        >>> state = RngState.capture()
+        >>> first = torch.rand(1)
+        >>> state.restore()
+        >>> bool(torch.rand(1) == first)
+        True
+    """
+
+    torch_cpu: Tensor
+    torch_cuda: list[Tensor]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls) -> RngState:
+        """Read the generators' states."""
+        numpy = sys.modules.get("numpy")
+        return cls(
+            torch_cpu=torch.get_rng_state(),
+            torch_cuda=torch.cuda.get_rng_state_all() if _cuda_in_use() else [],
+            python=random.getstate(),
+            numpy=numpy.random.get_state() if numpy is not None else None,
+        )
+
+    def restore(self) -> None:
+        """Put the generators back to the captured states."""
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda:
+            torch.cuda.set_rng_state_all(self.torch_cuda)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; CPU for a model that has neither.
+
+    Example:
+        >>> import torch
+        >>> model_device(torch.nn.Linear(1, 1))
+        device(type='cpu')
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def train_mode_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Train/eval mode of every module: a frozen batch-norm inside a training model is common."""
+    return {module: module.training for module in model.modules()}
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` back bit for bit on leaving, however the block is left.
+
+    Restored are: parameter and buffer objects and the buffers' values, gradients, ``requires_grad``, the mode of
+    every module, hooks, and all random generators. Parameter *values* are not copied: the block must substitute
+    parameters, never write into them (the scoring engine does so).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> with preserved(model):
+        ...     _ = model.eval().requires_grad_(False)
+        >>> model.training, model.weight.requires_grad
+        (True, True)
+    """
+    rng = RngState.capture()
+    modes = train_mode_of(model)
+    tables = [
+        (module, dict(module._parameters), dict(module._buffers), _hooks_of(module)) for module in model.modules()
+    ]
+    requires_grad = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    values = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, parameters, buffers, hooks in tables:
+            _refill(module._parameters, parameters)
+            _refill(module._buffers, buffers)
+            for name, saved in hooks.items():
+                table = getattr(module, name)
+                if table != saved:
+                    table.clear()
+                    table.update(saved)
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag, grad in requires_grad:
+            parameter.requires_grad_(flag)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+        rng.restore()
+
+
+def _hooks_of(module: nn.Module) -> dict[str, OrderedDict[int, Any]]:
+    return {name: OrderedDict(getattr(module, name)) for name in HOOK_DICTS if hasattr(module, name)}
+
+
+def _refill(table: dict[str, Any], saved: dict[str, Any]) -> None:
+    if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
+        table.clear()
+        table.update(saved)

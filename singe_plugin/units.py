@@ -1,0 +1,177 @@
+"""Which slices of which parameters make up a unit ("neuron").
+
+A host (torch-pruning, NNI, ...) describes a group of coupled layers as a :class:`UnitGroup`; the scoring engine
+reads nothing else. A *row* is the part of a tensor that produces one output channel: ``weight[n]`` of a
+convolution, ``bias[n]``, ``weight[:, n]`` of a transposed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.errors import GroupError, TiedParameterError
+
+__all__ = ["Producer", "RowLayout", "Slot", "UnitGroup", "tied_parameters"]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the rows are in a tensor.
+
+    Attributes:
+        dim: the dimension that runs over the rows.
+        groups: above 1 only for grouped *transposed* convolutions, whose weight is
+            ``[groups * in_per_group, out_per_group, ...]``: row ``g * out_per_group + j`` is block g, column j.
+        blocks: how many times the rows repeat along ``dim`` (3 for a packed q, k, v projection).
+
+    Example:
+        >>> import torch
+        >>> RowLayout(dim=1).rows(torch.zeros(2, 5, 3)).shape
+        torch.Size([5, 6])
+    """
+
+    dim: int = 0
+    groups: int = 1
+    blocks: int = 1
+
+    def count(self, tensor: Tensor) -> int:
+        """The number of rows in ``tensor``."""
+        return tensor.shape[self.dim] * self.groups // self.blocks
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as a matrix with one row per unit-producing row, ``[rows, -1]``."""
+        if self.groups > 1:
+            split = tensor.reshape(self.groups, -1, *tensor.shape[1:]).transpose(1, 2)
+            return split.flatten(0, 1).flatten(1)
+        moved = tensor.movedim(self.dim, 0)
+        if self.blocks > 1:
+            return moved.reshape(self.blocks, -1, *moved.shape[1:]).transpose(0, 1).flatten(1)
+        return moved.reshape(moved.shape[0], -1)
+
+    def spread(self, factors: Tensor, tensor: Tensor) -> Tensor:
+        """One factor per row, shaped so that ``tensor * spread(factors, tensor)`` scales the rows."""
+        shape = [1] * tensor.ndim
+        if self.groups > 1:
+            per_group = factors.view(self.groups, 1, -1)
+            wide = per_group.expand(-1, tensor.shape[0] // self.groups, -1).reshape(tensor.shape[0], -1)
+            return wide.reshape(list(wide.shape) + shape[2:])
+        shape[self.dim] = -1
+        return factors.repeat(self.blocks).view(shape)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of a producer.
+
+    Attributes:
+        owner: the module that holds the parameter.
+        attr: its name there (``"weight"``).
+        layout: where the rows are.
+    """
+
+    owner: nn.Module
+    attr: str
+    layout: RowLayout = field(default_factory=RowLayout)
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The parameter as it is now (removals replace it), or None if the layer has none (``bias=False``)."""
+        if self.attr not in self.owner._parameters:
+            raise GroupError(
+                f"{type(self.owner).__name__}.{self.attr} is not a plain parameter (parametrized or weight-normed "
+                "layers compute it); remove the parametrization first, e.g. torch.nn.utils.parametrize."
+                "remove_parametrizations"
+            )
+        return self.owner._parameters[self.attr]
+
+
+@dataclass(frozen=True)
+class Producer:
+    """One layer of a group that writes its units: rows, bias, and the batch-norm folded into them.
+
+    Attributes:
+        name: the qualified name of the layer or parameter.
+        slots: its parameters; the first one's rows define the row numbers.
+        rows: ``[m]`` int64, the rows that belong to units of the group.
+        units: ``[m]`` int64, the unit of each of those rows.
+        norm: a batch-norm that reads this layer alone and can be folded into it, or None.
+        is_norm: whether the layer is itself a batch-norm that stands alone; its running statistics are then
+            part of its scale and shift.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    rows: Tensor
+    units: Tensor
+    norm: nn.Module | None = None
+    is_norm: bool = False
+
+    def unit_of_row(self) -> Tensor:
+        """``[rows]`` int64: the unit of each row of the layer, -1 for rows that belong to none."""
+        tensor = self.slots[0].tensor
+        if tensor is not None:
+            count = self.slots[0].layout.count(tensor)
+        else:
+            count = int(self.rows.max()) + 1 if len(self.rows) else 0
+            features = getattr(self.slots[0].owner, "num_features", count)
+            count = max(count, int(features))
+        owner = torch.full((count,), -1, dtype=torch.int64)
+        owner[self.rows] = self.units
+        return owner
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """A set of coupled layers and the units that can be removed from them together.
+
+    Attributes:
+        name: how messages call it (the root layer's qualified name).
+        size: the number of units.
+        producers: every layer that writes the units, the root first. Layers that only *read* them are not here.
+    """
+
+    name: str
+    size: int
+    producers: tuple[Producer, ...]
+
+    def slots(self) -> Iterator[Slot]:
+        """All parameters of all producers."""
+        for producer in self.producers:
+            yield from producer.slots
+
+
+def tied_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Parameters that are registered in more than one place, as ``id(parameter) -> all their names``.
+
+    A *module* that is registered or called twice is not a tie: it has one weight, and one place to slice it.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> model[1].weight = model[0].weight
+        >>> list(tied_parameters(model).values())
+        [('0.weight', '1.weight')]
+    """
+    places: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for attr, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append(f"{module_name}.{attr}" if module_name else attr)
+    return {key: tuple(names) for key, names in places.items() if len(names) > 1}
+
+
+def refuse_tied(group: UnitGroup, ties: dict[int, tuple[str, ...]]) -> None:
+    """Raise :class:`TiedParameterError` if a producer's parameter is shared with another layer."""
+    for slot in group.slots():
+        tensor = slot.tensor
+        if tensor is not None and id(tensor) in ties:
+            names: Sequence[str] = ties[id(tensor)]
+            raise TiedParameterError(
+                f"group {group.name!r}: the parameters {' and '.join(map(repr, names))} are one tensor, so its "
+                "rows cannot be decayed or removed in one place alone; untie them (clone one) or put the layer in "
+                "ignored_layers"
+            )
