@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,9 @@ from singe_plugin.objective import call_model
 from singe_plugin.state import preserved
 
 __all__ = [
+    "RATIOS",
     "CostModel",
     "LayerSpec",
-    "RATIOS",
     "Target",
     "TensorCost",
     "count_macs",
@@ -319,7 +319,7 @@ def _spreader(
     if ratios == "global":
         return _by_score(layers, scores, round_to)
     blocks = list(dict.fromkeys(layer.block for layer in layers))
-    weight = {b: 1.0 for b in blocks}
+    weight = dict.fromkeys(blocks, 1.0)
     if ratios == "block" and len(blocks) > 1:
         weight = {b: 0.5 + 0.5 * i / (len(blocks) - 1) for i, b in enumerate(blocks)}
 
@@ -336,17 +336,21 @@ def _spreader(
 def _by_score(layers: Sequence[LayerSpec], scores: Scores | None, round_to: int | None) -> Callable[[float], Counts]:
     if scores is None:
         raise ConfigError("ratios='global' needs the scores of every layer")
-    ordered = torch.cat([scores[layer.name].double().cpu() for layer in layers]).sort().values
-    sorted_scores = {layer.name: scores[layer.name].double().cpu().sort().values for layer in layers}
+    # equal scores (batch-norm scales that were never trained) are taken evenly from all layers
+    ordered = sorted(
+        (score, (position + 0.5) / layer.units, number)
+        for number, layer in enumerate(layers)
+        for position, score in enumerate(scores[layer.name].double().sort().values.tolist())
+    )
 
     def spread(level: float) -> Counts:
-        rank = min(int(min(level, 1.0) * len(ordered)), len(ordered) - 1)
-        threshold = ordered[rank] if level > 0 else torch.tensor(-math.inf)
-        counts = {}
-        for layer in layers:
-            below = int(torch.searchsorted(sorted_scores[layer.name], threshold, right=level >= 1.0))
-            counts[layer.name] = layer.units - layer.kept_for(layer.units - below, round_to)
-        return counts
+        below = [0] * len(layers)
+        for _, _, number in ordered[: round(min(level, 1.0) * len(ordered))]:
+            below[number] += 1
+        return {
+            layer.name: layer.units - layer.kept_for(layer.units - gone, round_to)
+            for layer, gone in zip(layers, below, strict=True)
+        }
 
     return spread
 
@@ -354,24 +358,32 @@ def _by_score(layers: Sequence[LayerSpec], scores: Scores | None, round_to: int 
 def _refine(
     layers: Sequence[LayerSpec], cost: CostModel, kind: str, wanted: float, counts: Counts, round_to: int | None
 ) -> Counts:
-    """Move single layers by one rounding step while that brings the cost nearer to what is wanted."""
-    counts = dict(counts)
+    """Move layers by one rounding step while that brings the cost nearer to what is wanted.
+
+    One layer at a time; two at a time (one up and another down) where that leaves the target more than a point away,
+    as it may in a small network.
+    """
     error = abs(cost.removed_fraction(kind, counts) - wanted)
     for _ in range(4 * len(layers)):
         if error < _POINT / 20:
             break
-        best: tuple[float, str, int] | None = None
-        for layer in layers:
-            step = layer.quantum(round_to)
-            for move in (-step, step):
-                kept = layer.kept_for(layer.units - counts[layer.name] - move, round_to)
-                if kept == layer.units - counts[layer.name]:
-                    continue
-                trial = {**counts, layer.name: layer.units - kept}
-                miss = abs(cost.removed_fraction(kind, trial) - wanted)
-                if miss < error and (best is None or miss < best[0]):
-                    best = (miss, layer.name, layer.units - kept)
-        if best is None:
+        trials = list(_moves(layers, counts, round_to))
+        best = min(trials, key=lambda c: abs(cost.removed_fraction(kind, c) - wanted), default=counts)
+        if abs(cost.removed_fraction(kind, best) - wanted) >= error and error > _POINT:
+            pairs = [c for trial in trials for c in _moves(layers, trial, round_to)]
+            best = min(pairs, key=lambda c: abs(cost.removed_fraction(kind, c) - wanted), default=counts)
+        miss = abs(cost.removed_fraction(kind, best) - wanted)
+        if miss >= error:
             break
-        error, counts[best[1]] = best[0], best[2]
-    return counts
+        counts, error = best, miss
+    return dict(counts)
+
+
+def _moves(layers: Sequence[LayerSpec], counts: Counts, round_to: int | None) -> Iterator[Counts]:
+    """The counts with one layer moved by one rounding step, up or down."""
+    for layer in layers:
+        step = layer.quantum(round_to)
+        for move in (-step, step):
+            kept = layer.kept_for(layer.units - counts[layer.name] - move, round_to)
+            if kept != layer.units - counts[layer.name]:
+                yield {**counts, layer.name: layer.units - kept}

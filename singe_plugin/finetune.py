@@ -6,6 +6,7 @@ every layer (§3.3, and the experiments), or all at the end (post-pruning, the p
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from singe_plugin.events import Callback, FinetuneStep
 from singe_plugin.objective import Objective, call_model, materialise, split_batch, to_device
 from singe_plugin.state import RngState, model_device, train_mode_of
 
-__all__ = ["BatchStream", "FineTune", "SCHEDULES"]
+__all__ = ["SCHEDULES", "BatchStream", "FineTune", "loader_generators"]
 
 SCHEDULES = ("removal", "layer", "end")
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
@@ -40,7 +41,7 @@ class BatchStream:
         self.batches = materialise(batches)
         self.taken = 0
         self.start: RngState | None = None
-        self.generators = _generators(self.batches)
+        self.generators = loader_generators(self.batches)
         self._starts: list[Tensor] = []
         self._iterator: Iterator[Any] | None = None
 
@@ -80,7 +81,7 @@ class BatchStream:
         now.restore()
 
 
-def _generators(batches: Any) -> list[torch.Generator]:
+def loader_generators(batches: Any) -> list[torch.Generator]:
     """The generators a DataLoader carries of its own."""
     holders = (
         batches,
@@ -89,6 +90,16 @@ def _generators(batches: Any) -> list[torch.Generator]:
     )
     found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
     return list(found.values())
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer updates."""
+    return {id(p) for g in optimizer.param_groups for p in g["params"]}
+
+
+def _is_number(value: Any) -> bool:
+    """A finite int or float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class FineTune:
@@ -150,12 +161,21 @@ class FineTune:
             raise ConfigError(f"unknown every {every!r}; choose one of {', '.join(SCHEDULES)}")
         if amp not in (None, "auto", "bf16", "fp16"):
             raise ConfigError(f"unknown amp {amp!r}; choose 'auto', 'bf16', 'fp16' or None")
-        if not lr > 0:
+        if not (_is_number(lr) and lr > 0):
             raise ConfigError(f"lr={lr!r} is not a learning rate; give a positive number")
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing={label_smoothing!r} is not inside [0, 1[")
-        if clip_grad is not None and not clip_grad > 0:
+        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+            if not (_is_number(value) and value >= 0):
+                raise ConfigError(f"{name}={value!r} is not a setting of SGD; give a number >= 0")
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise ConfigError(f"warmup={warmup!r} is not a number of optimisation steps; give a whole number >= 0")
+        if not (_is_number(label_smoothing) and 0 <= label_smoothing < 1):
+            raise ConfigError(f"label_smoothing={label_smoothing!r} is not inside [0, 1[; 0 switches it off")
+        if clip_grad is not None and not (_is_number(clip_grad) and clip_grad > 0):
             raise ConfigError(f"clip_grad={clip_grad!r} is not a gradient norm; give a positive number or None")
+        if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer={optimizer!r} is neither an optimizer nor a function that makes one from parameters"
+            )
         if scheduler is not None and not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError("a scheduler belongs to an optimizer; give that optimizer too (an instance)")
         self.loader, self.steps, self.every = loader, steps, every
@@ -172,7 +192,7 @@ class FineTune:
         self.scaler: torch.amp.GradScaler | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Make the optimizer, if none was given; called once, before the first removal.
+        """Make the optimizer, if none was given, and start at step 0; called once, before the first removal.
 
         Raises:
             ConfigError: if the model has no parameter that wants a gradient, or the optimizer holds none of them.
@@ -180,6 +200,10 @@ class FineTune:
         trainable = [p for p in model.parameters() if p.requires_grad]
         if self.steps and not trainable:
             raise ConfigError("every parameter is frozen (requires_grad=False), so fine-tuning cannot change the model")
+        self.done, self.stream = 0, BatchStream(self.stream.batches)
+        mine = {id(p) for p in trainable}
+        if self._own_schedule and self.optimizer is not None and not _held(self.optimizer) & mine:
+            self.optimizer = None  # it was made for another model
         if self.optimizer is None and trainable:
             if callable(self._make):
                 self.optimizer = self._make(trainable)
@@ -188,8 +212,7 @@ class FineTune:
                     trainable, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
                 )
         if self.optimizer is not None:
-            held = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
-            if trainable and not held & {id(p) for p in trainable}:
+            if trainable and not _held(self.optimizer) & mine:
                 raise ConfigError(
                     "the optimizer holds none of the model's parameters; build it from model.parameters()"
                 )
@@ -197,6 +220,19 @@ class FineTune:
                 group.setdefault("initial_lr", group["lr"])
         if self._precision(model_device(model)) == torch.float16:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
+
+    def rewinder(self) -> Callable[[], None]:
+        """A function that puts the step count, the scheduler and the loader back to where they are now."""
+        done, stream = self.done, self.stream.position()
+        schedule = None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict())
+
+        def rewind() -> None:
+            self.done = done
+            self.stream.seek(stream)
+            if schedule is not None:
+                self.scheduler.load_state_dict(schedule)
+
+        return rewind
 
     def share(self, phase: int, phases: int) -> int:
         """How many of the steps phase number ``phase`` of ``phases`` gets; the shares add up to ``steps``."""

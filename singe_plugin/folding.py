@@ -135,7 +135,15 @@ def foldable_pairs(model: nn.Module, example_inputs: Any) -> tuple[list[tuple[st
             elif is_batchnorm(module):
                 module.register_forward_pre_hook(before_norm)
         with torch.enable_grad():
-            outputs = call_model(model, example_inputs)
+            try:
+                outputs = call_model(model, example_inputs)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                raise FoldingError(
+                    f"{type(model).__name__} fails on the example inputs with {type(error).__name__}: {error}; give "
+                    "inputs that it runs on"
+                ) from error
         readers = _count_readers(outputs)
 
     ties = tied_parameters(model)

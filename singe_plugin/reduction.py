@@ -17,7 +17,7 @@ from singe_plugin.errors import ConfigError
 __all__ = ["REDUCTIONS", "NormalizerLike", "check_normalizer", "check_reduction", "normalize", "reduce_layers"]
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate")
-NormalizerLike: TypeAlias = None | str | Callable[[Tensor], Tensor]
+NormalizerLike: TypeAlias = str | Callable[[Tensor], Tensor] | None
 _EPS = 1e-8
 
 

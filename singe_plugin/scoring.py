@@ -51,8 +51,8 @@ class ScoringOptions:
         path: ``"layer"`` decays all units of the group together, ``"neuron"`` each alone (Eq. 4 to the letter).
         objective: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
         group_reduction, normalizer: see :mod:`singe_plugin.reduction`.
-        unit_batch: how many units ``path="neuron"`` evaluates at once; 1 does without ``torch.func.vmap``, which
-            not every operation supports.
+        unit_batch: how many units ``path="neuron"`` evaluates at once; 1 does without ``torch.func``, which not every
+            model supports.
         amp: None, ``"bf16"`` or ``"fp16"`` (with loss scaling).
         channels_last: convert 4-D inputs to that memory format.
 
@@ -420,28 +420,35 @@ class _Walker:
         """All units of the group decay together: one pass per node."""
         grads: list[list[Tensor]] = [[] for _ in self.group.producers]
         inner: list[list[Tensor]] = [[] for _ in self.group.producers]
+        for scale in self.path.scales.tolist():
+            for number, (norm, dot) in enumerate(self._decayed(scale)):
+                grads[number].append(norm)
+                inner[number].append(dot)
+        return self._stats(grads, inner)
+
+    def _decayed(self, scale: float, unit: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """With all units (or one alone) at ``scale``: per producer the gradient norms and inner products [N]."""
         p, size = self.options.degree, self.group.size
         leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
-        for scale in self.path.scales.tolist():
-            with torch.no_grad():
-                for row, leaf in zip(self.rows, leaves, strict=True):
-                    leaf.copy_(row.scaled(scale))
-            found = self._gradients(leaves, scale)
-            for number in range(len(self.group.producers)):
-                mine = [
-                    (r, leaf, g) for r, leaf, g in zip(self.rows, leaves, found, strict=True) if r.producer == number
-                ]
-                powers = [_to_units(_power(r.layout.rows(g), p), r.unit_of, size, p) for r, _, g in mine]
-                dots = [
-                    _to_units((r.layout.rows(leaf).double() * r.layout.rows(g).double()).sum(1), r.unit_of, size)
-                    for r, leaf, g in mine
-                ]
-                grads[number].append(_root(_join(powers, p), p))
-                inner[number].append(torch.stack(dots).sum(0).detach())
-        return self._stats(grads, inner)
+        with torch.no_grad():
+            for row, leaf in zip(self.rows, leaves, strict=True):
+                leaf.copy_(row.scaled(scale, unit))
+        found = self._gradients(leaves, scale)
+        result = []
+        for number in range(len(self.group.producers)):
+            mine = [(r, leaf, g) for r, leaf, g in zip(self.rows, leaves, found, strict=True) if r.producer == number]
+            powers = [_to_units(_power(r.layout.rows(g), p), r.unit_of, size, p) for r, _, g in mine]
+            dots = [
+                _to_units((r.layout.rows(leaf).double() * r.layout.rows(g).double()).sum(1), r.unit_of, size)
+                for r, leaf, g in mine
+            ]
+            result.append((_root(_join(powers, p), p), torch.stack(dots).sum(0).detach()))
+        return result
 
     def neuron_path(self) -> list[_LayerStats]:
         """Each unit decays alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
+        if self.options.unit_batch == 1:
+            return self._unit_by_unit()
         names = {module: name for name, module in self.model.named_modules()}
         keys = [f"{names[r.owner]}.{r.attr}".lstrip(".") for r in self.rows]
         grads: list[list[Tensor]] = [[] for _ in self.group.producers]
@@ -457,6 +464,18 @@ class _Walker:
             for number, (norm, dot) in enumerate(zip(norms, dots, strict=True)):
                 grads[number].append(norm)
                 inner[number].append(dot)
+        return self._stats(grads, inner)
+
+    def _unit_by_unit(self) -> list[_LayerStats]:
+        """The neuron path without ``torch.func``, for models that it cannot follow."""
+        grads: list[list[Tensor]] = [[] for _ in self.group.producers]
+        inner: list[list[Tensor]] = [[] for _ in self.group.producers]
+        units = torch.arange(self.group.size, device=self.device)
+        for scale in self.path.scales.tolist():
+            found = [self._decayed(scale, unit) for unit in units]
+            for number in range(len(self.group.producers)):
+                grads[number].append(torch.stack([layers[number][0][n] for n, layers in enumerate(found)]))
+                inner[number].append(torch.stack([layers[number][1][n] for n, layers in enumerate(found)]))
         return self._stats(grads, inner)
 
     def _units_at(self, scale: float, keys: list[str]) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -486,17 +505,10 @@ class _Walker:
         chunk = min(self.options.unit_batch, self.group.size)
         units = torch.arange(self.group.size, device=self.device)
         try:
-            if chunk == 1:  # one at a time needs no vmap, which some operations do not support
-                found = [one_unit(unit) for unit in units]
-                powers, dots = ([torch.stack(x) for x in zip(*(f[i] for f in found), strict=True)] for i in (0, 1))
-                values = torch.stack([f[2] for f in found])
-            else:
-                powers, dots, values = torch.func.vmap(one_unit, chunk_size=chunk, randomness="same")(units)
+            powers, dots, values = torch.func.vmap(one_unit, chunk_size=chunk, randomness="same")(units)
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
-            if chunk == 1:
-                raise self._failed(error) from error
             raise ScoringError(
                 f"group {self.group.name!r}: the model's forward cannot be evaluated for several units at once "
                 f"with torch.func.vmap ({type(error).__name__}: {error}); use unit_batch=1 or path='layer'"

@@ -84,6 +84,8 @@ def unit_slices(group: Any, units: Sequence[Sequence[int]]) -> list[UnitSlice]:
         for part in item_slices(group._DG, group[number].dep, list(group[number].idxs)):
             roots = _roots(group, number) if roots is None else roots
             owner_of: dict[int, int] = {}
+            tensor = tensor_of(part.owner, part.attr)
+            size = 0 if tensor is None else tensor.shape[part.dim]
             for positions, root in zip(part.index, roots, strict=True):
                 for position in positions:
                     unit = unit_of_root.get(root)
@@ -92,6 +94,11 @@ def unit_slices(group: Any, units: Sequence[Sequence[int]]) -> list[UnitSlice]:
                             f"group {group_name(group)!r}: position {position} of {type(part.owner).__name__}."
                             f"{part.attr} belongs to more than one unit, so its channels cannot be removed one by one"
                         )
+            if any(not 0 <= position < size for position in owner_of):
+                raise GroupError(
+                    f"group {group_name(group)!r}: torch-pruning would cut {type(part.owner).__name__}.{part.attr} at "
+                    f"position {max(owner_of)} of dimension {part.dim}, which has {size}"
+                )
             found.append(
                 UnitSlice(part.owner, part.attr, part.dim, tuple(owner_of), tuple(owner_of.values()), part.produces)
             )

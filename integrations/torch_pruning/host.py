@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.budget import CostModel, LayerSpec, TensorCost, count_macs, count_macs_by_module, count_params
-from singe_plugin.errors import GroupError
+from singe_plugin.errors import GroupError, ScoringError
 from singe_plugin.units import UnitGroup
 
 from .groups import aligned_units, unit_group, unit_slices
@@ -141,8 +141,13 @@ class TorchPruningHost:
                 f"layer {layer!r}: {type(importance).__name__} gives no score for this group (it ignores its layers); "
                 "use another importance or put the layer in ignored_layers"
             )
-        if len(scores) % len(units):
-            raise GroupError(f"layer {layer!r}: {len(scores)} scores cannot be split over {len(units)} units")
+        channels = sum(len(members) for members in units)
+        if not isinstance(scores, Tensor) or scores.shape != (channels,):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ScoringError(
+                f"layer {layer!r} has {channels} channels, but {type(importance).__name__} returned {got}; an "
+                "importance gives one score per channel"
+            )
         averaged: Tensor = scores.reshape(-1, len(units)).mean(0)
         return averaged
 

@@ -113,7 +113,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.target = None if target is None else Target.parse(target)
         self.ratios = _check_ratios(ratios)
         units_per_removal(units_per_step, 1)
-        self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, list(callbacks)
+        _check_parts(model, finetune, callbacks := list(callbacks), list(kwargs.get("ignored_layers") or ()))
+        self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, callbacks
         self.batches = None if batches is None else materialise(batches)
         self.example_inputs = example_inputs
         self.trackers = Trackers(
@@ -352,6 +353,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.finetune.prepare(self.model)
         host = self.host()
         undo = Snapshot(self.DG, trackers=self._all_trackers(), values=True)
+        rewind = None if self.finetune is None else self.finetune.rewinder()
         try:
             if progress is None:
                 progress = Progress(self._plan(host))
@@ -367,6 +369,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 )
         except BaseException:
             undo.restore()
+            if rewind is not None:
+                rewind()
             raise
         finally:
             for module, training in modes.items():
@@ -419,8 +423,27 @@ def _check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
             )
 
 
+def _check_parts(model: nn.Module, finetune: Any, callbacks: list[Any], ignored: list[Any]) -> None:
+    if finetune is not None and not isinstance(finetune, FineTune):
+        raise ConfigError(f"finetune must be a FineTune, got {type(finetune).__name__}; use FineTune(loader, steps)")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"callbacks must be singe_plugin.Callback objects, got {callback!r}; derive from it")
+    own = {id(part) for part in (*model.modules(), *model.parameters())}
+    for layer in ignored:
+        if id(layer) not in own:
+            raise ConfigError(
+                f"ignored_layers: {layer!r} is no module or parameter of the model; give the objects, e.g. [model.fc]"
+            )
+
+
 def _check_ratios(ratios: Any) -> Any:
-    if isinstance(ratios, Mapping) or ratios in RATIOS:
+    if isinstance(ratios, Mapping):
+        for name, ratio in ratios.items():
+            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+                raise ConfigError(f"ratios must be inside [0, 1[, got {ratio!r} for {name!r}")
+        return ratios
+    if isinstance(ratios, str) and ratios in RATIOS:
         return ratios
     raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
 

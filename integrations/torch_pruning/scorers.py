@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 import torch_pruning as tp
 from torch import nn
 
-from singe_plugin.errors import DataError, ScoringError
+from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.objective import call_model, split_batch, to_device
 from singe_plugin.state import model_device, preserved
 
@@ -59,10 +59,17 @@ def with_gradients(pruner: Any, importance: Any, batches: Iterable[Any] | None, 
 
 def _loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Any:
     inputs, targets = split_batch(batch)
-    outputs = call_model(model, inputs)
-    if not isinstance(outputs, torch.Tensor):
-        raise ScoringError(f"the model returns {type(outputs).__name__}, not logits; only SInGE takes an objective")
-    return functional.cross_entropy(outputs, targets, reduction=reduction)
+    try:
+        outputs = call_model(model, inputs)
+        if not isinstance(outputs, torch.Tensor):
+            raise ScoringError(f"the model returns {type(outputs).__name__}, not logits; only SInGE takes an objective")
+        return functional.cross_entropy(outputs, targets, reduction=reduction)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
+            raise
+        raise ScoringError(
+            f"the loss on a batch failed with {type(error).__name__}: {error}; check the batch against the model"
+        ) from error
 
 
 def _taylor(pruner: Any, importance: Any, batches: list[Any]) -> None:

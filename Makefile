@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test slow lint types doctest examples coverage clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[demo,dev]"
+	touch $@
+
+# trains a small residual network on real digits, prunes it, prints a table and writes a report
+demo: $(STAMP)
+	$(BIN)/singe demo --output singe_demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# thousands of generated networks
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+doctest: $(STAMP)
+	$(BIN)/python -m pytest --doctest-modules --import-mode=importlib singe_plugin integrations
+
+examples: $(STAMP)
+	@set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example > /dev/null; done
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo

@@ -1,0 +1,386 @@
+"""Save and load a pruned model: safetensors and JSON, never pickle.
+
+A directory holds ``model.safetensors`` (every parameter and buffer) and ``singe.json``: how to build the unpruned
+architecture, what removals changed in each module, every removal, options, versions, metrics. Loading builds the
+architecture, gives each tensor its pruned shape and each module its pruned attributes, and needs neither the data
+nor torch-pruning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.events import History
+from singe_plugin.folding import replace_folded
+from singe_plugin.result import LayerRow, Metrics, Result
+
+__all__ = ["Builder", "Structure", "load", "named_tensors", "save", "write_atomically"]
+
+FORMAT = 1
+_TENSORS, _RECORD = "model.safetensors", "singe.json"
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How to build the unpruned architecture: a timm model by name, or a function that the user names.
+
+    Attributes:
+        kind: ``"timm"`` or ``"factory"``.
+        name: timm's model name, or ``"package.module:function"``.
+        options: keyword arguments; plain JSON values.
+
+    Example:
+        >>> Builder.factory("torch.nn:Linear", in_features=3, out_features=2).build()
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+
+    kind: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def timm(cls, name: str, **options: Any) -> Builder:
+        """``timm.create_model(name, pretrained=False, **options)``."""
+        return cls("timm", name, options)
+
+    @classmethod
+    def factory(cls, name: str, **options: Any) -> Builder:
+        """``"package.module:function"``, called with ``options``.
+
+        Raises:
+            ConfigError: if the name has another form.
+        """
+        if name.count(":") != 1 or not all(name.split(":")):
+            raise ConfigError(f"factory {name!r} is not of the form 'package.module:function'")
+        return cls("factory", name, options)
+
+    def build(self) -> nn.Module:
+        """Build the architecture, with whatever weights it initialises itself with.
+
+        Raises:
+            ArtifactError: if the module, function or model does not exist, or fails.
+        """
+        rng = torch.get_rng_state()
+        try:
+            if self.kind == "timm":
+                model = importlib.import_module("timm").create_model(self.name, pretrained=False, **self.options)
+            elif self.kind == "factory":
+                module, _, function = self.name.partition(":")
+                model = getattr(importlib.import_module(module), function)(**self.options)
+            else:
+                raise ArtifactError(f"unknown kind of builder {self.kind!r}; choose 'timm' or 'factory'")
+        except ArtifactError:
+            raise
+        except Exception as error:
+            raise ArtifactError(
+                f"the architecture {self.kind}:{self.name} cannot be built with {self.options}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            torch.set_rng_state(rng)
+        if not isinstance(model, nn.Module):
+            raise ArtifactError(f"{self.name} returned {type(model).__name__}, not a torch.nn.Module")
+        return model
+
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`ArtifactError` unless building gives exactly the modules and shapes of ``model``."""
+        built = self.build()
+        ours, theirs = _signature(model), _signature(built)
+        what = "tensors"
+        if ours == theirs:  # other activations or pooling have the same tensors
+            ours, theirs, what = _modules(model), _modules(built), "modules"
+        if ours != theirs:
+            names = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+            raise ArtifactError(
+                f"builder {self.kind}:{self.name} {self.options} does not build this model: "
+                f"{len(names)} {what} differ, the first is {names[0]!r}; give the options it was made with"
+            )
+
+    @classmethod
+    def infer(cls, model: nn.Module) -> Builder | None:
+        """The builder of a timm model, from what it knows of itself; None if that does not build the same model."""
+        config = getattr(model, "pretrained_cfg", None) or {}
+        name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+        if not name or not hasattr(model, "num_classes"):
+            return None
+        options: dict[str, Any] = {"num_classes": model.num_classes}
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None and first.in_channels * first.groups not in (3,):
+            options["in_chans"] = first.in_channels
+        builder = cls.timm(str(name), **options)
+        try:
+            builder.check(model)
+        except ArtifactError:
+            return None
+        return builder
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by qualified name, those that ``state_dict`` leaves out included."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _signature(model: nn.Module) -> dict[str, Any]:
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+
+
+def _modules(model: nn.Module) -> dict[str, Any]:
+    """The type and the plain attributes of every module."""
+    plain = Structure.of(model).modules
+    return {name: (type(module).__qualname__, plain[name]) for name, module in model.named_modules()}
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v) for v in value]}
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"tuple"}:
+        return tuple(_decode(v) for v in value["tuple"])
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, _PLAIN)
+
+
+@dataclass
+class Structure:
+    """The plain attributes of every module (widths, groups, heads, split sizes), to see what removals changed."""
+
+    modules: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Structure:
+        """Read them off a model."""
+        found = {}
+        for name, module in model.named_modules():
+            found[name] = {
+                key: list(value) if isinstance(value, list) else value
+                for key, value in module.__dict__.items()
+                if key != "training" and _is_plain(value)
+            }
+        return cls(found)
+
+    def changes_to(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """``module -> {attribute: new value}`` for what is different now, ready for JSON."""
+        changes: dict[str, dict[str, Any]] = {}
+        for name, attributes in Structure.of(model).modules.items():
+            old = self.modules.get(name)
+            if old is None:
+                continue
+            new = {k: _encode(v) for k, v in attributes.items() if k not in old or old[k] != v}
+            if new:
+                changes[name] = new
+        return changes
+
+
+def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[str, str]]) -> dict[str, Any]:
+    """What :func:`load` needs to turn the unpruned architecture into ``model``."""
+    channels_last = [
+        name
+        for name, t in named_tensors(model)
+        if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    ]
+    return {
+        "attributes": before.changes_to(model),
+        "folded": [list(pair) for pair in folded],
+        "channels_last": channels_last,
+        "frozen": [n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
+    }
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that it is there whole or not at all, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save(result: Result, directory: str | Path, builder: Builder | None = None) -> Path:
+    """Write a result to a directory, without pickle.
+
+    Args:
+        result: what :func:`singe_plugin.prune` returned.
+        directory: is made if it does not exist; files of an earlier result are replaced.
+        builder: how to build the unpruned architecture; by default what the result knows.
+
+    Returns:
+        the directory.
+
+    Raises:
+        ArtifactError: if no builder is known (a model that is not from timm): pass
+            ``Builder.factory("package.module:function", ...)``.
+    """
+    given, builder = builder, builder or result.builder
+    if builder is None:
+        raise ArtifactError(
+            f"{type(result.model).__name__} cannot be rebuilt from a timm name; say how to build the unpruned model: "
+            "save(result, directory, builder=Builder.factory('package.module:function', ...))"
+        )
+    directory = Path(directory)
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(result.model)}
+    record = {
+        "format": FORMAT,
+        "builder": asdict(builder),
+        "structure": result.structure,
+        "before": asdict(result.before),
+        "after": asdict(result.after),
+        "layers": [asdict(row) for row in result.layers],
+        "left_whole": result.left_whole,
+        "removals": result.history.removals(),
+        "options": result.options,
+        "versions": result.versions,
+        "history": result.history.rows,
+    }
+    try:
+        text = json.dumps(record, indent=1)
+    except TypeError as error:
+        raise ArtifactError(f"the result holds something that is not plain JSON: {error}") from error
+    if given is not None:  # find out now that it cannot be loaded, while the model is still there
+        _try_out(given, json.loads(text), tensors)
+    write_atomically(directory / _TENSORS, lambda p: save_file(tensors, p))
+    write_atomically(directory / _RECORD, lambda p: _write_text(p, text))
+    return directory
+
+
+def _try_out(builder: Builder, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    try:
+        _rebuild(record, tensors, None)
+    except (ArtifactError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"builder {builder.kind}:{builder.name} {builder.options} does not build the unpruned model: {error}; give "
+            "the function and options that it was made with"
+        ) from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) -> Result:
+    """Rebuild a saved result; the model is on the CPU, in eval mode, and computes bit for bit what it did.
+
+    Args:
+        directory: where :func:`save` wrote it.
+        factory: builds the unpruned architecture, in the place of the recorded builder.
+
+    Raises:
+        ArtifactError: if files are missing or damaged, or the architecture has changed since.
+    """
+    directory = Path(directory)
+    record, tensors = _read(directory)
+    try:
+        return _rebuild(record, tensors, factory)
+    except ArtifactError as error:
+        raise ArtifactError(f"{directory}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{directory / _RECORD} is damaged, or the architecture has changed since it was saved: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _rebuild(record: dict[str, Any], tensors: dict[str, Tensor], factory: Callable[[], nn.Module] | None) -> Result:
+    builder = Builder(**record["builder"])
+    model = factory() if factory is not None else builder.build()
+    structure = record["structure"]
+    for _, norm in structure["folded"]:
+        replace_folded(model, norm)
+    _fill(model, tensors, set(structure["channels_last"]), set(structure["frozen"]))
+    modules = dict(model.named_modules())
+    for name, attributes in structure["attributes"].items():
+        if name not in modules:
+            raise ArtifactError(f"the architecture has no module {name!r}; it has changed since it was saved")
+        for key, value in attributes.items():
+            modules[name].__dict__[key] = _decode(value)
+    model.eval()
+    return Result(
+        model=model,
+        before=Metrics(**record["before"]),
+        after=Metrics(**record["after"]),
+        layers=[LayerRow(**row) for row in record["layers"]],
+        left_whole=record["left_whole"],
+        history=History(record["history"]),
+        options=record["options"],
+        versions=record["versions"],
+        builder=builder,
+        structure=structure,
+    )
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (_RECORD, _TENSORS):
+        if not (directory / name).is_file():
+            raise ArtifactError(f"{directory / name} does not exist; is {directory} a folder that save() wrote?")
+    try:
+        record = json.loads((directory / _RECORD).read_text())
+    except ValueError as error:
+        raise ArtifactError(f"{directory / _RECORD} is damaged: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise ArtifactError(f"{directory / _RECORD} has format {found}, this version reads format {FORMAT}")
+    try:
+        return record, load_file(directory / _TENSORS)
+    except Exception as error:
+        raise ArtifactError(f"{directory / _TENSORS} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str], frozen: set[str]) -> None:
+    """Give every parameter and buffer its saved value, whatever its shape was."""
+    modules = dict(model.named_modules())
+    filled = set()
+    for name, value in tensors.items():
+        owner_name, _, attr = name.rpartition(".")
+        owner = modules.get(owner_name)
+        if owner is None or (attr not in owner._parameters and attr not in owner._buffers):
+            raise ArtifactError(f"the architecture has no tensor {name!r}; it has changed since it was saved")
+        if name in channels_last:
+            value = value.contiguous(memory_format=torch.channels_last)
+        if attr in owner._parameters:
+            current = owner._parameters[attr]
+            if current is None:
+                owner._parameters[attr] = nn.Parameter(value)
+            else:
+                current.data = value
+            parameter = owner._parameters[attr]
+            assert parameter is not None
+            parameter.requires_grad_(name not in frozen and value.is_floating_point())
+        else:
+            owner._buffers[attr] = value
+        filled.add(name)
+    missing = [name for name, _ in named_tensors(model) if name not in filled]
+    if missing:
+        raise ArtifactError(f"the file lacks {len(missing)} tensors of the architecture, the first is {missing[0]!r}")

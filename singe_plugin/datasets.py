@@ -1,0 +1,331 @@
+"""Data for the command line and the demo: the embedded digits, a folder of images, a torchvision dataset.
+
+The preprocessing is the model's own (timm's ``resolve_data_config`` and ``create_transform``). What is imported
+here beyond torch (timm, torchvision, scikit-learn) is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset, TensorDataset
+
+from singe_plugin.errors import ConfigError, DataError
+
+__all__ = [
+    "TORCHVISION",
+    "DataConfig",
+    "Splits",
+    "data_config",
+    "digits",
+    "image_folder",
+    "load_splits",
+    "stratified_split",
+    "torchvision_dataset",
+]
+
+TORCHVISION = {
+    "torch/cifar10": "CIFAR10",
+    "torch/cifar100": "CIFAR100",
+    "torch/mnist": "MNIST",
+    "torch/fashion_mnist": "FashionMNIST",
+}
+_DEMO = 'pip install "singe_plugin[demo]"'
+_UNFLIPPABLE = ("torch/mnist", "torch/fashion_mnist")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How images become the model's input.
+
+    Attributes:
+        size: height and width in pixels.
+        channels: 1 (grey) or 3 (colour).
+        mean, std: one value per channel, for pixels in [0, 1].
+        interpolation: of the resizing.
+        crop_pct: the part of the resized image that the centre crop keeps.
+    """
+
+    size: int = 32
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+
+    def transform(self, training: bool, augment: bool = True) -> Any:
+        """timm's transform: PIL image -> ``[channels, size, size]``; for training with its augmentation or without."""
+        create = _need("timm.data", "timm").create_transform
+        return create(
+            (self.channels, self.size, self.size),
+            is_training=training and augment,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+        )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data source: a training and a validation set of ``(image, class)``.
+
+    Attributes:
+        name: what it is, for messages and the report.
+        train, val: map-style datasets.
+        classes: the number of classes.
+    """
+
+    name: str
+    train: Dataset[Any]
+    val: Dataset[Any]
+    classes: int
+
+
+def data_config(model: nn.Module, img_size: int | None = None) -> DataConfig:
+    """The preprocessing a timm model was made for, at another size if wanted.
+
+    A model with one input channel gets the mean over the three that timm knows.
+
+    Raises:
+        ConfigError: if the model takes neither 1 nor 3 channels, or the size means nothing.
+
+    Example:
+        >>> import timm
+        >>> data_config(timm.create_model("resnet18", in_chans=1), img_size=64).size
+        64
+    """
+    if img_size is not None and img_size < 1:
+        raise ConfigError(f"img_size={img_size} is not a number of pixels; give a whole number >= 1")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
+    if channels not in (1, 3):
+        raise ConfigError(f"the model's first convolution takes {channels} channels; images have 1 (grey) or 3 (colour)")
+    resolve = _need("timm.data", "timm").resolve_data_config
+    found = resolve({} if img_size is None else {"img_size": img_size}, model=model)
+    mean, std = tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
+    if channels == 1 and len(mean) == 3:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    crop_pct = float(found["crop_pct"]) if found["input_size"][-1] > 64 else 1.0
+    return DataConfig(int(found["input_size"][-1]), channels, mean, std, str(found["interpolation"]), crop_pct)
+
+
+def load_splits(
+    config: DataConfig,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    seed: int = 0,
+    augment: bool = True,
+) -> Splits:
+    """The data source that the options name.
+
+    Args:
+        config: the preprocessing.
+        dataset: ``"digits"``, a name of ``TORCHVISION``, ``"folder"``, or None: the folder if there is one, else the
+            digits.
+        data_dir: the folder of images, or where torchvision keeps its files.
+        download: let torchvision download what is missing.
+        seed: of the split where the source has none.
+        augment: use timm's training augmentation (never for digits).
+
+    Raises:
+        ConfigError: for an unknown name, or a missing ``data_dir``.
+        DataError: if the data is not there or not usable.
+
+    Example:
+        >>> splits = load_splits(DataConfig(size=8, channels=1, mean=(0.5,), std=(0.5,)), "digits")
+        >>> len(splits.train), len(splits.val), splits.train[0][0].shape
+        (1297, 500, torch.Size([1, 8, 8]))
+    """
+    name = dataset or ("digits" if data_dir is None else "folder")
+    if name == "digits":
+        return digits(config, seed=seed)
+    if name != "folder" and name not in TORCHVISION:
+        known = ", ".join(["digits", "folder", *TORCHVISION])
+        raise ConfigError(f"unknown dataset {name!r}; choose one of {known}")
+    if data_dir is None:
+        raise ConfigError(f"dataset {name!r} needs --data-dir, the folder its files are in")
+    if name == "folder":
+        return image_folder(data_dir, config, seed, augment)
+    return torchvision_dataset(name, data_dir, config, download, augment)
+
+
+def digits(config: DataConfig, val: int = 500, seed: int = 0) -> Splits:
+    """scikit-learn's handwritten digits (1797 real 8x8 grey images, part of the package), scaled up bilinearly.
+
+    Args:
+        config: size, channels, mean and std.
+        val: the number of validation images; the split is stratified.
+        seed: of the split.
+
+    Raises:
+        DataError: if scikit-learn is not installed.
+
+    Example:
+        >>> digits(DataConfig(size=16, channels=1, mean=(0.5,), std=(0.5,))).classes
+        10
+    """
+    found = _need("sklearn.datasets", "scikit-learn", _DEMO).load_digits()
+    images = torch.as_tensor(found.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.as_tensor(found.target, dtype=torch.int64)
+    if config.size != images.shape[-1]:
+        images = functional.interpolate(images, size=config.size, mode="bilinear", align_corners=False)
+    images = images.expand(-1, config.channels, -1, -1)
+    shape = (1, config.channels, 1, 1)
+    images = (images - torch.tensor(config.mean).view(shape)) / torch.tensor(config.std).view(shape)
+    first, second = stratified_split(labels.tolist(), val, seed)
+    return Splits(
+        "digits (scikit-learn)",
+        TensorDataset(images[first], labels[first]),
+        TensorDataset(images[second], labels[second]),
+        10,
+    )
+
+
+def image_folder(directory: str | Path, config: DataConfig, seed: int = 0, augment: bool = True) -> Splits:
+    """A folder with one sub-folder of images per class.
+
+    ``DIRECTORY/train`` and ``DIRECTORY/val`` (or ``validation``) are used if they are there; else a fifth of the
+    images, drawn per class with the seed, is the validation set.
+
+    Raises:
+        DataError: if the folder or a class is missing, or there is no image; it says what was found.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give --data-dir a folder with one sub-folder of images per class")
+    train_dir = root / "train" if (root / "train").is_dir() else root
+    val_dir = next((root / n for n in ("val", "validation") if train_dir != root and (root / n).is_dir()), None)
+    train = _scan(train_dir)
+    if val_dir is not None:
+        val = _scan(val_dir)
+        if val.classes != train.classes:
+            odd = sorted(set(val.classes) ^ set(train.classes))
+            raise DataError(
+                f"{train_dir} has {len(train.classes)} classes and {val_dir} has {len(val.classes)}; "
+                f"{odd[:5]} are in one of them only; give both the same sub-folders"
+            )
+        first, second = list(range(len(train))), list(range(len(val)))
+    else:
+        val = train
+        first, second = stratified_split(train.targets, 0.2, seed)
+    return Splits(
+        f"folder {root.name}",
+        _Images(train, first, config.transform(True, augment), config.channels),
+        _Images(val, second, config.transform(False), config.channels),
+        len(train.classes),
+    )
+
+
+def torchvision_dataset(
+    name: str, directory: str | Path, config: DataConfig, download: bool = False, augment: bool = True
+) -> Splits:
+    """A torchvision dataset by timm's name for it (``torch/cifar10``), its test set as the validation set.
+
+    Raises:
+        DataError: if its files are not in the folder and ``download`` is false, or the download fails.
+    """
+    kind = getattr(_need("torchvision.datasets", "torchvision"), TORCHVISION[name])
+    try:
+        train, val = (kind(str(directory), train=flag, download=download) for flag in (True, False))
+    except (RuntimeError, OSError, ValueError) as error:
+        remedy = "check the network and the folder" if download else "give --dataset-download to fetch them"
+        raise DataError(f"the files of {name} in {directory} cannot be used ({error}); {remedy}") from error
+    augment = augment and name not in _UNFLIPPABLE
+    return Splits(
+        name,
+        _Images(train, list(range(len(train))), config.transform(True, augment), config.channels),
+        _Images(val, list(range(len(val))), config.transform(False), config.channels),
+        len(train.classes),
+    )
+
+
+def stratified_split(labels: Sequence[int], val: int | float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split positions in two so that each class has its share in both.
+
+    Args:
+        labels: one class per example.
+        val: how many go into the second part: a whole number, or a fraction inside ]0, 1[.
+        seed: of the draw.
+
+    Returns:
+        two sorted lists of positions.
+
+    Raises:
+        DataError: if a part would be empty.
+
+    Example:
+        >>> stratified_split([0, 0, 0, 0, 1, 1], 3, seed=0)[1].__len__()
+        3
+    """
+    total = len(labels)
+    count = round(val * total) if isinstance(val, float) else val
+    if not 0 < count < total:
+        raise DataError(
+            f"{total} examples cannot be split into a training set and {count} for validation; add images, or give "
+            "separate train and val folders"
+        )
+    classes: dict[int, list[int]] = {}
+    for position, label in enumerate(labels):
+        classes.setdefault(int(label), []).append(position)
+    shares = {c: count * len(members) / total for c, members in classes.items()}
+    taken = {c: int(share) for c, share in shares.items()}
+    by_remainder = sorted(classes, key=lambda c: (taken[c] - shares[c], c))
+    for c in by_remainder[: count - sum(taken.values())]:
+        taken[c] += 1
+    generator = torch.Generator().manual_seed(seed)
+    chosen: set[int] = set()
+    for c in sorted(classes):
+        order = torch.randperm(len(classes[c]), generator=generator).tolist()
+        chosen.update(classes[c][i] for i in order[: taken[c]])
+    return [i for i in range(total) if i not in chosen], sorted(chosen)
+
+
+class _Images(Dataset[Any]):
+    """Some images of a torchvision dataset, converted and transformed."""
+
+    def __init__(self, source: Any, positions: Sequence[int], transform: Any, channels: int) -> None:
+        self.source, self.positions, self.transform = source, positions, transform
+        self.mode = "L" if channels == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        position = self.positions[index]
+        try:
+            image, label = self.source[position]
+        except OSError as error:
+            samples = getattr(self.source, "samples", None)
+            where = samples[position][0] if samples else f"example {position}"
+            raise DataError(f"{where} cannot be read as an image: {error}; remove or replace it") from error
+        return self.transform(image.convert(self.mode)), int(label)
+
+
+def _scan(directory: Path) -> Any:
+    folder = _need("torchvision.datasets", "torchvision").ImageFolder
+    try:
+        return folder(str(directory))
+    except (FileNotFoundError, RuntimeError) as error:
+        inside = sorted(p.name for p in directory.iterdir())
+        found = f"found {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}" if inside else "it is empty"
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{directory} is no folder of classes ({found}: {reason}); put the images into one sub-folder per class"
+        ) from error
+
+
+def _need(module: str, package: str, remedy: str | None = None) -> Any:
+    """Import what is not always installed, or say what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(f"{package} is needed here and cannot be imported ({error}); {remedy or 'pip install ' + package}") from error

@@ -1,0 +1,270 @@
+"""``singe demo``: train a small residual network on real digits, prune it three ways, show what is left.
+
+Settings are fixed: nothing is chosen by looking at the validation images.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from singe_plugin.artifact import Builder, load, save
+from singe_plugin.data import evaluate, scoring_batches
+from singe_plugin.datasets import Splits, data_config, digits
+from singe_plugin.errors import ArtifactError
+from singe_plugin.report import Point, gradient_curves, markdown_table, write_report
+from singe_plugin.result import Result
+from singe_plugin.state import RngState, preserved
+
+__all__ = ["METHODS", "Demo", "DemoSettings", "run_demo"]
+
+METHODS = {"SInGE": "ig", "l2": "l2", "Taylor (torch-pruning)": None}
+HONESTY = "one seed: an illustration, not a comparison"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The fixed settings of the demo.
+
+    Attributes:
+        img_size: the digits are scaled up to this.
+        channels: widths of the network's four stages.
+        train_steps, lr: of the training from scratch (SGD, one-cycle schedule, batches of 64).
+        targets: fractions of the parameters to remove.
+        finetune_steps, finetune_lr: of the entwined fine-tuning.
+        units_per_step: the fraction of a layer removed between two scorings.
+        nodes: of the quadrature.
+    """
+
+    img_size: int = 32
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    train_steps: int = 240
+    lr: float = 0.1
+    targets: tuple[float, ...] = (0.5, 0.75)
+    finetune_steps: int = 150
+    finetune_lr: float = 0.02
+    units_per_step: float = 0.25
+    nodes: int = 5
+
+    @classmethod
+    def quick(cls) -> DemoSettings:
+        """A few seconds' worth, for tests: the accuracies mean nothing."""
+        return cls(16, (8, 16, 24, 32), 40, 0.1, (0.5,), 10, 0.02, 0.5, 3)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One pruned network: who chose the units, what is left, top-1 accuracy in [0, 1]."""
+
+    method: str
+    target: float
+    params: int
+    macs: int
+    accuracy_pruned: float | None
+    accuracy: float | None
+    latency_ms: float | None
+
+
+@dataclass
+class Demo:
+    """What the demo found.
+
+    Attributes:
+        baseline: the trained network.
+        rows: one per method and target.
+        seconds: of everything.
+        reloaded: whether the saved network computed the same bits after loading.
+        files: what was written.
+    """
+
+    baseline: DemoRow
+    rows: list[DemoRow]
+    seconds: float = 0.0
+    reloaded: bool = False
+    files: list[Path] = field(default_factory=list)
+
+    def table(self) -> str:
+        """The before/after table, Markdown that reads as text."""
+        header = ["", "parameters", "MACs", "after pruning alone", "after fine-tuning", "latency (ms)"]
+        return markdown_table(header, [_cells(r) for r in [self.baseline, *self.rows]])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "note": HONESTY,
+            "baseline": asdict(self.baseline),
+            "rows": [asdict(r) for r in self.rows],
+            "reloaded_identically": self.reloaded,
+            "seconds": self.seconds,
+            "files": [str(f) for f in self.files],
+        }
+
+
+def run_demo(
+    output: str | Path,
+    seed: int = 0,
+    quick: bool = False,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> Demo:
+    """Train, prune, compare, save and report.
+
+    Args:
+        output: the folder for the report, the plots and the pruned network.
+        seed: of the initial weights, the split and the batches.
+        quick: a far smaller version, for tests.
+        say: gets one line of text at a time.
+        progress: show a bar while training.
+
+    Raises:
+        DataError: if scikit-learn is missing.
+        ArtifactError: if the saved network does not compute what it did.
+    """
+    started = time.perf_counter()
+    settings = DemoSettings.quick() if quick else DemoSettings()
+    output = Path(output)
+    rng = RngState.capture()
+    try:
+        return _run(output, seed, settings, say, progress, started)
+    finally:
+        rng.restore()
+
+
+def _run(
+    output: Path, seed: int, settings: DemoSettings, say: Callable[[str], None], progress: bool, started: float
+) -> Demo:
+    builder = Builder.timm(
+        "resnet18", layers=[1, 1, 1, 1], channels=list(settings.channels), stem_type="deep", stem_width=8, in_chans=1,
+        num_classes=10,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    network = _seeded(builder, seed)
+    splits = digits(data_config(network, settings.img_size), seed=seed)
+    say(f"training a {sum(p.numel() for p in network.parameters()):,}-parameter timm residual network on {splits.name}")
+    train(network, splits, settings, seed, progress)
+    say(f"trained: {evaluate(network, _validation(splits)):.1%} of {len(splits.val)} validation images right")  # type: ignore[arg-type]
+    results: dict[tuple[str, float], tuple[Result, Result]] = {}
+    for target in settings.targets:
+        for method in METHODS:
+            results[method, target] = _prune_both(network, splits, method, target, settings, builder, seed)
+            _, tuned = results[method, target]
+            say(f"{method}, {target:.0%} of the parameters removed: {tuned.after.accuracy:.1%}")
+    before = next(iter(results.values()))[1].before
+    demo = Demo(
+        DemoRow("unpruned", 0.0, before.params, before.macs, before.accuracy, before.accuracy, before.latency_ms),
+        [_row(method, target, *pair) for (method, target), pair in results.items()],
+    )
+    saved = results["SInGE", 0.5][1]
+    save(saved, output / "pruned")
+    demo.reloaded = computes_the_same(saved.model, load(output / "pruned").model, splits)
+    if not demo.reloaded:
+        raise ArtifactError(f"{output / 'pruned'} was reloaded and does not compute what was saved")
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, output / "trained.safetensors")
+    curves = _curves(network, splits, seed)
+    points = [Point("unpruned", 0.0, float(before.accuracy or 0))]
+    points += [Point(r.method, 1 - r.params / before.params, float(r.accuracy or 0)) for r in demo.rows]
+    demo.seconds = time.perf_counter() - started
+    intro = [f"**{HONESTY}.** Seed {seed}, {splits.name}, settings fixed beforehand.", "", demo.table()]
+    extra = {"demo": demo.as_dict()}
+    demo.files = write_report(saved, output, points=points, curves=curves, title="SInGE demo", intro=intro, extra=extra)
+    demo.files += [output / "pruned", output / "trained.safetensors"]
+    return demo
+
+
+def train(network: nn.Module, splits: Splits, settings: DemoSettings, seed: int, progress: bool) -> None:
+    """Train from scratch: SGD with momentum, one-cycle schedule."""
+    from tqdm import tqdm
+
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(splits.train, batch_size=64, shuffle=True, drop_last=True, generator=generator)
+    optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.train_steps)
+    network.train()
+    bar = tqdm(total=settings.train_steps, desc="training", unit="step", disable=not progress, leave=False)
+    done = 0
+    while done < settings.train_steps:
+        for images, labels in loader:
+            if done == settings.train_steps:
+                break
+            loss = functional.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            done += 1
+    bar.close()
+    network.eval()
+
+
+def computes_the_same(first: nn.Module, second: nn.Module, splits: Splits) -> bool:
+    """Whether two networks give the same bits for the validation images."""
+    with preserved(first), preserved(second), torch.no_grad():
+        first.eval(), second.eval()
+        return all(torch.equal(first(images), second(images)) for images, _ in _validation(splits))
+
+
+def _seeded(builder: Builder, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return builder.build()
+
+
+def _validation(splits: Splits) -> Iterable[Any]:
+    return DataLoader(splits.val, batch_size=250)
+
+
+def _prune_both(
+    network: nn.Module, splits: Splits, method: str, target: float, settings: DemoSettings, builder: Builder, seed: int
+) -> tuple[Result, Result]:
+    """The same removal without and with the entwined fine-tuning."""
+    from singe_plugin.integrations.prune import prune
+
+    def once(steps: int) -> Result:
+        return prune(
+            copy.deepcopy(network), splits.train, target=f"params={target}", finetune_steps=steps,
+            lr=settings.finetune_lr, units_per_step=settings.units_per_step, criterion=METHODS[method] or "ig",
+            importance=_taylor() if METHODS[method] is None else None, nodes=settings.nodes,
+            val_data=_validation(splits), latency=steps > 0, seed=seed, builder=builder, device="cpu",
+        )  # fmt: skip
+
+    return once(0), once(settings.finetune_steps)
+
+
+def _taylor() -> Any:
+    import torch_pruning
+
+    return torch_pruning.importance.GroupTaylorImportance()
+
+
+def _curves(network: nn.Module, splits: Splits, seed: int) -> list[Any]:
+    from singe_plugin.inspection import pruner_of
+
+    batches = scoring_batches(splits.train, [], 64, 1, seed)
+    host = pruner_of(network, batches[0][0][:2]).host()
+    names = [spec.name for spec in host.layers()]
+    chosen = [names[len(names) // 4], names[-2]]
+    return gradient_curves(network, [host.units(name) for name in chosen], batches, seed=seed)
+
+
+def _row(method: str, target: float, bare: Result, tuned: Result) -> DemoRow:
+    after = tuned.after
+    return DemoRow(
+        method, target, after.params, after.macs, bare.after.accuracy, after.accuracy, after.latency_ms
+    )
+
+
+def _cells(row: DemoRow) -> list[str]:
+    percent = ["-" if a is None else f"{a:.1%}" for a in (row.accuracy_pruned, row.accuracy)]
+    latency = "-" if row.latency_ms is None else f"{row.latency_ms:.2f}"
+    name = row.method if not row.target else f"{row.method}, -{row.target:.0%}"
+    return [name, f"{row.params:,}", f"{row.macs:,}", *percent, latency]

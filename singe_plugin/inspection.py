@@ -1,0 +1,216 @@
+"""What pruning would do to a model, before anything is done: its groups, and what scoring them costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from singe_plugin.algorithm import units_per_removal
+from singe_plugin.budget import count_macs, count_params
+from singe_plugin.errors import BudgetError
+from singe_plugin.report import markdown_table
+from singe_plugin.scoring import ScoringOptions
+
+__all__ = ["GroupRow", "Inspection", "RunCost", "inspect_model", "pruner_of"]
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """A group of coupled layers that can be pruned.
+
+    Attributes:
+        name, block: of its first layer.
+        units: how many can be removed one by one.
+        channels_per_unit: above 1 in grouped convolutions and attention heads.
+        params: parameters that would go with all its units, those of the layers that read them included; a weight
+            between two groups counts in both.
+        producers: the layers that write the units.
+    """
+
+    name: str
+    block: str
+    units: int
+    channels_per_unit: int
+    params: int
+    producers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run for a target takes, in passes (one batch, forward and backward).
+
+    Attributes:
+        units_removed: of all layers.
+        scorings: how often a layer is scored.
+        passes_per_scoring: for one layer and one batch; with ``path="neuron"``, for one unit.
+        scoring_passes: of the whole run.
+        finetune_passes: one per fine-tuning step.
+    """
+
+    units_removed: int
+    scorings: int
+    passes_per_scoring: int
+    scoring_passes: int
+    finetune_passes: int
+
+    @property
+    def total_passes(self) -> int:
+        """Scoring and fine-tuning together."""
+        return self.scoring_passes + self.finetune_passes
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect_model` found.
+
+    Attributes:
+        params, macs: of the model; MACs for one example.
+        groups: what can be pruned, in forward order.
+        left_whole: group -> why it cannot.
+        options: what the cost is for.
+        cost: of a run for the target; None if the target cannot be met.
+        problem: why there is no cost.
+    """
+
+    params: int
+    macs: int
+    groups: list[GroupRow]
+    left_whole: dict[str, str]
+    options: dict[str, Any]
+    cost: RunCost | None
+    problem: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        found = asdict(self)
+        if self.cost is not None:
+            found["cost"]["total_passes"] = self.cost.total_passes
+        return found
+
+    def text(self) -> str:
+        """Tables for people."""
+        rows = [
+            (g.name, g.block, g.units, g.channels_per_unit, f"{g.params:,}", _few(g.producers)) for g in self.groups
+        ]
+        parts = [
+            f"{self.params:,} parameters, {self.macs:,} MACs, {len(self.groups)} groups that can be pruned",
+            markdown_table(["group", "block", "units", "channels per unit", "parameters", "written by"], rows),
+        ]
+        if self.left_whole:
+            parts.append("left whole:\n" + "\n".join(f"  {k}: {v}" for k, v in self.left_whole.items()))
+        if self.cost is None:
+            parts.append(f"no cost for {self.options['target']}: {self.problem}")
+        else:
+            cost = self.cost
+            parts.append(
+                f"{self.options['target']} with units_per_step={self.options['units_per_step']}: "
+                f"{cost.units_removed} units removed, {cost.scorings} scorings of {cost.passes_per_scoring} passes"
+                f"{' per unit' if self.options['path'] == 'neuron' else ''} "
+                f"= {cost.scoring_passes} forward and backward passes, plus {cost.finetune_passes} fine-tuning steps: "
+                f"{cost.total_passes} passes in all"
+            )
+        return "\n\n".join(parts)
+
+
+def pruner_of(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
+    """A pruner that scores by magnitude: enough to look at a model's groups, and no data needed."""
+    import torch_pruning
+
+    from singe_plugin.integrations.torch_pruning import SInGEPruner
+
+    return SInGEPruner(model, example_inputs, torch_pruning.importance.MagnitudeImportance(), **options)
+
+
+def inspect_model(
+    model: nn.Module,
+    example_inputs: Any,
+    target: str = "params=0.5",
+    units_per_step: int | float | str = 0.1,
+    scoring: ScoringOptions | None = None,
+    scoring_batch_count: int = 1,
+    finetune_steps: int = 1000,
+    **options: Any,
+) -> Inspection:
+    """Look at a model's groups and at what pruning it would cost; nothing is removed.
+
+    Args:
+        model: left as it was.
+        example_inputs: a batch to trace with; its first dimension is the number of examples.
+        target, units_per_step, finetune_steps: of the run whose cost is wanted.
+        scoring: how units would be scored.
+        scoring_batch_count: batches per scoring.
+        options: further arguments of ``SInGEPruner`` (``ratios``, ``round_to``, ``max_pruning_ratio``, ``verify``).
+            ``ratios="global"`` needs scores; the cost is then that of ``"uniform"`` plus one scoring of every layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> import torch
+        >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.5", units_per_step=1, finetune_steps=10)
+        >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
+        ([('0', 8, 56)], 30)
+    """
+    scoring = scoring or ScoringOptions()
+    by_score = options.get("ratios") == "global"
+    if by_score:
+        options["ratios"] = "uniform"
+    pruner = pruner_of(model, example_inputs, target=target, units_per_step=units_per_step, **options)
+    rows: list[GroupRow] = []
+    cost, problem = None, None
+    try:
+        host = pruner.host()
+        specs, costs = host.layers(), host.costs()
+        whole = costs.cost("params", {})
+        for spec in specs:
+            producers = tuple(producer.name for producer in host.units(spec.name).producers)
+            params = round(whole - costs.cost("params", {spec.name: spec.units}))
+            rows.append(GroupRow(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
+        plan = pruner.plan()
+        cost = _cost(
+            {spec.name: spec.units for spec in specs}, plan, units_per_step, scoring, scoring_batch_count,
+            finetune_steps, by_score,
+        )  # fmt: skip
+    except BudgetError as error:
+        problem = str(error)
+    shown = {
+        "target": target,
+        "units_per_step": units_per_step,
+        "criterion": scoring.criterion,
+        "quadrature": scoring.quadrature,
+        "path": scoring.path,
+        "scoring_batch_count": scoring_batch_count,
+        "finetune_steps": finetune_steps,
+    }
+    examples = max(len(example_inputs), 1)
+    return Inspection(
+        count_params(model), count_macs(model, example_inputs) // examples, rows, dict(pruner.left_whole), shown, cost,
+        problem,
+    )  # fmt: skip
+
+
+def _cost(
+    units: dict[str, int],
+    plan: dict[str, int],
+    units_per_step: int | float | str,
+    scoring: ScoringOptions,
+    batches: int,
+    finetune_steps: int,
+    by_score: bool,
+) -> RunCost:
+    """Count the scorings of Algorithm 1, chunk by chunk."""
+    scorings = passes = 0
+    for name, removed in plan.items():
+        chunk = units_per_removal(units_per_step, units[name])
+        alive = [units[name] - i * chunk for i in range(math.ceil(removed / chunk))]
+        if by_score:
+            alive.append(units[name])
+        scorings += len(alive)
+        evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
+        passes += evaluations * scoring.passes * batches
+    return RunCost(sum(plan.values()), scorings, scoring.passes, passes, finetune_steps)
+
+
+def _few(names: tuple[str, ...], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

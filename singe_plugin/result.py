@@ -1,0 +1,97 @@
+"""What a pruning run gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from singe_plugin.events import History
+
+__all__ = ["LayerRow", "Metrics", "Result"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A model in numbers; None where it was not measured.
+
+    Attributes:
+        params: parameters.
+        macs: multiply-adds for one example.
+        accuracy: top-1 on the validation data, in [0, 1].
+        latency_ms: median time of one forward pass of one example batch.
+    """
+
+    params: int
+    macs: int
+    accuracy: float | None = None
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the per-layer table: a group of coupled layers, its units before and after."""
+
+    name: str
+    block: str
+    units_before: int
+    units_after: int
+
+
+@dataclass
+class Result:
+    """The outcome of :func:`singe_plugin.prune`, and what :func:`singe_plugin.save` writes.
+
+    Attributes:
+        model: the pruned model.
+        before, after: parameters, MACs, accuracy, latency.
+        layers: units per layer, before and after, in forward order.
+        left_whole: group -> why it was not pruned.
+        history: every event of the run.
+        options: what was asked for.
+        versions: of the libraries that took part.
+        builder: how to build the unpruned architecture, or None.
+        structure: what removals changed, by module: what :func:`singe_plugin.load` needs besides the builder.
+    """
+
+    model: nn.Module
+    before: Metrics
+    after: Metrics
+    layers: list[LayerRow] = field(default_factory=list)
+    left_whole: dict[str, str] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    builder: Any = None
+    structure: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def removed_params(self) -> float:
+        """The fraction of the parameters that was removed."""
+        return 1 - self.after.params / self.before.params
+
+    @property
+    def removed_macs(self) -> float:
+        """The fraction of the multiply-adds that was removed."""
+        return 1 - self.after.macs / max(self.before.macs, 1)
+
+    def summary(self) -> str:
+        """The before/after table as text."""
+        rows = [("", "before", "after", "change")]
+        rows.append(_row("parameters", self.before.params, self.after.params, "{:,.0f}"))
+        rows.append(_row("MACs", self.before.macs, self.after.macs, "{:,.0f}"))
+        if self.before.accuracy is not None and self.after.accuracy is not None:
+            change = f"{100 * (self.after.accuracy - self.before.accuracy):+.2f} points"
+            rows.append(("accuracy", f"{self.before.accuracy:.2%}", f"{self.after.accuracy:.2%}", change))
+        if self.before.latency_ms is not None and self.after.latency_ms is not None:
+            rows.append(_row("latency (ms)", self.before.latency_ms, self.after.latency_ms, "{:.2f}"))
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+        if self.left_whole:
+            lines.append(f"left whole: {len(self.left_whole)} groups")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
+    return name, form.format(before), form.format(after), f"{100 * (after - before) / max(before, 1e-12):+.1f} %"
