@@ -29,6 +29,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+	$(BIN)/mypy -p integrations
 
 doctest: $(STAMP)
 	$(BIN)/python -m pytest --doctest-modules --import-mode=importlib singe_plugin integrations

@@ -283,7 +283,7 @@ def plan_removals(
             high = middle
     best = min((spread(low), spread(high)), key=lambda c: abs(cost.removed_fraction(target.kind, c) - wanted))
     best = _refine(layers, cost, target.kind, wanted, best, round_to)
-    _check(cost, target, best, "the nearest that can be reached is", aim)
+    _check(cost, target, best, "the nearest that these ratios reach is", aim)
     return best
 
 

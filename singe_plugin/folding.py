@@ -225,6 +225,10 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
     Returns:
         what was folded and what was not, with the reason.
 
+    Raises:
+        FoldingError: if the outputs on ``example_inputs`` change, because something outside autograd (``detach``,
+            ``no_grad``) also reads a folded layer; the model is then as it was.
+
     Example:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.BatchNorm2d(4))
@@ -237,13 +241,40 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
         )
     """
     pairs, left = foldable_pairs(model, example_inputs)
+    before = _eval_outputs(model, example_inputs)
+    undo = [(m, dict(m._parameters), dict(m._modules)) for m in model.modules()]
+    data = [(p, p.data) for p in model.parameters()]
     for layer_name, norm_name in pairs:
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         weight, bias = _fused(layer, norm)
         _assign(layer, "weight", weight)
         _assign(layer, "bias", bias)
         replace_folded(model, norm_name)
+    change = _relative_change(before, _eval_outputs(model, example_inputs))
+    if not change < 1e-2:
+        for module, parameters, children in undo:
+            module._parameters.update(parameters)
+            module._modules.update(children)
+        for parameter, value in data:
+            parameter.data = value
+        raise FoldingError(
+            f"folding {len(pairs)} batch-norms of {type(model).__name__} changes its output by {change:.2g} (relative): "
+            "a folded layer's output is also read outside autograd (detach or no_grad in the forward); do not fold"
+        )
     return FoldingReport(tuple(pairs), left)
+
+
+def _eval_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    with preserved(model), torch.no_grad():
+        model.eval()
+        return [t.clone() for t in _tensors(call_model(model, example_inputs)) if t.is_floating_point()]
+
+
+def _relative_change(a: list[Tensor], b: list[Tensor]) -> float:
+    changes = [
+        float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)) for x, y in zip(a, b, strict=True) if x.numel()
+    ]
+    return max(changes, default=0.0)
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:

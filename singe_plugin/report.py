@@ -266,7 +266,7 @@ def read_extras(directory: str | Path) -> dict[str, Any]:
 
 
 _RESULT_KEYS = frozenset(
-    "before after removed_params removed_macs layers left_whole history options versions builder".split()
+    ["before", "after", "removed_params", "removed_macs", "layers", "left_whole", "history", "options", "versions", "builder"]
 )
 
 

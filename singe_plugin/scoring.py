@@ -29,6 +29,7 @@ from singe_plugin.objective import (
     to_device,
 )
 from singe_plugin.path import DecayPath, decay_path
+from singe_plugin.prefix import PrefixCache
 from singe_plugin.reduction import NormalizerLike, check_normalizer, check_reduction, normalize, reduce_layers
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import Producer, RowLayout, UnitGroup, refuse_tied, tied_parameters
@@ -268,7 +269,9 @@ def _walk(
                 inputs, targets = split_batch(batch)
                 moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
                 walker = _Walker(model, group, rows, options, path, index, *moved)
-                results.append(walker.layer_path() if options.path == "layer" else walker.neuron_path())
+                with PrefixCache(model, {row.owner for row in rows}) as prefix:
+                    walk = walker.layer_path if options.path == "layer" else walker.neuron_path
+                    results.append(walk(prefix))
     if not results:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
     yield from results
@@ -416,7 +419,7 @@ class _Walker:
         self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
         self.norms, self.covered = _weight_norms(group, rows, options.degree)
 
-    def layer_path(self) -> list[_LayerStats]:
+    def layer_path(self, prefix: PrefixCache) -> list[_LayerStats]:
         """All units of the group decay together: one pass per node."""
         grads: list[list[Tensor]] = [[] for _ in self.group.producers]
         inner: list[list[Tensor]] = [[] for _ in self.group.producers]
@@ -424,6 +427,7 @@ class _Walker:
             for number, (norm, dot) in enumerate(self._decayed(scale)):
                 grads[number].append(norm)
                 inner[number].append(dot)
+            prefix.seal()
         return self._stats(grads, inner)
 
     def _decayed(self, scale: float, unit: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -445,10 +449,11 @@ class _Walker:
             result.append((_root(_join(powers, p), p), torch.stack(dots).sum(0).detach()))
         return result
 
-    def neuron_path(self) -> list[_LayerStats]:
+    def neuron_path(self, prefix: PrefixCache) -> list[_LayerStats]:
         """Each unit decays alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
         if self.options.unit_batch == 1:
-            return self._unit_by_unit()
+            return self._unit_by_unit(prefix)
+        prefix.cancel()  # within a batch of units, what is in front is computed once anyway
         names = {module: name for name, module in self.model.named_modules()}
         keys = [f"{names[r.owner]}.{r.attr}".lstrip(".") for r in self.rows]
         grads: list[list[Tensor]] = [[] for _ in self.group.producers]
@@ -466,13 +471,16 @@ class _Walker:
                 inner[number].append(dot)
         return self._stats(grads, inner)
 
-    def _unit_by_unit(self) -> list[_LayerStats]:
+    def _unit_by_unit(self, prefix: PrefixCache) -> list[_LayerStats]:
         """The neuron path without ``torch.func``, for models that it cannot follow."""
         grads: list[list[Tensor]] = [[] for _ in self.group.producers]
         inner: list[list[Tensor]] = [[] for _ in self.group.producers]
         units = torch.arange(self.group.size, device=self.device)
         for scale in self.path.scales.tolist():
-            found = [self._decayed(scale, unit) for unit in units]
+            found = []
+            for unit in units:
+                found.append(self._decayed(scale, unit))
+                prefix.seal()
             for number in range(len(self.group.producers)):
                 grads[number].append(torch.stack([layers[number][0][n] for n, layers in enumerate(found)]))
                 inner[number].append(torch.stack([layers[number][1][n] for n, layers in enumerate(found)]))

@@ -130,7 +130,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 parameter.grad = grad
         with torch.no_grad():
             for buffer, value in values:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # an untouched buffer keeps its version: graphs may hold it
+                    buffer.copy_(value)
         rng.restore()
 
 

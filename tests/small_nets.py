@@ -177,7 +177,7 @@ class Trace:
                 for name, module in modules.items()
             },
             "widths": {
-                name: {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float, tuple))}
+                name: {k: v for k, v in module.__dict__.items() if k[0] != "_" and isinstance(v, (int, float, tuple))}
                 for name, module in modules.items()
             },
             "rng": (torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2:]),
@@ -190,7 +190,8 @@ class Trace:
         """Compare with the model as it is now."""
         assert_same_values(self.model, self.values)
         now = self._rest()
-        assert [key for key in now if key not in ignore and now[key] != self.rest[key]] == []
+        for key, value in self.rest.items():
+            assert key in ignore or now[key] == value, key
         for before, after in zip(self.states, self._states(), strict=True):
             assert_same_state(after, before)
 

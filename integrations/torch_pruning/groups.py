@@ -16,7 +16,7 @@ from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
 
 from .slices import ItemSlice, item_slices, owner_of_parameter, tensor_of
 
-__all__ = ["UnitSlice", "aligned_units", "group_name", "unit_group", "unit_slices"]
+__all__ = ["UnitSlice", "aligned_units", "group_name", "roots_of", "unit_group", "unit_slices"]
 
 _BOX = tp.pruner.function.PrunerBox
 _OPTYPE = tp.ops.OPTYPE
@@ -56,7 +56,7 @@ def group_name(group: Any) -> str:
     return str(name) if name is not None else str(group[0].dep.target.name)
 
 
-def _roots(group: Any, number: int) -> list[int]:
+def roots_of(group: Any, number: int) -> list[int]:
     """The root channel of every index of an item, in the item's own order; the item is not changed."""
     roots = group[number].root_idxs
     if roots is None or len(roots) != len(group[number].idxs) or any(r is None for r in roots):
@@ -82,7 +82,7 @@ def unit_slices(group: Any, units: Sequence[Sequence[int]]) -> list[UnitSlice]:
     for number in range(len(group)):
         roots = None
         for part in item_slices(group._DG, group[number].dep, list(group[number].idxs)):
-            roots = _roots(group, number) if roots is None else roots
+            roots = roots_of(group, number) if roots is None else roots
             owner_of: dict[int, int] = {}
             tensor = tensor_of(part.owner, part.attr)
             size = 0 if tensor is None else tensor.shape[part.dim]
@@ -146,7 +146,7 @@ def _producer(group: Any, number: int, unit_of_root: dict[int, int]) -> tuple[Pr
     if not slots:
         return None, None
     pairs: dict[int, int] = {}
-    for row, channel in zip(idxs, _roots(group, number), strict=True):
+    for row, channel in zip(idxs, roots_of(group, number), strict=True):
         unit = unit_of_root.get(channel)
         if unit is not None:
             pairs.setdefault(row, unit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         if not isinstance(model, nn.Module):
             raise ConfigError(f"bind(model, batches) needs a torch.nn.Module, got {type(model).__name__}")
         usable = materialise(batches)
-        if hasattr(usable, "__len__") and len(usable) == 0:
+        if isinstance(usable, Sized) and len(usable) == 0:
             raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
         self.model, self.batches = model, usable
         return self

@@ -1,8 +1,9 @@
 """Two oracles for "is this group right?", run before anything is removed.
 
 *Permutation*: if a group names every slice that belongs to its units, permuting the units in all of them at once
-leaves the function unchanged, exactly. *Mask = removal*: where no norm mixes the channels, the model with the
-units' producing rows zeroed and the model with the units removed compute the same function.
+leaves the function unchanged, exactly. *Mask = removal*: the model with the units' producing rows zeroed and the
+model with the units removed compute the same function, where a norm that mixes the channels is taken over those
+that are left.
 
 Both run on the user's model with randomised weights, statistics and inputs (so that nothing passes because it is
 all ones and zeros), which is then put back bit for bit.
@@ -10,8 +11,10 @@ all ones and zeros), which is then put back bit for bit.
 
 from __future__ import annotations
 
+import copy
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from singe_plugin.errors import GroupError, SingeError
 from singe_plugin.objective import call_model
 from singe_plugin.state import preserved
 
-from .groups import UnitSlice, group_name, unit_slices
+from .groups import UnitSlice, group_name, roots_of, unit_slices
 from .removal import Snapshot, Trackers, remove_channels
 from .slices import tensor_of
 
@@ -139,54 +142,100 @@ def check_group(pruner: Any, group: Any, units: Sequence[Sequence[int]], inputs:
     if change > TOLERANCE:
         return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
     half = torch.randperm(len(units), generator=generator)[: max(1, len(units) // 2)].tolist()
-    mixes = any(isinstance(group[i].dep.target.module, _MIXING) for i in range(len(group)))
-    for chosen in ([half[0]], sorted(half)):
-        reason = _check_removal(pruner, group, units, slices, chosen, inputs, base, mixes)
-        if reason is not None:
-            return reason
-        if len(chosen) == len(half):
-            break
-    return None
-
-
-def _check_removal(
-    pruner: Any,
-    group: Any,
-    units: Sequence[Sequence[int]],
-    slices: list[UnitSlice],
-    chosen: list[int],
-    inputs: Any,
-    base: list[Tensor],
-    mixes: bool,
-) -> str | None:
-    model: nn.Module = pruner.model
-    with _masked(slices, set(chosen)):
-        masked = _forward(model, inputs)
-    if isinstance(masked, str):
-        return f"the forward pass fails when its units are masked ({masked})"
-    dep = group[0].dep
     undo = Snapshot(pruner.DG)
     try:
-        remove_channels(pruner.DG, dep.target.module, dep.handler, [c for u in chosen for c in units[u]], Trackers())
-        removed = _forward(model, inputs)
+        return _check_removals(pruner, group, units, half, inputs, base)
     except SingeError as error:
         return str(error)
     finally:
         undo.restore()
-    if isinstance(removed, str):
-        return f"the forward pass fails when {len(chosen)} of its units are removed ({removed})"
-    if [t.shape for t in removed] != [t.shape for t in base]:
-        return "removing its units changes the shape of the model's output"
-    change = relative_change(masked, removed)
-    if change == float("inf"):
-        return "the output is not finite when its units are removed"
-    if mixes:
-        return None
-    if change > TOLERANCE:
-        return f"removing its units is not the same as masking them: the outputs differ by {change:.2g} (relative)"
-    if len(chosen) > 1 and relative_change(base, masked) == 0.0:
-        return "its units do not change the output on random data, so it cannot be verified"
+
+
+def _check_removals(
+    pruner: Any, group: Any, units: Sequence[Sequence[int]], half: list[int], inputs: Any, base: list[Tensor]
+) -> str | None:
+    """Remove one unit, then the rest of ``half``: the graph has to be right after a removal, too."""
+    model: nn.Module = pruner.model
+    rounds = [half[:1]] if len(half) == 1 else [half[:1], half]
+    expected = [_masked_outputs(model, group, units, chosen, inputs) for chosen in rounds]
+    gone: list[int] = []
+    for chosen, (masked, exact) in zip(rounds, expected, strict=True):
+        if isinstance(masked, str):
+            return f"the forward pass fails when its units are masked ({masked})"
+        remove_channels(
+            pruner.DG, *_root_of(group), _renumbered(units, [u for u in chosen if u not in gone], gone), Trackers()
+        )
+        gone = chosen
+        removed = _forward(model, inputs)
+        if isinstance(removed, str):
+            return f"the forward pass fails when {len(chosen)} of its units are removed ({removed})"
+        if [t.shape for t in removed] != [t.shape for t in base]:
+            return "removing its units changes the shape of the model's output"
+        change = relative_change(masked, removed)
+        if change == float("inf"):
+            return "the output is not finite when its units are removed"
+        if exact and change > TOLERANCE:
+            return f"removing its units is not the same as masking them: the outputs differ by {change:.2g} (relative)"
+        if exact and len(chosen) > 1 and relative_change(base, masked) == 0.0:
+            return "its units do not change the output on random data, so it cannot be verified"
     return None
+
+
+def _root_of(group: Any) -> tuple[nn.Module, Any]:
+    dep = group[0].dep
+    return dep.target.module, dep.handler
+
+
+def _renumbered(units: Sequence[Sequence[int]], chosen: Sequence[int], gone: Sequence[int]) -> list[int]:
+    """The root channels of the chosen units, after those of ``gone`` were removed."""
+    missing = sorted(channel for unit in gone for channel in units[unit])
+    return [channel - bisect_left(missing, channel) for unit in chosen for channel in units[unit]]
+
+
+def _masked_outputs(
+    model: nn.Module, group: Any, units: Sequence[Sequence[int]], chosen: list[int], inputs: Any
+) -> tuple[list[Tensor] | str, bool]:
+    """The outputs with the producing rows of the chosen units zeroed, and whether removal must give the same."""
+    roots = {channel for unit in chosen for channel in units[unit]}
+    with ExitStack() as stack:
+        norms = [_NormOfTheRest(group, i, roots) for i in range(len(group)) if _mixes(group, i)]
+        stack.enter_context(_masked(unit_slices(group, units), set(chosen)))
+        for norm in norms:
+            stack.enter_context(norm.module.register_forward_hook(norm))
+        return _forward(model, inputs), all(norm.exact for norm in norms)
+
+
+def _mixes(group: Any, number: int) -> bool:
+    return isinstance(group[number].dep.target.module, _MIXING)
+
+
+class _NormOfTheRest:
+    """A forward hook that takes a layer or group norm over the channels that are left; the others become zero."""
+
+    def __init__(self, group: Any, number: int, roots: set[int]) -> None:
+        dep, idxs = group[number].dep, list(group[number].idxs)
+        gone = sorted(i for i, root in zip(idxs, roots_of(group, number), strict=True) if root in roots)
+        self.module: nn.Module = dep.target.module
+        self.width = int(group._DG.get_out_channels(self.module))
+        self.kept = torch.tensor([i for i in range(self.width) if i not in set(gone)])
+        self.small = copy.deepcopy(self.module)
+        self.exact = True
+        if gone:
+            dep.handler.__self__.pruning_dim = dep.target.pruning_dim
+            dep.handler(self.small, gone)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        dims = [d for d, size in enumerate(args[0].shape) if size == self.width] if args else []
+        if isinstance(module, nn.GroupNorm):
+            dims = [1]
+        elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+            dims = [args[0].ndim - 1]
+        if len(dims) != 1:  # a layer norm over we do not know which dimension
+            self.exact = False
+            return output
+        kept = self.kept.to(output.device)
+        rest = self.small(args[0].index_select(dims[0], kept))
+        return torch.zeros_like(output).index_copy(dims[0], kept, rest)
 
 
 def _forward(model: nn.Module, inputs: Any) -> list[Tensor] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ((58, 30), 4)
     """
 
+    current_step: int
+
     def __init__(
         self,
         model: nn.Module,
@@ -124,12 +127,12 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             kwargs[name] = dict(kwargs.get(name) or {})  # BasePruner's own defaults are shared between pruners
         kwargs.setdefault("forward_fn", call_model)
         _check_base_arguments(kwargs)
-        modes, flags = train_mode_of(model), [(p, p.requires_grad) for p in model.parameters()]
         try:
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(True)  # the graph is traced through autograd
-            super().__init__(model, example_inputs, importance, *args, **kwargs)
+            with preserved(model):  # torch-pruning leaves its hooks behind when the forward pass fails
+                for parameter in model.parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(True)  # the graph is traced through autograd
+                super().__init__(model, example_inputs, importance, *args, **kwargs)
         except SingeError:
             raise
         except Exception as error:
@@ -137,11 +140,6 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 f"torch-pruning could not trace {type(model).__name__}: {type(error).__name__}: {error}; check that "
                 "model(example_inputs) runs and is differentiable"
             ) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
         self.left_whole: dict[str, str] = {}
         self.layers = self._verified_layers(verify)
 
@@ -244,7 +242,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if interactive:
             return super().step(interactive=True)
         undo = Snapshot(self.DG, trackers=self._all_trackers())
-        before = self.current_step
+        before: int = self.current_step
         try:
             return super().step()
         except BaseException:
@@ -287,25 +285,35 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ratios = self.ratios if isinstance(self.ratios, str) else self._named(self.ratios)
         if ratios == "global":
             scores = {spec.name: self.score_layer(host, spec.name) for spec in specs}
-        if self.target is None and self.pruning_ratio_dict:
-            own = {name: r for name, r in self._named_base().items() if any(s.name == name for s in specs)}
-            ratios = {s.name: own.get(s.name, self.pruning_ratio) for s in specs}
+        target = self.target
+        if target is None:
+            if self.pruning_ratio_dict:
+                own = {spec.name: self._ratio_of(host, spec.name) for spec in specs}
+                return plan_removals(specs, costs, None, own, self.round_to)
+            return plan_removals(specs, costs, None, ratios, self.round_to, scores, self.pruning_ratio)
         before = {"params": count_params(self.model), "macs": count_macs(self.model, self.example_inputs)}
+        nearest = math.inf
         for _ in range(6):
-            counts = plan_removals(specs, costs, self.target, ratios, self.round_to, scores, self.pruning_ratio, aim)
-            if self.target is None:
+            counts = plan_removals(specs, costs, target, ratios, self.round_to, scores, aim=aim)
+            reached = 1 - host.trial(counts)[target.kind] / before[target.kind]
+            nearest = min(nearest, reached, key=lambda r: abs(r - target.fraction))
+            if abs(reached - target.fraction) <= 0.01:
                 return counts
-            after = host.trial(counts)[self.target.kind]
-            reached = 1 - after / before[self.target.kind]
-            if abs(reached - self.target.fraction) <= 0.01:
-                return counts
-            aim = (self.target.fraction if aim is None else aim) + self.target.fraction - reached
+            aim = (target.fraction if aim is None else aim) + target.fraction - reached
             if not 0 < aim < 1:
                 break
         raise BudgetError(
-            f"target {self.target.kind}={self.target.fraction:g} cannot be met within one point: the nearest that was "
-            f"reached is {self.target.kind}={reached:.4f}; choose that, or relax round_to and max_pruning_ratio"
+            f"target {target.kind}={target.fraction:g} cannot be met within one point: the nearest that was reached is "
+            f"{target.kind}={nearest:.4f}; choose that, or relax round_to and max_pruning_ratio"
         )
+
+    def _ratio_of(self, host: TorchPruningHost, layer: str) -> float:
+        """The ratio that ``pruning_ratio_dict`` gives to a layer of the group, else ``pruning_ratio``."""
+        group, _ = host.full_group(layer)
+        for _, module in self._writers(group):
+            if module in self.pruning_ratio_dict:
+                return float(self.pruning_ratio_dict[module][-1])
+        return float(self.pruning_ratio)
 
     def _named(self, ratios: Mapping[Any, float]) -> dict[str, float]:
         """Ratios by layer name: modules become the names of the layers that contain them."""
@@ -319,13 +327,6 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 raise ConfigError(f"ratios: {key!r} is no prunable layer of the model; use names from pruner.layers")
             named.update(dict.fromkeys(hits, float(ratio)))
         return named
-
-    def _named_base(self) -> dict[str, float]:
-        return {
-            self.DG._module2name[module]: steps[-1]
-            for module, steps in self.pruning_ratio_dict.items()
-            if module in self.DG._module2name
-        }
 
     def run(
         self,

@@ -7,6 +7,7 @@ state and an EMA copy are cut along; a failure puts everything back.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,7 +158,7 @@ def _swap_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
-class PreservingGroup(Group):
+class PreservingGroup(Group):  # type: ignore[misc]
     """A group whose ``prune()`` keeps parameter objects, cuts optimizer and EMA state, and rolls back on failure."""
 
     def __init__(self, group: Any, trackers: Trackers | None = None) -> None:
@@ -195,7 +196,7 @@ def _prune_preserving(group: Any, trackers: Trackers, record_history: bool) -> N
     undo = Snapshot(graph, modules, trackers)
     try:
         tracked = bool(trackers.optimizers or trackers.emas)
-        cuts = _cuts(group) if tracked else {}
+        cuts = _cuts(group, strict=tracked)
         before = {
             (m, attr): (tensor, tensor.data)
             for m in modules
@@ -203,6 +204,7 @@ def _prune_preserving(group: Any, trackers: Trackers, record_history: bool) -> N
             if tensor is not None
         }
         Group.prune(group, record_history=record_history)
+        _refresh_splits(graph)
         _reinstall(graph, before, trackers, cuts)
         _cut_emas(graph, modules, cuts, trackers)
     except BaseException as error:
@@ -215,11 +217,28 @@ def _prune_preserving(group: Any, trackers: Trackers, record_history: bool) -> N
         raise
 
 
-def _cuts(group: Any) -> dict[tuple[nn.Module, str], list[tuple[int, list[int]]]]:
-    """For every tensor of the group, the dimensions and positions that will be cut."""
+def _refresh_splits(graph: Any) -> None:
+    """torch-pruning keeps the sizes of a split up to date, but not the offsets that its index mapping reads."""
+    for node in graph.module2node.values():
+        sizes = getattr(node.module, "split_sizes", None)
+        if node.type == tp.ops.OPTYPE.SPLIT and sizes is not None:
+            node.module.offsets = [0, *itertools.accumulate(sizes)]
+
+
+def _cuts(group: Any, strict: bool) -> dict[tuple[nn.Module, str], list[tuple[int, list[int]]]]:
+    """For every tensor of the group, the dimensions and positions that will be cut.
+
+    Layers whose slices are not known raise :class:`GroupError` if ``strict``, and are left to torch-pruning if not.
+    """
     cuts: dict[tuple[nn.Module, str], list[tuple[int, list[int]]]] = {}
     for number in range(len(group)):
-        for part in item_slices(group._DG, group[number].dep, list(group[number].idxs)):
+        try:
+            parts = item_slices(group._DG, group[number].dep, list(group[number].idxs))
+        except GroupError:
+            if strict:
+                raise
+            continue
+        for part in parts:
             positions = sorted({p for row in part.index for p in row})
             cuts.setdefault((part.owner, part.attr), []).append((part.dim, positions))
     return cuts
@@ -242,6 +261,15 @@ def _reinstall(graph: Any, before: dict[Any, Any], trackers: Trackers, cuts: dic
             module._parameters[attr] = old
             continue
         fresh, grad, shape = new.data, new.grad, data.shape
+        if (module, attr) in cuts:
+            # torch-pruning's own cut of a layer norm does not always keep the order of its channels
+            fresh = _select(data, cuts[module, attr])
+            grad = None if old.grad is None else _select(old.grad, cuts[module, attr])
+            if fresh.shape != new.shape:
+                raise GroupError(
+                    f"torch-pruning cut {type(module).__name__}.{attr} to {tuple(new.shape)}, expected "
+                    f"{tuple(fresh.shape)}"
+                )
         if data.ndim == 4 and data.is_contiguous(memory_format=torch.channels_last) and not data.is_contiguous():
             fresh = fresh.contiguous(memory_format=torch.channels_last)
         old.grad = None

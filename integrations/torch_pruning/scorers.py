@@ -101,6 +101,9 @@ def _obdc(pruner: Any, importance: Any, batches: list[Any]) -> None:
         pruner.model.zero_grad()
         _loss(pruner.model, batch).backward()
         importance.step()
+    for module, fisher in importance.Fisher.items():
+        if module.bias is not None:  # torch-pruning counts a column for the bias here, but not when it scores
+            importance.Fisher[module] = fisher[:, :-1]
 
 
 _PREPARE: dict[type, Preparer] = {_HESSIAN: _hessian, _OBDC: _obdc, _TAYLOR: _taylor}

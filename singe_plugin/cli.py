@@ -1,0 +1,262 @@
+"""The command ``singe``: reads options, prints what :mod:`singe_plugin.runs` and the demo return.
+
+Options carry timm's names where timm has them. Exit codes: 0 done, 1 an error of ours (one line on stderr),
+2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+
+from singe_plugin import __version__
+from singe_plugin.algorithm import units_per_removal
+from singe_plugin.budget import RATIOS
+from singe_plugin.criteria import CRITERIA
+from singe_plugin.datasets import TORCHVISION
+from singe_plugin.errors import SingeError
+from singe_plugin.finetune import SCHEDULES
+from singe_plugin.models import parse_pairs
+from singe_plugin.objective import OBJECTIVES
+from singe_plugin.path import QUADRATURES
+from singe_plugin.reduction import REDUCTIONS
+from singe_plugin.scoring import PATHS, ScoringOptions
+
+__all__ = ["main"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_SCORING = ("criterion", "p", "mu", "steps", "quadrature", "nodes", "path", "objective", "group_reduction")
+
+
+class UnitsPerStep(click.ParamType):
+    """A number of units, a fraction of the layer, or ``layer``."""
+
+    name = "units"
+
+    def get_metavar(self, param: Any, ctx: Any = None) -> str:
+        """How the help shows it."""
+        return "N|FRACTION|layer"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Read the text; a wrong one is a usage error."""
+        number: Any = value
+        if isinstance(value, str) and value != "layer":
+            try:
+                number = float(value) if "." in value or "e" in value else int(value)
+            except ValueError:
+                self.fail(f"{value!r} is not a number of units, a fraction or 'layer'", param, ctx)
+        try:
+            units_per_removal(number, 100)
+        except SingeError as error:
+            self.fail(str(error), param, ctx)
+        return number
+
+
+class Ratios(click.ParamType):
+    """A way to spread the target, or ``name=ratio,name=ratio``."""
+
+    name = "ratios"
+
+    def get_metavar(self, param: Any, ctx: Any = None) -> str:
+        """How the help shows it."""
+        return "|".join([*RATIOS, "NAME=RATIO,..."])
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Read the text; a wrong one is a usage error."""
+        if not isinstance(value, str) or value in RATIOS:
+            return value
+        try:
+            pairs = [part.rsplit("=", 1) for part in value.split(",")]
+            return {name.strip(): float(ratio) for name, ratio in pairs}
+        except ValueError:
+            self.fail(f"{value!r} is neither one of {', '.join(RATIOS)} nor NAME=RATIO,NAME=RATIO", param, ctx)
+
+
+class Singe(click.Group):
+    """Turns errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SingeError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            resume = ctx.invoked_subcommand == "prune"
+            hint = "; the same command with --resume continues after the last finished layer" if resume else ""
+            click.echo(f"interrupted{hint}", err=True)
+            ctx.exit(130)
+
+
+def _stacked(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_model = _stacked(
+    click.option("--model", required=True, help="timm's name of the architecture."),
+    click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
+    click.option("--checkpoint", type=click.Path(), help="Start from the weights in this .safetensors or .pth file."),
+    click.option("--num-classes", type=click.IntRange(1), help="Classes of the model; by default its own or the data's."),
+    click.option("--in-chans", type=click.Choice(["1", "3"]), help="Channels of the images."),
+    click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="More for timm.create_model; repeatable."),
+    click.option("--img-size", type=click.IntRange(1), help="Image size; by default the model's (digits: 32)."),
+    click.option("--device", help="cpu, cuda, ...; by default CUDA when there is one."),
+    click.option("--seed", default=0, show_default=True, help="Of everything random."),
+)
+_data = _stacked(
+    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}; by default the folder, else digits."),
+    click.option("--data-dir", type=click.Path(), help="Folder of images (train/ and val/ in it, or classes)."),
+    click.option("--dataset-download", is_flag=True, help="Let torchvision download the dataset."),
+    click.option("--no-aug", is_flag=True, help="No training augmentation."),
+    click.option("-b", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Of fine-tuning."),
+    click.option("-j", "--workers", default=0, show_default=True, type=click.IntRange(0), help="Loader processes."),
+    click.option("--amp", is_flag=True, help="Mixed precision."),
+    click.option("--amp-dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16"])),
+    click.option("--channels-last", is_flag=True, help="Channels-last memory format."),
+)
+_pruning = _stacked(
+    click.option("--target", default="params=0.5", show_default=True, help="What to remove: params=X or macs=X."),
+    click.option("--ratios", default="block", show_default=True, type=Ratios(), help="How it is spread over layers."),
+    click.option("--units-per-step", default=0.1, show_default=True, type=UnitsPerStep(), help="Between two scorings."),
+    click.option("--round-to", type=click.IntRange(1), help="Keep multiples of this many channels."),
+    click.option("--max-pruning-ratio", default=0.95, show_default=True, type=float, help="Of one layer."),
+    click.option("--criterion", default="ig", show_default=True, type=click.Choice(list(CRITERIA))),
+    click.option("-p", "--norm", "p", default=2.0, show_default=True, type=float, help="Degree of the norms."),
+    click.option("--mu", default=0.9, show_default=True, type=float, help="Decay rate of the path."),
+    click.option("--steps", type=click.IntRange(0), help="S; by default down to 1 % of the weights."),
+    click.option("--quadrature", default="gauss", show_default=True, type=click.Choice(QUADRATURES)),
+    click.option("--nodes", default=5, show_default=True, type=click.IntRange(1), help="Of the gauss quadrature."),
+    click.option("--path", default="layer", show_default=True, type=click.Choice(PATHS), help="What decays together."),
+    click.option("--objective", default="loss", show_default=True, type=click.Choice(list(OBJECTIVES))),
+    click.option("--group-reduction", default="sum", show_default=True, type=click.Choice(list(REDUCTIONS))),
+    click.option("--finetune-steps", default=1000, show_default=True, type=click.IntRange(0), help="In all."),
+    click.option("--no-verify", is_flag=True, help="Trust torch-pruning's groups unchecked."),
+)
+_output = _stacked(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+)
+
+
+def _model_options(options: dict[str, Any]) -> dict[str, Any]:
+    in_chans = options.pop("in_chans")
+    kwargs = parse_pairs(options.pop("model_kwargs"))
+    found = {k: options.pop(k) for k in ("pretrained", "checkpoint", "num_classes")}
+    chans = None if in_chans is None else int(in_chans)
+    return {"name": options.pop("model"), **found, "in_chans": chans, "kwargs": kwargs, "seed": options["seed"]}
+
+
+@contextlib.contextmanager
+def _stdout_for_json(as_json: bool) -> Iterator[None]:
+    """Under ``--json``, whatever libraries print goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+def _finish(values: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(values, indent=1))
+    elif not quiet:
+        click.echo(text)
+
+
+def _teller(as_json: bool, quiet: bool) -> Callable[[str], None]:
+    return lambda line: None if quiet else click.echo(line, err=as_json)
+
+
+@click.group(cls=Singe, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="singe")
+def main() -> None:
+    """Prune networks with SInGE: integrated-gradient relevance of neurons, fine-tuning in between."""
+
+
+@main.command()
+@click.option("--output", default="singe_demo", show_default=True, type=click.Path(), help="Folder for the results.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--quick", is_flag=True, help="A few seconds' worth; the accuracies mean nothing.")
+@_output
+def demo(output: str, seed: int, quick: bool, as_json: bool, quiet: bool) -> None:
+    """Train a small network on real digits and prune it three ways; two minutes, no network."""
+    from singe_plugin.demo import HONESTY, run_demo
+
+    with _stdout_for_json(as_json):
+        found = run_demo(output, seed, quick, _teller(as_json, quiet), progress=not quiet)
+    files = "\n".join(f"  {path}" for path in found.files)
+    text = f"\n{found.table()}\n\n{HONESTY}; {found.seconds:.0f} s\nreloaded bit for bit; files:\n{files}"
+    _finish(found.as_dict(), text, as_json, quiet)
+
+
+@main.command()
+@_model
+@_data
+@_pruning
+@click.option("--finetune-every", default="layer", show_default=True, type=click.Choice(SCHEDULES))
+@click.option("--lr", default=0.01, show_default=True, type=float, help="Of the fine-tuning.")
+@click.option("--scoring-batch-size", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--fold", is_flag=True, help="Fold batch-norm for good first, as in the paper.")
+@click.option("--latency", is_flag=True, help="Measure the latency too.")
+@click.option("--no-curves", is_flag=True, help="Leave the plot of gradients along the path out.")
+@click.option("--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results.")
+@click.option("--resume", is_flag=True, help="Continue the unfinished run in --output.")
+@_output
+def prune(output: str, resume: bool, no_curves: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Prune a timm model and fine-tune it on the way; save it with a report."""
+    from singe_plugin.runs import run_prune
+
+    with _stdout_for_json(as_json):
+        model = _model_options(options)
+        data = {key: options.pop(key) for key in ("dataset", "data_dir", "img_size")}
+        data.update(download=options.pop("dataset_download"), seed=options["seed"], augment=not options.pop("no_aug"))
+        dtype = {"bfloat16": "bf16", "float16": "fp16"}[options.pop("amp_dtype")]
+        options["amp"] = dtype if options["amp"] else None
+        options["verify"] = not options.pop("no_verify")
+        say = _teller(as_json, quiet)
+        result, values = run_prune(model, data, options, output, resume, not no_curves, not quiet, say)
+    files = "\n".join(f"  {path}" for path in values["files"])
+    _finish(values, f"{result.summary()}\nfiles:\n{files}", as_json, quiet)
+
+
+@main.command()
+@_model
+@_pruning
+@_output
+def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Show what can be pruned, what is left whole and why, and what scoring costs."""
+    from singe_plugin.runs import run_inspect
+
+    with _stdout_for_json(as_json):
+        model = _model_options(options)
+        options.pop("seed")
+        options["verify"] = not options.pop("no_verify")
+        scoring = ScoringOptions(**{key: options.pop(key) for key in _SCORING})
+        found, values = run_inspect(model, options.pop("img_size"), scoring, options.pop("device"), **options)
+    text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"
+    _finish(values, text, as_json, quiet)
+
+
+@main.command()
+@click.argument("directory", type=click.Path())
+@_output
+def report(directory: str, as_json: bool, quiet: bool) -> None:
+    """Write the report of the result saved in DIRECTORY again, and print its summary."""
+    from singe_plugin.runs import run_report
+
+    with _stdout_for_json(as_json):
+        result, values = run_report(directory)
+    files = "\n".join(f"  {path}" for path in values["files"])
+    _finish(values, f"{result.summary()}\nfiles:\n{files}", as_json, quiet)
+
+
+if __name__ == "__main__":
+    main()

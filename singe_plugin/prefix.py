@@ -1,0 +1,143 @@
+"""Nothing in front of a layer changes while the layer decays: compute it once per batch.
+
+During the first pass, the outputs of modules that finish before the first decaying layer starts are kept; in the
+passes that follow they are returned instead of being computed again. Only the outermost such modules are kept, and
+only those that are called once, leave their inputs alone and return new memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PrefixCache"]
+
+_MISSING = object()
+
+
+class PrefixCache:
+    """Records one forward pass of a model, then short-cuts what ran before the given layers.
+
+    Use as a context manager around all passes over one batch; leaving it takes everything out again.
+
+    Args:
+        model: in eval mode.
+        layers: the modules whose parameters will change between passes.
+
+    Example:
+        >>> first, last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> net = torch.nn.Sequential(first, last)
+        >>> with PrefixCache(net, [last]) as cache:
+        ...     before = net(torch.ones(1, 2))
+        ...     cache.seal()
+        ...     (cache.kept == [first], torch.equal(net(torch.ones(1, 2)), before))
+        (True, True)
+        >>> "forward" in first.__dict__
+        False
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+        self.model = model
+        self.layers = set(layers)
+        self.kept: list[nn.Module] = []
+        self._started = False
+        self._calls: dict[nn.Module, int] = {}
+        self._outputs: dict[nn.Module, Any] = {}
+        self._inputs: dict[nn.Module, list[tuple[Tensor, int]]] = {}
+        self._handles: list[Any] = []
+        self._forwards: list[tuple[nn.Module, Any]] = []
+
+    def __enter__(self) -> PrefixCache:
+        for module in self.model.modules():
+            hooked = bool(module._forward_hooks or module._forward_pre_hooks)  # a user's hook may change the output
+            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            if not hooked and not isinstance(module, torch.jit.ScriptModule):
+                self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        return self
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._calls[module] = self._calls.get(module, 0) + 1
+        self._inputs[module] = [(t, t._version) for t in _tensors((args, kwargs))]
+        if module in self.layers:
+            self._started = True
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inputs = self._inputs.pop(module, [])
+        if self._started or not _is_plain(output):
+            return
+        if any(t._version != version for t, version in inputs):
+            return  # it works in place: what else holds its input must see that in every pass
+        memory = {t.untyped_storage().data_ptr() for t, _ in inputs}
+        if any(t.untyped_storage().data_ptr() in memory for t in _tensors(output)):
+            return  # a view or the input itself: what follows in place would have to reach the input
+        for inner in module.modules():
+            self._outputs.pop(inner, None)
+        self._outputs[module] = _copy(output)
+
+    def cancel(self) -> None:
+        """Stop recording and keep nothing."""
+        self._unhook()
+        self._outputs.clear()
+
+    def seal(self) -> None:
+        """End the recording pass: from now on the kept outputs are returned. Calling it again does nothing."""
+        if not self._handles:
+            return
+        self._unhook()
+        if not self._started:
+            self._outputs.clear()
+        for module, output in self._outputs.items():
+            if self._calls[module] == 1:
+                self._forwards.append((module, module.__dict__.get("forward", _MISSING)))
+                module.__dict__["forward"] = _Constant(output)
+                self.kept.append(module)
+        self._outputs.clear()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inputs.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._unhook()
+        for module, forward in self._forwards:
+            if forward is _MISSING:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+        self._forwards.clear()
+        self._outputs.clear()
+
+
+class _Constant:
+    """A forward that returns a copy of a kept output (what follows may work in place)."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return _copy(self.output)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, (tuple, list)) else []
+
+
+def _is_plain(output: Any) -> bool:
+    if isinstance(output, (tuple, list)):
+        return type(output) in (tuple, list) and all(isinstance(t, Tensor) for t in output)
+    return isinstance(output, Tensor)
+
+
+def _copy(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach().clone()
+    return type(output)(t.detach().clone() for t in output)
