@@ -83,7 +83,7 @@ def main() -> None:
         )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     head = {
-        "command": "python benchmarks/quadrature.py " + " ".join(a for a in sys.argv[1:] if "/" not in a),
+        "command": "python benchmarks/quadrature.py " + " ".join("PATH" if "/" in a else a for a in sys.argv[1:]),
         "commit": commit,
         "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
         "seeds": args.seeds,

@@ -281,8 +281,13 @@ def plan_removals(
             low = middle
         else:
             high = middle
-    best = min((spread(low), spread(high)), key=lambda c: abs(cost.removed_fraction(target.kind, c) - wanted))
-    best = _refine(layers, cost, target.kind, wanted, best, round_to)
+
+    def miss(counts: Counts) -> float:
+        return abs(cost.removed_fraction(target.kind, counts) - wanted)
+
+    # with coarse steps the way from below and the way from above end in different places
+    starts = sorted((spread(low), spread(high)), key=miss)
+    best = min((_refine(layers, cost, target.kind, wanted, start, round_to) for start in starts), key=miss)
     _check(cost, target, best, "the nearest that these ratios reach is", aim)
     return best
 

@@ -33,48 +33,27 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _SCORING = ("criterion", "p", "mu", "steps", "quadrature", "nodes", "path", "objective", "group_reduction")
 
 
-class UnitsPerStep(click.ParamType):
-    """A number of units, a fraction of the layer, or ``layer``."""
-
-    name = "units"
-
-    def get_metavar(self, param: Any, ctx: Any = None) -> str:
-        """How the help shows it."""
-        return "N|FRACTION|layer"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Read the text; a wrong one is a usage error."""
-        number: Any = value
-        if isinstance(value, str) and value != "layer":
-            try:
-                number = float(value) if "." in value or "e" in value else int(value)
-            except ValueError:
-                self.fail(f"{value!r} is not a number of units, a fraction or 'layer'", param, ctx)
-        try:
-            units_per_removal(number, 100)
-        except SingeError as error:
-            self.fail(str(error), param, ctx)
-        return number
+def _units_per_step(ctx: Any, param: Any, value: str) -> Any:
+    """A number of units, a fraction of the layer, or ``layer``; anything else is a usage error."""
+    try:
+        number: Any = value if value == "layer" else int(value) if value.isdigit() else float(value)
+        units_per_removal(number, 100)
+    except SingeError as error:
+        raise click.BadParameter(str(error)) from error
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a number of units, a fraction or 'layer'") from error
+    return number
 
 
-class Ratios(click.ParamType):
-    """A way to spread the target, or ``name=ratio,name=ratio``."""
-
-    name = "ratios"
-
-    def get_metavar(self, param: Any, ctx: Any = None) -> str:
-        """How the help shows it."""
-        return "|".join([*RATIOS, "NAME=RATIO,..."])
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Read the text; a wrong one is a usage error."""
-        if not isinstance(value, str) or value in RATIOS:
-            return value
-        try:
-            pairs = [part.rsplit("=", 1) for part in value.split(",")]
-            return {name.strip(): float(ratio) for name, ratio in pairs}
-        except ValueError:
-            self.fail(f"{value!r} is neither one of {', '.join(RATIOS)} nor NAME=RATIO,NAME=RATIO", param, ctx)
+def _ratios(ctx: Any, param: Any, value: str) -> Any:
+    """A way to spread the target, or ``name=ratio,name=ratio``; anything else is a usage error."""
+    if value in RATIOS:
+        return value
+    try:
+        return {name.strip(): float(ratio) for name, ratio in (part.rsplit("=", 1) for part in value.split(","))}
+    except ValueError as error:
+        known = ", ".join(RATIOS)
+        raise click.BadParameter(f"{value!r} is neither one of {known} nor NAME=RATIO,NAME=RATIO") from error
 
 
 class Singe(click.Group):
@@ -107,7 +86,7 @@ _model = _stacked(
     click.option("--model", required=True, help="timm's name of the architecture."),
     click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
     click.option("--checkpoint", type=click.Path(), help="Start from the weights in this .safetensors or .pth file."),
-    click.option("--num-classes", type=click.IntRange(1), help="Classes of the model; by default its own or the data's."),
+    click.option("--num-classes", type=click.IntRange(1), help="Classes; by default the model's or the data's."),
     click.option("--in-chans", type=click.Choice(["1", "3"]), help="Channels of the images."),
     click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="More for timm.create_model; repeatable."),
     click.option("--img-size", type=click.IntRange(1), help="Image size; by default the model's (digits: 32)."),
@@ -127,8 +106,22 @@ _data = _stacked(
 )
 _pruning = _stacked(
     click.option("--target", default="params=0.5", show_default=True, help="What to remove: params=X or macs=X."),
-    click.option("--ratios", default="block", show_default=True, type=Ratios(), help="How it is spread over layers."),
-    click.option("--units-per-step", default=0.1, show_default=True, type=UnitsPerStep(), help="Between two scorings."),
+    click.option(
+        "--ratios",
+        default="block",
+        show_default=True,
+        callback=_ratios,
+        metavar="|".join([*RATIOS, "NAME=RATIO,..."]),
+        help="How it is spread over layers.",
+    ),
+    click.option(
+        "--units-per-step",
+        default="0.1",
+        show_default=True,
+        callback=_units_per_step,
+        metavar="N|FRACTION|layer",
+        help="How many units go between two scorings.",
+    ),
     click.option("--round-to", type=click.IntRange(1), help="Keep multiples of this many channels."),
     click.option("--max-pruning-ratio", default=0.95, show_default=True, type=float, help="Of one layer."),
     click.option("--criterion", default="ig", show_default=True, type=click.Choice(list(CRITERIA))),

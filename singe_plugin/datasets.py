@@ -107,7 +107,7 @@ def data_config(model: nn.Module, img_size: int | None = None) -> DataConfig:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if first is None else first.in_channels
     if channels not in (1, 3):
-        raise ConfigError(f"the model's first convolution takes {channels} channels; images have 1 (grey) or 3 (colour)")
+        raise ConfigError(f"the model's first convolution takes {channels} channels; images have 1 or 3")
     resolve = _need("timm.data", "timm").resolve_data_config
     found = resolve({} if img_size is None else {"img_size": img_size}, model=model)
     mean, std = tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
@@ -328,4 +328,5 @@ def _need(module: str, package: str, remedy: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(f"{package} is needed here and cannot be imported ({error}); {remedy or 'pip install ' + package}") from error
+        remedy = remedy or f"pip install {package}"
+        raise DataError(f"{package} is needed here and cannot be imported ({error}); {remedy}") from error

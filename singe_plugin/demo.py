@@ -19,10 +19,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from singe_plugin.artifact import Builder, load, save
-from singe_plugin.data import evaluate, scoring_batches
+from singe_plugin.data import as_loader, evaluate
 from singe_plugin.datasets import Splits, data_config, digits
 from singe_plugin.errors import ArtifactError
-from singe_plugin.report import Point, gradient_curves, markdown_table, write_report
+from singe_plugin.finetune import FineTune
+from singe_plugin.inspection import figure_two
+from singe_plugin.report import Point, markdown_table, write_report
 from singe_plugin.result import Result
 from singe_plugin.state import RngState, preserved
 
@@ -148,17 +150,17 @@ def _run(
         num_classes=10,
     )  # fmt: skip
     torch.manual_seed(seed)
-    network = _seeded(builder, seed)
+    network = builder.build()
     splits = digits(data_config(network, settings.img_size), seed=seed)
     say(f"training a {sum(p.numel() for p in network.parameters()):,}-parameter timm residual network on {splits.name}")
     train(network, splits, settings, seed, progress)
-    say(f"trained: {evaluate(network, _validation(splits)):.1%} of {len(splits.val)} validation images right")  # type: ignore[arg-type]
+    say(f"trained: top-1 accuracy {evaluate(network, _validation(splits)) or 0:.1%} on the validation images")
     results: dict[tuple[str, float], tuple[Result, Result]] = {}
     for target in settings.targets:
         for method in METHODS:
             results[method, target] = _prune_both(network, splits, method, target, settings, builder, seed)
             _, tuned = results[method, target]
-            say(f"{method}, {target:.0%} of the parameters removed: {tuned.after.accuracy:.1%}")
+            say(f"{method}, {target:.0%} of the parameters removed: top-1 accuracy {tuned.after.accuracy or 0:.1%}")
     before = next(iter(results.values()))[1].before
     demo = Demo(
         DemoRow("unpruned", 0.0, before.params, before.macs, before.accuracy, before.accuracy, before.latency_ms),
@@ -170,7 +172,7 @@ def _run(
     if not demo.reloaded:
         raise ArtifactError(f"{output / 'pruned'} was reloaded and does not compute what was saved")
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, output / "trained.safetensors")
-    curves = _curves(network, splits, seed)
+    curves = figure_two(network, splits.train, seed=seed)
     points = [Point("unpruned", 0.0, float(before.accuracy or 0))]
     points += [Point(r.method, 1 - r.params / before.params, float(r.accuracy or 0)) for r in demo.rows]
     demo.seconds = time.perf_counter() - started
@@ -214,11 +216,6 @@ def computes_the_same(first: nn.Module, second: nn.Module, splits: Splits) -> bo
         return all(torch.equal(first(images), second(images)) for images, _ in _validation(splits))
 
 
-def _seeded(builder: Builder, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return builder.build()
-
-
 def _validation(splits: Splits) -> Iterable[Any]:
     return DataLoader(splits.val, batch_size=250)
 
@@ -230,12 +227,17 @@ def _prune_both(
     from singe_plugin.integrations.prune import prune
 
     def once(steps: int) -> Result:
-        return prune(
-            copy.deepcopy(network), splits.train, target=f"params={target}", finetune_steps=steps,
+        model = copy.deepcopy(network)
+        # A constant rate: with a cosine over the whole run, the last layers would be cut when it is almost zero.
+        optimizer = torch.optim.SGD(model.parameters(), settings.finetune_lr, momentum=0.9, weight_decay=1e-4)
+        finetune = FineTune(as_loader(splits.train, 64, seed=seed), steps, optimizer=optimizer)
+        pruned: Result = prune(
+            model, splits.train, target=f"params={target}", finetune=finetune, finetune_steps=steps,
             lr=settings.finetune_lr, units_per_step=settings.units_per_step, criterion=METHODS[method] or "ig",
             importance=_taylor() if METHODS[method] is None else None, nodes=settings.nodes,
             val_data=_validation(splits), latency=steps > 0, seed=seed, builder=builder, device="cpu",
         )  # fmt: skip
+        return pruned
 
     return once(0), once(settings.finetune_steps)
 
@@ -246,21 +248,9 @@ def _taylor() -> Any:
     return torch_pruning.importance.GroupTaylorImportance()
 
 
-def _curves(network: nn.Module, splits: Splits, seed: int) -> list[Any]:
-    from singe_plugin.inspection import pruner_of
-
-    batches = scoring_batches(splits.train, [], 64, 1, seed)
-    host = pruner_of(network, batches[0][0][:2]).host()
-    names = [spec.name for spec in host.layers()]
-    chosen = [names[len(names) // 4], names[-2]]
-    return gradient_curves(network, [host.units(name) for name in chosen], batches, seed=seed)
-
-
 def _row(method: str, target: float, bare: Result, tuned: Result) -> DemoRow:
     after = tuned.after
-    return DemoRow(
-        method, target, after.params, after.macs, bare.after.accuracy, after.accuracy, after.latency_ms
-    )
+    return DemoRow(method, target, after.params, after.macs, bare.after.accuracy, after.accuracy, after.latency_ms)
 
 
 def _cells(row: DemoRow) -> list[str]:

@@ -7,14 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from singe_plugin.algorithm import units_per_removal
 from singe_plugin.budget import count_macs, count_params
+from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
-from singe_plugin.report import markdown_table
+from singe_plugin.objective import to_device
+from singe_plugin.report import Curves, gradient_curves, markdown_table
 from singe_plugin.scoring import ScoringOptions
+from singe_plugin.state import model_device
 
-__all__ = ["GroupRow", "Inspection", "RunCost", "inspect_model", "pruner_of"]
+__all__ = ["GroupRow", "Inspection", "RunCost", "figure_two", "inspect_model", "pruner_of"]
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,25 @@ def inspect_model(
         count_params(model), count_macs(model, example_inputs) // examples, rows, dict(pruner.left_whole), shown, cost,
         problem,
     )  # fmt: skip
+
+
+def figure_two(model: nn.Module, data: Dataset[Any], batch_size: int = 64, seed: int = 0) -> list[Curves]:
+    """The paper's Figure 2 for a model: five random units of an early and of a late layer, on one batch.
+
+    Args:
+        model: left as it was.
+        data: the dataset to draw the batch from.
+        batch_size: examples in it.
+        seed: of the batch and of the units.
+
+    Raises:
+        BudgetError: if the model has no layer that can be pruned.
+    """
+    batches = scoring_batches(data, [], batch_size, 1, seed)
+    host = pruner_of(model, to_device(batches[0][0][:2], model_device(model))).host()
+    names = [spec.name for spec in host.layers()]
+    chosen = list(dict.fromkeys([names[len(names) // 4], names[-1 - len(names) // 4]]))
+    return gradient_curves(model, [host.units(name) for name in chosen], batches, seed=seed)
 
 
 def _cost(

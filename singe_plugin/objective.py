@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -172,6 +172,6 @@ def materialise(batches: Iterable[Any] | None) -> Iterable[Any]:
         )
     if isinstance(batches, Mapping):
         raise DataError("batches is one mapping; wrap a single batch in a list: [batch]")
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):  # not by calling iter(): a DataLoader would draw a seed and start its workers
         return list(batches)
     return batches

@@ -153,10 +153,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """
     cells = [[str(c).replace("|", "\\|") for c in row] for row in [header, *rows]]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
-        for row in cells
-    ]
+    lines = []
+    for first, *rest in cells:
+        row = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(row)} |")
     rule = "|".join("-" * (w + 1) + ":" if i else ":" + "-" * (w + 1) for i, w in enumerate(widths))
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
@@ -265,9 +265,10 @@ def read_extras(directory: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and try again") from error
 
 
-_RESULT_KEYS = frozenset(
-    ["before", "after", "removed_params", "removed_macs", "layers", "left_whole", "history", "options", "versions", "builder"]
-)
+_RESULT_KEYS = (
+    "before", "after", "removed_params", "removed_macs", "layers", "left_whole", "history", "options", "versions",
+    "builder",
+)  # fmt: skip
 
 
 def _write(path: Path, text: str) -> None:
@@ -300,9 +301,7 @@ def _code(options: Mapping[str, Any]) -> str:
 # -- plots --------------------------------------------------------------------------------------------------------
 
 
-def _plots(
-    data: Mapping[str, Any], directory: Path, points: Sequence[Point], curves: Sequence[Curves]
-) -> list[str]:
+def _plots(data: Mapping[str, Any], directory: Path, points: Sequence[Point], curves: Sequence[Curves]) -> list[str]:
     """Draw what there is data for; the names of the files, none without matplotlib."""
     try:
         figure_class = importlib.import_module("matplotlib.figure").Figure
@@ -358,4 +357,3 @@ def _draw_curves(figure: Any, curves: Sequence[Curves]) -> None:
         axes.set_ylabel(r"$\|\nabla_{\mu^s W^n} F\|$")
         axes.set_title(panel.layer)
         axes.legend(fontsize=8)
-

@@ -13,15 +13,13 @@ from safetensors import safe_open
 
 from singe_plugin.artifact import load, save
 from singe_plugin.checkpoint import CHECKPOINT
-from singe_plugin.data import scoring_batches
 from singe_plugin.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.errors import ArtifactError, ConfigError
-from singe_plugin.inspection import Inspection, inspect_model, pruner_of
+from singe_plugin.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.models import NamedModel, create_model
-from singe_plugin.report import Curves, gradient_curves, read_extras, report_data, write_report
+from singe_plugin.report import Curves, read_extras, report_data, write_report
 from singe_plugin.result import Result
 from singe_plugin.scoring import ScoringOptions
-from singe_plugin.state import model_device
 
 __all__ = ["prepare", "run_inspect", "run_prune", "run_report"]
 
@@ -96,7 +94,7 @@ def run_prune(
     panels: list[Curves] = []
     if curves:
         named.model.to(device_of(prune_options["device"]))
-        panels = figure_two(named, splits, batch_size, seed)
+        panels = figure_two(named.model, splits.train, batch_size, seed)
     started = time.perf_counter()
     result = prune(
         named.model, splits.train, val_data=splits.val, out_dir=output, resume=resume, builder=named.builder,
@@ -142,15 +140,6 @@ def run_report(directory: str | Path) -> tuple[Result, dict[str, Any]]:
     extras = read_extras(directory)
     files = write_report(result, directory, **extras)
     return result, {**report_data(result), **extras.get("extra", {}), "files": [str(f) for f in files]}
-
-
-def figure_two(named: NamedModel, splits: Splits, batch_size: int, seed: int) -> list[Curves]:
-    """The paper's Figure 2 for the unpruned model: five random units of an early and of a late layer."""
-    batches = scoring_batches(splits.train, [], batch_size, 1, seed)
-    host = pruner_of(named.model, batches[0][0][:2].to(model_device(named.model))).host()
-    names = [spec.name for spec in host.layers()]
-    chosen = list(dict.fromkeys([names[len(names) // 4], names[-1 - len(names) // 4]]))
-    return gradient_curves(named.model, [host.units(name) for name in chosen], batches, seed=seed)
 
 
 def _unfinished(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .groups import aligned_units, group_name, unit_group
 from .host import PrunableLayer, TorchPruningHost, block_of, is_conv_or_linear
 from .importance import SInGEImportance
 from .oracles import verify_groups
-from .removal import PreservingGroup, Snapshot, Trackers
+from .removal import PreservingGroup, Snapshot, Trackers, remove_channels
 from .scorers import with_gradients
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
@@ -150,11 +151,12 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         order = self._forward_order()
         ties = tied_parameters(self.model)
         entries: list[tuple[int, PrunableLayer, Any, list[list[int]]]] = []
+        taken: set[str] = set()
         for group in self.DG.get_all_groups(self.ignored_layers, tuple(self.root_module_types)):
             is_attention, _ = self._is_atten_group(group)
             rooted = self._downstream_node_as_root_if_attention(group) if is_attention else group
             writers = self._writers(group)
-            name = min(writers, key=lambda w: order.get(w[1], len(order)))[0] if writers else group_name(group)
+            name = self._name_of(group, writers, order, taken)
             reason = self._reason_to_leave(group, rooted, ties)
             if reason is not None:
                 self._leave(name, group, reason)
@@ -179,6 +181,17 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             else:
                 kept.append(entry)
         return kept
+
+    def _name_of(
+        self, group: Any, writers: list[tuple[str, nn.Module]], order: dict[nn.Module, int], taken: set[str]
+    ) -> str:
+        """The first layer that writes the group; behind a split, several groups may have the same one."""
+        ordered = [name for name, _ in sorted(writers, key=lambda w: order.get(w[1], len(order)))]
+        root = group_name(group)
+        numbered = (f"{root}#{i}" for i in itertools.count(2))
+        name = next(n for n in itertools.chain(ordered, [root], numbered) if n not in taken)
+        taken.add(name)
+        return name
 
     def _writers(self, group: Any) -> list[tuple[str, nn.Module]]:
         """The convolutions and linear layers that produce a group's channels."""
@@ -249,6 +262,14 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             undo.restore()
             self.current_step = before
             raise
+
+    def load_pruning_history(self, pruning_history: list[Any]) -> None:
+        """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""
+        for name, is_out, idxs in list(pruning_history):
+            module = self.model.get_submodule(name)
+            pruner = self.DG.get_pruner_of_module(module)
+            function = pruner.prune_out_channels if is_out else pruner.prune_in_channels
+            remove_channels(self.DG, module, function, idxs, self._all_trackers())
 
     def _all_trackers(self) -> Trackers:
         own = list(self.finetune.optimizers) if self.finetune is not None else []
