@@ -247,8 +247,9 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
     given, builder = builder, builder or result.builder
     if builder is None:
         raise ArtifactError(
-            f"{type(result.model).__name__} cannot be rebuilt from a timm name; say how to build the unpruned model: "
-            "save(result, directory, builder=Builder.factory('package.module:function', ...))"
+            f"{type(result.model).__name__} cannot be rebuilt from a timm name alone; say how to build the unpruned "
+            "model: save(result, directory, builder=Builder.factory('package.module:function', ...)) or "
+            "Builder.timm(name, ...) with its options"
         )
     directory = Path(directory)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(result.model)}

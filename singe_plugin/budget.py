@@ -38,6 +38,7 @@ __all__ = [
 
 RATIOS = ("uniform", "block", "global")
 _POINT = 0.01
+_BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 
 def count_params(model: nn.Module) -> int:
@@ -281,13 +282,8 @@ def plan_removals(
             low = middle
         else:
             high = middle
-
-    def miss(counts: Counts) -> float:
-        return abs(cost.removed_fraction(target.kind, counts) - wanted)
-
     # with coarse steps the way from below and the way from above end in different places
-    starts = sorted((spread(low), spread(high)), key=miss)
-    best = min((_refine(layers, cost, target.kind, wanted, start, round_to) for start in starts), key=miss)
+    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
     _check(cost, target, best, "the nearest that these ratios reach is", aim)
     return best
 
@@ -361,27 +357,36 @@ def _by_score(layers: Sequence[LayerSpec], scores: Scores | None, round_to: int 
 
 
 def _refine(
-    layers: Sequence[LayerSpec], cost: CostModel, kind: str, wanted: float, counts: Counts, round_to: int | None
+    layers: Sequence[LayerSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts], round_to: int | None
 ) -> Counts:
     """Move layers by one rounding step while that brings the cost nearer to what is wanted.
 
-    One layer at a time; two at a time (one up and another down) where that leaves the target more than a point away,
-    as it may in a small network.
+    Where the best single move leads into a dead end more than a point away (coarse steps, a small network), the best
+    few are followed instead, for a while also where they lead away.
     """
-    error = abs(cost.removed_fraction(kind, counts) - wanted)
-    for _ in range(4 * len(layers)):
-        if error < _POINT / 20:
-            break
-        trials = list(_moves(layers, counts, round_to))
-        best = min(trials, key=lambda c: abs(cost.removed_fraction(kind, c) - wanted), default=counts)
-        if abs(cost.removed_fraction(kind, best) - wanted) >= error and error > _POINT:
-            pairs = [c for trial in trials for c in _moves(layers, trial, round_to)]
-            best = min(pairs, key=lambda c: abs(cost.removed_fraction(kind, c) - wanted), default=counts)
-        miss = abs(cost.removed_fraction(kind, best) - wanted)
-        if miss >= error:
-            break
-        counts, error = best, miss
-    return dict(counts)
+
+    def miss(counts: Counts) -> float:
+        return abs(cost.removed_fraction(kind, counts) - wanted)
+
+    def search(start: Counts, width: int, patience: int) -> Counts:
+        best, beam, followed, left = start, [start], {tuple(start.values())}, patience
+        for _ in range(4 * len(layers)):
+            if miss(best) < _POINT / 20 or not left:
+                break
+            fresh = {tuple(c.values()): c for b in beam for c in _moves(layers, b, round_to)}
+            ranked = sorted((miss(fresh[key]), key) for key in fresh.keys() - followed)[:width]
+            if not ranked:
+                break
+            beam = [fresh[key] for _, key in ranked]
+            followed |= {key for _, key in ranked}
+            left = patience if ranked[0][0] < miss(best) else left - 1
+            best = min(best, beam[0], key=miss)
+        return best
+
+    best = min((search(start, 1, 1) for start in starts), key=miss)
+    if miss(best) > _POINT:
+        best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
+    return dict(best)
 
 
 def _moves(layers: Sequence[LayerSpec], counts: Counts, round_to: int | None) -> Iterator[Counts]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -242,13 +241,16 @@ class ProgressBar(Callback):
 
     def on_run_start(self, event: RunStarted) -> None:
         total = sum(event.plan.values()) + event.finetune_steps
+        self._open(total)
+
+    def _open(self, total: int | None = None) -> None:
         self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, desc="pruning")
-        self._started = time.perf_counter()
 
     def _advance(self, count: int, **shown: Any) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(count)
+        if self.bar is None:
+            self._open()  # a resumed run has started before
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(count)
 
     def on_removed(self, event: Removed) -> None:
         self._advance(len(event.units), layer=event.layer, left=event.left)
@@ -257,6 +259,10 @@ class ProgressBar(Callback):
         self._advance(1, loss=f"{event.loss:.3f}")
 
     def on_run_end(self, event: RunEnded) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar down; a run that fails does not do it."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

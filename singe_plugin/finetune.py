@@ -269,7 +269,7 @@ class FineTune:
             loss = self._loss(model, batch)
         if not bool(torch.isfinite(loss)):
             raise DataError(
-                f"the fine-tuning loss is {float(loss)} at step {self.done + 1} of {self.steps}; lower lr "
+                f"the fine-tuning loss is {loss.item()} at step {self.done + 1} of {self.steps}; lower lr "
                 f"(now {lr:g}), check the batches, or set amp=None"
             )
         scaler = self.scaler

@@ -152,7 +152,7 @@ def inspect_model(
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> import torch
-        >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.5", units_per_step=1, finetune_steps=10)
+        >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.48", units_per_step=1, finetune_steps=10)
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 30)
     """

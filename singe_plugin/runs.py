@@ -15,6 +15,7 @@ from singe_plugin.artifact import load, save
 from singe_plugin.checkpoint import CHECKPOINT
 from singe_plugin.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.events import ProgressBar
 from singe_plugin.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.models import NamedModel, create_model
 from singe_plugin.report import Curves, read_extras, report_data, write_report
@@ -96,10 +97,15 @@ def run_prune(
         named.model.to(device_of(prune_options["device"]))
         panels = figure_two(named.model, splits.train, batch_size, seed)
     started = time.perf_counter()
-    result = prune(
-        named.model, splits.train, val_data=splits.val, out_dir=output, resume=resume, builder=named.builder,
-        progress=progress, **prune_options,
-    )  # fmt: skip
+    bar = ProgressBar() if progress else None
+    try:
+        result = prune(
+            named.model, splits.train, val_data=splits.val, out_dir=output, resume=resume, builder=named.builder,
+            callbacks=() if bar is None else (bar,), **prune_options,
+        )  # fmt: skip
+    finally:
+        if bar is not None:
+            bar.close()  # an error message must not end up in the middle of it
     seconds = time.perf_counter() - started
     save(result, output)
     intro = [f"Weights: {named.weights}. Data: {splits.name}."]

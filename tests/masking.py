@@ -88,6 +88,8 @@ def _hook(left: Tensor) -> Any:
             affine = [None if p is None else p[left] for p in (module.weight, module.bias)]
             kept = functional.layer_norm(args[0].index_select(dim, left), (len(left),), *affine, module.eps)
         elif isinstance(module, nn.GroupNorm):
+            groups = left // (output.shape[1] // module.num_groups)
+            assert len(set(groups.bincount().tolist())) == 1, "channels moved to another group of a group norm"
             affine = [None if p is None else p[left] for p in (module.weight, module.bias)]
             kept = functional.group_norm(args[0].index_select(dim, left), module.num_groups, *affine, module.eps)
         return torch.zeros_like(output).index_copy(dim, left, kept)

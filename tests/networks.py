@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 from hypothesis import strategies as st
-from references import Net
 from torch import Tensor, nn
 from torch.nn import functional
+
+from references import Net
 
 T = TypeVar("T")
 CLASSES = 3
@@ -75,7 +76,8 @@ def layer_norm_2d(c: int) -> nn.Module:
 def norm(d: Draw, c: int) -> nn.Module:
     make: list[Callable[[], nn.Module]] = [lambda: nn.BatchNorm2d(c)] * 6
     make += [nn.Identity, nn.Identity, lambda: nn.BatchNorm2d(c, affine=False), lambda: layer_norm_2d(c)]
-    make += [lambda: nn.GroupNorm(1 + (c % 2 == 0), c), lambda: nn.GroupNorm(1, c), lambda: nn.InstanceNorm2d(c, affine=True)]
+    make += [lambda: nn.GroupNorm(1 + (c % 2 == 0), c), lambda: nn.GroupNorm(1, c)]
+    make += [lambda: nn.InstanceNorm2d(c, affine=True)]
     return d.choice(make)()
 
 
@@ -166,8 +168,8 @@ def concat(d: Draw, c: int) -> Block:
 def split(d: Draw, c: int) -> Block:
     h = width(d)
     halves: Callable[[Tensor], Sequence[Tensor]] = d.choice([
-        lambda y: y.chunk(2, 1), lambda y: y.split(h, 1), lambda y: (y[:, :h], y[:, h:]), lambda y: (y[:, ::2], y[:, 1::2]),
-        lambda y: y.chunk(2, 1),
+        lambda y: y.chunk(2, 1), lambda y: y.chunk(2, 1), lambda y: y.split(h, 1), lambda y: (y[:, :h], y[:, h:]),
+        lambda y: (y[:, ::2], y[:, 1::2]),
     ])  # fmt: skip
     merge: Callable[[Any, Tensor, Tensor], Tensor] = d.choice([
         lambda m, a, b: m.left(a + b), lambda m, a, b: m.left(a * torch.sigmoid(b)),
@@ -186,22 +188,29 @@ def split(d: Draw, c: int) -> Block:
 def uneven_split(d: Draw, c: int) -> Block:
     """Split where the consumers say, so that the sizes may change on their own."""
     a, b = width(d), width(d)
-    dynamic = d.flag()
+    halves: Callable[[Any, Tensor], Sequence[Tensor]] = d.choice([
+        lambda m, y: y.split([a, b], 1), lambda m, y: y.split([m.left.in_channels, m.right.in_channels], 1),
+        lambda m, y: (y[:, : m.left.in_channels], y[:, m.left.in_channels :]),
+    ])  # fmt: skip
+    add_left, add_right = d.flag(), d.flag()
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        sizes = [m.left.in_channels, m.right.in_channels] if dynamic else [a, b]
-        left, right = m.norm(m.conv(x)).split(sizes, 1)
+        left, right = halves(m, m.norm(m.conv(x)))
+        left = left + m.on_left(x) if add_left else left
+        right = right + m.on_right(x) if add_right else right
         return m.act(m.left(left) + m.right(right))
 
     net = Net(
-        forward, conv=conv(d, c, a + b), norm=norm(d, a + b), left=conv(d, a, 8), right=conv(d, b, 8), act=act(d, 8)
-    )
+        forward, conv=conv(d, c, a + b), norm=norm(d, a + b), on_left=conv(d, c, a), on_right=conv(d, c, b),
+        left=conv(d, a, 8), right=conv(d, b, 8), act=act(d, 8),
+    )  # fmt: skip
     return net, 8
 
 
 def grouped(d: Draw, c: int) -> Block:
     o, groups = d.choice([4, 8, 12]), d.choice([2, 4])
-    layers: list[nn.Module] = [conv(d, c, 8, 1), norm(d, 8), act(d, 8), conv(d, 8, o, groups=groups), norm(d, o), act(d, o)]
+    layers: list[nn.Module] = [conv(d, c, 8, 1), norm(d, 8), act(d, 8)]
+    layers += [conv(d, 8, o, groups=groups), norm(d, o), act(d, o)]
     if d.flag():
         layers.append(conv(d, o, 8, groups=d.choice([2, 4])))
         return nn.Sequential(*layers), 8
@@ -209,8 +218,8 @@ def grouped(d: Draw, c: int) -> Block:
 
 
 def depth_multiplier(d: Draw, c: int) -> Block:
-    times = d.choice([2, 3])
-    return nn.Sequential(conv(d, c, 6), norm(d, 6), conv(d, 6, 6 * times, groups=6), norm(d, 6 * times), nn.ReLU()), 6 * times
+    o = 6 * d.choice([2, 3])
+    return nn.Sequential(conv(d, c, 6), norm(d, 6), conv(d, 6, o, groups=6), norm(d, o), nn.ReLU()), o
 
 
 def depth_divider(d: Draw, c: int) -> Block:
@@ -290,6 +299,9 @@ def mlp(d: Draw, i: int) -> nn.Module:
 
 def image_network(d: Draw) -> tuple[nn.Module, Tensor, str]:
     blocks, c, names = [], 3, []
+    if d.integer(0, 3):
+        stem, c = narrow(d, c)
+        blocks.append(stem)
     for _ in range(d.integer(1, 4)):
         make = d.choice(BLOCKS)
         block, c = make(d, c)
@@ -311,7 +323,8 @@ def image_network(d: Draw) -> tuple[nn.Module, Tensor, str]:
 def attention(d: Draw, c: int) -> nn.Module:
     kind = d.integer(0, 2)
     if kind == 0:
-        return Net(lambda m, x: m.mha(x, x, x, need_weights=False)[0], mha=nn.MultiheadAttention(c, 2, batch_first=True))
+        mha = nn.MultiheadAttention(c, 2, batch_first=True)
+        return Net(lambda m, x: m.mha(x, x, x, need_weights=False)[0], mha=mha)
     heads = kind  # one head, or two that torch-pruning is not told about
 
     def forward(m: Any, x: Tensor) -> Tensor:

@@ -280,6 +280,8 @@ def literal_algorithm_1(model: Small, batch: tuple[Tensor, Tensor], rates: dict[
             removed[layer].append(least)
             weight[least] = 0
             bias[least] = 0
+            if layer == "conv1":  # what read the unit is no part of the next layer's weights any more
+                parts["conv2"][0][:, least] = 0
     return removed
 
 

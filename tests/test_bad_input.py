@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch_pruning as tp
-from small_nets import Chain, Pairs, Trace, images, mlp, vectors
 from torch import nn
 
 import singe_plugin
@@ -29,6 +28,8 @@ from singe_plugin.errors import (
 from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.result import Metrics, Result
+
+from small_nets import Chain, Pairs, Trace, images, mlp, vectors
 
 GOOD = images()
 X = GOOD[0][0][:2]

@@ -119,7 +119,9 @@ def test_inspect_counts_what_prune_does(pruned: tuple[Path, dict[str, Any]]) -> 
     result = singe("inspect", *MODEL, *FAST, "--finetune-steps", 6, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert [(g["name"], g["units"]) for g in found["groups"]] == [(r["name"], r["units_before"]) for r in said["layers"]]
+    assert [(g["name"], g["units"]) for g in found["groups"]] == [
+        (r["name"], r["units_before"]) for r in said["layers"]
+    ]
     assert (found["params"], found["macs"]) == (said["before"]["params"], said["before"]["macs"])
     assert found["left_whole"] == said["left_whole"]
     assert found["cost"]["units_removed"] == said["history"]["units_removed"]
@@ -186,7 +188,10 @@ def test_checkpoint_folder_of_images_and_plain_text(tmp_path: Path) -> None:
         assert f"Weights: checkpoint {file}. Data: folder images." in (output / "report.md").read_text()
         runs.append(load_file(output / "model.safetensors"))
     assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
-    rows = {r["name"]: (r["units_before"], r["units_after"]) for r in json.loads((output / "report.json").read_text())["layers"]}
+    rows = {
+        r["name"]: (r["units_before"], r["units_after"])
+        for r in json.loads((output / "report.json").read_text())["layers"]
+    }
     assert rows["layer4.0.conv1"] == (16, 8)
     assert rows["layer3.0.conv1"] == (16, 12)
     assert rows["layer2.0.conv1"] == (8, 8)
@@ -201,7 +206,7 @@ def _contents(output: Path) -> tuple[bytes, Any]:
 
 def test_kill_and_resume_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
-        return ["prune", *MODEL, *FAST, "--finetune-steps", "60", "--quiet", "--output", str(tmp_path / name)]
+        return ["prune", *MODEL, *FAST, "--finetune-steps", "30", "--quiet", "--output", str(tmp_path / name)]
 
     assert singe(*command("whole")).exit_code == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -230,7 +235,8 @@ def test_interrupted_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("singe_plugin.finetune.FineTune.run", interrupt)
     result = singe("prune", *MODEL, *FAST, "--no-curves", "--output", tmp_path)
     assert result.exit_code == 130
-    assert "--resume continues" in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("interrupted; the same command with --resume continues")
 
 
 @pytest.mark.parametrize(
@@ -319,4 +325,10 @@ def test_random_weights_follow_the_seed_and_leave_the_caller_alone() -> None:
 
 
 def test_pairs() -> None:
-    assert parse_pairs(["a=1", "b=x=y", "c=None", "d=(1, 2)", "e="]) == {"a": 1, "b": "x=y", "c": None, "d": (1, 2), "e": ""}
+    assert parse_pairs(["a=1", "b=x=y", "c=None", "d=(1, 2)", "e="]) == {
+        "a": 1,
+        "b": "x=y",
+        "c": None,
+        "d": (1, 2),
+        "e": "",
+    }

@@ -147,7 +147,11 @@ def test_torchvision_by_timms_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"dataset": "imagenet"}, ConfigError, "unknown dataset 'imagenet'; choose one of digits, folder, torch/cifar10"),
+        (
+            {"dataset": "imagenet"},
+            ConfigError,
+            "unknown dataset 'imagenet'; choose one of digits, folder",
+        ),
         ({"dataset": "torch/cifar10"}, ConfigError, "needs --data-dir"),
         ({"dataset": "torch/cifar10", "data_dir": "nowhere"}, DataError, "--dataset-download"),
     ],

@@ -11,10 +11,9 @@ all ones and zeros), which is then put back bit for bit.
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,73 +21,26 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import GroupError, SingeError
 from singe_plugin.objective import call_model
-from singe_plugin.state import preserved
 
-from .groups import UnitSlice, group_name, roots_of, unit_slices
+from .groups import group_name, unit_slices
 from .removal import Snapshot, Trackers, remove_channels
-from .slices import tensor_of
+from .substitutes import (
+    NormOfTheRest,
+    derangement,
+    double_inputs,
+    exchanged,
+    in_double,
+    masked,
+    random_inputs,
+    randomised,
+)
 
-__all__ = ["TOLERANCE", "check_group", "randomised"]
+__all__ = ["NOISE", "SHARE", "TOLERANCE", "check_group"]
 
 TOLERANCE = 1e-4  # of the output, and
 SHARE = 0.05  # of what the units do to the output (deep inside a network that may be little), down to
 NOISE = 2e-6  # rounding in single precision
 _MIXING = (nn.LayerNorm, nn.GroupNorm)
-
-
-@contextmanager
-def randomised(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """The model in eval mode with random affine parameters and statistics; restored on leaving.
-
-    Batch-norm statistics and one-dimensional parameters are drawn anew; larger weights are kept unless they are
-    (nearly) zero, as zero-initialised branches are.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    originals = [(p, p.data) for p in model.parameters()]
-    with preserved(model), torch.no_grad():
-        try:
-            for name, buffer in model.named_buffers():
-                if not buffer.is_floating_point():
-                    continue
-                if name.endswith("running_var"):
-                    buffer.copy_(_uniform(buffer, generator))
-                elif name.endswith("running_mean"):
-                    buffer.copy_(_normal(buffer, generator) * 0.2)
-            for parameter, data in originals:
-                if not parameter.is_floating_point() or not data.numel():
-                    continue
-                if parameter.ndim <= 1:
-                    sign = _uniform(data, generator) * torch.where(_normal(data, generator) > -1.0, 1.0, -1.0)
-                    parameter.data = sign.to(data.dtype)
-                elif float(data.abs().max()) < 1e-3:
-                    parameter.data = _normal(data, generator) / max(data[0].numel(), 1) ** 0.5
-            model.eval()
-            yield
-        finally:
-            for parameter, data in originals:
-                parameter.data = data
-
-
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.rand(like.shape, generator=generator) + 0.5).to(like)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
-
-
-def random_inputs(inputs: Any, seed: int = 0) -> Any:
-    """Random normal tensors in the place of floating ones, everything else as it is."""
-    if isinstance(inputs, Tensor):
-        if not inputs.is_floating_point():
-            return inputs
-        return _normal(inputs, torch.Generator().manual_seed(seed))
-    if isinstance(inputs, dict):
-        return {k: random_inputs(v, seed + 1) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        moved = [random_inputs(v, seed + i) for i, v in enumerate(inputs)]
-        return tuple(moved) if isinstance(inputs, tuple) else moved
-    return inputs
 
 
 def flat_outputs(value: Any) -> list[Tensor]:
@@ -128,67 +80,82 @@ def check_group(pruner: Any, group: Any, units: Sequence[Sequence[int]], inputs:
     Returns:
         None if the group is right, else the reason why it is left whole.
     """
-    model: nn.Module = pruner.model
-    try:
-        slices = unit_slices(group, units)
-    except SingeError as error:
-        return str(error)
     if len(units) < 2:
         return "it has only one unit: its channels cannot be told apart"
+    try:
+        reason, worst = _check(pruner, group, units, inputs, base, TOLERANCE)
+        if reason is None and worst > NOISE:  # rounding, or a mistake that this network nearly hides?
+            with in_double(pruner.model):
+                inputs = double_inputs(inputs)
+                exact = _forward(pruner.model, inputs)
+                if not isinstance(exact, str):
+                    reason, _ = _check(pruner, group, units, inputs, exact, NOISE)
+    except SingeError as error:
+        return str(error)
+    return reason
+
+
+def _check(
+    pruner: Any, group: Any, units: Sequence[Sequence[int]], inputs: Any, base: list[Tensor], tolerance: float
+) -> tuple[str | None, float]:
+    """The reason why the group is wrong, or None; and the largest change that was let pass."""
+    model: nn.Module = pruner.model
+    slices = unit_slices(group, units)
     generator = torch.Generator().manual_seed(len(units))
     order = torch.randperm(len(units), generator=generator).tolist()
-    middle, effect, half = max(1, len(units) // 2), 0.0, order
+    middle, effect, half = (len(units) + 1) // 2, 0.0, order
     for half in (order[:middle], order[middle:]):
-        masked, _ = _masked_outputs(model, group, units, half, inputs)
-        if isinstance(masked, str):
-            return f"the forward pass fails when its units are masked ({masked})"
-        effect = relative_change(base, masked)
+        without, _ = _masked_outputs(model, group, units, half, inputs)
+        if isinstance(without, str):
+            return f"the forward pass fails when its units are masked ({without})", 0.0
+        effect = relative_change(base, without)
         if effect > 0.0:  # else these units are dead on this input: try the others
             break
     else:
-        return "its units do not change the output on random data, so it cannot be verified"
-    limit = max(NOISE, min(TOLERANCE, SHARE * effect))
-    with _exchanged(slices, _derangement(len(units), generator)):
+        return "its units do not change the output on random data, so it cannot be verified", 0.0
+    limit = max(NOISE, min(tolerance, SHARE * effect))
+    with exchanged(slices, derangement(len(units), generator)):
         moved = _forward(model, inputs)
     if isinstance(moved, str):
-        return f"the forward pass fails when its units are permuted ({moved})"
+        return f"the forward pass fails when its units are permuted ({moved})", 0.0
     change = relative_change(base, moved)
     if change > limit:
-        return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
+        return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice", change
     undo = Snapshot(pruner.DG)
     try:
-        return _check_removals(pruner, group, units, half, inputs, limit)
-    except SingeError as error:
-        return str(error)
+        reason, worst = _check_removals(pruner, group, units, half, inputs, limit)
     finally:
         undo.restore()
+    return reason, max(change, worst)
 
 
 def _check_removals(
     pruner: Any, group: Any, units: Sequence[Sequence[int]], half: list[int], inputs: Any, limit: float
-) -> str | None:
+) -> tuple[str | None, float]:
     """Remove one unit, then the rest of ``half``: the graph has to be right after a removal, too."""
     model: nn.Module = pruner.model
     rounds = [half[:1]] if len(half) == 1 else [half[:1], half]
     expected = [_masked_outputs(model, group, units, chosen, inputs) for chosen in rounds]
     gone: list[int] = []
-    for chosen, (masked, exact) in zip(rounds, expected, strict=True):
-        if isinstance(masked, str):
-            return f"the forward pass fails when its units are masked ({masked})"
+    worst = 0.0
+    for chosen, (without, exact) in zip(rounds, expected, strict=True):
+        if isinstance(without, str):
+            return f"the forward pass fails when its units are masked ({without})", worst
         channels = _renumbered(units, [u for u in chosen if u not in gone], gone)
         remove_channels(pruner.DG, *_root_of(group), channels, Trackers())
         gone = chosen
         removed = _forward(model, inputs)
         if isinstance(removed, str):
-            return f"the forward pass fails when {len(chosen)} of its units are removed ({removed})"
-        if [t.shape for t in removed] != [t.shape for t in masked]:
-            return "removing its units changes the shape of the model's output"
-        change = relative_change(masked, removed)
+            return f"the forward pass fails when {len(chosen)} of its units are removed ({removed})", worst
+        if [t.shape for t in removed] != [t.shape for t in without]:
+            return "removing its units changes the shape of the model's output", worst
+        change = relative_change(without, removed)
         if change == float("inf"):
-            return "the output is not finite when its units are removed"
+            return "the output is not finite when its units are removed", worst
         if exact and change > limit:
-            return f"removing its units is not the same as masking them: the outputs differ by {change:.2g} (relative)"
-    return None
+            return f"removing its units is not the same as masking them: the outputs differ by {change:.2g}", change
+        worst = max(worst, change if exact else 0.0)
+    return None, worst
 
 
 def _root_of(group: Any) -> tuple[nn.Module, Any]:
@@ -208,8 +175,8 @@ def _masked_outputs(
     """The outputs with the producing rows of the chosen units zeroed, and whether removal must give the same."""
     roots = {channel for unit in chosen for channel in units[unit]}
     with ExitStack() as stack:
-        norms = [_NormOfTheRest(group, i, roots) for i in range(len(group)) if _mixes(group, i)]
-        stack.enter_context(_masked(unit_slices(group, units), set(chosen)))
+        norms = [NormOfTheRest(group, i, roots) for i in range(len(group)) if _mixes(group, i)]
+        stack.enter_context(masked(unit_slices(group, units), set(chosen)))
         for norm in norms:
             stack.enter_context(norm.module.register_forward_hook(norm))
         return _forward(model, inputs), all(norm.exact for norm in norms)
@@ -219,117 +186,12 @@ def _mixes(group: Any, number: int) -> bool:
     return isinstance(group[number].dep.target.module, _MIXING)
 
 
-class _NormOfTheRest:
-    """A forward hook that takes a layer or group norm over the channels that are left; the others become zero."""
-
-    def __init__(self, group: Any, number: int, roots: set[int]) -> None:
-        dep, idxs = group[number].dep, list(group[number].idxs)
-        gone = sorted(i for i, root in zip(idxs, roots_of(group, number), strict=True) if root in roots)
-        self.module: nn.Module = dep.target.module
-        self.width = int(group._DG.get_out_channels(self.module))
-        self.kept = torch.tensor([i for i in range(self.width) if i not in set(gone)])
-        self.small = copy.deepcopy(self.module)
-        self.exact = True
-        if gone:
-            dep.handler.__self__.pruning_dim = dep.target.pruning_dim
-            dep.handler(self.small, gone)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        dims = [d for d, size in enumerate(args[0].shape) if size == self.width] if args else []
-        if isinstance(module, nn.GroupNorm):
-            dims = [1]
-        elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
-            dims = [args[0].ndim - 1]
-        if len(dims) != 1:  # a layer norm over we do not know which dimension
-            self.exact = False
-            return output
-        kept = self.kept.to(output.device)
-        rest = self.small(args[0].index_select(dims[0], kept))
-        return torch.zeros_like(output).index_copy(dims[0], kept, rest)
-
-
 def _forward(model: nn.Module, inputs: Any) -> list[Tensor] | str:
     """The outputs, or what went wrong: a wrong group may break the forward pass in any way."""
     try:
         return flat_outputs(call_model(model, inputs))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-
-
-def _derangement(count: int, generator: torch.Generator) -> list[int]:
-    """A permutation without fixed points: a random cycle through all units."""
-    order = torch.randperm(count, generator=generator).tolist()
-    target = [0] * count
-    for here, there in zip(order, order[1:] + order[:1], strict=True):
-        target[here] = there
-    return target
-
-
-@contextmanager
-def _exchanged(slices: list[UnitSlice], target: list[int]) -> Iterator[None]:
-    """Move unit ``u``'s slices to unit ``target[u]``'s places, in every tensor at once."""
-    with _substituted(slices) as put:
-        for part in slices:
-            places: dict[int, list[int]] = {}
-            for position, unit in zip(part.positions, part.units, strict=True):
-                places.setdefault(unit, []).append(position)
-            tensor = put.current(part)
-            source = list(range(tensor.shape[part.dim]))
-            for unit, mine in places.items():
-                theirs = places.get(target[unit])
-                if theirs is not None and len(theirs) == len(mine):
-                    for a, b in zip(mine, theirs, strict=True):
-                        source[b] = a
-            if sorted(source) != list(range(len(source))):
-                source = list(range(len(source)))  # units of unequal make-up cannot be exchanged: the oracle fails
-            put.set(part, tensor.index_select(part.dim, torch.tensor(source, device=tensor.device)))
-        yield
-
-
-@contextmanager
-def _masked(slices: list[UnitSlice], chosen: set[int]) -> Iterator[None]:
-    """Zero the producing rows of the chosen units."""
-    with _substituted(slices) as put:
-        for part in slices:
-            if not part.produces:
-                continue
-            gone = [p for p, u in zip(part.positions, part.units, strict=True) if u in chosen]
-            tensor = put.current(part)
-            index = torch.tensor(gone, device=tensor.device, dtype=torch.int64)
-            put.set(part, tensor.index_fill(part.dim, index, 0.0))
-        yield
-
-
-class _Substitutes:
-    """Temporary values for the tensors of some slices; the objects stay the same, only their data changes."""
-
-    def __init__(self, slices: list[UnitSlice]) -> None:
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
-        for part in slices:
-            tensor = self.current(part)
-            self.saved[id(tensor)] = (tensor, tensor.data)
-
-    def current(self, part: UnitSlice) -> Tensor:
-        tensor = tensor_of(part.owner, part.attr)
-        if tensor is None:
-            raise GroupError(f"{type(part.owner).__name__}.{part.attr} is gone")
-        return tensor
-
-    def set(self, part: UnitSlice, value: Tensor) -> None:
-        self.current(part).data = value.detach()
-
-    def restore(self) -> None:
-        for tensor, data in self.saved.values():
-            tensor.data = data
-
-
-@contextmanager
-def _substituted(slices: list[UnitSlice]) -> Iterator[_Substitutes]:
-    substitutes = _Substitutes(slices)
-    try:
-        yield substitutes
-    finally:
-        substitutes.restore()
 
 
 def verify_groups(pruner: Any, candidates: Sequence[tuple[Any, list[list[int]]]], inputs: Any) -> dict[int, str]:
