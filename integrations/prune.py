@@ -141,7 +141,7 @@ def prune(
             raise ConfigError(f"{name}={value!r} is not a count; give a whole number >= 0")
     options = {k: v for k, v in locals().items() if k in _RECORDED}
     options = {k: v if isinstance(v, (bool, int, float, str, type(None))) else _text(v) for k, v in options.items()}
-    home, where = model_device(model), _device(device)
+    home, where = model_device(model), resolve_device(device)
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ConfigError("the model is on the meta device and has no values; load its weights first")
     if out_dir is not None:
@@ -175,6 +175,8 @@ def prune(
                 finetune = FineTune(
                     loader, finetune_steps, finetune_every, lr=lr, amp=tune_amp, channels_last=channels_last
                 )
+            if isinstance(finetune, FineTune):
+                options |= {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
             extra_callbacks = [*callbacks, *([ProgressBar()] if progress else []), LogCallback()]
             pruner = SInGEPruner(
                 model, example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
@@ -214,7 +216,12 @@ class _Rollback:
         self.snapshot.restore()
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on; None is CUDA when there is one.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

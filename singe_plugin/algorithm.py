@@ -165,7 +165,7 @@ def prune_layers(
     if finetune is not None and finetune.every == "end":
         while progress.end_done < finetune.steps:
             steps = min(checkpoint_steps, finetune.steps - progress.end_done)
-            finetune.run(host.model, steps, callback)
+            finetune.run(host.model, steps, callback, (progress.end_done, finetune.steps))
             progress.end_done += steps
             if checkpoint is not None:
                 checkpoint(progress)

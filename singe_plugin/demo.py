@@ -23,7 +23,6 @@ from singe_plugin.budget import measure_latency
 from singe_plugin.data import as_loader, evaluate
 from singe_plugin.datasets import Splits, data_config, digits
 from singe_plugin.errors import ArtifactError
-from singe_plugin.finetune import FineTune
 from singe_plugin.inspection import figure_two
 from singe_plugin.report import Point, markdown_table, write_report
 from singe_plugin.result import Result
@@ -241,11 +240,8 @@ def _prune_both(
 
     def once(steps: int, verify: bool) -> Result:
         model = copy.deepcopy(network)
-        # A constant rate: with a cosine over the whole run, the last layers would be cut when it is almost zero.
-        optimizer = torch.optim.SGD(model.parameters(), settings.finetune_lr, momentum=0.9, weight_decay=1e-4)
-        finetune = FineTune(as_loader(splits.train, 64, seed=seed), steps, optimizer=optimizer)
         pruned: Result = prune(
-            model, splits.train, target=f"params={target}", finetune=finetune, finetune_steps=steps,
+            model, splits.train, target=f"params={target}", finetune_steps=steps,
             lr=settings.finetune_lr, units_per_step=settings.units_per_step, criterion=METHODS[method] or "ig",
             importance=_taylor() if METHODS[method] is None else None, nodes=settings.nodes,
             val_data=_validation(splits), seed=seed, builder=builder, device="cpu", verify=verify,

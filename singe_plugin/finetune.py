@@ -105,14 +105,15 @@ def _is_number(value: Any) -> bool:
 class FineTune:
     r"""Fine-tuning steps, entwined with the removals.
 
-    Defaults: SGD with momentum 0.9 and weight decay 1e-4, cosine decay of the learning rate over all steps,
-    cross-entropy with label smoothing 0.1, gradients clipped to norm 1, mixed precision on CUDA.
+    Defaults: SGD with momentum 0.9 and weight decay 1e-4, cosine decay of the learning rate that restarts in each
+    phase (one over the whole run would leave the last layers, which lose the most, a rate near zero), cross-entropy
+    with label smoothing 0.1, gradients clipped to norm 1, mixed precision on CUDA.
 
-    .. math:: \eta_t=\tfrac12\eta_0\,(1+\cos(\pi t/T))
+    .. math:: \eta_t=\tfrac12\eta_0\,(1+\cos(\pi t/T_{\mathrm{phase}}))
 
     Args:
         loader: batches of ``(inputs, targets)`` or mappings; iterated as often as needed.
-        steps: T, the total number of optimisation steps.
+        steps: the total number of optimisation steps.
         every: ``"removal"``, ``"layer"`` or ``"end"``.
         lr, momentum, weight_decay: of the default optimizer.
         optimizer: an optimizer over the model's parameters, or a function that makes one from them.
@@ -238,30 +239,38 @@ class FineTune:
         """How many of the steps phase number ``phase`` of ``phases`` gets; the shares add up to ``steps``."""
         return (phase + 1) * self.steps // phases - phase * self.steps // phases
 
-    def run(self, model: nn.Module, steps: int, callback: Callback) -> None:
+    def run(self, model: nn.Module, steps: int, callback: Callback, phase: tuple[int, int] | None = None) -> None:
         """Take some steps in train mode; the mode of every module is put back afterwards.
+
+        Args:
+            model: the model.
+            steps: how many.
+            callback: sees every step.
+            phase: ``(steps of this phase that are done, its length)``; by default the phase is these steps.
 
         Raises:
             DataError: if the loader is empty or the loss is not finite.
         """
         if steps <= 0:
             return
+        begun, length = phase or (0, steps)
         modes = train_mode_of(model)
         model.train()
         try:
             with torch.enable_grad():
-                for _ in range(steps):
-                    loss, lr = self._step(model)
+                for step in range(steps):
+                    loss, lr = self._step(model, (begun + step) / length)
                     self.done += 1
                     callback.on_finetune_step(FinetuneStep(self.done, self.steps, loss, lr))
         finally:
             for module, training in modes.items():
                 module.training = training
 
-    def _step(self, model: nn.Module) -> tuple[float, float]:
+    def _step(self, model: nn.Module, share: float) -> tuple[float, float]:
+        """One step, when ``share`` of the phase is over; the loss and the learning rate."""
         assert self.optimizer is not None
         device = model_device(model)
-        lr = self._set_lr()
+        lr = self._set_lr(share)
         batch = to_device(next(self.stream), device, self.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
         precision = self._precision(device)
@@ -317,10 +326,10 @@ class FineTune:
             return torch.bfloat16 if device.type == "cuda" else None
         return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
 
-    def _set_lr(self) -> float:
+    def _set_lr(self, share: float) -> float:
         assert self.optimizer is not None
         if self._own_schedule:
-            factor = 0.5 * (1 + math.cos(math.pi * self.done / max(self.steps, 1)))
+            factor = 0.5 * (1 + math.cos(math.pi * share))
             if self.done < self.warmup:
                 factor *= (self.done + 1) / self.warmup
             for group in self.optimizer.param_groups:

@@ -78,7 +78,7 @@ def run_prune(
     Raises:
         ArtifactError: if the folder holds an unfinished run and ``resume`` is false.
     """
-    from singe_plugin.integrations.prune import _device as device_of
+    from singe_plugin.integrations.prune import resolve_device
     from singe_plugin.integrations.prune import check_out_dir, prune
 
     output = Path(output)
@@ -94,7 +94,7 @@ def run_prune(
     seed, batch_size = prune_options["seed"], prune_options["scoring_batch_size"]
     panels: list[Curves] = []
     if curves:
-        named.model.to(device_of(prune_options["device"]))
+        named.model.to(resolve_device(prune_options["device"]))
         panels = figure_two(named.model, splits.train, batch_size, seed)
     started = time.perf_counter()
     bar = ProgressBar() if progress else None
@@ -124,11 +124,11 @@ def run_inspect(
     **options: Any,
 ) -> tuple[Inspection, dict[str, Any]]:
     """``singe inspect``: the groups of a model and what pruning it would cost."""
-    from singe_plugin.integrations.prune import _device as device_of
+    from singe_plugin.integrations.prune import resolve_device
 
     named = create_model(**model_options)
     config = data_config(named.model, img_size)
-    where = device_of(device or "cpu")
+    where = resolve_device(device or "cpu")
     example = torch.zeros(2, config.channels, config.size, config.size, device=where)
     found = inspect_model(named.model.to(where), example, scoring=scoring, **options)
     about = {"model": named.builder.name, "weights": named.weights, "img_size": config.size}

@@ -54,7 +54,10 @@ class FakeTuning(FineTune):
         super().__init__([(torch.zeros(1, 1), torch.zeros(1))], steps, every)
         self.log = log
 
-    def run(self, model: nn.Module, steps: int, callback: Callback) -> None:
+    def run(self, model: nn.Module, steps: int, callback: Callback, phase: tuple[int, int] | None = None) -> None:
+        if phase is not None:  # a piece of the one phase that has all the steps
+            assert phase[1] == self.steps
+            assert 0 <= phase[0] <= self.steps - steps
         self.log.append(("tune", steps))
 
 

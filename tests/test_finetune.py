@@ -54,6 +54,18 @@ def test_the_learning_rate_is_a_cosine_after_a_warmup(steps: int, warmup: int) -
     assert [(event.step, event.total) for event in heard] == [(t + 1, steps) for t in range(steps)]
 
 
+def test_the_cosine_restarts_in_each_phase_and_spans_the_pieces_of_one() -> None:
+    model, tuning, heard = mlp(), FineTune(DATA, 12, lr=0.2), Heard()
+    tuning.prepare(model)
+    tuning.run(model, 4, heard)
+    tuning.run(model, 2, heard)
+    for done in (0, 2, 4):  # one phase of six steps, taken in three pieces
+        tuning.run(model, 2, heard, (done, 6))
+    shares = [t / 4 for t in range(4)] + [t / 2 for t in range(2)] + [t / 6 for t in range(6)]
+    expected = [0.1 * (1 + math.cos(math.pi * share)) for share in shares]
+    assert [event.lr for event in heard.steps] == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_default_step_is_clipped_sgd_on_smoothed_cross_entropy() -> None:
     model = mlp()
     twin = copy.deepcopy(model)
