@@ -198,9 +198,33 @@ def prune(
 
 
 _RECORDED = frozenset(
-    "target finetune_steps finetune_every lr ratios units_per_step round_to max_pruning_ratio criterion p mu steps "
-    "quadrature nodes path objective group_reduction scoring_batch_size scoring_batch_count batch_size amp "
-    "channels_last seed fold verify".split()
+    {
+        "target",
+        "finetune_steps",
+        "finetune_every",
+        "lr",
+        "ratios",
+        "units_per_step",
+        "round_to",
+        "max_pruning_ratio",
+        "criterion",
+        "p",
+        "mu",
+        "steps",
+        "quadrature",
+        "nodes",
+        "path",
+        "objective",
+        "group_reduction",
+        "scoring_batch_size",
+        "scoring_batch_count",
+        "batch_size",
+        "amp",
+        "channels_last",
+        "seed",
+        "fold",
+        "verify",
+    }
 )
 
 
@@ -208,7 +232,9 @@ class _Rollback:
     """The model's tensors and submodules, to undo folding too (the pruner undoes what it does itself)."""
 
     def __init__(self, model: nn.Module) -> None:
-        graph = type("NoGraph", (), {"module2node": {}, "_module2name": {}, "_param_to_name": {}, "_pruning_history": []})()
+        graph = type(
+            "NoGraph", (), {"module2node": {}, "_module2name": {}, "_param_to_name": {}, "_pruning_history": []}
+        )()
         graph.model = model
         self.snapshot = Snapshot(graph, values=True)
 

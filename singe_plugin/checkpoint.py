@@ -70,7 +70,9 @@ def write_checkpoint(
     try:
         header = json.dumps(record)
     except TypeError as error:
-        raise ArtifactError(f"the run cannot be saved: {error} (an optimizer or scheduler state that is not plain)") from error
+        raise ArtifactError(
+            f"the run cannot be saved: {error} (an optimizer or scheduler state that is not plain)"
+        ) from error
     flat = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_atomically(path, lambda p: save_file(flat, p, metadata={"singe": header}))
 
@@ -104,9 +106,7 @@ def restore_progress(record: Mapping[str, Any]) -> Progress:
     """The progress that a checkpoint describes."""
     saved = record["progress"]
     removals = [(layer, list(units)) for layer, units in saved["removals"]]
-    return Progress(
-        saved["plan"], saved["next_layer"], removals, saved["alive"], saved["end_done"], saved["finished"]
-    )
+    return Progress(saved["plan"], saved["next_layer"], removals, saved["alive"], saved["end_done"], saved["finished"])
 
 
 def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, finetune: FineTune | None) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from singe_plugin.artifact import Builder, load, save
 from singe_plugin.budget import measure_latency
-from singe_plugin.data import as_loader, evaluate
+from singe_plugin.data import evaluate
 from singe_plugin.datasets import Splits, data_config, digits
 from singe_plugin.errors import ArtifactError
 from singe_plugin.inspection import figure_two

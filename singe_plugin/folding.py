@@ -258,7 +258,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
         for parameter, value in data:
             parameter.data = value
         raise FoldingError(
-            f"folding {len(pairs)} batch-norms of {type(model).__name__} changes its output by {change:.2g} (relative): "
+            f"folding {len(pairs)} batch-norms of {type(model).__name__} changes the output by {change:.2g} : "
             "a folded layer's output is also read outside autograd (detach or no_grad in the forward); do not fold"
         )
     return FoldingReport(tuple(pairs), left)

@@ -87,9 +87,14 @@ class Result:
         if self.before.latency_ms is not None and self.after.latency_ms is not None:
             rows.append(_row("latency (ms)", self.before.latency_ms, self.after.latency_ms, "{:.2f}"))
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
-        if self.left_whole:
-            lines.append(f"left whole: {len(self.left_whole)} groups")
+        lines = []
+        for row in rows:
+            name, *cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join([name.strip().ljust(widths[0]), *cells]))
+        for name, reason in list(self.left_whole.items())[:3]:
+            lines.append(f"left whole: {name} ({reason})")
+        if len(self.left_whole) > 3:
+            lines.append(f"left whole: {len(self.left_whole) - 3} more, see left_whole")
         return "\n".join(line.rstrip() for line in lines)
 
 

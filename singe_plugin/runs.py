@@ -78,8 +78,7 @@ def run_prune(
     Raises:
         ArtifactError: if the folder holds an unfinished run and ``resume`` is false.
     """
-    from singe_plugin.integrations.prune import resolve_device
-    from singe_plugin.integrations.prune import check_out_dir, prune
+    from singe_plugin.integrations.prune import check_out_dir, prune, resolve_device
 
     output = Path(output)
     check_out_dir(output)

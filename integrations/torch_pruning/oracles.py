@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from singe_plugin.errors import GroupError, SingeError
 from singe_plugin.objective import call_model
 
-from .groups import group_name, unit_slices
+from .groups import unit_slices
 from .removal import Snapshot, Trackers, remove_channels
 from .substitutes import (
     NormOfTheRest,
@@ -211,5 +211,5 @@ def verify_groups(pruner: Any, candidates: Sequence[tuple[Any, list[list[int]]]]
         for number, (group, units) in enumerate(candidates):
             reason = check_group(pruner, group, units, noise, base)
             if reason is not None:
-                reasons[number] = f"group {group_name(group)!r}: {reason}"
+                reasons[number] = reason
     return reasons

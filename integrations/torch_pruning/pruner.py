@@ -122,7 +122,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.batches = None if batches is None else materialise(batches)
         self.example_inputs = example_inputs
         self.trackers = Trackers(
-            [o for o in (optimizer,) if o is not None], [e for e in (ema, getattr(finetune, "ema", None)) if e is not None]
+            [o for o in (optimizer,) if o is not None],
+            [e for e in (ema, getattr(finetune, "ema", None)) if e is not None],
         )
         for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
             kwargs[name] = dict(kwargs.get(name) or {})  # BasePruner's own defaults are shared between pruners
@@ -371,7 +372,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
         modes = train_mode_of(self.model)
         self._check_data()
-        if self.finetune is not None and progress is None:
+        if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
         host = self.host()
         undo = Snapshot(self.DG, trackers=self._all_trackers(), values=True)
@@ -409,16 +410,16 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _check_data(self) -> None:
         """Say before anything happens that the importance has no data, or another model."""
-        if isinstance(self.importance, SInGEImportance):
-            if self.importance.model is None and self.importance.options.rule.needs_gradient:
-                if self.batches is None:
-                    raise DataError(
-                        f"criterion {self.importance.options.criterion!r} needs data: call importance.bind(model, "
-                        "batches) or give SInGEPruner(batches=...)"
-                    )
-                self.importance.bind(self.model, self.batches)
-        if self.finetune is not None and self.finetune.steps and self.finetune.optimizer is None:
-            self.finetune.prepare(self.model)
+        importance = self.importance
+        if not isinstance(importance, SInGEImportance) or importance.model is not None:
+            return
+        if importance.options.rule.needs_gradient:
+            if self.batches is None:
+                raise DataError(
+                    f"criterion {importance.options.criterion!r} needs data: call importance.bind(model, batches) or "
+                    "give SInGEPruner(batches=...)"
+                )
+            importance.bind(self.model, self.batches)
 
 
 def _check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
@@ -483,4 +484,3 @@ def _check_base_arguments(kwargs: dict[str, Any]) -> None:
     top = kwargs.get("max_pruning_ratio", 1.0)
     if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
         raise ConfigError(f"max_pruning_ratio={top!r} is not a fraction inside ]0, 1]")
-

@@ -87,7 +87,9 @@ class Snapshot:
         for module in chosen:
             for table in (module._parameters, module._buffers):
                 tensors.update({id(t): t for t in table.values() if t is not None})
-        self.tensors = [(t, t.data, t.data.clone() if values else None, t.grad, t.requires_grad) for t in tensors.values()]
+        self.tensors = [
+            (t, t.data, t.data.clone() if values else None, t.grad, t.requires_grad) for t in tensors.values()
+        ]
         self.optimizers = [(o, _copy_state(o, values)) for o in trackers.optimizers]
         self.stand_ins = [
             (n.module, {k: list(v) if isinstance(v, list) else v for k, v in n.module.__dict__.items()})
@@ -138,7 +140,9 @@ def _frozen_copy(table: dict[str, Any]) -> dict[str, Any]:
     return {k: v.copy() if isinstance(v, dict) else v for k, v in table.items()}
 
 
-def _copy_state(optimizer: torch.optim.Optimizer, values: bool) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
+def _copy_state(
+    optimizer: torch.optim.Optimizer, values: bool
+) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
     state = {
         p: {k: v.clone() if values and isinstance(v, Tensor) else v for k, v in s.items()}
         for p, s in optimizer.state.items()
@@ -286,7 +290,9 @@ def _reinstall(graph: Any, before: dict[Any, Any], trackers: Trackers, cuts: dic
             if not state:
                 continue
             if (module, attr) not in cuts:
-                raise GroupError(f"{type(module).__name__}.{attr} was cut in an unknown way; its optimizer state is lost")
+                raise GroupError(
+                    f"{type(module).__name__}.{attr} was cut in an unknown way; its optimizer state is lost"
+                )
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == shape:
                     state[key] = _select(value, cuts[module, attr])
@@ -302,7 +308,9 @@ def _cut_emas(graph: Any, modules: list[nn.Module], cuts: dict[Any, Any], tracke
                 continue
             cut = _select(tensor.data, todo)
             if cut.shape != live.shape:
-                raise RemovalError(f"the EMA of {names[owner]}.{attr} has shape {tuple(tensor.shape)} and cannot be cut")
+                raise RemovalError(
+                    f"the EMA of {names[owner]}.{attr} has shape {tuple(tensor.shape)} and cannot be cut"
+                )
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None
                 _swap_data(tensor, cut)

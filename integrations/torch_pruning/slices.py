@@ -8,7 +8,7 @@ optimizer's state need to know which rows of which tensors that means. One small
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class ItemSlice:
     dim: int
     index: tuple[tuple[int, ...], ...]
     produces: bool = False
-    layout: RowLayout = RowLayout()
+    layout: RowLayout = field(default_factory=RowLayout)
 
 
 def tensor_of(owner: nn.Module, attr: str) -> Tensor | None:
