@@ -89,7 +89,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, repeats: int = 20, wa
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     times = []
-    with preserved(model), torch.inference_mode():
+    with preserved(model), torch.no_grad():
         model.eval()
         for index in range(warmup + repeats):
             start = time.perf_counter()

@@ -1,275 +1,338 @@
-"""Removals keep parameter objects, optimizer state and EMA alive, and a failure leaves no trace."""
+"""Removing channels: objects, flags, optimizer state and averages survive, and a failure leaves no trace."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-import timm
 import torch
 import torch_pruning as tp
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from singe_plugin.errors import RemovalError
-from singe_plugin.integrations.torch_pruning import SInGEPruner, Trackers
-from singe_plugin.integrations.torch_pruning.removal import Snapshot, remove_channels
+from masking import Masked
+from references import Net, randomise_norms
+from singe_plugin.errors import RemovalError, SingeError
+from singe_plugin.integrations.torch_pruning import SInGEPruner
+from small_nets import Chain, Dense, Grouped, Residual, Trace, assert_same_values, images, values_of
+
+BATCHES = images(4)
+X = BATCHES[0][0][:2]
+MAGNITUDE = tp.importance.MagnitudeImportance()
 
 
-class Residual(nn.Module):
-    """A stem, a block with an inner width, a depthwise convolution, a head."""
+class Scaled(nn.Module):
+    """A raw parameter, a layer norm wide enough for torch-pruning to put its channels in disorder, and a PReLU."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.conv1 = nn.Conv2d(8, 12, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(12)
-        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
-        self.conv2 = nn.Conv2d(12, 8, 1)
-        self.head = nn.Linear(8, 5)
+        self.conv, self.gamma = nn.Conv2d(2, 12, 3), nn.Parameter(torch.rand(12, 1, 1) + 0.5)
+        self.act, self.norm, self.fc = nn.PReLU(12), nn.LayerNorm(12), nn.Linear(12, 3)
+        with torch.no_grad():
+            for parameter in (self.act.weight, self.norm.weight, self.norm.bias):
+                parameter.uniform_(0.5, 1.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.conv2(torch.relu(self.depthwise(torch.relu(self.bn1(self.conv1(x))))))
-        return self.head(x.mean((2, 3)))
+        return self.fc(self.norm(self.act(self.conv(x) * self.gamma).mean((2, 3))))
 
 
-INPUTS = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-TARGETS = torch.tensor([0, 1, 2, 3])
-GONE = [1, 4, 7]
-LEFT = [0, 2, 3, 5, 6, 8, 9, 10, 11]
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(INPUTS), TARGETS).backward()
-        optimizer.step()
-
-
-def graph_of(model: nn.Module) -> tp.DependencyGraph:
-    modes = {m: m.training for m in model.modules()}
-    graph = tp.DependencyGraph().build_dependency(model, INPUTS)
-    for module, mode in modes.items():
-        module.training = mode
-    return graph
-
-
-def cut(model: nn.Module, trackers: Trackers | None = None) -> None:
-    """Remove channels 1, 4 and 7 of the inner width, and all that goes with them."""
-    remove_channels(graph_of(model), model.conv1, tp.prune_conv_out_channels, GONE, trackers or Trackers())
-
-
-def by_hand(name: str, tensor: Tensor) -> Tensor:
-    """What is left of a tensor of :class:`Residual`, written down layer by layer."""
-    if name.startswith(("conv1.", "bn1.", "depthwise.")) and tensor.ndim:
-        return tensor[LEFT]
-    return tensor[:, LEFT] if name == "conv2.weight" else tensor
-
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "chain": Chain, "residual": Residual, "dense": Dense, "grouped": Grouped, "scaled": Scaled,
+}  # fmt: skip
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+}
+EMAS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch": lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    "torch without buffers": lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+    "timm": lambda m: ModelEmaV3(m, decay=0.9),
+    "a plain copy": lambda m: copy.deepcopy(m),
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizer_state_is_cut_exactly_and_training_goes_on_as_in_a_small_model(name: str) -> None:
-    model = Residual()
-    optimizer = OPTIMIZERS[name](model.parameters())
-    train(model, optimizer)
-    before = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
-    weights = {n: t.clone() for n, t in model.state_dict().items()}
-    cut(model, Trackers([optimizer]))
-
-    small = Residual()  # the same network, built small by hand
-    small.conv1, small.bn1 = nn.Conv2d(8, 9, 3, padding=1), nn.BatchNorm2d(9)
-    small.depthwise, small.conv2 = nn.Conv2d(9, 9, 3, padding=1, groups=9), nn.Conv2d(9, 8, 1)
-    small.load_state_dict({n: by_hand(n, t) for n, t in weights.items()})
-    other = OPTIMIZERS[name](small.parameters())
-    for n, p in small.named_parameters():
-        other.state[p] = {
-            k: by_hand(n, v).clone() if isinstance(v, Tensor) and v.ndim else copy.deepcopy(v)
-            for k, v in before[n].items()
-        }
-    for n, p in model.named_parameters():
-        for key, value in other.state[dict(small.named_parameters())[n]].items():
-            assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), (n, key)
-    train(model, optimizer)
-    train(small, other)
-    for (n, a), b in zip(model.state_dict().items(), small.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=n)
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Any = None, steps: int = 3) -> list[float]:
+    model.train()
+    losses = []
+    for x, y in (BATCHES * 2)[:steps]:
+        loss = functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if hasattr(ema, "update_parameters"):
+            ema.update_parameters(model)
+        elif isinstance(ema, ModelEmaV3):
+            ema.update(model)
+        losses.append(float(loss))
+    return losses
 
 
-@pytest.mark.parametrize(
-    "make", [lambda m: torch.optim.swa_utils.AveragedModel(m), lambda m: timm.utils.ModelEmaV3(m, decay=0.5)]
-)
-def test_ema_is_cut_along_and_can_be_updated(make) -> None:
-    model = Residual()
-    ema = make(model)
-    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    (ema.update_parameters if hasattr(ema, "update_parameters") else ema.update)(model)
-    expected = {n: by_hand(n, t).clone() for n, t in ema.module.state_dict().items()}
-    cut(model, Trackers(emas=[ema]))
-    for n, t in ema.module.state_dict().items():
-        assert torch.equal(t, expected[n]), n
-    assert ema.module.depthwise.groups == ema.module.conv1.out_channels == 9
-    assert ema.module.eval()(INPUTS).shape == (4, 5)
-    (ema.update_parameters if hasattr(ema, "update_parameters") else ema.update)(model)
+def widths_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: {k: v for k, v in module.__dict__.items() if k[0] != "_" and isinstance(v, (int, tuple))}
+        for name, module in model.named_modules()
+    }
 
 
-def test_parameter_objects_flags_hooks_and_gradients_survive() -> None:
-    model = Residual()
-    model.conv1.weight.requires_grad_(False)
-    seen: list[torch.Size] = []
-    model.depthwise.weight.register_hook(lambda g: seen.append(g.shape))
-    model(INPUTS).sum().backward()
-    seen.clear()
-    objects = {n: (id(p), p.requires_grad) for n, p in model.named_parameters()}
-    grads = {n: None if p.grad is None else by_hand(n, p.grad).clone() for n, p in model.named_parameters()}
-    cut(model)
-    for n, p in model.named_parameters():
-        assert (id(p), p.requires_grad) == objects[n]
-        assert (p.grad is None) == (grads[n] is None)
-        if p.grad is not None:
-            assert torch.equal(p.grad, grads[n])
-    model(INPUTS).sum().backward()
-    assert seen == [torch.Size([9, 1, 3, 3])]
+def in_the_shape_of(pruned: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+    """A freshly built model with the pruned one's sizes and values, and none of its objects."""
+    model = make()
+    for name, module in model.named_modules():
+        theirs = pruned.get_submodule(name)
+        for key, value in widths_of(theirs)[""].items():
+            setattr(module, key, value)
+        for key, tensor in theirs.named_parameters(recurse=False):
+            setattr(module, key, nn.Parameter(tensor.detach().clone()))
+        for key, tensor in theirs.named_buffers(recurse=False):
+            setattr(module, key, tensor.clone())
+    return model
 
 
-def test_channels_last_stays() -> None:
-    model = Residual().to(memory_format=torch.channels_last)
-    cut(model)
-    assert model.conv2.weight.shape == (8, 9, 1, 1)
-    weight = model.conv1.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert not weight.is_contiguous()
+# --- identity and values ----------------------------------------------------------------------------------------
 
 
-def test_layer_norm_keeps_the_order_of_its_channels() -> None:
-    """The set arithmetic of torch-pruning's own layer-norm cut does not sort what it keeps."""
-    torch.manual_seed(0)
-    width, shuffled = 512, 0
-    for seed in range(8):
-        norm = nn.LayerNorm(width)
-        nn.init.normal_(norm.weight)
-        model = nn.Sequential(nn.Linear(4, width), norm, nn.Linear(width, 3))
-        gone = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:490].tolist()
-        kept = sorted(set(range(width)) - set(gone))
-        expected = norm.weight.detach()[kept].clone()
-        shuffled += list(set(range(width)) - set(gone)) != kept
-        graph = tp.DependencyGraph().build_dependency(model, torch.randn(2, 4))
-        remove_channels(graph, model[0], tp.prune_linear_out_channels, gone, Trackers())
-        assert torch.equal(norm.weight, expected)
-    assert shuffled  # otherwise this test would not have met the case
+@pytest.mark.parametrize("net", NETS)
+def test_objects_and_flags_survive_and_values_are_those_of_the_channels_that_are_left(net: str) -> None:
+    model = randomise_norms(NETS[net]())
+    masked = Masked(model)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 != 0)
+    objects = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    model.train()
+    pruner = SInGEPruner(model, X, MAGNITUDE)
+    host = pruner.host()
+    with masked.following():
+        for layer in host.layers():
+            host.remove(layer.name, list(range(0, layer.units, 2)))
+    assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == objects
+    assert all(module.training for module in model.modules())
+    assert all(p.is_contiguous() and p.is_leaf for p in model.parameters())
+    torch.testing.assert_close(copy.deepcopy(model).eval()(X), masked.model()(X), rtol=1e-4, atol=1e-5)
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list:
-    tensors = [(n, id(t), t.clone()) for n, t in model.named_parameters()]
-    tensors += [(n, id(t), t.clone()) for n, t in model.named_buffers()]
-    widths = [(n, m.__dict__.get("out_channels"), m.__dict__.get("groups")) for n, m in model.named_modules()]
-    state = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for s in optimizer.state.values()]
-    return [tensors, widths, state]
+def test_a_layer_norm_keeps_the_order_of_its_channels() -> None:
+    """torch-pruning cuts a layer norm to the elements of a *set*: these eight leave [8, 9, 2, 10]."""
+    model = Scaled()
+    norm = values_of(model.norm)
+    SInGEPruner(model, X, MAGNITUDE).host().remove("conv", [0, 1, 3, 4, 5, 6, 7, 11])
+    assert_same_values(model.norm, {name: value[[2, 8, 9, 10]] for name, value in norm.items()})
 
 
-def same(a, b) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+def test_gradients_are_cut_along() -> None:
+    model = Scaled()
+    functional.cross_entropy(model(BATCHES[0][0]), BATCHES[0][1]).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    SInGEPruner(model, X, MAGNITUDE).host().remove("conv", [0, 1, 3, 4, 5, 6, 7, 11])
+    for name, parameter in model.named_parameters():
+        dim = 1 if name == "fc.weight" else 0
+        expected = grads[name] if name == "fc.bias" else grads[name].index_select(dim, torch.tensor([2, 8, 9, 10]))
+        assert torch.equal(parameter.grad, expected), name
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("failing_call", range(7))
-def test_failure_in_the_middle_of_a_removal_rolls_back(
-    monkeypatch: pytest.MonkeyPatch, failing_call: int, error: type[BaseException]
-) -> None:
-    model = Residual()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    train(model, optimizer)
-    graph = graph_of(model)
-    before = state_of(model, optimizer)
-    calls = 0
-    original = tp.pruner.function.BasePruningFunc._prune_parameter_and_grad
-
-    def breaks(self, *args):
-        nonlocal calls
-        calls += 1
-        if calls == failing_call + 1:
-            raise error("injected")
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tp.pruner.function.BasePruningFunc, "_prune_parameter_and_grad", breaks)
-        with pytest.raises(RemovalError if error is RuntimeError else KeyboardInterrupt):
-            remove_channels(graph, model.conv1, tp.prune_conv_out_channels, GONE, Trackers([optimizer]))
-    assert calls == failing_call + 1
-    assert same(state_of(model, optimizer), before)
-    assert graph.pruning_history() == []
-    remove_channels(graph, model.conv1, tp.prune_conv_out_channels, GONE, Trackers([optimizer]))
-    assert model.conv1.out_channels == 9
-    train(model, optimizer)
-
-
-def test_snapshot_with_values_undoes_training_too() -> None:
-    model = Residual()
-    optimizer = torch.optim.AdamW(model.parameters())
-    train(model, optimizer)
-    graph = graph_of(model)
-    before = state_of(model, optimizer)
-    undo = Snapshot(graph, trackers=Trackers([optimizer]), values=True)
-    remove_channels(graph, model.conv1, tp.prune_conv_out_channels, GONE, Trackers([optimizer]))
-    train(model, optimizer)
-    undo.restore()
-    assert same(state_of(model, optimizer), before)
-
-
-def test_removing_everything_is_refused_and_nothing_changes() -> None:
-    model = Residual()
-    graph = graph_of(model)
-    with pytest.raises(RemovalError, match=r"without any; lower the ratio"):
-        remove_channels(graph, model.conv1, tp.prune_conv_out_channels, list(range(12)), Trackers())
-    assert model.conv1.out_channels == 12
-
-
-def test_failed_step_rolls_back_the_groups_that_were_already_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Residual()
-    pruner = SInGEPruner(model, INPUTS, tp.importance.MagnitudeImportance(), pruning_ratio=0.5)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-
-    def breaks(self, *_):
-        raise RuntimeError("injected")
-
-    # the head is cut last: the inner width is gone by then
-    box = tp.pruner.function.PrunerBox[tp.ops.OPTYPE.LINEAR]
-    monkeypatch.setattr(type(box), "_prune_parameter_and_grad", breaks)
-    with pytest.raises(RemovalError, match="injected"):
-        pruner.step()
-    monkeypatch.undo()
-    assert same(before, dict(model.state_dict()))
-    assert pruner.current_step == 0
+def test_channels_last_is_kept() -> None:
+    model = Chain().to(memory_format=torch.channels_last)
+    pruner = SInGEPruner(model, X.to(memory_format=torch.channels_last), MAGNITUDE)
     pruner.step()
-    assert (model.conv1.out_channels, model.head.in_features) == (6, 4)
+    assert model.conv2.weight.shape[:2] == (6, 4)
+    for conv in (model.conv1, model.conv2):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not conv.weight.is_contiguous()
 
 
-def test_interactive_groups_preserve_parameters_and_the_history_replays() -> None:
-    model = Residual()
-    twin = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    train(model, optimizer)
-    objects = [id(p) for p in model.parameters()]
-    pruner = SInGEPruner(
-        model, INPUTS, tp.importance.MagnitudeImportance(), pruning_ratio=0.25, optimizer=optimizer
-    )
+def test_a_split_is_followed_through_many_removals() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.bn(m.conv(x)).chunk(2, 1)
+        return m.fc((a * torch.sigmoid(b)).mean((2, 3)))
+
+    model = randomise_norms(Net(forward, conv=nn.Conv2d(2, 16, 3), bn=nn.BatchNorm2d(16), fc=nn.Linear(8, 3))).eval()
+    masked, pruner = Masked(model), SInGEPruner(model, X, MAGNITUDE)
+    with masked.following():
+        for unit in (2, 0, 5, 4, 1, 1):
+            pruner.host().remove("conv", [unit])
+            torch.testing.assert_close(model(X), masked.model()(X))
+    assert model.conv.out_channels == 4
+
+
+# --- optimizers and averages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_state_is_cut_exactly(optimizer: str) -> None:
+    model = Chain()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    train(model, opt)
+    before = {n: {k: copy.deepcopy(v) for k, v in opt.state[p].items()} for n, p in model.named_parameters()}
+    SInGEPruner(model, X, MAGNITUDE, optimizer=opt).host().remove("conv1", [1, 6])
+    keep = torch.tensor([0, 2, 3, 4, 5, 7])
+    cut = {"conv1.weight": 0, "bn1.weight": 0, "bn1.bias": 0, "conv2.weight": 1}
+    for name, parameter in model.named_parameters():
+        for key, value in before[name].items():
+            if isinstance(value, Tensor) and value.ndim and name in cut:
+                value = value.index_select(cut[name], keep)
+                assert value.shape == parameter.shape
+            assert torch.equal(torch.as_tensor(opt.state[parameter][key]), torch.as_tensor(value)), (name, key)
+    assert len(opt.state) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("ema", EMAS)
+def test_an_average_is_cut_exactly(ema: str) -> None:
+    model = Chain()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    average = EMAS[ema](model)
+    train(model, opt, average)
+    inner = getattr(average, "module", average)
+    before, objects = values_of(inner), dict(inner.named_parameters())
+    SInGEPruner(model, X, MAGNITUDE, ema=average).host().remove("conv1", [1, 6])
+    keep = torch.tensor([0, 2, 3, 4, 5, 7])
+    expected = {
+        name: value.index_select(0, keep) if name.startswith(("conv1", "bn1")) and value.ndim else value
+        for name, value in before.items()
+    }
+    expected["conv2.weight"] = before["conv2.weight"].index_select(1, keep)
+    assert_same_values(inner, expected)
+    assert dict(inner.named_parameters()) == objects
+    assert widths_of(inner) == widths_of(model)
+    assert torch.isfinite(average.eval()(X)).all()
+    train(model, opt, average)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_training_continues_as_in_a_model_built_small(net: str, optimizer: str) -> None:
+    model = NETS[net]()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    train(model, opt)
+    pruner = SInGEPruner(model, X, MAGNITUDE, optimizer=opt)
+    for layer in pruner.host().layers():
+        pruner.host().remove(layer.name, [0, layer.units - 1])
+    small = in_the_shape_of(model, NETS[net])
+    small_opt = OPTIMIZERS[optimizer](small.parameters())
+    small_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert train(model, opt, steps=5) == train(small, small_opt, steps=5)
+    assert_same_values(model, small)
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+
+
+def failing_at(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[int]:
+    """Make torch-pruning's ``count``-th cut of a parameter (from 1) raise; the list counts the calls."""
+    cut, calls = tp.pruner.function.BasePruningFunc._prune_parameter_and_grad, [0]
+
+    def counted(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            raise error
+        return cut(self, *args)
+
+    monkeypatch.setattr(tp.pruner.function.BasePruningFunc, "_prune_parameter_and_grad", counted)
+    return calls
+
+
+def prepared(net: str) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module, SInGEPruner]:
+    model = NETS[net]()
+    opt = OPTIMIZERS["adam"](model.parameters())
+    average = AveragedModel(model, use_buffers=True)
+    train(model, opt, average)
+    return model, opt, average, SInGEPruner(model, X, MAGNITUDE, optimizer=opt, ema=average)
+
+
+def structure_of(graph: Any) -> Any:
+    nodes = [(id(module), id(node), id(node.module)) for module, node in graph.module2node.items()]
+    stand_ins = [
+        {k: copy.copy(v) for k, v in n.module.__dict__.items() if k in ("offsets", "concat_sizes", "split_sizes", "shape")}
+        for n in graph.module2node.values()
+        if isinstance(n.module, nn.Module)
+    ]
+    return nodes, stand_ins, dict(graph._param_to_name), list(graph.pruning_history())
+
+
+@pytest.mark.parametrize("interrupt", [ValueError("boom"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("whole_step", [False, True], ids=["remove", "step"])
+@pytest.mark.parametrize("net", NETS)
+def test_a_failure_at_any_cut_is_rolled_back(net: str, whole_step: bool, interrupt: BaseException) -> None:
+    model, opt, average, pruner = prepared(net)
+    name = pruner.layers[0].name
+    prune = pruner.step if whole_step else lambda: pruner.host().remove(name, [0])
+    trace, ema_trace, graph = Trace(model, opt), Trace(average), structure_of(pruner.DG)
+    expected = RemovalError if isinstance(interrupt, Exception) else KeyboardInterrupt
+    for count in range(1, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = failing_at(count, patch, interrupt)
+            try:
+                prune()
+            except expected as error:
+                assert not isinstance(error, SingeError) or "the model is as it was before" in str(error)
+            if calls[0] < count:
+                break  # it went through
+        trace.assert_unchanged()
+        ema_trace.assert_unchanged()
+        assert structure_of(pruner.DG) == graph
+        assert pruner.current_step == 0
+    assert count > 4
+    assert sum(p.numel() for p in model.parameters()) < sum(v.numel() for v in trace.values.values())
+    train(model, opt, average)
+    assert widths_of(average.module) == widths_of(model)
+
+
+def test_an_average_of_another_shape_is_refused_and_nothing_happens() -> None:
+    model, average = Chain(), Chain(widths=(9, 12, 8))
+    pruner = SInGEPruner(model, X, MAGNITUDE, ema=average)
+    trace = Trace(model)
+    with pytest.raises(RemovalError, match="EMA"):
+        pruner.host().remove("conv1", [0])
+    trace.assert_unchanged()
+
+
+def test_a_layer_is_never_emptied() -> None:
+    model = Chain()
+    host = SInGEPruner(model, X, MAGNITUDE).host()
+    trace = Trace(model)
+    with pytest.raises(RemovalError, match="without any"):
+        host.remove("conv1", range(8))
+    trace.assert_unchanged()
+
+
+# --- interactive, history ---------------------------------------------------------------------------------------
+
+
+def test_interactive_steps_keep_everything_too() -> None:
+    model, opt, average, pruner = prepared("residual")
+    objects = dict(model.named_parameters())
+    groups = 0
     for group in pruner.step(interactive=True):
-        group.prune()
-    assert [id(p) for p in model.parameters()] == objects
-    assert optimizer.state[model.conv2.weight]["momentum_buffer"].shape == model.conv2.weight.shape == (6, 9, 1, 1)
-    train(model, optimizer)
-    fresh = SInGEPruner(twin, INPUTS, tp.importance.MagnitudeImportance())
-    fresh.load_pruning_history(copy.deepcopy(pruner.pruning_history()))
-    assert [p.shape for p in twin.parameters()] == [p.shape for p in model.parameters()]
+        idxs = group[0].idxs
+        group.prune(idxs[: len(idxs) // 2] if groups == 0 else None)
+        groups += 1
+    assert groups == 3
+    assert dict(model.named_parameters()) == objects
+    train(model, opt, average)
+    assert widths_of(average.module) == widths_of(model)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_the_history_repeats_the_removals_on_a_fresh_model(net: str) -> None:
+    model = NETS[net]()
+    fresh = copy.deepcopy(model)
+    pruner = SInGEPruner(model, X, MAGNITUDE, iterative_steps=2)
+    for _ in range(2):
+        pruner.step()
+    pruner.host().remove(pruner.layers[0].name, [0])
+    history = pruner.pruning_history()
+    opt = OPTIMIZERS["sgd"](fresh.parameters())
+    train(copy.deepcopy(fresh), opt)
+    other = SInGEPruner(fresh, X, MAGNITUDE, optimizer=opt)
+    objects = dict(fresh.named_parameters())
+    other.load_pruning_history(history)
+    assert dict(fresh.named_parameters()) == objects
+    assert widths_of(fresh) == widths_of(model)
+    assert_same_values(fresh, model)
+    assert [entry[:2] for entry in other.pruning_history()] == [entry[:2] for entry in history]
+    train(fresh, opt)

@@ -88,7 +88,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         >>> import torch, torch_pruning as tp, singe_plugin
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> pruner = tp.pruner.SInGEPruner(net, torch.zeros(2, 4), tp.importance.MagnitudeImportance(),
-        ...                                target="params=0.5", ratios="uniform")
+        ...                                target="params=0.48", ratios="uniform")
         >>> outcome = pruner.run()
         >>> outcome.params, net[0].out_features
         ((58, 30), 4)
@@ -163,6 +163,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._leave(name, group, reason)
                 continue
             channels = len(rooted[0].idxs)
+            self._note_coupled_channels(rooted)
             channel_groups = self._get_channel_groups(rooted)
             if channels % channel_groups:
                 self._leave(name, group, f"{channels} channels cannot be split into {channel_groups} channel groups")
@@ -193,6 +194,15 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         name = next(n for n in itertools.chain(ordered, [root], numbered) if n not in taken)
         taken.add(name)
         return name
+
+    def _note_coupled_channels(self, group: Any) -> None:
+        """Equal parts of a layer that meet again (a chunk whose halves are multiplied) are channel groups of it."""
+        dep, channels = group[0].dep, len(group[0].idxs)
+        if self._get_channel_groups(group) > 1 or not self.DG.is_out_channel_pruning_fn(dep.handler):
+            return
+        coupled = sorted(self.DG.get_pruning_group(dep.target.module, dep.handler, [0])[0].idxs)
+        if len(coupled) > 1 and channels % len(coupled) == 0 and coupled == aligned_units(channels, len(coupled))[0]:
+            self.out_channel_groups[dep.target.module] = len(coupled)
 
     def _writers(self, group: Any) -> list[tuple[str, nn.Module]]:
         """The convolutions and linear layers that produce a group's channels."""
