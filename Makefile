@@ -17,11 +17,11 @@ demo: $(STAMP)
 	$(BIN)/singe demo --output singe_demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # thousands of generated networks
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ examples: $(STAMP)
 	@set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example > /dev/null; done
 
 coverage: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo

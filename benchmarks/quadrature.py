@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 import torch_pruning as tp
-from cifar_resnet import decode, resnet56
 from scipy.stats import spearmanr
 
 from singe_plugin.integrations.torch_pruning.groups import unit_group
 from singe_plugin.scoring import ScoringOptions, path_gradient_norms
+
+from cifar_resnet import decode, resnet56
 
 RULES = [("gauss", 2), ("gauss", 3), ("gauss", 4), ("gauss", 5), ("gauss", 8)]
 

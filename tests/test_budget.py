@@ -231,9 +231,7 @@ def test_fine_widths_need_no_compromise(name: str) -> None:
 
 def toy(blocks: int = 3, per_block: int = 2, units: int = 100, **options: Any) -> tuple[list[LayerSpec], CostModel]:
     """Independent layers of equal cost."""
-    layers = [
-        LayerSpec(f"{b}.{i}", units, f"block{b}", **options) for b in range(blocks) for i in range(per_block)
-    ]
+    layers = [LayerSpec(f"{b}.{i}", units, f"block{b}", **options) for b in range(blocks) for i in range(per_block)]
     return layers, CostModel(tuple(TensorCost((units, 10), ((0, layer.name, 1.0),)) for layer in layers))
 
 

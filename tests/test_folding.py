@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from references import CASES, Net, get_case, randomise_norms
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -18,6 +17,8 @@ from singe_plugin.errors import FoldingError
 from singe_plugin.folding import fold_batchnorm, foldable_pairs, is_batchnorm, norm_scale_shift, replace_folded
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
+
+from references import CASES, Net, get_case, randomise_norms
 
 
 def norms(model: nn.Module) -> list[nn.Module]:

@@ -13,9 +13,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from references import Net
 from singe_plugin.errors import BudgetError, GroupError
 from singe_plugin.integrations.torch_pruning import SInGEPruner, oracles, substitutes
+
+from references import Net
 from small_nets import Chain, Residual, Trace
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

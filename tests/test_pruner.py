@@ -96,9 +96,7 @@ def test_without_a_target_every_layer_loses_the_ratio() -> None:
 
 def test_pruning_ratio_dict_of_modules() -> None:
     model = Chain()
-    SInGEPruner(
-        model, X, MAGNITUDE, ratios="uniform", pruning_ratio=0.25, pruning_ratio_dict={model.conv2: 0.5}
-    ).run()
+    SInGEPruner(model, X, MAGNITUDE, ratios="uniform", pruning_ratio=0.25, pruning_ratio_dict={model.conv2: 0.5}).run()
     assert widths(model) == {"conv1": 6, "conv2": 6, "conv3": 6}
 
 

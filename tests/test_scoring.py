@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from references import CASES, Net, Walk, get_case, literal_reduction, literal_scores, literal_walk, scale_slices
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +20,8 @@ from singe_plugin.path import decay_path
 from singe_plugin.reduction import REDUCTIONS
 from singe_plugin.scoring import ScoringOptions, path_gradient_norms, score_error, score_units
 from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
+
+from references import CASES, Net, Walk, get_case, literal_reduction, literal_scores, literal_walk, scale_slices
 
 MU, STEPS = 0.7, 2
 GEOMETRIC = ScoringOptions(mu=MU, steps=STEPS, quadrature="geometric")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from references import Net
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,6 +16,8 @@ from singe_plugin.errors import ScoringError
 from singe_plugin.scoring import ScoringOptions, path_gradient_norms, score_error, score_units
 from singe_plugin.state import RngState
 from singe_plugin.units import Producer, Slot, UnitGroup
+
+from references import Net
 
 WAYS: dict[str, dict[str, Any]] = {
     "layer": {"path": "layer", "nodes": 2},

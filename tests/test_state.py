@@ -103,7 +103,7 @@ def test_whatever_is_done_is_undone(leave: type[BaseException] | None) -> None:
         with preserved(model):
             vandalise(model)
     else:
-        with pytest.raises(leave), preserved(model):  # noqa: PT012
+        with pytest.raises(leave), preserved(model):
             vandalise(model)
             raise leave
     assert look() == before

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references import row_index
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from singe_plugin.errors import GroupError, TiedParameterError
 from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup, refuse_tied, tied_parameters
+
+from references import row_index
 
 
 @pytest.mark.parametrize(

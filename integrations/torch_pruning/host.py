@@ -96,6 +96,8 @@ class TorchPruningHost:
         links: dict[tuple[nn.Module, str], list[tuple[int, str, float]]] = {}
         for name in self._layers:
             group, units = self.full_group(name)
+            if len(units) == 1:
+                continue  # nothing more can go, and torch-pruning mistakes some of these for depthwise
             for part in unit_slices(group, units):
                 if part.attr in part.owner._parameters:
                     per_unit = len(part.positions) / len(units)

@@ -257,6 +257,13 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return self.importance(group)  # the user may have called backward() for Taylor, as in torch-pruning
         return with_gradients(self, self.importance, self.batches, lambda: self.importance(group))
 
+    def _check_pruning_ratio(self, group: Any) -> bool:
+        """As ``BasePruner``'s, and no group with one unit left: torch-pruning mistakes some of them for depthwise."""
+        is_attention, _ = self._is_atten_group(group)
+        if not is_attention and len(group[0].idxs) <= self._get_channel_groups(group):
+            return False
+        return bool(super()._check_pruning_ratio(group))
+
     def _prune(self) -> Generator[Any, None, None]:
         for group in super()._prune():
             yield PreservingGroup(group, self._all_trackers())
@@ -316,7 +323,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         scores = None
         ratios = self.ratios if isinstance(self.ratios, str) else self._named(self.ratios)
         if ratios == "global":
-            scores = {spec.name: self.score_layer(host, spec.name) for spec in specs}
+            last = torch.tensor([math.inf])  # the last unit stays, whatever its score
+            scores = {spec.name: self.score_layer(host, spec.name) if spec.units > 1 else last for spec in specs}
         target = self.target
         if target is None:
             if self.pruning_ratio_dict:
