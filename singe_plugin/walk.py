@@ -1,0 +1,233 @@
+"""One batch, walked down the path: F and its gradients with the weights of a group at each scale."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.decay import LayerStats, Row, join, root, row_power, to_units, weight_norms
+from singe_plugin.errors import ScoringError, SingeError
+from singe_plugin.objective import Objective, call_model, get_objective
+from singe_plugin.path import DecayPath
+from singe_plugin.prefix import PrefixCache
+from singe_plugin.state import model_device
+from singe_plugin.units import UnitGroup
+
+if TYPE_CHECKING:
+    from singe_plugin.scoring import ScoringOptions
+
+__all__ = ["AMP_DTYPES", "Walker"]
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Walker:
+    """One batch, walked down the path."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: UnitGroup,
+        rows: list[Row],
+        options: ScoringOptions,
+        path: DecayPath,
+        index: int,
+        inputs: Any,
+        targets: Any,
+    ) -> None:
+        self.model, self.group, self.rows, self.options, self.path = model, group, rows, options, path
+        self.index, self.inputs, self.targets = index, inputs, targets
+        self.objective: Objective = get_objective(options.objective)
+        self.device = model_device(model)
+        self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
+        self.norms, self.covered = weight_norms(group, rows, options.degree)
+
+    def layer_path(self, prefix: PrefixCache) -> list[LayerStats]:
+        """All units of the group decay together: one pass per node."""
+        grads: list[list[Tensor]] = [[] for _ in self.group.producers]
+        inner: list[list[Tensor]] = [[] for _ in self.group.producers]
+        for scale in self.path.scales.tolist():
+            for number, (norm, dot) in enumerate(self._decayed(scale)):
+                grads[number].append(norm)
+                inner[number].append(dot)
+            prefix.seal()
+        return self._stats(grads, inner)
+
+    def _decayed(self, scale: float, unit: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """With all units (or one alone) at ``scale``: per producer the gradient norms and inner products [N]."""
+        p, size = self.options.degree, self.group.size
+        leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
+        with torch.no_grad():
+            for row, leaf in zip(self.rows, leaves, strict=True):
+                leaf.copy_(row.scaled(scale, unit))
+        found = self._gradients(leaves, scale)
+        result = []
+        for number in range(len(self.group.producers)):
+            mine = [(r, leaf, g) for r, leaf, g in zip(self.rows, leaves, found, strict=True) if r.producer == number]
+            powers = [to_units(row_power(r.layout.rows(g), p), r.unit_of, size, p) for r, _, g in mine]
+            dots = [
+                to_units((r.layout.rows(leaf).double() * r.layout.rows(g).double()).sum(1), r.unit_of, size)
+                for r, leaf, g in mine
+            ]
+            result.append((root(join(powers, p), p), torch.stack(dots).sum(0).detach()))
+        return result
+
+    def neuron_path(self, prefix: PrefixCache) -> list[LayerStats]:
+        """Each unit decays alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
+        if self.options.unit_batch == 1:
+            return self._unit_by_unit(prefix)
+        prefix.cancel()  # within a batch of units, what is in front is computed once anyway
+        names = {module: name for name, module in self.model.named_modules()}
+        keys = [f"{names[r.owner]}.{r.attr}".lstrip(".") for r in self.rows]
+        grads: list[list[Tensor]] = [[] for _ in self.group.producers]
+        inner: list[list[Tensor]] = [[] for _ in self.group.producers]
+        for scale in self.path.scales.tolist():
+            while True:
+                norms, dots, values = self._units_at(scale, keys)
+                if not bool(torch.isfinite(values).all()):
+                    raise self._not_finite("F", scale)
+                if all(bool(torch.isfinite(g).all()) for g in norms):
+                    break
+                self._lower_loss_scale(scale)
+            for number, (norm, dot) in enumerate(zip(norms, dots, strict=True)):
+                grads[number].append(norm)
+                inner[number].append(dot)
+        return self._stats(grads, inner)
+
+    def _unit_by_unit(self, prefix: PrefixCache) -> list[LayerStats]:
+        """The neuron path without ``torch.func``, for models that it cannot follow."""
+        grads: list[list[Tensor]] = [[] for _ in self.group.producers]
+        inner: list[list[Tensor]] = [[] for _ in self.group.producers]
+        units = torch.arange(self.group.size, device=self.device)
+        for scale in self.path.scales.tolist():
+            found = []
+            for unit in units:
+                found.append(self._decayed(scale, unit))
+                prefix.seal()
+            for number in range(len(self.group.producers)):
+                grads[number].append(torch.stack([layers[number][0][n] for n, layers in enumerate(found)]))
+                inner[number].append(torch.stack([layers[number][1][n] for n, layers in enumerate(found)]))
+        return self._stats(grads, inner)
+
+    def _units_at(self, scale: float, keys: list[str]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """With each unit alone at ``scale``: per producer the gradient norms and inner products [N], and F [N]."""
+        p, producers = self.options.degree, len(self.group.producers)
+
+        def one_unit(unit: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+            tensors = {key: row.scaled(scale, unit) for key, row in zip(keys, self.rows, strict=True)}
+
+            def evaluate(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+                value = self._value(lambda *a, **k: torch.func.functional_call(self.model, weights, a, k))
+                if not value.requires_grad:
+                    raise self._detached()
+                return value * self.loss_scale, value
+
+            found, value = torch.func.grad(evaluate, has_aux=True)(tensors)
+            powers: list[list[Tensor]] = [[] for _ in range(producers)]
+            dots: list[list[Tensor]] = [[] for _ in range(producers)]
+            for key, row in zip(keys, self.rows, strict=True):
+                own = (row.unit_of == unit).double()
+                grad_rows = row.layout.rows(found[key]).double() / self.loss_scale
+                power = grad_rows.abs().amax(1) if math.isinf(p) else grad_rows.abs().pow(p).sum(1)
+                powers[row.producer].append((power * own).amax() if math.isinf(p) else (power * own).sum())
+                dots[row.producer].append(((row.layout.rows(tensors[key]).double() * grad_rows).sum(1) * own).sum())
+            return [join(x, p) for x in powers], [torch.stack(x).sum(0) for x in dots], value
+
+        chunk = min(self.options.unit_batch, self.group.size)
+        units = torch.arange(self.group.size, device=self.device)
+        try:
+            powers, dots, values = torch.func.vmap(one_unit, chunk_size=chunk, randomness="same")(units)
+        except (SingeError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ScoringError(
+                f"group {self.group.name!r}: the model's forward cannot be evaluated for several units at once "
+                f"with torch.func.vmap ({type(error).__name__}: {error}); use unit_batch=1 or path='layer'"
+            ) from error
+        return [root(x.detach(), p) for x in powers], [x.detach() for x in dots], values.detach()
+
+    def _stats(self, grads: list[list[Tensor]], inner: list[list[Tensor]]) -> list[LayerStats]:
+        return [
+            LayerStats(n, c, torch.stack(g), torch.stack(d))
+            for n, c, g, d in zip(self.norms, self.covered, grads, inner, strict=True)
+        ]
+
+    def _value(self, call: Any) -> Tensor:
+        """F on this batch, as a scalar."""
+        amp = self.options.amp
+        context = torch.autocast(self.device.type, dtype=AMP_DTYPES[amp]) if amp else nullcontext()
+        with context:
+            value = self.objective(_call(call, self.inputs), self.targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ScoringError(
+                f"the objective must return one number (a scalar tensor), got {shape}; reduce it, e.g. with .mean()"
+            )
+        return value.reshape(())
+
+    def _gradients(self, leaves: list[Tensor], scale: float) -> list[Tensor]:
+        while True:
+            try:
+                value = self._value(self.model)
+            except (SingeError, torch.cuda.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise self._failed(error) from error
+            if not bool(torch.isfinite(value)):
+                raise self._not_finite("F", scale)
+            if not value.requires_grad:
+                raise self._detached()
+            found = torch.autograd.grad(value * self.loss_scale, leaves, allow_unused=True)
+            grads = [
+                torch.zeros_like(leaf) if g is None else g / self.loss_scale
+                for leaf, g in zip(leaves, found, strict=True)
+            ]
+            if all(bool(torch.isfinite(g).all()) for g in grads):
+                return grads
+            self._lower_loss_scale(scale)
+
+    def _lower_loss_scale(self, scale: float) -> None:
+        """A gradient overflowed: try again with a smaller loss scale, as long as there is one."""
+        if self.loss_scale <= 1.0:
+            raise self._not_finite("a gradient", scale)
+        self.loss_scale /= 4.0
+
+    def _failed(self, error: Exception) -> ScoringError:
+        return ScoringError(
+            f"group {self.group.name!r}: evaluating F on batch {self.index} (inputs {_describe(self.inputs)}) "
+            f"failed with {type(error).__name__}: {error}"
+        )
+
+    def _detached(self) -> ScoringError:
+        return ScoringError(
+            f"group {self.group.name!r}: F does not depend on its weights through autograd (detached output, "
+            "or torch.no_grad() inside the forward); it cannot be scored by gradients, use criterion='l2'"
+        )
+
+    def _not_finite(self, what: str, scale: float) -> ScoringError:
+        return ScoringError(
+            f"group {self.group.name!r}: {what} is not finite on batch {self.index} with the weights at {scale:.4g} of "
+            "their size; check the batch for inf/NaN, or use amp='bf16' or no amp"
+        )
+
+
+def _call(call: Any, inputs: Any) -> Any:
+    if isinstance(call, nn.Module):
+        return call_model(call, inputs)
+    if isinstance(inputs, dict):
+        return call(**inputs)
+    return call(*inputs) if isinstance(inputs, (tuple, list)) else call(inputs)
+
+
+def _describe(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return str(tuple(inputs.shape))
+    if isinstance(inputs, dict):
+        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in inputs.items()) + "}"
+    if isinstance(inputs, (tuple, list)):
+        return "(" + ", ".join(_describe(v) for v in inputs) + ")"
+    return type(inputs).__name__
