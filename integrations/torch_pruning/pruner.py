@@ -13,14 +13,15 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.algorithm import Progress, prune_layers, units_per_removal
-from singe_plugin.budget import RATIOS, Target, count_macs, count_params, plan_removals
+from singe_plugin.budget import Target, count_macs, count_params, plan_removals
 from singe_plugin.errors import BudgetError, ConfigError, DataError, GroupError, SingeError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.objective import call_model, materialise
-from singe_plugin.state import model_device, preserved, train_mode_of
+from singe_plugin.state import preserved, train_mode_of
 from singe_plugin.units import refuse_tied, tied_parameters
 
+from .arguments import check_arguments, check_base_arguments, check_parts, check_ratios
 from .groups import aligned_units, group_name, unit_group
 from .host import PrunableLayer, TorchPruningHost, block_of, is_conv_or_linear
 from .importance import SInGEImportance
@@ -113,11 +114,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         verify: bool = True,
         **kwargs: Any,
     ) -> None:
-        _check_arguments(model, example_inputs, importance)
+        check_arguments(model, example_inputs, importance)
         self.target = None if target is None else Target.parse(target)
-        self.ratios = _check_ratios(ratios)
+        self.ratios = check_ratios(ratios)
         units_per_removal(units_per_step, 1)
-        _check_parts(model, finetune, callbacks := list(callbacks), list(kwargs.get("ignored_layers") or ()))
+        check_parts(model, finetune, callbacks := list(callbacks), list(kwargs.get("ignored_layers") or ()))
         self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, callbacks
         self.batches = None if batches is None else materialise(batches)
         self.example_inputs = example_inputs
@@ -128,7 +129,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
             kwargs[name] = dict(kwargs.get(name) or {})  # BasePruner's own defaults are shared between pruners
         kwargs.setdefault("forward_fn", call_model)
-        _check_base_arguments(kwargs)
+        check_base_arguments(kwargs)
         try:
             with preserved(model):  # torch-pruning leaves its hooks behind when the forward pass fails
                 for parameter in model.parameters():
@@ -438,67 +439,3 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     "give SInGEPruner(batches=...)"
                 )
             importance.bind(self.model, self.batches)
-
-
-def _check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if type(model).__name__ == "OptimizedModule" or isinstance(model, torch.jit.ScriptModule):
-        raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
-    if not callable(importance):
-        raise ConfigError(f"importance must be callable (group -> scores), got {type(importance).__name__}")
-    if not isinstance(example_inputs, (Tensor, tuple, list, dict)):
-        raise ConfigError(
-            f"example_inputs must be a tensor, a tuple of arguments or a dict of keywords, got "
-            f"{type(example_inputs).__name__}"
-        )
-    device = model_device(model)
-    flat = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
-    tensors = [example_inputs] if isinstance(example_inputs, Tensor) else [t for t in flat if isinstance(t, Tensor)]
-    for tensor in tensors:
-        if tensor.device != device:
-            raise ConfigError(
-                f"example_inputs are on {tensor.device} but the model is on {device}; move one to the other"
-            )
-
-
-def _check_parts(model: nn.Module, finetune: Any, callbacks: list[Any], ignored: list[Any]) -> None:
-    if finetune is not None and not isinstance(finetune, FineTune):
-        raise ConfigError(f"finetune must be a FineTune, got {type(finetune).__name__}; use FineTune(loader, steps)")
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise ConfigError(f"callbacks must be singe_plugin.Callback objects, got {callback!r}; derive from it")
-    own = {id(part) for part in (*model.modules(), *model.parameters())}
-    for layer in ignored:
-        if id(layer) not in own:
-            raise ConfigError(
-                f"ignored_layers: {layer!r} is no module or parameter of the model; give the objects, e.g. [model.fc]"
-            )
-
-
-def _check_ratios(ratios: Any) -> Any:
-    if isinstance(ratios, Mapping):
-        for name, ratio in ratios.items():
-            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-                raise ConfigError(f"ratios must be inside [0, 1[, got {ratio!r} for {name!r}")
-        return ratios
-    if isinstance(ratios, str) and ratios in RATIOS:
-        return ratios
-    raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
-
-
-def _check_base_arguments(kwargs: dict[str, Any]) -> None:
-    ratio = kwargs.get("pruning_ratio", 0.5)
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise ConfigError(f"pruning_ratio={ratio!r} is not a fraction of units inside [0, 1[")
-    round_to = kwargs.get("round_to")
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ConfigError(f"round_to={round_to!r} is not a number of channels; give a whole number >= 1, or None")
-    steps = kwargs.get("iterative_steps", 1)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"iterative_steps={steps!r} is not a number of steps; give a whole number >= 1")
-    top = kwargs.get("max_pruning_ratio", 1.0)
-    if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
-        raise ConfigError(f"max_pruning_ratio={top!r} is not a fraction inside ]0, 1]")

@@ -1,0 +1,79 @@
+"""What a user may pass to the pruner: each check says what was given, and what would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.budget import RATIOS
+from singe_plugin.errors import ConfigError
+from singe_plugin.events import Callback
+from singe_plugin.finetune import FineTune
+from singe_plugin.state import model_device
+
+
+def check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if type(model).__name__ == "OptimizedModule" or isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
+    if not callable(importance):
+        raise ConfigError(f"importance must be callable (group -> scores), got {type(importance).__name__}")
+    if not isinstance(example_inputs, (Tensor, tuple, list, dict)):
+        raise ConfigError(
+            f"example_inputs must be a tensor, a tuple of arguments or a dict of keywords, got "
+            f"{type(example_inputs).__name__}"
+        )
+    device = model_device(model)
+    flat = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
+    tensors = [example_inputs] if isinstance(example_inputs, Tensor) else [t for t in flat if isinstance(t, Tensor)]
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ConfigError(
+                f"example_inputs are on {tensor.device} but the model is on {device}; move one to the other"
+            )
+
+
+def check_parts(model: nn.Module, finetune: Any, callbacks: list[Any], ignored: list[Any]) -> None:
+    if finetune is not None and not isinstance(finetune, FineTune):
+        raise ConfigError(f"finetune must be a FineTune, got {type(finetune).__name__}; use FineTune(loader, steps)")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"callbacks must be singe_plugin.Callback objects, got {callback!r}; derive from it")
+    own = {id(part) for part in (*model.modules(), *model.parameters())}
+    for layer in ignored:
+        if id(layer) not in own:
+            raise ConfigError(
+                f"ignored_layers: {layer!r} is no module or parameter of the model; give the objects, e.g. [model.fc]"
+            )
+
+
+def check_ratios(ratios: Any) -> Any:
+    if isinstance(ratios, Mapping):
+        for name, ratio in ratios.items():
+            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+                raise ConfigError(f"ratios must be inside [0, 1[, got {ratio!r} for {name!r}")
+        return ratios
+    if isinstance(ratios, str) and ratios in RATIOS:
+        return ratios
+    raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
+
+
+def check_base_arguments(kwargs: dict[str, Any]) -> None:
+    ratio = kwargs.get("pruning_ratio", 0.5)
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ConfigError(f"pruning_ratio={ratio!r} is not a fraction of units inside [0, 1[")
+    round_to = kwargs.get("round_to")
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ConfigError(f"round_to={round_to!r} is not a number of channels; give a whole number >= 1, or None")
+    steps = kwargs.get("iterative_steps", 1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"iterative_steps={steps!r} is not a number of steps; give a whole number >= 1")
+    top = kwargs.get("max_pruning_ratio", 1.0)
+    if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
+        raise ConfigError(f"max_pruning_ratio={top!r} is not a fraction inside ]0, 1]")
