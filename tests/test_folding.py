@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -237,3 +237,30 @@ def test_what_counts_as_a_batchnorm() -> None:
     no = [nn.LayerNorm(2), nn.GroupNorm(1, 2), nn.InstanceNorm2d(2, track_running_stats=True), nn.ReLU(), "BatchNorm"]
     assert all(map(is_batchnorm, yes))
     assert not any(map(is_batchnorm, no))
+
+
+def test_a_reader_outside_autograd_is_noticed_and_everything_is_put_back() -> None:
+    """The trace follows autograd; a detached second reader is seen only in the output."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1, bias=False)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + y.detach()
+
+    model = Reader()
+    nn.init.uniform_(model.norm.running_var, 2.0, 3.0)
+    weight, before = model.conv.weight, copy.deepcopy(model.state_dict())
+    data = weight.data_ptr()
+    with pytest.raises(FoldingError, match=r"folding 1 batch-norms of Reader changes the output"):
+        fold_batchnorm(model, torch.randn(2, 3, 4, 4))
+    assert model.conv.weight is weight
+    assert weight.data_ptr() == data
+    assert model.conv.bias is None
+    assert type(model.norm) is nn.BatchNorm2d
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
