@@ -195,7 +195,9 @@ class NormOfTheRest:
         gone = sorted(i for i, root in zip(idxs, roots_of(group, number), strict=True) if root in roots)
         self.module: nn.Module = dep.target.module
         self.width = int(group._DG.get_out_channels(self.module))
-        self.kept = torch.tensor([i for i in range(self.width) if i not in set(gone)])
+        self.kept = torch.tensor(sorted(set(range(self.width)) - set(gone)), dtype=torch.int64)
+        if not len(self.kept):
+            raise GroupError(f"group {group_name(group)!r}: some of its units are all that a norm has")
         if isinstance(self.module, nn.GroupNorm):
             groups = self.kept // (self.width // self.module.num_groups)
             if len(set(torch.bincount(groups, minlength=self.module.num_groups).tolist())) > 1:
