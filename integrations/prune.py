@@ -14,6 +14,7 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.artifact import Builder, Structure, describe_structure
+from singe_plugin.axes import Snapshot
 from singe_plugin.budget import count_macs, count_params, measure_latency
 from singe_plugin.checkpoint import (
     CHECKPOINT,
@@ -34,7 +35,6 @@ from singe_plugin.state import RngState, model_device
 
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
-from .torch_pruning.removal import Snapshot
 
 __all__ = ["Result", "prune"]
 
@@ -159,7 +159,7 @@ def prune(
         builder = builder if builder is not None else Builder.infer(model)
         undo = Structure.of(model)
         pairs: list[tuple[str, str]] = []
-        rollback = _Rollback(model)
+        rollback = Snapshot(model, values=True)
         try:
             if fold:
                 pairs = list(fold_batchnorm(model, example).folded)
@@ -226,20 +226,6 @@ _RECORDED = frozenset(
         "verify",
     }
 )
-
-
-class _Rollback:
-    """The model's tensors and submodules, to undo folding too (the pruner undoes what it does itself)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        graph = type(
-            "NoGraph", (), {"module2node": {}, "_module2name": {}, "_param_to_name": {}, "_pruning_history": []}
-        )()
-        graph.model = model
-        self.snapshot = Snapshot(graph, values=True)
-
-    def restore(self) -> None:
-        self.snapshot.restore()
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

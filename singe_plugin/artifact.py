@@ -368,6 +368,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str],
         owner = modules.get(owner_name)
         if owner is None or (attr not in owner._parameters and attr not in owner._buffers):
             raise ArtifactError(f"the architecture has no tensor {name!r}; it has changed since it was saved")
+        value = value.clone()  # in memory of its own, aligned as any tensor's: kernels may round differently if not
         if name in channels_last:
             value = value.contiguous(memory_format=torch.channels_last)
         if attr in owner._parameters:

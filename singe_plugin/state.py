@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RngState", "model_device", "preserved", "train_mode_of"]
+__all__ = ["RngState", "caches_preserved", "model_device", "preserved", "train_mode_of"]
 
 HOOK_DICTS = (
     "_forward_hooks",
@@ -89,12 +89,52 @@ def train_mode_of(model: nn.Module) -> dict[nn.Module, bool]:
 
 
 @contextmanager
+def caches_preserved(model: nn.Module) -> Iterator[None]:
+    """Put back what modules computed and keep for later: tensors, or dictionaries of them, in plain attributes.
+
+    Position indices and attention biases are kept so. A buffer that was replaced is put back, too; parameters, values
+    and hooks are not, see :func:`preserved`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Identity()
+        >>> model.cache = {}
+        >>> with caches_preserved(model):
+        ...     model.cache["cpu"] = torch.zeros(2)
+        >>> model.cache
+        {}
+    """
+    plain = {m: {k: v for k, v in m.__dict__.items() if not k.startswith("_")} for m in model.modules()}
+    saved = [(m, table, {k: dict(v) for k, v in table.items() if _is_cache(v)}) for m, table in plain.items()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, table in buffers:
+            _refill(module._buffers, table)
+        for module, attributes, contents in saved:
+            for key, value in [(k, v) for k, v in module.__dict__.items() if k[0] != "_"]:
+                old = attributes.get(key)
+                if isinstance(value, Tensor) or _is_cache(value) or isinstance(old, Tensor) or key in contents:
+                    if key in contents:
+                        _refill(old, contents[key])
+                    if key in attributes:
+                        module.__dict__[key] = old
+                    else:
+                        del module.__dict__[key]
+
+
+def _is_cache(value: Any) -> bool:
+    return type(value) is dict and all(isinstance(v, Tensor) for v in value.values())
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put ``model`` back bit for bit on leaving, however the block is left.
 
     Restored are: parameter and buffer objects and the buffers' values, gradients, ``requires_grad``, the mode of
-    every module, hooks, and all random generators. Parameter *values* are not copied: the block must substitute
-    parameters, never write into them (the scoring engine does so).
+    every module, hooks, tensors that modules keep for later, and all random generators. Parameter *values* are not
+    copied: the block must substitute parameters, never write into them (the scoring engine does so).
 
     Example:
         >>> import torch
@@ -112,7 +152,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     requires_grad = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     try:
-        yield
+        with caches_preserved(model):
+            yield
     finally:
         for module, parameters, buffers, hooks in tables:
             _refill(module._parameters, parameters)
@@ -139,7 +180,7 @@ def _hooks_of(module: nn.Module) -> dict[str, OrderedDict[int, Any]]:
     return {name: OrderedDict(getattr(module, name)) for name in HOOK_DICTS if hasattr(module, name)}
 
 
-def _refill(table: dict[str, Any], saved: dict[str, Any]) -> None:
+def _refill(table: dict[Any, Any], saved: dict[Any, Any]) -> None:
     if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
         table.clear()
         table.update(saved)

@@ -1,87 +1,74 @@
 """An independent reference for removals: the original model with the removed channels' activations zeroed by hooks.
 
-It knows what was removed only from torch-pruning's own groups (layer, channel numbers), and nothing of the package's
-slices, units or rows. Norms that mix channels are recomputed over the channels that are left.
+It learns what was removed from a copy of the model whose every element is its own position, and which is cut along;
+it knows nothing of the package's groups, slices or units. Norms that mix channels are recomputed over the channels
+that are left.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_pruning.dependency import Group
 
-LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)  # the channels are the last dimension
+LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)  # the channels are the last dimension
 
 
 class Masked:
-    """Which channels of which layers are left, and the original model with all others masked."""
+    """The original model, and a copy that says which channels are left: give ``tags`` to whatever removes, as an EMA."""
 
     def __init__(self, model: nn.Module) -> None:
         self.original = copy.deepcopy(model)
-        self.left: dict[str, list[int]] = {}  # by name of the layer or parameter, in the original numbering
-        self.dims: dict[str, int] = {}
+        self.tags = copy.deepcopy(model)
+        for tensor in (*self.tags.parameters(), *self.tags.buffers()):
+            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
 
-    def note(self, group: Any) -> None:
-        """Follow one removal, from the group that torch-pruning is about to prune."""
-        graph = group._DG
-        for dep, idxs in group.items:
-            target = dep.target
-            if target.type == tp.ops.OPTYPE.PARAMETER:
-                name, width = graph._param_to_name[target.module], target.module.shape[target.pruning_dim]
-                self.dims[name] = target.pruning_dim
-            elif target.module in graph._module2name and graph.is_out_channel_pruning_fn(dep.handler):
-                name, width = graph._module2name[target.module], graph.get_out_channels(target.module)
-            else:
-                continue
-            if width is not None:  # None: one slope for all channels
-                gone, left = set(idxs), self.left.setdefault(name, list(range(width)))
-                assert len(left) == width, f"{name} has {width} channels, but {len(left)} were left"
-                self.left[name] = [channel for i, channel in enumerate(left) if i not in gone]
+    def _left(self, name: str, attr: str, dim: int) -> Tensor:
+        """The positions along one dimension of a tensor of the original that are left."""
+        full = getattr(self.original.get_submodule(name), attr)
+        tags = getattr(self.tags.get_submodule(name), attr).detach().to(torch.int64)
+        return torch.unravel_index(tags, full.shape)[dim].unique()
 
-    @contextmanager
-    def following(self) -> Iterator[None]:
-        """Note every removal that happens inside."""
-        prune = Group.prune
-
-        def spy(group: Any, *args: Any, **kwargs: Any) -> None:
-            self.note(group)
-            prune(group, *args, **kwargs)
-
-        Group.prune = spy
-        try:
-            yield
-        finally:
-            Group.prune = prune
+    def _channels(self, name: str, module: nn.Module) -> Tensor | None:
+        """The output channels of a layer that are left."""
+        for attr in ("bias", "running_mean"):
+            if getattr(module, attr, None) is not None:
+                return self._left(name, attr, 0)
+        if getattr(module, "weight", None) is None:
+            return None
+        if isinstance(module, nn.Embedding):
+            return self._left(name, "weight", 1)
+        if not getattr(module, "transposed", False):
+            return self._left(name, "weight", 0) if module.weight.ndim else None  # type: ignore[union-attr]
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        tags = self.tags.get_submodule(name).weight.detach().to(torch.int64)  # type: ignore[union-attr, operator]
+        rows, columns = torch.unravel_index(tags, module.weight.shape)[:2]
+        group = rows // (module.in_channels // module.groups)
+        return (group * (module.out_channels // module.groups) + columns).unique()
 
     def model(self) -> nn.Module:
-        """A copy of the original with the removed channels masked, in eval mode."""
+        """A copy of the original in which what was removed is zero: parameters, outputs and what reads them."""
         model = copy.deepcopy(self.original).eval()
-        modules = dict(model.named_modules())
-        for name, left in self.left.items():
-            if name in self.dims:
-                parent, _, attr = name.rpartition(".")
-                parameter = getattr(modules[parent], attr)
-                kept = torch.zeros(parameter.shape[self.dims[name]], dtype=torch.bool)
-                kept[left] = True
-                shape = [1] * parameter.ndim
-                shape[self.dims[name]] = -1
-                parameter.data = parameter.data * kept.view(shape)
-            else:
-                modules[name].register_forward_hook(_hook(torch.tensor(left)))
+        tags = dict(self.tags.named_parameters())
+        for name, parameter in model.named_parameters():
+            kept = torch.zeros(parameter.numel(), dtype=torch.bool)
+            kept[tags[name].detach().to(torch.int64).flatten()] = True
+            parameter.data = parameter.data * kept.view(parameter.shape)
+        for name, module in model.named_modules():
+            if hasattr(module, "taken_over"):
+                module.taken_over = self._left(name, "zeros", 0)  # type: ignore[assignment]
+            if isinstance(module, (*LAST, nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)):
+                left = self._channels(name, module)
+                if left is not None:
+                    module.register_forward_hook(_hook(left))
         return model
 
 
 def _hook(left: Tensor) -> Any:
     def mask(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (mask(module, args, output[0]), *output[1:])
         dim = output.ndim - 1 if isinstance(module, LAST) else 1
         kept = output.index_select(dim, left)
         if isinstance(module, nn.LayerNorm):

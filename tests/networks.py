@@ -262,18 +262,47 @@ def layer_scale(d: Draw, c: int) -> Block:
     return Net(lambda m, x: x + m.gamma * m.body(x), body=body(d, c, c, 0), gamma=nn.Parameter(torch.ones(shape))), c
 
 
+class OverChannels(nn.Module):
+    """A function of all channels together; a reference sets ``taken_over``, the channels it is to be taken over."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.taken_over: Tensor | None = None
+        self.register_buffer("zeros", torch.zeros(8))  # cut along with the channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.zeros.view(-1, 1, 1)
+        if self.kind == "largest":
+            if self.taken_over is not None:
+                gone = torch.ones(8, dtype=torch.bool).index_fill(0, self.taken_over, False)
+                x = x.masked_fill(gone.view(-1, 1, 1), -torch.inf)
+            return x.unflatten(1, (2, -1)).amax(1).clamp(min=-1e30)
+        some = x if self.taken_over is None else x[:, self.taken_over]
+        if self.kind == "mean":
+            return x * torch.sigmoid(some.mean(1, keepdim=True))
+        return (
+            some.softmax(1)
+            if self.taken_over is None
+            else torch.zeros_like(x).index_copy(1, self.taken_over, some.softmax(1))
+        )
+
+
 def strange(d: Draw, c: int) -> Block:
-    """Functions of the channels that no group describes: pruning in front of them must be refused."""
+    """Functions of the channels that are no layers; some cannot be pruned in front of."""
     function: Callable[[Tensor], Tensor] = d.choice([
         lambda y: y.roll(1, 1), lambda y: y.flip(1), lambda y: functional.pixel_shuffle(y, 2),
-        lambda y: y * torch.sigmoid(y.mean(1, keepdim=True)), lambda y: y[:, [1, 0, 2, 3, 4, 5, 6, 7]],
+        OverChannels("mean"), lambda y: y[:, [1, 0, 2, 3, 4, 5, 6, 7]],
         lambda y: y.reshape(len(y), 2, 4, *y.shape[2:]).transpose(1, 2).flatten(1, 2),
-        lambda y: y + torch.linspace(0, 1, 8).view(8, 1, 1), lambda y: y.softmax(1),
-        lambda y: y.unflatten(1, (2, 4)).amax(1), lambda y: torch.stack([y, -y], 1).flatten(1, 2),
+        lambda y: y + torch.linspace(0, 1, 8).view(8, 1, 1), OverChannels("softmax"),
+        OverChannels("largest"), lambda y: torch.stack([y, -y], 1).flatten(1, 2),
     ])  # fmt: skip
     head = nn.Sequential(conv(d, c, 8), norm(d, 8))
     out = function(torch.zeros(1, 8, 2, 2)).shape[1]
-    return Net(lambda m, x: m.last(function(m.head(x))), head=head, last=conv(d, out, 6)), 6
+    own = {"own": function} if isinstance(function, nn.Module) else {}
+    return Net(
+        lambda m, x: m.last((m.own if own else function)(m.head(x))), head=head, last=conv(d, out, 6), **own
+    ), 6  # fmt: skip
 
 
 FLAT = [narrow, inverted, concat, split, uneven_split, grouped, depth_multiplier, shared, layer_scale, gate]

@@ -63,19 +63,18 @@ def difference(masked: nn.Module, pruned: nn.Module, x: Tensor) -> float:
 def remove_at_random(network: Network, seed: int, rounds: int = 2) -> int:
     """Remove random units of random layers, several times over, and compare with the masked original."""
     masked = Masked(network.model)
-    pruner = pruner_for(network)
+    pruner = pruner_for(network, ema=masked.tags)
     if pruner is None or not pruner.layers:
         return 0
     assert all(pruner.left_whole.values())
     host, rng, x, removals = pruner.host(), random.Random(seed), fresh_inputs(network), 0
     for _ in range(rounds):
         units = {layer.name: layer.units for layer in host.layers() if layer.units > 1}
-        with masked.following():
-            for name in rng.sample(sorted(units), rng.randint(min(1, len(units)), len(units))):
-                count = rng.choice([1, rng.randint(1, units[name] - 1)])
-                host.remove(name, rng.sample(range(units[name]), count))
-                removals += 1
-                units[name] -= count
+        for name in rng.sample(sorted(units), rng.randint(min(1, len(units)), len(units))):
+            count = rng.choice([1, rng.randint(1, units[name] - 1)])
+            host.remove(name, rng.sample(range(units[name]), count))
+            removals += 1
+            units[name] -= count
         left = {layer.name: layer.units for layer in host.layers()}
         assert all(left[name] == count for name, count in units.items())
         found = difference(masked.model(), network.model, x)

@@ -251,7 +251,7 @@ def test_flags_modes_and_parameter_objects_survive() -> None:
 
 
 def shared() -> nn.Sequential:
-    """Layer 0 is free, 4 and 6 have one weight (so that 2, which feeds it, is bound too), 8 is the output."""
+    """Layer 0 is free, 4 and 6 have one weight (2 and 4 feed it, so all are one group), 8 is the output."""
     widths = [4, 8, 8, 8, 8, 3]
     layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
     layers[6].weight = layers[4].weight  # type: ignore[assignment]
@@ -264,7 +264,7 @@ def test_what_is_left_whole_is_reported_with_the_reason() -> None:
     outcome = pruner.run()
     assert outcome.left_whole == pruner.left_whole
     assert set(outcome.left_whole) == {"2", "4", "6", "8"}
-    assert "misses a slice" in outcome.left_whole["2"]  # the weight that reads it is read by another layer too
+    assert "'4.weight' and '6.weight' are one tensor" in outcome.left_whole["2"]  # both 2 and 4 are read by it
     assert "'4.weight' and '6.weight' are one tensor" in outcome.left_whole["4"]
     assert "'4.weight' and '6.weight' are one tensor" in outcome.left_whole["6"]
     assert outcome.left_whole["8"] == "it reaches the model's output"

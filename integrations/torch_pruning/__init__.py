@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch_pruning as tp
 
+from singe_plugin.axes import Trackers
+
+from .graph import AxisDependencyGraph, AxisGroup
 from .importance import SInGEImportance
 from .pruner import PruningOutcome, SInGEPruner
-from .removal import PreservingGroup, Trackers
 from .slices import ItemSlice, register_slices
 
 __all__ = [
+    "AxisDependencyGraph",
+    "AxisGroup",
     "ItemSlice",
-    "PreservingGroup",
     "PruningOutcome",
     "SInGEImportance",
     "SInGEPruner",

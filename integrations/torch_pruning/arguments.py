@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.budget import RATIOS
 from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune
+from singe_plugin.objective import call_model
 from singe_plugin.state import model_device
 
 
@@ -62,6 +65,31 @@ def check_ratios(ratios: Any) -> Any:
     if isinstance(ratios, str) and ratios in RATIOS:
         return ratios
     raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
+
+
+def base_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What was given of ``BasePruner``'s arguments behind the first three, and the defaults of the others.
+
+    Raises:
+        ConfigError: for a value that cannot mean anything.
+        TypeError: for an argument that ``BasePruner`` does not have.
+    """
+    bound = inspect.signature(tp.pruner.BasePruner.__init__).bind(None, None, None, None, *args, **kwargs)
+    bound.apply_defaults()
+    options = dict(bound.arguments)
+    for old, new in (("ch_sparsity", "pruning_ratio"), ("ch_sparsity_dict", "pruning_ratio_dict")):
+        if options[old] is not None:
+            options[new] = options[old]
+    check_base_arguments(options)
+    return options
+
+
+def forward_of(options: dict[str, Any]) -> Callable[[nn.Module, Any], Any]:
+    """How the model is called: ``forward_fn`` and ``output_transform``, if they are given."""
+    forward, transform = options["forward_fn"] or call_model, options["output_transform"]
+    if transform is None:
+        return forward  # type: ignore[no-any-return]
+    return lambda model, inputs: transform(forward(model, inputs))
 
 
 def check_base_arguments(kwargs: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.objective import ObjectiveLike, materialise
 from singe_plugin.reduction import NormalizerLike
 from singe_plugin.scoring import ScoringOptions, score_error, score_units
+from singe_plugin.units import UnitGroup
 
+from .graph import AxisGroup
 from .groups import unit_group
 
 __all__ = ["SInGEImportance"]
@@ -121,7 +123,8 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             DataError: if data is needed and none is bound.
         """
-        return self.score_units(group, None)
+        scores = self.score_units(group, None)
+        return group.per_channel(scores) if isinstance(group, AxisGroup) else scores
 
     def score_units(self, group: Any, units: Sequence[Sequence[int]] | None) -> Tensor:
         """Score sets of root channels as one unit each (the aligned channels of a grouped convolution).
@@ -131,13 +134,17 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             units: positions into the root's indices; None makes every root channel its own unit.
         """
         with torch.no_grad():
-            return score_units(self._model_of(group), unit_group(group, units), self.batches, self.options)
+            return score_units(self._model_of(group), self._rows(group, units), self.batches, self.options)
+
+    @staticmethod
+    def _rows(group: Any, units: Sequence[Sequence[int]] | None) -> UnitGroup:
+        return group.unit_group() if isinstance(group, AxisGroup) else unit_group(group, units)
 
     def error(self, group: Any) -> tuple[Tensor, Tensor]:
         """Scores before the normaliser, and an estimate of their quadrature error (about three times the cost)."""
         if self.batches is None and self.options.rule.needs_gradient:
             raise DataError("the quadrature error needs data; call importance.bind(model, batches) first")
-        return score_error(self._model_of(group), unit_group(group), self.batches or [], self.options)
+        return score_error(self._model_of(group), self._rows(group, None), self.batches or [], self.options)
 
     def _model_of(self, group: Any) -> nn.Module:
         model: nn.Module = group._DG.model

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,18 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.algorithm import Progress, prune_layers, units_per_removal
+from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
 from singe_plugin.budget import Target, count_macs, count_params, plan_removals
-from singe_plugin.errors import BudgetError, ConfigError, DataError, GroupError, SingeError
+from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import call_model, materialise
-from singe_plugin.state import preserved, train_mode_of
-from singe_plugin.units import refuse_tied, tied_parameters
+from singe_plugin.objective import materialise
+from singe_plugin.state import train_mode_of
 
-from .arguments import check_arguments, check_base_arguments, check_parts, check_ratios
-from .groups import aligned_units, group_name, unit_group
-from .host import PrunableLayer, TorchPruningHost, block_of, is_conv_or_linear
+from .arguments import base_options, check_arguments, check_parts, check_ratios, forward_of
+from .graph import AxisDependencyGraph, AxisGroup
+from .host import TorchPruningHost, channels_per_unit, scores_per_unit
 from .importance import SInGEImportance
-from .oracles import verify_groups
-from .removal import PreservingGroup, Snapshot, Trackers, remove_channels
 from .scorers import with_gradients
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
@@ -118,137 +116,75 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.target = None if target is None else Target.parse(target)
         self.ratios = check_ratios(ratios)
         units_per_removal(units_per_step, 1)
-        check_parts(model, finetune, callbacks := list(callbacks), list(kwargs.get("ignored_layers") or ()))
+        options = base_options(args, kwargs)
+        check_parts(model, finetune, callbacks := list(callbacks), list(options["ignored_layers"] or ()))
         self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, callbacks
         self.batches = None if batches is None else materialise(batches)
-        self.example_inputs = example_inputs
+        self.model, self.example_inputs, self.importance = model, example_inputs, importance
         self.trackers = Trackers(
             [o for o in (optimizer,) if o is not None],
             [e for e in (ema, getattr(finetune, "ema", None)) if e is not None],
         )
-        for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
-            kwargs[name] = dict(kwargs.get(name) or {})  # BasePruner's own defaults are shared between pruners
-        kwargs.setdefault("forward_fn", call_model)
-        check_base_arguments(kwargs)
-        try:
-            with preserved(model):  # torch-pruning leaves its hooks behind when the forward pass fails
-                for parameter in model.parameters():
-                    if parameter.is_floating_point():
-                        parameter.requires_grad_(True)  # the graph is traced through autograd
-                super().__init__(model, example_inputs, importance, *args, **kwargs)
-        except SingeError:
-            raise
-        except Exception as error:
-            raise GroupError(
-                f"torch-pruning could not trace {type(model).__name__}: {type(error).__name__}: {error}; check that "
-                "model(example_inputs) runs and is differentiable"
-            ) from error
-        self.left_whole: dict[str, str] = {}
-        self.layers = self._verified_layers(verify)
+        self._take(options)
+        graph = AxisGraph(model, example_inputs, self.ignored_layers, self.ignored_params, forward_of(options))
+        if verify:
+            for name, reason in verify_groups(graph).items():
+                graph.drop(name, reason)
+        self.DG = AxisDependencyGraph(graph, self.trackers)
+        self._initial = {name: group.size for name, group in graph.groups.items()}
+
+    def _take(self, options: dict[str, Any]) -> None:
+        """Keep ``BasePruner``'s options under its names."""
+        for name in (
+            "global_pruning", "pruning_ratio", "max_pruning_ratio", "isomorphic", "round_to", "iterative_steps",
+            "iterative_pruning_ratio_scheduler", "prune_num_heads", "prune_head_dims", "head_pruning_ratio",
+        ):  # fmt: skip
+            setattr(self, name, options[name])
+        self.root_module_types = list(options["root_module_types"])
+        given = list(options["ignored_layers"] or ())
+        self.ignored_layers = [m for part in given if isinstance(part, nn.Module) for m in part.modules()]
+        self.ignored_params = [part for part in given if isinstance(part, nn.Parameter)]
+        self.current_step = 0
+        schedule = self.iterative_pruning_ratio_scheduler
+        self.per_step_pruning_ratio = schedule(self.pruning_ratio, self.iterative_steps)
+        self.per_step_head_pruning_ratio = schedule(self.head_pruning_ratio, self.iterative_steps)
+        self.pruning_ratio_dict, self._scopes = {}, {}
+        for number, (key, ratio) in enumerate((options["pruning_ratio_dict"] or {}).items()):
+            for module in (m for part in (key if isinstance(key, tuple) else (key,)) for m in part.modules()):
+                self.pruning_ratio_dict[module] = schedule(ratio, self.iterative_steps)
+                self._scopes[module] = f"scope {number}"
+        self.head_pruning_ratio_dict = {
+            module: schedule(ratio, self.iterative_steps)
+            for part, ratio in (options["head_pruning_ratio_dict"] or {}).items()
+            for module in part.modules()
+        }
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
-    def _verified_layers(self, verify: bool) -> list[PrunableLayer]:
-        """Every group that may be pruned, in forward order; the others are noted in ``left_whole``."""
-        order = self._forward_order()
-        ties = tied_parameters(self.model)
-        entries: list[tuple[int, PrunableLayer, Any, list[list[int]]]] = []
-        taken: set[str] = set()
-        for group in self.DG.get_all_groups(self.ignored_layers, tuple(self.root_module_types)):
-            is_attention, _ = self._is_atten_group(group)
-            rooted = self._downstream_node_as_root_if_attention(group) if is_attention else group
-            writers = self._writers(group)
-            name = self._name_of(group, writers, order, taken)
-            reason = self._reason_to_leave(group, rooted, ties)
-            if reason is not None:
-                self._leave(name, group, reason)
-                continue
-            channels = len(rooted[0].idxs)
-            self._note_coupled_channels(rooted)
-            channel_groups = self._get_channel_groups(rooted)
-            if channels % channel_groups:
-                self._leave(name, group, f"{channels} channels cannot be split into {channel_groups} channel groups")
-                continue
-            dep = rooted[0].dep
-            entry = PrunableLayer(name, dep.target.module, dep.handler, channel_groups, block_of(name))
-            position = min((order.get(m, len(order)) for _, m in writers), default=len(order))
-            entries.append((position, entry, rooted, aligned_units(channels, channel_groups)))
-        entries.sort(key=lambda e: e[0])
-        reasons: dict[int, str] = {}
-        if verify and entries:
-            reasons = verify_groups(self, [(e[2], e[3]) for e in entries], self.example_inputs)
-        kept = []
-        for number, (_, entry, group, _) in enumerate(entries):
-            if number in reasons:
-                self._leave(entry.name, group, reasons[number])
-            else:
-                kept.append(entry)
-        return kept
+    @property
+    def left_whole(self) -> dict[str, str]:
+        """Group or layer -> why it is not pruned."""
+        return self.DG.axis_graph.left_whole  # type: ignore[no-any-return]
 
-    def _name_of(
-        self, group: Any, writers: list[tuple[str, nn.Module]], order: dict[nn.Module, int], taken: set[str]
-    ) -> str:
-        """The first layer that writes the group; behind a split, several groups may have the same one."""
-        ordered = [name for name, _ in sorted(writers, key=lambda w: order.get(w[1], len(order)))]
-        root = group_name(group)
-        numbered = (f"{root}#{i}" for i in itertools.count(2))
-        name = next(n for n in itertools.chain(ordered, [root], numbered) if n not in taken)
-        taken.add(name)
-        return name
+    @property
+    def layers(self) -> list[Group]:
+        """The groups that are pruned, in forward order.
 
-    def _note_coupled_channels(self, group: Any) -> None:
-        """Equal parts of a layer that meet again (a chunk whose halves are multiplied) are channel groups of it."""
-        dep, channels = group[0].dep, len(group[0].idxs)
-        if self._get_channel_groups(group) > 1 or not self.DG.is_out_channel_pruning_fn(dep.handler):
-            return
-        coupled = sorted(self.DG.get_pruning_group(dep.target.module, dep.handler, [0])[0].idxs)
-        if len(coupled) > 1 and channels % len(coupled) == 0 and coupled == aligned_units(channels, len(coupled))[0]:
-            self.out_channel_groups[dep.target.module] = len(coupled)
+        Of groups that share their channels, this is the one with the smaller units: the dimensions of attention heads
+        rather than whole heads. ``prune_num_heads=True`` adds the heads (by ``head_pruning_ratio``),
+        ``prune_head_dims=False`` leaves their dimensions out.
+        """
+        roots = tuple(self.root_module_types)
+        return [
+            group
+            for group in self.DG.axis_graph.groups.values()
+            if any(isinstance(writer, roots) for writer in group.writers.values()) and self._is_chosen(group)
+        ]
 
-    def _writers(self, group: Any) -> list[tuple[str, nn.Module]]:
-        """The convolutions and linear layers that produce a group's channels."""
-        found = {}
-        for i in range(len(group)):
-            dep = group[i].dep
-            if self.DG.is_out_channel_pruning_fn(dep.handler) and is_conv_or_linear(dep.target.module):
-                found[self.DG._module2name[dep.target.module]] = dep.target.module
-        return list(found.items())
-
-    def _reason_to_leave(self, group: Any, rooted: Any, ties: dict[int, tuple[str, ...]]) -> str | None:
-        if rooted is None:
-            return "its attention has no linear layer behind it to root the group at"
-        for i in range(len(group)):
-            dep = group[i].dep
-            writes = self.DG.is_out_channel_pruning_fn(dep.handler)
-            if dep.target.type == tp.ops.OPTYPE.OUTPUT or (writes and not dep.target.outputs):
-                return "it reaches the model's output"
-        try:
-            refuse_tied(unit_group(group), ties)
-        except SingeError as error:
-            return str(error)
-        return None
-
-    def _leave(self, name: str, group: Any, reason: str) -> None:
-        """Keep a group whole: torch-pruning skips groups that write an ignored layer."""
-        self.left_whole[name] = reason
-        for i in range(len(group)):
-            dep = group[i].dep
-            if self.DG.is_out_channel_pruning_fn(dep.handler) and isinstance(dep.target.module, nn.Module):
-                self.ignored_layers.append(dep.target.module)
-
-    def _forward_order(self) -> dict[nn.Module, int]:
-        """The position of each layer in one forward pass."""
-        order: dict[nn.Module, int] = {}
-
-        def note(module: nn.Module, _: Any) -> None:
-            order.setdefault(module, len(order))
-
-        with preserved(self.model), torch.no_grad():
-            self.model.eval()
-            for module in self.model.modules():
-                module.register_forward_pre_hook(note)
-            call_model(self.model, self.example_inputs)
-        return order
+    def _is_chosen(self, group: Group) -> bool:
+        if group.secondary:
+            return bool(self.prune_num_heads) and group.is_heads
+        return bool(self.prune_head_dims) or not group.in_heads
 
     # -- BasePruner's own way -------------------------------------------------------------------------------------
 
@@ -258,37 +194,98 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return self.importance(group)  # the user may have called backward() for Taylor, as in torch-pruning
         return with_gradients(self, self.importance, self.batches, lambda: self.importance(group))
 
-    def _check_pruning_ratio(self, group: Any) -> bool:
-        """As ``BasePruner``'s, and no group with one unit left: torch-pruning mistakes some of them for depthwise."""
-        is_attention, _ = self._is_atten_group(group)
-        if not is_attention and len(group[0].idxs) <= self._get_channel_groups(group):
-            return False
-        return bool(super()._check_pruning_ratio(group))
+    @torch.no_grad()
+    def _prune(self) -> Iterator[AxisGroup]:
+        """Choose what to remove, as ``BasePruner`` does: rank the units of every scope, take the least important."""
+        if self.current_step > self.iterative_steps:
+            warnings.warn("all iterative steps are done: nothing is pruned", stacklevel=3)
+            return
+        scopes: dict[str, list[tuple[AxisGroup, Tensor]]] = {}
+        for group in self.layers:
+            if group.size > 1:
+                full = AxisGroup(self.DG, group)
+                scores = self._scores(full)
+                if scores is not None:
+                    scopes.setdefault(self._scope_of(group, full), []).append((full, scores.cpu()))
+        for members in scopes.values():
+            yield from self._least(members)
 
-    def _prune(self) -> Generator[Any, None, None]:
-        for group in super()._prune():
-            yield PreservingGroup(group, self._all_trackers())
+    def _scores(self, group: AxisGroup) -> Tensor | None:
+        """One score per unit, or None where the importance has nothing to say."""
+        by_unit = getattr(self.importance, "score_units", None)
+        if by_unit is not None:
+            return by_unit(group, None)  # type: ignore[no-any-return]
+        scores = self.estimate_importance(group)
+        return None if scores is None else scores_per_unit(group, self.importance, scores)
+
+    def _scope_of(self, group: Group, full: AxisGroup) -> str:
+        """Units are ranked among those of the same scope."""
+        name = group.name
+        if group.secondary:
+            return "heads" if self.global_pruning else name
+        for module in group.writers.values():
+            if module in self._scopes:
+                return self._scopes[module] + ("" if self.global_pruning else name)
+        if self.isomorphic:
+            parts = (f"{type(item.dep.layer).__name__}.{item.dep.handler.__name__}" for item in full.items)
+            return f"isomorphic {' '.join(parts)}"
+        return "all" if self.global_pruning else name
+
+    def _target_of(self, group: Group) -> float:
+        """The ratio of a group's initial units that is gone after this step."""
+        step = self.current_step
+        own, default, top = self.pruning_ratio_dict, self.per_step_pruning_ratio, self.max_pruning_ratio
+        if group.secondary:
+            own, default, top = self.head_pruning_ratio_dict, self.per_step_head_pruning_ratio, 1.0
+        found = (own[writer] for writer in group.writers.values() if writer in own)
+        return float(min(next(found, default)[step], top))
+
+    def _least(self, members: list[tuple[AxisGroup, Tensor]]) -> Iterator[AxisGroup]:
+        """The least important units of one scope, by group."""
+        initial = sum(self._initial[group.axis_group.name] for group, _ in members)
+        scores = torch.cat([s for _, s in members])
+        count = len(scores) - int(initial * (1 - self._target_of(members[0][0].axis_group)))
+        if count <= 0:
+            return
+        owner = torch.cat([torch.full((len(s),), i) for i, (_, s) in enumerate(members)])
+        chosen = owner[scores.argsort(stable=True)[:count]].bincount(minlength=len(members)).tolist()
+        for (group, own), number in zip(members, chosen, strict=True):
+            size, first = group.axis_group.size, self._initial[group.axis_group.name]
+            kept = max(size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), 1)
+            if self.round_to:
+                per_unit = channels_per_unit(group.axis_group)
+                quantum = self.round_to // math.gcd(self.round_to, per_unit)
+                kept = max(kept - kept % quantum, min(quantum, size))
+            if kept < size:
+                yield AxisGroup(self.DG, group.axis_group, own.argsort(stable=True)[: size - kept].tolist())
 
     def step(self, interactive: bool = False) -> Any:
         """As ``BasePruner.step``; without ``interactive``, a failure rolls the whole step back."""
-        if interactive:
-            return super().step(interactive=True)
-        undo = Snapshot(self.DG, trackers=self._all_trackers())
         before: int = self.current_step
+        self.current_step += 1
+        self.DG.trackers = self._all_trackers()
+        if interactive:
+            return self._prune()
+        undo = Snapshot(self.model, self.DG.axis_graph, trackers=self._all_trackers())
+        history = len(self.DG._pruning_history)
         try:
-            return super().step()
+            for group in self._prune():
+                group.prune()
         except BaseException:
             undo.restore()
+            del self.DG._pruning_history[history:]
             self.current_step = before
             raise
+        return None
 
     def load_pruning_history(self, pruning_history: list[Any]) -> None:
         """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""
+        self.DG.trackers = self._all_trackers()
         for name, is_out, idxs in list(pruning_history):
             module = self.model.get_submodule(name)
             pruner = self.DG.get_pruner_of_module(module)
             function = pruner.prune_out_channels if is_out else pruner.prune_in_channels
-            remove_channels(self.DG, module, function, idxs, self._all_trackers())
+            self.DG.get_pruning_group(module, function, idxs).prune()
 
     def _all_trackers(self) -> Trackers:
         own = list(self.finetune.optimizers) if self.finetune is not None else []
@@ -303,7 +300,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             reasons = "; ".join(f"{k}: {v}" for k, v in list(self.left_whole.items())[:5])
             raise BudgetError(f"no layer of {type(self.model).__name__} can be pruned ({reasons or 'none was found'})")
         return TorchPruningHost(
-            self.DG, self.layers, self._all_trackers(), self.example_inputs, min(self.max_pruning_ratio, 1.0)
+            self.DG,
+            [group.name for group in self.layers],
+            self._all_trackers(),
+            self.example_inputs,
+            min(self.max_pruning_ratio, 1.0),
         )
 
     def score_layer(self, host: TorchPruningHost, layer: str) -> Tensor:
@@ -329,7 +330,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         target = self.target
         if target is None:
             if self.pruning_ratio_dict:
-                own = {spec.name: self._ratio_of(host, spec.name) for spec in specs}
+                own = {spec.name: self._ratio_of(spec.name) for spec in specs}
                 return plan_removals(specs, costs, None, own, self.round_to)
             return plan_removals(specs, costs, None, ratios, self.round_to, scores, self.pruning_ratio)
         before = {"params": count_params(self.model), "macs": count_macs(self.model, self.example_inputs)}
@@ -348,10 +349,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             f"{target.kind}={nearest:.4f}; choose that, or relax round_to and max_pruning_ratio"
         )
 
-    def _ratio_of(self, host: TorchPruningHost, layer: str) -> float:
+    def _ratio_of(self, layer: str) -> float:
         """The ratio that ``pruning_ratio_dict`` gives to a layer of the group, else ``pruning_ratio``."""
-        group, _ = host.full_group(layer)
-        for _, module in self._writers(group):
+        for module in self.DG.axis_graph.groups[layer].writers.values():
             if module in self.pruning_ratio_dict:
                 return float(self.pruning_ratio_dict[module][-1])
         return float(self.pruning_ratio)
@@ -363,7 +363,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if isinstance(key, str):
                 named[key] = float(ratio)
                 continue
-            hits = [e.name for e in self.layers if self.DG._module2name.get(key) == e.name or key is e.root]
+            hits = [group.name for group in self.layers if any(key is w for w in group.writers.values())]
             if not hits:
                 raise ConfigError(f"ratios: {key!r} is no prunable layer of the model; use names from pruner.layers")
             named.update(dict.fromkeys(hits, float(ratio)))
@@ -394,7 +394,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
         host = self.host()
-        undo = Snapshot(self.DG, trackers=self._all_trackers(), values=True)
+        undo = Snapshot(self.model, self.DG.axis_graph, trackers=self._all_trackers(), values=True)
         rewind = None if self.finetune is None else self.finetune.rewinder()
         try:
             if progress is None:

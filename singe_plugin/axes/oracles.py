@@ -1,0 +1,295 @@
+"""Two oracles for "are these groups right?", run before anything is removed.
+
+*Permutation*: if a group names every slice that belongs to its units, permuting the units in all of them at once
+leaves the function unchanged, exactly. *Mask = removal*: the model with every slice of some units zeroed and the
+model with these units removed compute the same function, where operators that take all channels together (norms)
+are taken over those that are left.
+
+Both run on the user's model with randomised weights, statistics and inputs (so that nothing passes because it is
+all ones and zeros), in double precision where the model allows it, and for all groups at once: only when they fail
+together are they taken apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from singe_plugin.errors import GroupError, SingeError
+from singe_plugin.state import caches_preserved
+
+from .graph import AxisGraph, Group
+from .removal import Snapshot, remove_units
+from .substitutes import (
+    NormsOfTheRest,
+    derangement,
+    double_inputs,
+    exchanged,
+    in_double,
+    masked,
+    random_inputs,
+    randomised,
+)
+
+__all__ = ["EXACT", "TOLERANCE", "flat_outputs", "relative_change", "verify_groups"]
+
+TOLERANCE = 1e-4  # of the output, in single precision
+EXACT = 1e-10  # in double precision
+_FELT = 10.0  # what a group does to the output, in units of the tolerance, for a mistake in it to be seen
+_SIDES = (96, 128, 160, 192, 256)  # image sizes that verification tries, if they are smaller than the example
+
+
+def flat_outputs(value: Any) -> list[Tensor]:
+    """All tensors in a nested output, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in flat_outputs(v)]
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in flat_outputs(v)]
+    return []
+
+
+def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest change between two outputs, relative to the size of the first; inf if their shapes differ."""
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.is_floating_point() and x.numel():
+            if not bool(torch.isfinite(y).all()):
+                return float("inf")
+            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)))
+    return worst
+
+
+class _Watch(TorchDispatchMode):
+    """Counts operators, and notices results in less than double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.single = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.counts[func._schema.name.split("::")[1]] += 1
+        if isinstance(out, Tensor) and out.dtype in (torch.float32, torch.float16, torch.bfloat16) and out.ndim:
+            self.single = True
+        return out
+
+
+@dataclass
+class _Bench:
+    """A randomised model on random inputs, and how exactly it computes."""
+
+    graph: AxisGraph
+    inputs: Any
+    base: list[Tensor]
+    tolerance: float
+
+    def run(self) -> list[Tensor]:
+        with torch.no_grad(), caches_preserved(self.graph.model):
+            self.graph.trace.forget()
+            return flat_outputs(self.graph.forward(self.graph.model, self.inputs))
+
+    def failure(self, groups: Sequence[Group]) -> str | None:
+        """Why these groups, taken together, are wrong; None if they are right."""
+        try:
+            return self._permuted(groups) or self._removed(groups)
+        except SingeError as error:
+            return str(error)
+
+    def _permuted(self, groups: Sequence[Group]) -> str | None:
+        generator = torch.Generator().manual_seed(len(groups))
+        with exchanged({g: derangement(g.size, generator) for g in groups}):
+            try:
+                moved = self.run()
+            except Exception as error:
+                return f"the forward pass fails when its units are permuted ({type(error).__name__}: {error})"
+        change = relative_change(self.base, moved)
+        if change > self.tolerance:
+            return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
+        return None
+
+    def _removed(self, groups: Sequence[Group]) -> str | None:
+        """Remove one unit of each, then half of them: the graph has to be right after a removal, too."""
+        orders = {g: torch.randperm(g.size, generator=torch.Generator().manual_seed(g.size)).tolist() for g in groups}
+        rounds = [{g: order[:1] for g, order in orders.items()}]
+        if any(len(order) > 3 for order in orders.values()):
+            rounds.append({g: order[: max(len(order) // 2, 1)] for g, order in orders.items()})
+        expected = []
+        for chosen in rounds:
+            try:
+                with masked(chosen), NormsOfTheRest(self.graph, chosen):
+                    expected.append(self.run())
+            except SingeError as error:
+                return str(error)
+            except Exception as error:
+                return f"the forward pass fails when its units are masked ({type(error).__name__}: {error})"
+        undo = Snapshot(self.graph.model, self.graph)
+        gone: dict[Group, list[int]] = {g: [] for g in groups}
+        try:
+            for chosen, without in zip(rounds, expected, strict=True):
+                for group, units in chosen.items():
+                    remove_units(self.graph, group, _renumbered(units, gone[group]))
+                    gone[group] = list(units)
+                try:
+                    removed = self.run()
+                except Exception as error:
+                    return f"the forward pass fails when its units are removed ({type(error).__name__}: {error})"
+                if [t.shape for t in removed] != [t.shape for t in without]:
+                    return "removing its units changes the shape of the model's output"
+                change = relative_change(without, removed)
+                if change == float("inf"):
+                    return "the output is not finite when its units are removed"
+                if change > self.tolerance:
+                    return f"removing its units is not the same as masking them: the outputs differ by {change:.2g}"
+        finally:
+            undo.restore()
+        return None
+
+
+def _renumbered(units: Sequence[int], gone: Sequence[int]) -> list[int]:
+    """The present numbers of units, after those in ``gone`` were removed."""
+    return [u - sum(g < u for g in gone) for u in units if u not in set(gone)]
+
+
+def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]:
+    """Put every group of a graph through both oracles.
+
+    Args:
+        graph: the graph; it and its model are left as they are.
+        inputs: example inputs; None takes those that the graph was made with.
+
+    Returns:
+        ``group name -> why it is wrong``, for those that are.
+
+    Raises:
+        GroupError: if the model itself does not run on random inputs.
+    """
+    groups = list(graph.groups.values())
+    if not groups:
+        return {}
+    with _bench(graph, graph.inputs if inputs is None else inputs) as bench:
+        reasons = {g.name: _UNFELT for g in _unfelt(bench, groups)}
+        right, wrong = _sorted_out(bench, [g for g in groups if g.name not in reasons])
+        reasons |= {g.name: reason for g, reason in wrong}
+        if wrong and len(right) > 1 and bench.failure(right) is not None:
+            kept: list[Group] = []  # right one by one, but not together
+            for group in right:
+                reason = bench.failure([*kept, group])
+                if reason is None:
+                    kept.append(group)
+                else:
+                    reasons[group.name] = reason
+    return reasons
+
+
+_UNFELT = "its units do not change the output on random data, so it cannot be verified"
+
+
+def _sorted_out(bench: _Bench, groups: list[Group]) -> tuple[list[Group], list[tuple[Group, str]]]:
+    """The groups that are right, and the others with the reason, by halving."""
+    if not groups:
+        return [], []
+    reason = bench.failure(groups)
+    if reason is None:
+        return groups, []
+    if len(groups) == 1:
+        return [], [(groups[0], reason)]
+    middle = len(groups) // 2
+    first, second = _sorted_out(bench, groups[:middle]), _sorted_out(bench, groups[middle:])
+    return first[0] + second[0], first[1] + second[1]
+
+
+def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
+    """The groups whose units hardly change the output: a mistake in them could not be seen."""
+    model = bench.graph.model
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    with torch.enable_grad(), caches_preserved(model):
+        bench.graph.trace.forget()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        outputs = [t for t in flat_outputs(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
+        total: Any = 0.0
+        for output in outputs:
+            probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            total = total + (output * probe).sum() / (output.detach() * probe).norm().clamp(min=1e-12)
+        found = torch.autograd.grad(total, parameters, allow_unused=True) if outputs else [None] * len(parameters)
+    effect = {id(p): (g * p.detach()).abs() for p, g in zip(parameters, found, strict=True) if g is not None}
+    silent = []
+    for group in groups:
+        felt = 0.0
+        for part in group.slices():
+            if part.is_parameter and id(part.tensor) in effect:
+                index = torch.from_numpy(part.units >= 0).nonzero().flatten()
+                mine = effect[id(part.tensor)]
+                felt += float(mine.index_select(part.dim, index.to(mine.device)).sum())
+        if felt < _FELT * bench.tolerance:
+            silent.append(group)
+    return silent
+
+
+@contextmanager
+def _bench(graph: AxisGraph, inputs: Any) -> Iterator[_Bench]:
+    """The randomised model with the most exact arithmetic and the smallest input that it runs on."""
+    model = graph.model
+    with ExitStack() as stack:
+        stack.enter_context(randomised(model))
+        with ExitStack() as precise:
+            precise.enter_context(in_double(model))
+            for candidate in _candidates(inputs):
+                noise = double_inputs(random_inputs(candidate))
+                outcome = _attempt(graph, noise)
+                if isinstance(outcome, tuple) and _same_path(graph, outcome[1]):
+                    base, watch = outcome
+                    if watch.single:
+                        break  # parts of the model compute in single precision: so do the oracles
+                    stack.push(precise.pop_all())
+                    yield _Bench(graph, noise, _finite(base), EXACT)
+                    return
+        noise = random_inputs(inputs)
+        outcome = _attempt(graph, noise)
+        if not isinstance(outcome, tuple):
+            raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
+        yield _Bench(graph, noise, _finite(outcome[0]), TOLERANCE)
+
+
+def _same_path(graph: AxisGraph, watch: _Watch) -> bool:
+    """Whether the operators that mix channels are those of the trace."""
+    names = {name for name, _ in graph.trace.mixing}
+    return all(watch.counts[name] == graph.trace.count(name) for name in names)
+
+
+def _finite(outputs: list[Tensor]) -> list[Tensor]:
+    if not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
+        raise GroupError("the model's output is not finite on random inputs, so groups cannot be verified")
+    return outputs
+
+
+def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str:
+    watch = _Watch()
+    try:
+        with torch.no_grad(), caches_preserved(graph.model):
+            graph.trace.forget()
+            with watch:
+                return flat_outputs(graph.forward(graph.model, inputs)), watch
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _candidates(inputs: Any) -> Iterator[Any]:
+    """Smaller images first, where the example is a batch of images."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
+        for side in _SIDES:
+            if side < min(inputs.shape[2:]):
+                yield inputs[:2, :, :side, :side]
+    yield inputs

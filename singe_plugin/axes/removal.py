@@ -1,0 +1,315 @@
+"""Removing units without breaking what surrounds the model.
+
+Parameter and buffer objects stay and only get smaller data: optimizer, scheduler, hooks and ``requires_grad`` live
+on. Integer attributes that give a dimension's size follow, optimizer state and an EMA copy are cut along; a failure
+puts everything back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.errors import RemovalError, SingeError
+
+from .algebra import Atom, leaves, size_of
+from .graph import AxisGraph, Group
+from .tracked import Place
+
+__all__ = ["Snapshot", "Trackers", "remove_units"]
+
+_SCALARS = (bool, int, float, str, tuple, type(None))
+
+
+@dataclass
+class Trackers:
+    """What has to be cut along with the model.
+
+    Attributes:
+        optimizers: any ``torch.optim`` optimizers over the model's parameters.
+        emas: models with the same module names (or wrappers with a ``.module``, such as timm's ``ModelEmaV3``).
+    """
+
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    emas: list[nn.Module] = field(default_factory=list)
+
+    def ema_models(self) -> list[nn.Module]:
+        """The averaged models themselves, out of their wrappers."""
+        inner = [getattr(e, "module", e) for e in self.emas]
+        return [m if isinstance(m, nn.Module) else e for m, e in zip(inner, self.emas, strict=True)]
+
+
+class Snapshot:
+    """The structure (and on request the values) of a model, its graph and its trackers, to go back to.
+
+    Args:
+        model: the model.
+        graph: its graph, if it has one.
+        modules: the modules that may change; None means the whole model.
+        trackers: optimizers and EMA copies that may change.
+        values: also copy the values, so that training steps can be undone too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: AxisGraph | None = None,
+        modules: Collection[nn.Module] | None = None,
+        trackers: Trackers | None = None,
+        values: bool = False,
+    ) -> None:
+        self.graph = graph
+        trackers = trackers or Trackers()
+        chosen = list(model.modules()) if modules is None else list(modules)
+        for ema in trackers.ema_models():
+            chosen += list(ema.modules())
+        self.modules = [(m, _copy_table(m.__dict__)) for m in chosen]
+        tensors: dict[int, Tensor] = {}
+        for module in chosen:
+            for table in (module._parameters, module._buffers):
+                tensors.update({id(t): t for t in table.values() if t is not None})
+        self.tensors = [
+            (t, t.data, t.data.clone() if values else None, t.grad, t.requires_grad) for t in tensors.values()
+        ]
+        self.optimizers = [(o, _copy_state(o, values)) for o in trackers.optimizers]
+        self.sizes: list[tuple[Atom, int]] = []
+        self.scale_rows: list[list[Tensor]] = []
+        if graph is not None:
+            self.sizes = [(group.leaf.root(), group.size) for group in graph.groups.values()]
+            self.scale_rows = [[rows for _, _, rows in scale.rows] for scale in graph.scales]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, saved in self.modules:
+            module.__dict__.clear()
+            module.__dict__.update(_copy_table(saved))
+        with torch.no_grad():
+            for tensor, data, value, grad, flag in self.tensors:
+                tensor.grad = None
+                if tensor.data is not data:
+                    _swap_data(tensor, data)
+                if value is not None:
+                    tensor.data.copy_(value)
+                tensor.grad = grad
+                tensor.requires_grad_(flag)
+        for optimizer, (state, groups) in self.optimizers:
+            optimizer.state.clear()
+            optimizer.state.update({p: dict(s) for p, s in state.items()})
+            for live, old in zip(optimizer.param_groups, groups, strict=True):
+                live.update(old)
+        for leaf, size in self.sizes:
+            leaf.resize(size)
+        if self.graph is not None:
+            for scale, rows in zip(self.graph.scales, self.scale_rows, strict=True):
+                scale.rows = [(m, a, r) for (m, a, _), r in zip(scale.rows, rows, strict=True)]
+
+
+def _copy_table(table: dict[str, Any]) -> dict[str, Any]:
+    """A copy that later changes of parameters, buffers, submodules, hooks or lists do not reach."""
+    return {k: v.copy() if type(v) in (dict, list) or isinstance(v, dict) else v for k, v in table.items()}
+
+
+def _copy_state(
+    optimizer: torch.optim.Optimizer, values: bool
+) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
+    state = {
+        p: {k: v.clone() if values and isinstance(v, Tensor) else v for k, v in s.items()}
+        for p, s in optimizer.state.items()
+    }
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    return state, groups
+
+
+def _swap_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor data of another shape.
+
+    Autograd caches the shape of a leaf in its gradient accumulator, which a graph may keep alive; going through
+    another dtype makes it drop the cache.
+    """
+    if tensor.requires_grad:
+        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
+
+
+@dataclass
+class _Cut:
+    """What stays of one tensor."""
+
+    owner: nn.Module
+    attr: str
+    tensor: Tensor
+    keep: list[tuple[int, Tensor]]
+
+    def select(self, tensor: Tensor) -> Tensor:
+        for dim, index in self.keep:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
+
+
+def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None) -> None:
+    """Remove units from every tensor that has a slice of them.
+
+    Args:
+        graph: the graph of the model.
+        group: one of its groups.
+        units: their present numbers, each once.
+        trackers: what is cut along.
+
+    Raises:
+        RemovalError: for units that are not there, if none would be left, or if something fails on the way; the
+            model is as before.
+    """
+    trackers = trackers or Trackers()
+    gone = {int(u) for u in units}
+    if not gone:
+        return
+    if min(gone) < 0 or max(gone) >= group.size:
+        raise RemovalError(
+            f"group {group.name!r} has units 0 to {group.size - 1}, but unit "
+            f"{max(gone) if max(gone) >= group.size else min(gone)} was to be removed"
+        )
+    if len(gone) >= group.size:
+        raise RemovalError(
+            f"group {group.name!r}: removing {len(gone)} of {group.size} units would leave a layer without any; "
+            "lower the ratio"
+        )
+    leaf = group.leaf.root()
+    cuts = _cuts(group, gone)
+    places = {place: found[0] for place, found in graph.trace.links.items() if leaf in leaves(found[0][1])}
+    caches = [module for module, _ in graph.trace.caches]
+    changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
+    undo = Snapshot(graph.model, graph, changed, trackers)
+    try:
+        widths = [(scale, size_of(scale.width)) for scale in graph.scales if leaf in leaves(scale.width)]
+        for cut in cuts:
+            _apply(cut, trackers)
+        _cut_scale_rows(graph, cuts)
+        leaf.shrink(len(gone))
+        for scale, before in widths:
+            _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
+        for place, (times, axis) in places.items():
+            place.set(int(times * size_of(axis)))
+        for owner in changed:
+            refresh_widths(owner)
+        graph.trace.forget()
+        _cut_emas(graph, cuts, changed, list(places), trackers)
+    except BaseException as error:
+        undo.restore()
+        if isinstance(error, Exception) and not isinstance(error, SingeError):
+            raise RemovalError(
+                f"group {group.name!r}: removing units failed with {type(error).__name__}: {error}; the model is as "
+                "it was before"
+            ) from error
+        raise
+
+
+def _cuts(group: Group, gone: set[int]) -> list[_Cut]:
+    cuts: dict[int, _Cut] = {}
+    for part in group.slices():
+        kept = torch.tensor([i for i, u in enumerate(part.units.tolist()) if u not in gone], dtype=torch.int64)
+        tensor = part.tensor
+        cut = cuts.setdefault(id(tensor), _Cut(part.owner, part.attr, tensor, []))
+        if all(dim != part.dim for dim, _ in cut.keep):
+            cut.keep.append((part.dim, kept))
+    return list(cuts.values())
+
+
+@torch.no_grad()
+def _apply(cut: _Cut, trackers: Trackers) -> None:
+    tensor = cut.tensor
+    shape, grad = tensor.shape, tensor.grad
+    fresh = cut.select(tensor.data)
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        fresh = fresh.contiguous(memory_format=torch.channels_last)
+    tensor.grad = None
+    _swap_data(tensor, fresh)
+    if grad is not None:
+        tensor.grad = cut.select(grad)
+    for optimizer in trackers.optimizers:
+        for key, value in optimizer.state.get(tensor, {}).items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                optimizer.state[tensor][key] = cut.select(value)
+
+
+def _cut_scale_rows(graph: AxisGraph, cuts: list[_Cut]) -> None:
+    rows_of = {(c.owner, c.attr): dict(c.keep)[0] for c in cuts if 0 in dict(c.keep)}
+    for scale in graph.scales:
+        scale.rows = [
+            (m, a, rows.index_select(0, rows_of[m, a].to(rows.device)) if (m, a) in rows_of else rows)
+            for m, a, rows in scale.rows
+        ]
+
+
+@torch.no_grad()
+def _rescale(graph: AxisGraph, scale: Any, factor: float, trackers: Trackers) -> None:
+    for model in (graph.model, *trackers.ema_models()):
+        for owner, attr, rows in scale.rows:
+            holder = owner if model is graph.model else model.get_submodule(graph.names[owner])
+            tensor = holder._parameters[attr]
+            assert tensor is not None
+            if model is not graph.model:
+                rows = rows if len(rows) == len(tensor) else None
+            if rows is not None:
+                chosen = rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1))
+                tensor.data = torch.where(chosen, tensor.data * factor, tensor.data)
+
+
+def refresh_widths(module: nn.Module) -> None:
+    """Set the attributes in which a layer keeps the shape of its own tensors."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        inner, outer = (1, 0) if not module.transposed else (0, 1)
+        sizes = list(weight.shape)
+        sizes[1] *= module.groups
+        module.out_channels, module.in_channels = sizes[outer], sizes[inner]
+    elif isinstance(module, nn.Linear) and weight is not None:
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        known = [t for t in (weight, module._buffers.get("running_mean")) if t is not None]
+        if known:
+            module.num_features = len(known[0])
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.Embedding) and weight is not None:
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.PReLU) and weight is not None:
+        module.num_parameters = len(weight)
+    elif isinstance(module, nn.RNNBase):
+        module.hidden_size = module._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]
+        module.input_size = module._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
+
+
+def _cut_emas(
+    graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], places: list[Place], trackers: Trackers
+) -> None:
+    for ema in trackers.ema_models():
+        for cut in cuts:
+            twin = ema.get_submodule(graph.names[cut.owner])
+            tensor = twin._parameters.get(cut.attr)
+            tensor = twin._buffers.get(cut.attr) if tensor is None else tensor
+            if tensor is None:
+                continue
+            if tensor.ndim != cut.tensor.ndim or any(
+                tensor.shape[d] <= int(index.max()) for d, index in cut.keep if len(index)
+            ):
+                raise RemovalError(
+                    f"the EMA of {graph.names[cut.owner]}.{cut.attr} has shape {tuple(tensor.shape)} and cannot be cut"
+                )
+            fresh = cut.select(tensor.data)
+            if fresh.shape != cut.tensor.shape:
+                raise RemovalError(
+                    f"the EMA of {graph.names[cut.owner]}.{cut.attr} has shape {tuple(tensor.shape)} and cannot be cut"
+                )
+            tensor.grad = None
+            _swap_data(tensor, fresh)
+        for module in changed:
+            twin = ema.get_submodule(graph.names[module])
+            for key, value in module.__dict__.items():
+                if key != "training" and isinstance(value, (*_SCALARS, list)) and key in twin.__dict__:
+                    twin.__dict__[key] = list(value) if isinstance(value, list) else value

@@ -1,0 +1,264 @@
+"""Temporary changes to a model, for the oracles: random values, units permuted or masked, double precision."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from singe_plugin.errors import GroupError
+from singe_plugin.state import preserved
+
+from .algebra import Axis, labels, leaves
+from .graph import AxisGraph, Group
+
+__all__ = [
+    "NormsOfTheRest",
+    "Values",
+    "derangement",
+    "double_inputs",
+    "exchanged",
+    "in_double",
+    "masked",
+    "random_inputs",
+    "randomised",
+]
+
+
+@contextmanager
+def randomised(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """The model in eval mode with random affine parameters and statistics; restored on leaving.
+
+    Batch-norm statistics and one-dimensional parameters are drawn anew; larger weights are kept unless they are
+    (nearly) zero, as zero-initialised branches are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    originals = [(p, p.data) for p in model.parameters()]
+    with preserved(model), torch.no_grad():
+        for parameter, _ in originals:
+            parameter.grad = None  # put back by preserved; a gradient would pin the type
+        try:
+            for name, buffer in model.named_buffers():
+                if not buffer.is_floating_point():
+                    continue
+                if name.endswith("running_var"):
+                    buffer.copy_(_uniform(buffer, generator))
+                elif name.endswith("running_mean"):
+                    buffer.copy_(_normal(buffer, generator) * 0.2)
+            for parameter, data in originals:
+                if not parameter.is_floating_point() or not data.numel():
+                    continue
+                if parameter.ndim <= 1 or data.numel() == max(data.shape):
+                    sign = _uniform(data, generator) * torch.where(_normal(data, generator) > -1.0, 1.0, -1.0)
+                    parameter.data = sign.to(data.dtype)
+                elif float(data.abs().max()) < 1e-3:
+                    parameter.data = _normal(data, generator) / max(data[0].numel(), 1) ** 0.5
+            model.eval()
+            yield
+        finally:
+            for parameter, data in originals:
+                parameter.data = data
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.rand(like.shape, generator=generator) + 0.5).to(like)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def random_inputs(inputs: Any, seed: int = 0) -> Any:
+    """Random normal tensors in the place of floating ones, everything else as it is."""
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point():
+            return inputs
+        return _normal(inputs, torch.Generator().manual_seed(seed))
+    if isinstance(inputs, Mapping):
+        return {k: random_inputs(v, seed + 1) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        moved = [random_inputs(v, seed + i) for i, v in enumerate(inputs)]
+        return tuple(moved) if isinstance(inputs, tuple) else moved
+    return inputs
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """All floating parameters and buffers in double precision; call inside :func:`randomised`."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    originals = [(t, t.data) for t in tensors]
+    try:
+        for tensor, data in originals:
+            tensor.data = data.double()
+        yield
+    finally:
+        for tensor, data in originals:
+            tensor.data = data
+
+
+def double_inputs(inputs: Any) -> Any:
+    """The floating tensors of nested inputs in double precision."""
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {k: double_inputs(v) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        moved = [double_inputs(v) for v in inputs]
+        return tuple(moved) if isinstance(inputs, tuple) else moved
+    return inputs
+
+
+def derangement(count: int, generator: torch.Generator) -> list[int]:
+    """A permutation without fixed points: a random cycle through all units."""
+    order = torch.randperm(count, generator=generator).tolist()
+    target = [0] * count
+    for here, there in zip(order, order[1:] + order[:1], strict=True):
+        target[here] = there
+    return target
+
+
+class Values:
+    """Temporary values for tensors; the objects stay the same, only their data changes."""
+
+    def __init__(self) -> None:
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        self._saved.setdefault(id(tensor), (tensor, tensor.data))
+        tensor.data = value.detach()
+
+    def restore(self) -> None:
+        for tensor, data in self._saved.values():
+            tensor.data = data
+
+
+@contextmanager
+def exchanged(targets: Mapping[Group, Sequence[int]]) -> Iterator[None]:
+    """Move unit ``u`` of each group to unit ``targets[group][u]``'s places, in every tensor at once.
+
+    Raises:
+        GroupError: if the units of a group are not made up alike.
+    """
+    values = Values()
+    try:
+        for group, target in targets.items():
+            goal = torch.tensor(target)
+            for part in group.slices():
+                units = torch.from_numpy(part.units)
+                own = (units >= 0).nonzero().flatten()
+                places = own[units[own].argsort(stable=True)]
+                if len(places) % len(goal) or bool(
+                    (units[places].view(len(goal), -1) != torch.arange(len(goal))[:, None]).any()
+                ):
+                    raise GroupError(f"its units take different numbers of positions in {part.attr}")
+                places = places.view(len(goal), -1)
+                source = torch.arange(len(units))
+                source[places[goal].flatten()] = places.flatten()
+                tensor = part.tensor
+                values.put(tensor, tensor.data.index_select(part.dim, source.to(tensor.device)))
+        yield
+    finally:
+        values.restore()
+
+
+@contextmanager
+def masked(chosen: Mapping[Group, Sequence[int]], producers_only: bool = False) -> Iterator[None]:
+    """Zero every position of the chosen units, in all parameters."""
+    values = Values()
+    try:
+        for group, units in chosen.items():
+            gone = torch.tensor(sorted(units))
+            for part in group.slices():
+                if part.is_parameter and not (producers_only and part.reads):
+                    tensor = part.tensor
+                    index = torch.isin(torch.from_numpy(part.units), gone).nonzero().flatten()
+                    values.put(tensor, tensor.data.index_fill(part.dim, index.to(tensor.device), 0.0))
+        yield
+    finally:
+        values.restore()
+
+
+class NormsOfTheRest(TorchDispatchMode):
+    """While active, operators that take all channels together (norms, means, softmaxes) leave the chosen units out.
+
+    Args:
+        graph: the graph; the positions are computed here, before anything is removed.
+        chosen: the units that are treated as removed.
+
+    Raises:
+        GroupError: if a group norm would not lose as many channels in each of its groups.
+    """
+
+    def __init__(self, graph: AxisGraph, chosen: Mapping[Group, Sequence[int]]) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.kept: dict[tuple[str, int], dict[int, Tensor]] = {}
+        for key, dims in graph.trace.mixing.items():
+            found = {dim: index for dim, axis in dims if (index := _kept(axis, chosen)) is not None}
+            if found:
+                self.kept[key] = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        kept = self.kept.get((name, self.counts[name]))
+        self.counts[name] += 1
+        if kept is None:
+            return func(*args, **(kwargs or {}))
+        return _of_the_rest(func, name, args, kwargs or {}, kept)
+
+
+def _kept(axis: Axis, chosen: Mapping[Group, Sequence[int]]) -> Tensor | None:
+    """The positions that stay, or None if all do."""
+    stay: Tensor | None = None
+    inside = set(leaves(axis))
+    for group, units in chosen.items():
+        if group.leaf.root() in inside:
+            mine = ~torch.isin(torch.from_numpy(labels(axis, group.leaf.root())), torch.tensor(sorted(units)))
+            stay = mine if stay is None else stay & mine
+    return None if stay is None else stay.nonzero().flatten()
+
+
+def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    for dim, index in kept.items():
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
+
+
+def _spread(small: Tensor, like: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """``small`` in its places of a tensor shaped as ``like``, zeros elsewhere."""
+    for dim, index in kept.items():
+        shape = list(small.shape)
+        shape[dim] = like.shape[dim]
+        small = small.new_zeros(shape).index_copy(dim, index.to(small.device), small)
+    return small
+
+
+def _of_the_rest(func: Any, name: str, args: Any, kwargs: Any, kept: dict[int, Tensor]) -> Any:
+    x, rest = args[0], list(args[1:])
+    small = _select(x, kept)
+    if name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
+        first = x.ndim - len(rest[0])
+        rest[0] = list(small.shape[first:])
+        inner = {dim - first: index for dim, index in kept.items()}
+        rest = [_select(r, inner) if isinstance(r, Tensor) else r for r in rest]
+    elif name == "native_group_norm":
+        groups = kept[1] // (x.shape[1] // rest[5])
+        counts = torch.bincount(groups)
+        counts = counts[counts > 0]
+        if len(set(counts.tolist())) > 1:
+            raise GroupError("its units are not spread evenly over the groups of a group norm")
+        rest[:2] = [_select(r, {0: kept[1]}) if isinstance(r, Tensor) else r for r in rest[:2]]
+        rest[3], rest[5] = small.shape[1], len(counts)
+    out = func(small, *rest, **kwargs)
+    if name in ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rms_norm") or "batch_norm" in name:
+        if isinstance(out, Tensor):
+            return _spread(out, x, kept)
+        return (_spread(out[0], x, kept), *out[1:])
+    if "softmax" in name:
+        return _spread(out, x, kept)
+    return out

@@ -1,0 +1,460 @@
+"""Following the axes of all parameters through one forward pass, operator by operator."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from singe_plugin.objective import call_model
+from singe_plugin.state import preserved
+
+from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, split, unify
+from .tracked import Place, TrackedInt, dimension, has_tracked, tracked_attributes
+
+__all__ = ["AttentionCall", "Forward", "Trace", "trace"]
+
+
+Forward = Callable[[nn.Module, Any], Any]
+_LAYERS = frozenset({"convolution", "addmm", "mm", "linear", "conv2d", "_convolution"})
+_SAME_VALUES = frozenset(
+    {
+        "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "contiguous",
+        "_to_copy", "detach", "alias", "as_strided_", "flatten",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class AttentionCall:
+    """A ``scaled_dot_product_attention`` that divides by the square root of the width it finds.
+
+    Attributes:
+        caller: the module whose forward calls it.
+        number: which of the caller's calls it is.
+        width: the axis that q and k are contracted over.
+    """
+
+    caller: nn.Module
+    number: int
+    width: Axis
+
+
+@dataclass
+class Trace:
+    """What one forward pass says about a model's dimensions.
+
+    Attributes:
+        model: the traced model.
+        links: integer attributes, and the axes whose sizes they are (times a number).
+        equations: sizes that the model computes from attributes and dimensions, and the axes that have these sizes.
+        order: modules in the order in which their parameters are first read.
+        mixing: ``(operator, how often it ran before) -> (dimension, axis)`` of reductions: they see all units at once.
+        attention: calls that imply a scale.
+        heads: the axes over which matrices are multiplied one by one.
+        unknown: operators without a rule, and the classes of the modules that used them.
+        outputs: for every module, the axes of the tensors that it returned last.
+        caches: attributes in which modules keep tensors that they computed (attention biases, by device).
+    """
+
+    model: nn.Module
+    links: dict[Place, list[tuple[Fraction, Axis]]] = field(default_factory=dict)
+    equations: list[tuple[TrackedInt, Axis]] = field(default_factory=list)
+    order: dict[nn.Module, int] = field(default_factory=dict)
+    mixing: dict[tuple[str, int], list[tuple[int, Axis]]] = field(default_factory=dict)
+    attention: list[AttentionCall] = field(default_factory=list)
+    heads: list[Axis] = field(default_factory=list)
+    unknown: dict[str, set[str]] = field(default_factory=dict)
+    stack: list[nn.Module] = field(default_factory=list)
+    outputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
+    caches: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._axes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._owner: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._counts: Counter[str] = Counter()
+        self._calls: Counter[nn.Module] = Counter()
+        self._made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._readers: dict[nn.Module, list[nn.Module | None]] = {}
+        self._norm_calls: Counter[nn.Module] = Counter()
+        self.operator = ""
+        for module in self.model.modules():
+            for table in (module._parameters, module._buffers):
+                for tensor in table.values():
+                    if tensor is not None and tensor not in self._axes:
+                        self._axes[tensor] = [fresh(size) for size in tensor.shape]
+                        self._owner[tensor] = module
+
+    # -- for the rules --------------------------------------------------------------------------------------------
+
+    @property
+    def why(self) -> str:
+        """Where the trace is, as a reason."""
+        where = type(self.stack[-1]).__name__ if self.stack else "the model"
+        return f"{self.operator} in {where}"
+
+    def of(self, tensor: Tensor) -> list[Axis]:
+        """The axes of a tensor; one that was not seen before is a constant, which nothing can be removed from."""
+        axes = self._axes.get(tensor)
+        if axes is None:
+            axes = self._axes[tensor] = [fresh(s, "it is combined with a constant tensor") for s in tensor.shape]
+        return list(axes)
+
+    def set(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
+        """Note the axes of a result."""
+        if [size_of(axis) for axis in axes] != list(tensor.shape):
+            raise AssertionError(f"{self.why}: axes {list(axes)} do not describe a tensor of {tuple(tensor.shape)}")
+        self._axes[tensor] = list(axes)
+
+    def unify(self, a: Axis, b: Axis) -> None:
+        unify(a, b, self.why)
+
+    def fix(self, *axes: Axis) -> None:
+        fix_all(axes, self.why)
+
+    def mixes(self, tensor: Tensor, dims: Sequence[int]) -> None:
+        """Note that the current operator takes all units of these dimensions together."""
+        axes = self.of(tensor)
+        self.mixing[self.operator, self._counts[self.operator]] = [(d % tensor.ndim, axes[d]) for d in dims]
+
+    def link(self, size: Any, axis: Axis) -> None:
+        """Note that ``size`` has to stay the size of ``axis``, if it is made of attributes and dimensions."""
+        if isinstance(size, TrackedInt) and int(size) == size_of(axis):
+            self.equations.append((size, axis))
+
+    def solve(self) -> None:
+        """Unify what has to stay of one size, and note which attributes follow which axes."""
+        rest: list[tuple[TrackedInt, Axis]] = []
+        for size, axis in self.equations:
+            if not size.axes and size.factor == 1 and size.less is None and list(size.places.values()) == [1]:
+                self.links.setdefault(next(iter(size.places)), []).append((Fraction(1), axis))
+            else:
+                rest.append((size, axis))
+        self.equations.clear()
+        for found in self.links.values():
+            for _, axis in found[1:]:
+                _same_size(found[0][1], axis, "one attribute gives both sizes")
+        for size, axis in rest:
+            self._solve(size, axis)
+
+    def _solve(self, size: TrackedInt, axis: Axis) -> None:
+        """``factor * attributes * dimensions == axis``, where some attributes are known to follow axes."""
+        if size.less is not None:  # a - b == axis, so a is the size of axis and b's axis together
+            taken = [self._followed(p) for p in size.less.places] if not size.less.axes else []
+            if len(taken) != 1 or taken[0] is None or size.less.factor != 1:
+                return
+            size, axis = (
+                TrackedInt(int(size) + int(size.less), size.factor, size.places, size.axes),
+                concat([taken[0], axis]),
+            )
+        factors, unknown = list(size.axes), {}
+        for place, exponent in size.places.items():
+            followed = self._followed(place)
+            if followed is None:
+                unknown[place] = exponent
+            else:
+                factors.append((followed, exponent))
+        if not unknown and size.factor == 1:
+            above = tuple(atom for a, e in factors if e == 1 for atom in a)
+            below = tuple(atom for a, e in factors if e == -1 for atom in a)
+            if all(abs(e) == 1 for _, e in factors):
+                _same_size(above, below + axis, "the model computes one size from the other")
+        elif not factors and sum(e == 1 for e in unknown.values()) == 1:
+            # what it is divided by (a number of paths or heads that follows nothing) is a constant
+            times = 1 / size.factor
+            for place, exponent in unknown.items():
+                times *= Fraction(place.get()) ** -exponent if exponent != 1 else 1
+            self._follow(next(p for p, e in unknown.items() if e == 1), times, axis)
+        elif not factors and size.factor == 1 and set(unknown.values()) == {1}:
+            atoms = expand(axis)  # num_keys * head_dim: one attribute per factor
+            for order in itertools.permutations(unknown):
+                if [place.get() for place in order] == [atom.size for atom in atoms]:
+                    for place, atom in zip(order, atoms, strict=True):
+                        self._follow(place, Fraction(1), (atom,))
+                    break
+
+    def _followed(self, place: Place) -> Axis | None:
+        """The axis whose size an attribute is."""
+        found = self.links.get(place)
+        return found[0][1] if found and found[0][0] == 1 else None
+
+    def _follow(self, place: Place, times: Fraction, axis: Axis) -> None:
+        self.links.setdefault(place, []).append((times, axis))
+
+    # -- who reads whom -------------------------------------------------------------------------------------------
+
+    def sole_reader(self, layer: nn.Module) -> nn.Module | None:
+        """The batch-norm that reads a layer's output, if nothing else reads it and the norm reads nothing else."""
+        readers = self._readers.get(layer, [])
+        norm = readers[0] if len(readers) == 1 else None
+        return norm if norm is not None and self._norm_calls[norm] == 1 else None
+
+    def note_reading(self, args: Any, out: Any) -> None:
+        """Keep track of which layer's parameters and outputs the tensors are."""
+        tensors = list(_tensors(args))
+        owners = [self._owner[t] for t in tensors if t in self._owner]
+        for owner in owners:
+            self.order.setdefault(owner, len(self.order))
+        if self.operator in _SAME_VALUES:
+            for table in (self._owner, self._made_by):
+                if tensors and tensors[0] in table:
+                    for made in _tensors(out):
+                        table[made] = table[tensors[0]]
+            return
+        norm = owners[0] if owners and "batch_norm" in self.operator and tensors[0] not in self._owner else None
+        for tensor in tensors:
+            if tensor in self._made_by:
+                self._readers.setdefault(self._made_by[tensor], []).append(norm)
+        if norm is not None:
+            self._norm_calls[norm] += 1
+        elif owners and self.operator in _LAYERS:
+            for made in _tensors(out):
+                self._made_by[made] = owners[-1]
+
+    def forget(self) -> None:
+        """Empty the caches: what they hold was computed from other parameters."""
+        for module, attr in self.caches:
+            module.__dict__[attr] = {}
+
+    def counted(self) -> None:
+        self._counts[self.operator] += 1
+
+    def count(self, operator: str) -> int:
+        """How often an operator ran."""
+        return self._counts[operator]
+
+    def note_attention(self, query: Tensor) -> None:
+        caller = self.stack[-1] if self.stack else self.model
+        self.attention.append(AttentionCall(caller, self._calls[caller], self.of(query)[-1]))
+        self._calls[caller] += 1
+
+
+def _same_size(a: Axis, b: Axis, why: str) -> None:
+    """Make sure that two axes stay of one size; products of the same atoms do, in whatever order."""
+    if is_fixed(a) and is_fixed(b):
+        return
+    if Counter(map(id, expand(a))) != Counter(map(id, expand(b))):
+        unify(a, b, why)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+class _Operators(TorchDispatchMode):
+    """Applies the rule of every operator."""
+
+    def __init__(self, state: Trace, rules: dict[str, Callable[..., None]], pointwise: Callable[..., None]) -> None:
+        super().__init__()
+        self.state, self.rules, self.pointwise = state, rules, pointwise
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        state = self.state
+        out = func(*args, **kwargs)
+        state.operator = name = func._schema.name.split("::")[1]
+        state.note_reading((args, kwargs), out)
+        rule = self.rules.get(name)
+        if rule is not None:
+            rule(state, args, kwargs, out)
+        elif torch.Tag.pointwise in func.tags:
+            self.pointwise(state, args, kwargs, out)
+        else:
+            _unknown(state, args, kwargs, out)
+        state.counted()
+        return out
+
+
+def _unknown(state: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Nothing may be removed from what an operator without a rule reads."""
+    owner = type(state.stack[-1]).__name__ if state.stack else ""
+    state.unknown.setdefault(state.operator, set()).add(owner)
+    why = f"the operator {state.why} has no rule"
+    for tensor in _tensors((args, kwargs)):
+        fix_all(state.of(tensor), why)
+    for tensor in _tensors(out):
+        state.set(tensor, [fresh(size, why) for size in tensor.shape])
+
+
+class _Functions(TorchFunctionMode):
+    """Links the integer attributes that torch functions are called with to the dimensions of what they return."""
+
+    def __init__(self, state: Trace) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
+            self.state.note_attention(kwargs["query"] if "query" in kwargs else args[0])
+        out = func(*args, **kwargs)
+        if name == "__get__" and isinstance(out, torch.Size):
+            return self._sizes(args[0], out)
+        if name == "size":
+            if isinstance(out, torch.Size):
+                return self._sizes(args[0], out)
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            return self._sizes(args[0], args[0].shape)[dim]
+        if has_tracked([*args, *kwargs.values()]):
+            self.state.operator = name
+            _link(self.state, name, args, kwargs, out)
+        return out
+
+    def _sizes(self, tensor: Tensor, shape: Any) -> Any:
+        """The sizes of a tensor, as integers that know their dimensions."""
+        axes = self.state.of(tensor)
+        return torch.Size([s if s < 2 or is_fixed(a) else dimension(s, a) for s, a in zip(shape, axes, strict=True)])
+
+
+_MADE = frozenset(
+    {"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty"}
+)
+
+
+def _link(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    """The attributes among the arguments that are sizes of the result."""
+    results = [t for t in _tensors(out) if t.ndim]
+    if not results:
+        return
+    axes = state.of(results[0])
+    if name in _MADE:
+        sizes = _size_arguments(args)
+        if len(sizes) == len(axes):
+            for size, axis in zip(sizes, axes, strict=True):
+                state.link(size, axis)
+    elif name == "unflatten":
+        first = _argument(args, kwargs, 1, "dim", 0) % args[0].ndim
+        for offset, size in enumerate(_argument(args, kwargs, 2, "sizes", ())):
+            state.link(size, axes[first + offset])
+    elif name in ("split", "split_with_sizes"):
+        dim = _argument(args, kwargs, 2, "dim", 0)
+        sizes = _argument(args, kwargs, 1, "split_size_or_sections", _argument(args, kwargs, 1, "split_size", ()))
+        each = sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(results)
+        for size, part in zip(each, results, strict=False):
+            state.link(size, state.of(part)[dim])
+    elif name == "narrow":
+        state.link(_argument(args, kwargs, 3, "length", 0), axes[_argument(args, kwargs, 1, "dim", 0)])
+    elif name == "__getitem__":
+        _link_slices(state, args, results[0])
+    elif name in ("layer_norm", "rms_norm"):
+        shape = _argument(args, kwargs, 1, "normalized_shape", ())
+        for size, axis in zip(shape, axes[-len(shape) :], strict=True):
+            state.link(size, axis)
+    elif name == "group_norm":
+        _link_groups(state, _argument(args, kwargs, 1, "num_groups", 1), axes[1])
+    elif name.startswith("conv") and len(axes) > 1:
+        _link_groups(state, _argument(args, kwargs, 6, "groups", 1), axes[1])
+
+
+def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any) -> Any:
+    return kwargs.get(name, args[position] if len(args) > position else default)
+
+
+def _link_groups(state: Trace, groups: Any, axis: Axis) -> None:
+    if groups > 1:
+        outer, _ = split(axis, [int(groups), size_of(axis) // int(groups)], state.why)
+        state.link(groups, outer)
+
+
+def _link_slices(state: Trace, args: Any, result: Tensor) -> None:
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    dim = 0
+    for position, item in enumerate(index):
+        if item is Ellipsis:
+            dim = result.ndim - (len(index) - position - 1)
+            continue
+        if isinstance(item, slice) and item.start in (None, 0):
+            state.link(item.stop, state.of(result)[dim])
+        if item is None or isinstance(item, slice):
+            dim += 1
+
+
+def _size_arguments(args: Any) -> list[Any]:
+    rest = args[1:] if args and isinstance(args[0], Tensor) else args
+    if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
+        return list(rest[0])
+    return [a for a in rest if isinstance(a, int)]
+
+
+@contextmanager
+def _module_stack(state: Trace) -> Iterator[None]:
+    def enter(module: nn.Module, _: Any) -> None:
+        state.stack.append(module)
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        state.stack.pop()
+        state.outputs[module] = [state.of(t) for t in _tensors(output)]
+
+    handles = []
+    try:
+        for module in state.model.modules():
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace:
+    """Run the model once, in eval mode, and follow every axis; the model is left as it was.
+
+    Args:
+        model: any module.
+        inputs: example inputs.
+        forward: how the model is called with them.
+    """
+    filled = [key for key, table in _tables(model) if table]
+    if filled:
+        try:
+            return _trace(model, inputs, filled, forward)
+        except Exception:  # then they are no caches: the forward pass does not fill them
+            return _trace(model, inputs, [], forward)
+    return _trace(model, inputs, [], forward)
+
+
+def _tables(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], dict[Any, Any]]]:
+    """Plain attributes that are dictionaries of tensors (or empty)."""
+    for module in model.modules():
+        for attr, value in module.__dict__.items():
+            if not attr.startswith("_") and type(value) is dict and all(isinstance(v, Tensor) for v in value.values()):
+                yield (module, attr), value
+
+
+def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], forward: Forward) -> Trace:
+    from .rules import RULES, pointwise
+
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        stack.enter_context(torch.no_grad())
+        model.eval()
+        state = Trace(model, caches=list(emptied))
+        state.forget()
+        for tensor in _tensors(inputs):
+            state.set(tensor, [fresh(size, "it is a dimension of the model's input") for size in tensor.shape])
+        stack.enter_context(tracked_attributes(model))
+        stack.enter_context(_module_stack(state))
+        with _Functions(state), _Operators(state, RULES, pointwise):
+            outputs = forward(model, inputs)
+        for tensor in _tensors(outputs):
+            fix_all(state.of(tensor), "it reaches the model's output")
+        state.caches = [key for key, table in _tables(model) if table or key in emptied]
+    state.solve()
+    return state
