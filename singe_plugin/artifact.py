@@ -143,6 +143,7 @@ def _modules(model: nn.Module) -> dict[str, Any]:
     return {name: (type(module).__qualname__, plain[name]) for name, module in model.named_modules()}
 
 
+_NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -151,12 +152,16 @@ def _encode(value: Any) -> Any:
         return {"tuple": [_encode(v) for v in value]}
     if isinstance(value, list):
         return [_encode(v) for v in value]
+    if isinstance(value, dict):
+        return {"dict": {k: _encode(v) for k, v in value.items()}}
     return value
 
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"tuple"}:
         return tuple(_decode(v) for v in value["tuple"])
+    if isinstance(value, dict) and set(value) == {"dict"}:
+        return {k: _decode(v) for k, v in value["dict"].items()}
     if isinstance(value, list):
         return [_decode(v) for v in value]
     return value
@@ -165,6 +170,8 @@ def _decode(value: Any) -> Any:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_plain(v) for v in value)
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     return isinstance(value, _PLAIN)
 
 
@@ -182,7 +189,11 @@ class Structure:
             found[name] = {
                 key: list(value) if isinstance(value, list) else value
                 for key, value in module.__dict__.items()
-                if key != "training" and _is_plain(value)
+                if key not in _NOT_STRUCTURE
+                and not key.startswith("_")
+                and _is_plain(value)
+                and not key.startswith("_")
+                and _is_plain(value)
             }
         return cls(found)
 

@@ -18,7 +18,7 @@ LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)  # the channels are the last dime
 
 
 class Masked:
-    """The original model, and a copy that says which channels are left: give ``tags`` to whatever removes, as an EMA."""
+    """The original model, and a copy that says which channels are left: give ``tags`` as an EMA to what removes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.original = copy.deepcopy(model)
@@ -75,10 +75,11 @@ def _hook(left: Tensor) -> Any:
             affine = [None if p is None else p[left] for p in (module.weight, module.bias)]
             kept = functional.layer_norm(args[0].index_select(dim, left), (len(left),), *affine, module.eps)
         elif isinstance(module, nn.GroupNorm):
-            groups = left // (output.shape[1] // module.num_groups)
-            assert len(set(groups.bincount().tolist())) == 1, "channels moved to another group of a group norm"
+            sizes = (left // (output.shape[1] // module.num_groups)).bincount()
+            sizes = sizes[sizes > 0]
+            assert len(set(sizes.tolist())) == 1, "channels moved to another group of a group norm"
             affine = [None if p is None else p[left] for p in (module.weight, module.bias)]
-            kept = functional.group_norm(args[0].index_select(dim, left), module.num_groups, *affine, module.eps)
+            kept = functional.group_norm(args[0].index_select(dim, left), len(sizes), *affine, module.eps)
         return torch.zeros_like(output).index_copy(dim, left, kept)
 
     return mask

@@ -229,13 +229,18 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
                 node.pruning_dim = part.dim
                 yield node, self.REGISTERED_PRUNERS[_OPTYPE.PARAMETER].prune_out_channels, part.units.tolist()
                 continue
-            if (owner, part.reads) in done or (part.reads and getattr(owner, "groups", 1) > 1):
+            if (owner, part.reads) in done or _is_beyond(owner, part.reads):
                 continue
             done.add((owner, part.reads))
             pruner = self.REGISTERED_PRUNERS[tp.ops.module2type(owner)]
             handler = pruner.prune_in_channels if part.reads else pruner.prune_out_channels
             units = self._units_of(group, owner, part.reads)
             yield self.module2node[owner], handler, units
+
+
+def _is_beyond(module: nn.Module, reads: bool) -> bool:
+    """Whether torch-pruning's importances misread a layer's channels: grouped inputs, grouped transposed outputs."""
+    return getattr(module, "groups", 1) > 1 and (reads or bool(getattr(module, "transposed", False)))
 
 
 def _has_function(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from singe_plugin.objective import call_model
 from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup, refuse_tied, tied_parameters
 
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves, size_of, split
+from .layers import adapt
 from .scales import ImpliedScale, implied_scales
 from .trace import Forward, Trace, trace
 
@@ -144,9 +146,12 @@ class AxisGraph:
                 f"{type(model).__name__} could not be traced: {type(error).__name__}: {error}; check that "
                 "model(example_inputs) runs"
             ) from error
+        if self.trace.unread():
+            self._read_more()
         self.names = {module: name for name, module in model.named_modules()}
         self.held = list(self._held())
-        self.scales: list[ImpliedScale] = implied_scales(model, inputs, self.trace, forward)
+        self.scales: list[ImpliedScale] = implied_scales(model, inputs, self.trace, self.forward)
+        adapt(self)
         self._fix_what_cannot_go(ignored, {id(p) for p in ignored_parameters})
         self._places: dict[Atom, list[tuple[Held, int]]] = {}
         for held, dim in ((h, d) for h in self.held for d in range(len(h.axes))):
@@ -156,6 +161,25 @@ class AxisGraph:
         self.groups: dict[str, Group] = {}
         self._find_groups()
         self.left_whole = dict(self._reasons())
+
+    def _read_more(self) -> None:
+        """Some parameters (of auxiliary heads) are only read in training mode: trace both modes."""
+        forward = self.forward
+
+        def both(model: nn.Module, inputs: Any) -> Any:
+            outputs = [forward(model, inputs)]
+            with containers_training(model):
+                outputs.append(forward(model, inputs))
+            return outputs
+
+        try:
+            more = trace(self.model, self.inputs, both)
+        except Exception:  # it cannot be run so: what is not read stays as it is
+            more = self.trace
+        if len(more.unread()) < len(self.trace.unread()):
+            self.trace, self.forward = more, both
+        for tensor in self.trace.unread():
+            fix_all(self.trace.of(tensor), "no forward pass reads it")
 
     def _held(self) -> Iterator[Held]:
         for module in self.model.modules():
@@ -318,6 +342,20 @@ class AxisGraph:
             return False
         width = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
         return width == len(norm.running_mean)  # type: ignore[arg-type]
+
+
+@contextmanager
+def containers_training(model: nn.Module) -> Iterator[None]:
+    """Modules that have parts are in training mode; single layers (norms, dropout) stay as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            if next(module.children(), None) is not None:
+                module.training = True
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _rows(units: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

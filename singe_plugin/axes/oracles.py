@@ -13,7 +13,7 @@ together are they taken apart.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,61 +100,67 @@ class _Bench:
             self.graph.trace.forget()
             return flat_outputs(self.graph.forward(self.graph.model, self.inputs))
 
-    def failure(self, groups: Sequence[Group]) -> str | None:
-        """Why these groups, taken together, are wrong; None if they are right."""
+    def permuted(self, groups: Sequence[Group]) -> str | None:
+        """Why permuting the units of these groups changes the function; None if it does not."""
+        generator = torch.Generator().manual_seed(len(groups))
         try:
-            return self._permuted(groups) or self._removed(groups)
+            with exchanged({g: derangement(g.size, generator) for g in groups}):
+                moved = self.run()
         except SingeError as error:
             return str(error)
-
-    def _permuted(self, groups: Sequence[Group]) -> str | None:
-        generator = torch.Generator().manual_seed(len(groups))
-        with exchanged({g: derangement(g.size, generator) for g in groups}):
-            try:
-                moved = self.run()
-            except Exception as error:
-                return f"the forward pass fails when its units are permuted ({type(error).__name__}: {error})"
+        except Exception as error:
+            return f"the forward pass fails when its units are permuted ({type(error).__name__}: {error})"
         change = relative_change(self.base, moved)
         if change > self.tolerance:
             return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
         return None
 
-    def _removed(self, groups: Sequence[Group]) -> str | None:
-        """Remove one unit of each, then half of them: the graph has to be right after a removal, too."""
-        orders = {g: torch.randperm(g.size, generator=torch.Generator().manual_seed(g.size)).tolist() for g in groups}
-        rounds = [{g: order[:1] for g, order in orders.items()}]
-        if any(len(order) > 3 for order in orders.values()):
-            rounds.append({g: order[: max(len(order) // 2, 1)] for g, order in orders.items()})
+    def one_removed(self, groups: Sequence[Group]) -> str | None:
+        """Why removing one unit of each group is not the same as masking it; None if it is."""
+        return self._removed([{g: _order(g)[:1] for g in groups}])
+
+    def half_removed(self, groups: Sequence[Group]) -> str | None:
+        """The same for one unit and then half of them: the graph has to be right after a removal, too."""
+        rounds = [{g: _order(g)[:1] for g in groups}, {g: _order(g)[: max(g.size // 2, 1)] for g in groups}]
+        return self._removed(rounds)
+
+    def _removed(self, rounds: Sequence[Mapping[Group, list[int]]]) -> str | None:
         expected = []
-        for chosen in rounds:
-            try:
-                with masked(chosen), NormsOfTheRest(self.graph, chosen):
-                    expected.append(self.run())
-            except SingeError as error:
-                return str(error)
-            except Exception as error:
-                return f"the forward pass fails when its units are masked ({type(error).__name__}: {error})"
-        undo = Snapshot(self.graph.model, self.graph)
-        gone: dict[Group, list[int]] = {g: [] for g in groups}
         try:
-            for chosen, without in zip(rounds, expected, strict=True):
+            with masked(rounds[-1]), NormsOfTheRest(self.graph, rounds[-1]):
+                expected = self.run()
+        except SingeError as error:
+            return str(error)
+        except Exception as error:
+            return f"the forward pass fails when its units are masked ({type(error).__name__}: {error})"
+        undo = Snapshot(self.graph.model, self.graph)
+        gone: dict[Group, list[int]] = {}
+        try:
+            for chosen in rounds:
                 for group, units in chosen.items():
-                    remove_units(self.graph, group, _renumbered(units, gone[group]))
+                    remove_units(self.graph, group, _renumbered(units, gone.get(group, [])))
                     gone[group] = list(units)
-                try:
-                    removed = self.run()
-                except Exception as error:
-                    return f"the forward pass fails when its units are removed ({type(error).__name__}: {error})"
-                if [t.shape for t in removed] != [t.shape for t in without]:
-                    return "removing its units changes the shape of the model's output"
-                change = relative_change(without, removed)
-                if change == float("inf"):
-                    return "the output is not finite when its units are removed"
-                if change > self.tolerance:
-                    return f"removing its units is not the same as masking them: the outputs differ by {change:.2g}"
+            removed = self.run()
+        except SingeError as error:
+            return str(error)
+        except Exception as error:
+            return f"the forward pass fails when its units are removed ({type(error).__name__}: {error})"
         finally:
             undo.restore()
+        if [t.shape for t in removed] != [t.shape for t in expected]:
+            return "removing its units changes the shape of the model's output"
+        change = relative_change(expected, removed)
+        if change == float("inf"):
+            return "the output is not finite when its units are removed"
+        if change > self.tolerance:
+            return f"removing its units is not the same as masking them: the outputs differ by {change:.2g}"
         return None
+
+
+def _order(group: Group) -> list[int]:
+    """The units of a group in a random order, always the same."""
+    order: list[int] = torch.randperm(group.size, generator=torch.Generator().manual_seed(group.size)).tolist()
+    return order
 
 
 def _renumbered(units: Sequence[int], gone: Sequence[int]) -> list[int]:
@@ -180,33 +186,45 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
         return {}
     with _bench(graph, graph.inputs if inputs is None else inputs) as bench:
         reasons = {g.name: _UNFELT for g in _unfelt(bench, groups)}
-        right, wrong = _sorted_out(bench, [g for g in groups if g.name not in reasons])
-        reasons |= {g.name: reason for g, reason in wrong}
-        if wrong and len(right) > 1 and bench.failure(right) is not None:
-            kept: list[Group] = []  # right one by one, but not together
-            for group in right:
-                reason = bench.failure([*kept, group])
-                if reason is None:
-                    kept.append(group)
-                else:
-                    reasons[group.name] = reason
+        right = [g for g in groups if g.name not in reasons]
+        for test in (bench.permuted, bench.one_removed, bench.half_removed):
+            right, wrong = _sorted_out(test, right)
+            reasons |= {g.name: reason for g, reason in wrong}
     return reasons
 
 
 _UNFELT = "its units do not change the output on random data, so it cannot be verified"
 
 
-def _sorted_out(bench: _Bench, groups: list[Group]) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """The groups that are right, and the others with the reason, by halving."""
+def _sorted_out(
+    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
+) -> tuple[list[Group], list[tuple[Group, str]]]:
+    """The groups that pass a test together, and the others with the reason."""
+    right, wrong = _halve(test, groups)
+    if wrong and len(right) > 1 and test(right) is not None:
+        together: list[Group] = []  # each passes alone, but not all of them together
+        for group in right:
+            reason = test([*together, group])
+            if reason is None:
+                together.append(group)
+            else:
+                wrong.append((group, reason))
+        right = together
+    return right, wrong
+
+
+def _halve(
+    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
+) -> tuple[list[Group], list[tuple[Group, str]]]:
     if not groups:
         return [], []
-    reason = bench.failure(groups)
+    reason = test(groups)
     if reason is None:
         return groups, []
     if len(groups) == 1:
         return [], [(groups[0], reason)]
     middle = len(groups) // 2
-    first, second = _sorted_out(bench, groups[:middle]), _sorted_out(bench, groups[middle:])
+    first, second = _halve(test, groups[:middle]), _halve(test, groups[middle:])
     return first[0] + second[0], first[1] + second[1]
 
 

@@ -127,6 +127,13 @@ def _touches(others: tuple[Tensor, ...], parameter: Tensor, rows: Tensor) -> boo
     return False
 
 
+def _two_of_each(inputs: Any) -> Any:
+    """A batch of one image twice: the gradient of a batch-norm in eval mode can be wrong on CPU for a batch of one."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4 and len(inputs) == 1:
+        return torch.cat([inputs, inputs])
+    return inputs
+
+
 def implied_scales(model: nn.Module, inputs: Any, trace: Trace, forward: Forward) -> list[ImpliedScale]:
     """The parameters to rescale for every attention of a trace; a width that nothing can make up for is fixed."""
     wanted = [call for call in trace.attention if not is_fixed(call.width)]
@@ -143,7 +150,7 @@ def implied_scales(model: nn.Module, inputs: Any, trace: Trace, forward: Forward
             module.register_forward_hook(search.leave)
         trace.forget()
         with _Attention(search):
-            forward(model, inputs)
+            forward(model, _two_of_each(inputs))
     found = []
     for call in wanted:
         rows = search.found.get((call.caller, call.number))

@@ -20,7 +20,7 @@ from singe_plugin.objective import call_model
 from singe_plugin.state import preserved
 
 from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, split, unify
-from .tracked import Place, TrackedInt, dimension, has_tracked, tracked_attributes
+from .tracked import OBSERVERS, Place, TrackedInt, dimension, has_tracked, tracked_attributes
 
 __all__ = ["AttentionCall", "Forward", "Trace", "trace"]
 
@@ -61,9 +61,10 @@ class Trace:
         order: modules in the order in which their parameters are first read.
         mixing: ``(operator, how often it ran before) -> (dimension, axis)`` of reductions: they see all units at once.
         attention: calls that imply a scale.
+        scales: sizes that became factors, and the classes of the modules that made them so.
         heads: the axes over which matrices are multiplied one by one.
         unknown: operators without a rule, and the classes of the modules that used them.
-        outputs: for every module, the axes of the tensors that it returned last.
+        inputs, outputs: for every module, the axes of the tensors that it was given and returned last.
         caches: attributes in which modules keep tensors that they computed (attention biases, by device).
     """
 
@@ -74,14 +75,17 @@ class Trace:
     mixing: dict[tuple[str, int], list[tuple[int, Axis]]] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)
     heads: list[Axis] = field(default_factory=list)
+    scales: list[tuple[TrackedInt, str]] = field(default_factory=list)
     unknown: dict[str, set[str]] = field(default_factory=dict)
     stack: list[nn.Module] = field(default_factory=list)
     outputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
+    inputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
     caches: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._axes: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._owner: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._read: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._counts: Counter[str] = Counter()
         self._calls: Counter[nn.Module] = Counter()
         self._made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -146,6 +150,23 @@ class Trace:
                 _same_size(found[0][1], axis, "one attribute gives both sizes")
         for size, axis in rest:
             self._solve(size, axis)
+        for size, where in self.scales:
+            self._fix_scale(size, where)
+
+    def note_scale(self, size: TrackedInt) -> None:
+        """A size is about to become a factor (``head_dim ** -0.5``): a removal would change it."""
+        self.scales.append((size, type(self.stack[-1]).__name__ if self.stack else "the model"))
+
+    def _fix_scale(self, size: TrackedInt, where: str) -> None:
+        above = [atom for axis, e in size.axes if e > 0 for atom in expand(axis)]
+        below = [atom for axis, e in size.axes if e < 0 for atom in expand(axis)]
+        for place, exponent in size.places.items():
+            followed = self._followed(place)
+            (above if exponent > 0 else below).extend(expand(followed) if followed is not None else ())
+        for atom in below:  # channels // heads is the width of a head
+            if atom in above:
+                above.remove(atom)
+        fix_all([(atom,) for atom in above], f"{where} computes a scale from its size")
 
     def _solve(self, size: TrackedInt, axis: Axis) -> None:
         """``factor * attributes * dimensions == axis``, where some attributes are known to follow axes."""
@@ -202,6 +223,9 @@ class Trace:
     def note_reading(self, args: Any, out: Any) -> None:
         """Keep track of which layer's parameters and outputs the tensors are."""
         tensors = list(_tensors(args))
+        for tensor in tensors:
+            if isinstance(tensor, nn.Parameter):
+                self._read[tensor] = True
         owners = [self._owner[t] for t in tensors if t in self._owner]
         for owner in owners:
             self.order.setdefault(owner, len(self.order))
@@ -220,6 +244,10 @@ class Trace:
         elif owners and self.operator in _LAYERS:
             for made in _tensors(out):
                 self._made_by[made] = owners[-1]
+
+    def unread(self) -> list[Tensor]:
+        """The parameters that no operator has read."""
+        return [p for p in self.model.parameters() if p not in self._read]
 
     def forget(self) -> None:
         """Empty the caches: what they hold was computed from other parameters."""
@@ -395,8 +423,9 @@ def _size_arguments(args: Any) -> list[Any]:
 
 @contextmanager
 def _module_stack(state: Trace) -> Iterator[None]:
-    def enter(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, args: Any) -> None:
         state.stack.append(module)
+        state.inputs[module] = [state.of(t) for t in _tensors(args)]
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         state.stack.pop()
@@ -451,8 +480,12 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
             state.set(tensor, [fresh(size, "it is a dimension of the model's input") for size in tensor.shape])
         stack.enter_context(tracked_attributes(model))
         stack.enter_context(_module_stack(state))
-        with _Functions(state), _Operators(state, RULES, pointwise):
-            outputs = forward(model, inputs)
+        OBSERVERS.append(state.note_scale)
+        try:
+            with _Functions(state), _Operators(state, RULES, pointwise):
+                outputs = forward(model, inputs)
+        finally:
+            OBSERVERS.pop()
         for tensor in _tensors(outputs):
             fix_all(state.of(tensor), "it reaches the model's output")
         state.caches = [key for key, table in _tables(model) if table or key in emptied]

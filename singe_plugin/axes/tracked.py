@@ -8,8 +8,9 @@ have to follow when a dimension becomes smaller, and which dimensions have to st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -20,29 +21,50 @@ from .algebra import Axis
 
 __all__ = ["Place", "TrackedInt", "attribute", "dimension", "has_tracked", "tracked_attributes"]
 
+OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size becomes a scale: ``head_dim ** -0.5``
 _OWN = frozenset({"training"})
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an integer lives: ``getattr(owner, attr)``, or its element ``index``."""
+    """Where an integer lives: in ``owner.attr``, or in what that holds, along ``path``.
+
+    A step of the path is an index, a key, or ``".name"`` for an attribute.
+    """
 
     owner: nn.Module
     attr: str
-    index: int | None = None
+    path: tuple[Any, ...] = ()
 
     def get(self) -> int:
         value = self.owner.__dict__[self.attr]
-        return int(value if self.index is None else value[self.index])
+        for step in self.path:
+            value = getattr(value, step[1:]) if _is_attribute(step) else value[step]
+        return int(value)
 
     def set(self, value: int) -> None:
-        if self.index is None:
-            self.owner.__dict__[self.attr] = value
-            return
-        old = self.owner.__dict__[self.attr]
-        changed = list(old)
-        changed[self.index] = value
-        self.owner.__dict__[self.attr] = type(old)(changed)
+        """Change it; what holds it is replaced, not changed, so that the old one can be put back."""
+        self.owner.__dict__[self.attr] = _replaced(self.owner.__dict__[self.attr], self.path, value)
+
+
+def _is_attribute(step: Any) -> bool:
+    return isinstance(step, str) and step.startswith(".")
+
+
+def _replaced(holder: Any, path: tuple[Any, ...], value: int) -> Any:
+    if not path:
+        return value
+    step, rest = path[0], path[1:]
+    if isinstance(holder, tuple):
+        changed = list(holder)
+        changed[step] = _replaced(changed[step], rest, value)
+        return type(holder)(changed)
+    made = copy(holder)
+    if _is_attribute(step):
+        setattr(made, step[1:], _replaced(getattr(holder, step[1:]), rest, value))
+    else:
+        made[step] = _replaced(holder[step], rest, value)
+    return made
 
 
 class TrackedInt(int):
@@ -102,6 +124,16 @@ class TrackedInt(int):
             return value
         return TrackedInt(value, self.factor, self.places, self.axes, other)
 
+    def __pow__(self, power: Any, modulus: Any = None) -> Any:
+        if isinstance(power, float) and OBSERVERS:
+            OBSERVERS[-1](self)
+        return int(self) ** power
+
+    def __float__(self) -> float:  # math.sqrt(width)
+        if OBSERVERS:
+            OBSERVERS[-1](self)
+        return float(int(self))
+
     def __rfloordiv__(self, other: Any) -> Any:
         if type(other) is not int or not self or other % int(self) or self.less is not None:
             return other // int(self)
@@ -137,7 +169,7 @@ def tracked_attributes(model: nn.Module) -> Iterator[None]:
                     replacement: Any = attribute(value, Place(module, attr))
                 elif type(value) in (tuple, list) and any(_plain(v) for v in value):
                     replacement = type(value)(
-                        attribute(v, Place(module, attr, i)) if _plain(v) else v for i, v in enumerate(value)
+                        attribute(v, Place(module, attr, (i,))) if _plain(v) else v for i, v in enumerate(value)
                     )
                 else:
                     continue

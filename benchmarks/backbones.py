@@ -1,0 +1,213 @@
+"""The sweep over timm's (and torchvision's) backbones: every check of ``tests/backbones.py``, one process per model.
+
+    python benchmarks/backbones.py models           # which models: the two smallest of every timm module
+    python benchmarks/backbones.py run              # resumable: a finished row is not run again
+    python benchmarks/backbones.py table            # docs/backbones.md from the rows
+
+Rows are appended to ``benchmarks/results/backbones.jsonl``; times are of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MODELS, ROWS = HERE / "results" / "backbone_models.json", HERE / "results" / "backbones.jsonl"
+PAGE = HERE.parent / "docs" / "backbones.md"
+TORCHVISION = (
+    "resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16",
+    "densenet121", "googlenet", "shufflenet_v2_x0_5", "regnet_x_400mf", "regnet_y_400mf",
+)  # fmt: skip
+ATTENTION = frozenset(
+    {
+        "beit", "byoanet", "cait", "coat", "convit", "cpubone", "crossvit", "csatv2", "davit", "deepseek_vit", "deit",
+        "edgenext", "efficientformer", "efficientformer_v2", "efficientvim", "efficientvit_mit", "efficientvit_msra",
+        "eva", "fastvit", "focalnet", "gcvit", "gemma4_vit", "hiera", "hieradet_sam2", "iformer", "levit", "lowformer",
+        "mambaout", "maxxvit", "metaformer", "mlp_mixer", "mobilenetv5", "mobilevit", "mvitv2", "naflexvit", "nest",
+        "nextvit", "pit", "pvt_v2", "qwen3_vit", "sequencer", "shvit", "swiftformer", "swin_transformer",
+        "swin_transformer_v2", "swin_transformer_v2_cr", "tiny_vit", "tnt", "twins", "visformer", "vision_transformer",
+        "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "vitamin", "volo", "xcit",
+        "vit_b_16", "swin_t",
+    }
+)  # fmt: skip
+"""Attention, mixer, hybrid and state-space families: a share of 80 % is asked of them, of the others 90 %."""
+
+
+def find_models() -> dict[str, list[str]]:
+    """The two smallest models of every timm module, and its smallest ``test_`` model."""
+    import timm
+    import torch
+
+    found: dict[str, list[str]] = {}
+    for module in timm.list_modules():
+        sizes = []
+        for name in timm.list_models(module=module):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name)
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
+            sizes.append((sum(p.numel() for p in model.parameters()), name))
+        real = [name for _, name in sorted(sizes) if not name.startswith("test_")]
+        test = [name for _, name in sorted(sizes) if name.startswith("test_")]
+        found[module] = [*test[:1], *real[:2]]
+        print(module, found[module], flush=True)
+    return found
+
+
+def jobs() -> list[tuple[str, str]]:
+    models = json.loads(MODELS.read_text())
+    first = [(f"timm:{family}", names[0]) for family, names in models.items() if names]
+    rest = [(f"timm:{family}", name) for family, names in models.items() for name in names[1:]]
+    return [*first, *(("torchvision", name) for name in TORCHVISION), *rest]
+
+
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def one(source: str, name: str) -> dict[str, Any]:
+    """Run the checks on one model, in this process."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import torch
+    from backbones import check
+
+    from singe_plugin import Builder
+
+    torch.set_num_threads(1)
+    if source == "torchvision":
+        import torchvision
+
+        row = check(name, lambda: torchvision.models.get_model(name, weights=None), None, (3, 224, 224))
+    else:
+        import timm
+
+        size = timm.create_model(name).default_cfg["input_size"]
+        row = check(name, lambda: timm.create_model(name), Builder.timm(name), size)
+    return row.as_dict()
+
+
+def run(args: argparse.Namespace) -> None:
+    done = {(row["source"], row["model"]) for row in rows()}
+    todo = [job for job in jobs() if job not in done and (not args.only or any(o in job[1] for o in args.only))]
+    todo = [job for job in todo if int.from_bytes(job[1].encode(), "big") % args.parts == args.part]
+    for number, (source, name) in enumerate(todo):
+        start = time.perf_counter()
+        command = [sys.executable, __file__, "one", source, name]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        try:
+            done_process = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, env=environment)
+            last = done_process.stdout.strip().splitlines()[-1:] or [""]
+            row = json.loads(last[0]) if done_process.returncode == 0 else failed(name, done_process.stderr)
+        except subprocess.TimeoutExpired:
+            row = failed(name, f"no answer in {args.limit} s")
+        row |= {"source": source, "wall": round(time.perf_counter() - start, 1), **machine()}
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"[{number + 1}/{len(todo)}] {name}: {verdict(row)} {row['wall']} s", flush=True)
+
+
+def failed(name: str, text: str) -> dict[str, Any]:
+    return {"model": name, "error": (text.strip().splitlines() or ["no message"])[-1][:300]}
+
+
+def machine() -> dict[str, str]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    return {
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, 1 thread, CPU",
+        "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "timm", "torchvision", "torch-pruning")),
+    }
+
+
+def verdict(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"error: {row['error']}"
+    faults = [*(f"wrong: {f}" for f in row["right"]), *row["whole"]]
+    return f"share {row['share']:.3f}, removed {row['removed']:.3f}, {row['seconds']:.1f} s" + (
+        f", {'; '.join(faults)}" if faults else ""
+    )
+
+
+def table() -> None:
+    """Write the rows into the page, between its two marks."""
+    found = {(row["source"], row["model"]): row for row in rows()}
+    order = [job for job in jobs() if job in found]
+    first = dict(reversed(jobs()))
+    lines, counts = [], dict.fromkeys(("families", "right", "whole", "worth", "fast", "all"), 0)
+    for source, name in order:
+        row = found[source, name]
+        family = source.removeprefix("timm:")
+        if "error" in row:
+            lines.append(f"| {family} | {name} | | no | no | | | | | {row['error']} |")
+            good = dict.fromkeys(("right", "whole", "worth", "fast"), False)
+        else:
+            floor = 0.8 if family in ATTENTION or name in ATTENTION else 0.9
+            limit = 20 if row["params"] < 30e6 else 60
+            good = {
+                "right": not row["right"], "whole": not row["whole"], "worth": row["share"] >= floor,
+                "fast": row["seconds"] <= limit,
+            }  # fmt: skip
+            note = "; ".join([*row["right"], *row["whole"]]) or left_whole(row)
+            cells = [
+                family, name, f"{row['params'] / 1e6:.1f}", *("yes" if good[k] else "**no**" for k in ("right", "whole")),
+                f"{100 * row['share']:.0f} %{'' if good['worth'] else ' **(low)**'}", f"{100 * row['removed']:.0f} %",
+                f"{row['seconds']:.1f}{'' if good['fast'] else ' **(slow)**'}", row["scored"], note.replace("|", "/"),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        if source != "torchvision" and first[source] == name:
+            counts["families"] += 1
+            for key, value in good.items():
+                counts[key] += value
+            counts["all"] += all(good.values())
+    head = [
+        f"Of {counts['families']} timm families (first row of each): {counts['right']} right, {counts['whole']} whole, "
+        f"{counts['worth']} worth it, {counts['fast']} fast, {counts['all']} all four. {len(order)} models in all.",
+        "",
+        f"`python benchmarks/backbones.py run`, {order and found[order[0]]['versions']}; "
+        f"{order and found[order[0]]['machine']}; commits {', '.join(sorted({found[j]['commit'] for j in order}))}; seed 0.",
+        "",
+        "| family | model | M params | right | whole | share | removed | seconds | scored | left whole |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    text = PAGE.read_text()
+    start, end = text.index("<!-- table -->"), text.index("<!-- end of table -->")
+    PAGE.write_text(text[:start] + "<!-- table -->\n" + "\n".join([*head, *lines]) + "\n" + text[end:])
+
+
+def left_whole(row: dict[str, Any]) -> str:
+    reasons = {k: v for k, v in row["left"].items() if k != "it reaches the model's output"}
+    return "; ".join(f"{count}: {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("models", "run", "one", "table"))
+    parser.add_argument("rest", nargs="*", help="for run: parts of model names; for one: source and name")
+    parser.add_argument("--limit", type=int, default=900, help="seconds per model")
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1, help="share the models between processes")
+    args = parser.parse_args()
+    args.only = args.rest
+    if args.command == "models":
+        MODELS.write_text(json.dumps(find_models(), indent=1) + "\n")
+    elif args.command == "one":
+        print(json.dumps(one(*args.rest)))
+    elif args.command == "run":
+        run(args)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

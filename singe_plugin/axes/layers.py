@@ -1,0 +1,89 @@
+"""Adapters: what a forward pass does not show of a layer, by layer class.
+
+Most layers need none. An adapter is called once for every module of its class (or a subclass), after the trace and
+before the groups are made. It may :meth:`unify <singe_plugin.axes.trace.Trace.unify>` axes that have to stay of one
+size, fix axes, link attributes to axes, and name the parameters that make up for a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .algebra import Axis, fix, size_of, split, unify
+from .scales import ImpliedScale
+from .tracked import Place
+
+if TYPE_CHECKING:
+    from .graph import AxisGraph
+
+__all__ = ["ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "follow", "graph_adapter"]
+
+ADAPTERS: dict[type[nn.Module], Callable[..., None]] = {}
+GRAPH_ADAPTERS: list[Callable[[AxisGraph], None]] = []
+
+
+def adapter(*layers: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register an adapter for layer classes; the last one registered for a class is used.
+
+    Example:
+        >>> @adapter(nn.Bilinear)
+        ... def keep_whole(graph, layer):
+        ...     for axis in graph.trace.of(layer.weight):
+        ...         fix(axis, "nn.Bilinear is kept whole")
+        >>> _ = ADAPTERS.pop(nn.Bilinear)
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        for layer in layers:
+            ADAPTERS[layer] = function
+        return function
+
+    return register
+
+
+def graph_adapter(function: Callable[[AxisGraph], None]) -> Callable[[AxisGraph], None]:
+    """Register an adapter that is called once for a whole graph, behind those of the layers."""
+    GRAPH_ADAPTERS.append(function)
+    return function
+
+
+def adapt(graph: AxisGraph) -> None:
+    """Call the adapters of all modules of a graph, then those of graphs."""
+    for module in graph.model.modules():
+        for kind in type(module).__mro__:
+            if kind in ADAPTERS:
+                ADAPTERS[kind](graph, module)
+                break
+    for function in GRAPH_ADAPTERS:
+        function(graph)
+
+
+def follow(graph: AxisGraph, owner: nn.Module, attr: str, axis: Axis, path: tuple[Any, ...] = ()) -> None:
+    """From now on, ``owner.attr`` (or what is found in it along ``path``) is the size of ``axis``."""
+    graph.trace.links.setdefault(Place(owner, attr, path), []).append((Fraction(1), axis))
+
+
+@adapter(nn.MultiheadAttention)
+def multihead_attention(graph: AxisGraph, layer: nn.MultiheadAttention) -> None:
+    """The layer insists on as many channels inside as outside, and divides by the square root of its head width."""
+    if layer.in_proj_weight is None or layer.bias_k is not None:
+        for parameter in layer.parameters():
+            for axis in graph.trace.of(parameter):
+                fix(axis, "nn.MultiheadAttention with separate q, k, v widths or bias_k is kept whole")
+        return
+    rows, stream = graph.trace.of(layer.in_proj_weight)
+    width = size_of(stream)
+    parts, inner = split(rows, [3, width], "nn.MultiheadAttention")
+    fix(parts, "q, k and v are told apart")
+    unify(inner, stream, "nn.MultiheadAttention is as wide inside as outside")
+    heads, dims = split(inner, [layer.num_heads, layer.head_dim], "nn.MultiheadAttention")
+    for attr, axis in (("num_heads", heads), ("head_dim", dims), *((n, stream) for n in ("embed_dim", "kdim", "vdim"))):
+        follow(graph, layer, attr, axis)
+    query = torch.arange(3 * width) < width
+    tensors = [attr for attr in ("in_proj_weight", "in_proj_bias") if getattr(layer, attr) is not None]
+    graph.scales.append(ImpliedScale(dims, [(layer, attr, query) for attr in tensors]))
