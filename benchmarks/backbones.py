@@ -159,8 +159,9 @@ def table() -> None:
                 "fast": row["seconds"] <= limit,
             }  # fmt: skip
             note = "; ".join([*row["right"], *row["whole"]]) or left_whole(row)
+            says = [("yes" if good[k] else "**no**") for k in ("right", "whole")]
             cells = [
-                family, name, f"{row['params'] / 1e6:.1f}", *("yes" if good[k] else "**no**" for k in ("right", "whole")),
+                family, name, f"{row['params'] / 1e6:.1f}", *says,
                 f"{100 * row['share']:.0f} %{'' if good['worth'] else ' **(low)**'}", f"{100 * row['removed']:.0f} %",
                 f"{row['seconds']:.1f}{'' if good['fast'] else ' **(slow)**'}", row["scored"], note.replace("|", "/"),
             ]  # fmt: skip
@@ -170,12 +171,13 @@ def table() -> None:
             for key, value in good.items():
                 counts[key] += value
             counts["all"] += all(good.values())
+    commits = ", ".join(sorted({found[job]["commit"] for job in order}))
+    some = found[order[0]]
     head = [
         f"Of {counts['families']} timm families (first row of each): {counts['right']} right, {counts['whole']} whole, "
         f"{counts['worth']} worth it, {counts['fast']} fast, {counts['all']} all four. {len(order)} models in all.",
         "",
-        f"`python benchmarks/backbones.py run`, {order and found[order[0]]['versions']}; "
-        f"{order and found[order[0]]['machine']}; commits {', '.join(sorted({found[j]['commit'] for j in order}))}; seed 0.",
+        f"`python benchmarks/backbones.py run`, {some['versions']}; {some['machine']}; commits {commits}; seed 0.",
         "",
         "| family | model | M params | right | whole | share | removed | seconds | scored | left whole |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -114,7 +114,7 @@ def caches_preserved(model: nn.Module) -> Iterator[None]:
             _refill(module._buffers, table)
         for module, attributes, contents in saved:
             for key, value in [(k, v) for k, v in module.__dict__.items() if k[0] != "_"]:
-                old = attributes.get(key)
+                old: Any = attributes.get(key)
                 if isinstance(value, Tensor) or _is_cache(value) or isinstance(old, Tensor) or key in contents:
                     if key in contents:
                         _refill(old, contents[key])

@@ -88,7 +88,7 @@ def forward_of(options: dict[str, Any]) -> Callable[[nn.Module, Any], Any]:
     """How the model is called: ``forward_fn`` and ``output_transform``, if they are given."""
     forward, transform = options["forward_fn"] or call_model, options["output_transform"]
     if transform is None:
-        return forward  # type: ignore[no-any-return]
+        return forward
     return lambda model, inputs: transform(forward(model, inputs))
 
 

@@ -94,8 +94,9 @@ class AxisGroup(Group):  # type: ignore[misc]
     def _make_items(self) -> Iterator[Any]:
         graph: AxisDependencyGraph = self._DG
         found: dict[tuple[Any, Any], list[tuple[int, int]]] = {}
+        chosen = set(self.units)
         for node, handler, units in graph.parts(self.axis_group):
-            wanted = [(i, u) for i, u in enumerate(units) if u in set(self.units)]
+            wanted = [(i, u) for i, u in enumerate(units) if u in chosen]
             if wanted:
                 found.setdefault((node, handler), wanted)
         copies = min(len(positions) for positions in found.values()) // len(self.units)
@@ -204,7 +205,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def check_pruning_group(self, group: Any) -> bool:
         """Whether something would be left."""
-        return len(group.units) < group.axis_group.size
+        return bool(len(group.units) < group.axis_group.size)
 
     def _units_of(self, group: axes.Group, module: nn.Module, is_in: bool) -> list[int]:
         if not is_in and module in group.writers.values():

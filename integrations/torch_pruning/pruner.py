@@ -165,7 +165,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     @property
     def left_whole(self) -> dict[str, str]:
         """Group or layer -> why it is not pruned."""
-        return self.DG.axis_graph.left_whole  # type: ignore[no-any-return]
+        return self.DG.axis_graph.left_whole
 
     @property
     def layers(self) -> list[Group]:

@@ -50,7 +50,7 @@ class UnitSlice:
     @property
     def tensor(self) -> Tensor:
         """The tensor as it is now."""
-        found = self.owner._parameters.get(self.attr)
+        found: Tensor | None = self.owner._parameters.get(self.attr)
         found = self.owner._buffers.get(self.attr) if found is None else found
         assert found is not None
         return found
@@ -210,7 +210,7 @@ class AxisGraph:
         outer = self._outer()
         found: list[tuple[int, bool, Atom, dict[str, nn.Module]]] = []
         for leaf, places in self._places.items():
-            writers = {
+            writers: dict[str, nn.Module] = {
                 self.names[h.owner]: h.owner
                 for h, d in sorted(places, key=lambda p: self.trace.order.get(p[0].owner, 1 << 30))
                 if isinstance(h.owner, _LAYERS) and h.attr == "weight" and not _reads(h, d)
@@ -313,7 +313,7 @@ class AxisGraph:
             for held, _ in places[:1]:
                 weight = next((h for h in self.held if h.owner is owner and h.attr == "weight"), held)
                 transposed = isinstance(owner, _CONV) and owner.transposed
-                layout = RowLayout(1, groups=int(owner.groups)) if transposed else RowLayout(0)  # type: ignore[call-overload]
+                layout = RowLayout(1, groups=getattr(owner, "groups", 1)) if transposed else RowLayout(0)
                 rows, units = _rows(labels(_out_axis(weight), leaf))
                 norm = self.trace.sole_reader(owner)
                 norm = norm if norm is not None and self._can_fold(owner, norm) else None

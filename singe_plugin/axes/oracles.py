@@ -70,11 +70,11 @@ def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return worst
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operators, and notices results in less than double precision."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.single = False
 

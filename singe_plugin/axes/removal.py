@@ -291,7 +291,7 @@ def _cut_emas(
     for ema in trackers.ema_models():
         for cut in cuts:
             twin = ema.get_submodule(graph.names[cut.owner])
-            tensor = twin._parameters.get(cut.attr)
+            tensor: Tensor | None = twin._parameters.get(cut.attr)
             tensor = twin._buffers.get(cut.attr) if tensor is None else tensor
             if tensor is None:
                 continue

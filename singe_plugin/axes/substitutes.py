@@ -183,7 +183,7 @@ def masked(chosen: Mapping[Group, Sequence[int]], producers_only: bool = False) 
         values.restore()
 
 
-class NormsOfTheRest(TorchDispatchMode):
+class NormsOfTheRest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, operators that take all channels together (norms, means, softmaxes) leave the chosen units out.
 
     Args:
@@ -195,7 +195,7 @@ class NormsOfTheRest(TorchDispatchMode):
     """
 
     def __init__(self, graph: AxisGraph, chosen: Mapping[Group, Sequence[int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.kept: dict[tuple[str, int], dict[int, Tensor]] = {}
         for key, dims in graph.trace.mixing.items():

@@ -109,7 +109,7 @@ class Trace:
 
     def of(self, tensor: Tensor) -> list[Axis]:
         """The axes of a tensor; one that was not seen before is a constant, which nothing can be removed from."""
-        axes = self._axes.get(tensor)
+        axes: list[Axis] | None = self._axes.get(tensor)  # type: ignore[no-untyped-call]
         if axes is None:
             axes = self._axes[tensor] = [fresh(s, "it is combined with a constant tensor") for s in tensor.shape]
         return list(axes)
@@ -285,11 +285,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of every operator."""
 
     def __init__(self, state: Trace, rules: dict[str, Callable[..., None]], pointwise: Callable[..., None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.state, self.rules, self.pointwise = state, rules, pointwise
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
