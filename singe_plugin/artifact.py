@@ -332,7 +332,7 @@ def _rebuild(record: dict[str, Any], tensors: dict[str, Tensor], factory: Callab
     for _, norm in structure["folded"]:
         replace_folded(model, norm)
     _fill(model, tensors, set(structure["channels_last"]), set(structure["frozen"]))
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, attributes in structure["attributes"].items():
         if name not in modules:
             raise ArtifactError(f"the architecture has no module {name!r}; it has changed since it was saved")
@@ -372,7 +372,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str], frozen: set[str]) -> None:
     """Give every parameter and buffer its saved value, whatever its shape was."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     filled = set()
     for name, value in tensors.items():
         owner_name, _, attr = name.rpartition(".")

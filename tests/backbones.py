@@ -199,7 +199,8 @@ def check(
     x, pair = torch.randn(1, *size), torch.randn(2, *size)
     row = Row(name, params=sum(p.numel() for p in model.parameters()))
     had = gradients(model, pair)
-    shapes = [t.shape for t in outputs(model, pair)]
+    with torch.no_grad():
+        shapes = [t.shape for t in outputs(model, pair)]
     others = [s for s in usable(model, x, [*SIZES, 224, 288]) if s != size[1]]
     before_methods, fused = methods(model, x), [getattr(m, "fused_attn", None) for m in model.modules()]
     before = Structure.of(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from singe_plugin.axes import removal
 from singe_plugin.errors import RemovalError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 
@@ -28,7 +29,7 @@ MAGNITUDE = tp.importance.MagnitudeImportance()
 
 
 class Scaled(nn.Module):
-    """A raw parameter, a layer norm wide enough for torch-pruning to put its channels in disorder, and a PReLU."""
+    """A raw parameter, a layer norm and a PReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,11 +113,9 @@ def test_objects_and_flags_survive_and_values_are_those_of_the_channels_that_are
         parameter.requires_grad_(i % 3 != 0)
     objects = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
     model.train()
-    pruner = SInGEPruner(model, X, MAGNITUDE)
-    host = pruner.host()
-    with masked.following():
-        for layer in host.layers():
-            host.remove(layer.name, list(range(0, layer.units, 2)))
+    host = SInGEPruner(model, X, MAGNITUDE, ema=masked.tags).host()
+    for layer in host.layers():
+        host.remove(layer.name, list(range(0, layer.units, 2)))
     assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == objects
     assert all(module.training for module in model.modules())
     assert all(p.is_contiguous() and p.is_leaf for p in model.parameters())
@@ -124,7 +123,6 @@ def test_objects_and_flags_survive_and_values_are_those_of_the_channels_that_are
 
 
 def test_a_layer_norm_keeps_the_order_of_its_channels() -> None:
-    """torch-pruning cuts a layer norm to the elements of a *set*: these eight leave [8, 9, 2, 10]."""
     model = Scaled()
     norm = values_of(model.norm)
     SInGEPruner(model, X, MAGNITUDE).host().remove("conv", [0, 1, 3, 4, 5, 6, 7, 11])
@@ -158,11 +156,11 @@ def test_a_split_is_followed_through_many_removals() -> None:
         return m.fc((a * torch.sigmoid(b)).mean((2, 3)))
 
     model = randomise_norms(Net(forward, conv=nn.Conv2d(2, 16, 3), bn=nn.BatchNorm2d(16), fc=nn.Linear(8, 3))).eval()
-    masked, pruner = Masked(model), SInGEPruner(model, X, MAGNITUDE)
-    with masked.following():
-        for unit in (2, 0, 5, 4, 1, 1):
-            pruner.host().remove("conv", [unit])
-            torch.testing.assert_close(model(X), masked.model()(X))
+    masked = Masked(model)
+    pruner = SInGEPruner(model, X, MAGNITUDE, ema=masked.tags)
+    for unit in (2, 0, 5, 4, 1, 1):
+        pruner.host().remove("conv", [unit])
+        torch.testing.assert_close(model(X), masked.model()(X))
     assert model.conv.out_channels == 4
 
 
@@ -229,16 +227,20 @@ def test_training_continues_as_in_a_model_built_small(net: str, optimizer: str) 
 
 
 def failing_at(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[int]:
-    """Make torch-pruning's ``count``-th cut of a parameter (from 1) raise; the list counts the calls."""
-    cut, calls = tp.pruner.function.BasePruningFunc._prune_parameter_and_grad, [0]
+    """Make the ``count``-th change of a tensor or a width (from 1) raise; the list counts the calls."""
+    calls = [0]
 
-    def counted(self: Any, *args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == count:
-            raise error
-        return cut(self, *args)
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                raise error
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(tp.pruner.function.BasePruningFunc, "_prune_parameter_and_grad", counted)
+        return counted
+
+    for name in ("_swap_data", "refresh_widths"):
+        monkeypatch.setattr(removal, name, counting(getattr(removal, name)))
     return calls
 
 
@@ -251,14 +253,13 @@ def prepared(net: str) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module, SIn
 
 
 def structure_of(graph: Any) -> Any:
-    nodes = [(id(module), id(node), id(node.module)) for module, node in graph.module2node.items()]
-    sizes = ("offsets", "concat_sizes", "split_sizes", "shape")
-    stand_ins = [
-        {k: copy.copy(v) for k, v in n.module.__dict__.items() if k in sizes}
-        for n in graph.module2node.values()
-        if isinstance(n.module, nn.Module)
+    sizes = {name: group.size for name, group in graph.axis_graph.groups.items()}
+    slices = [
+        (part.attr, part.dim, part.units.tolist())
+        for group in graph.axis_graph.groups.values()
+        for part in group.slices()
     ]
-    return nodes, stand_ins, dict(graph._param_to_name), list(graph.pruning_history())
+    return sizes, slices, list(graph.pruning_history())
 
 
 @pytest.mark.parametrize("interrupt", [ValueError("boom"), KeyboardInterrupt()], ids=["error", "interrupt"])
@@ -307,7 +308,7 @@ def test_a_layer_is_never_emptied() -> None:
 
 @pytest.mark.parametrize("ratios", ["uniform", "global"])
 def test_a_grouped_convolution_down_to_its_last_unit_does_not_stop_the_others(ratios: str) -> None:
-    """It then has as many groups as outputs, which torch-pruning takes for depthwise."""
+    """It then has as many groups as outputs, as if it were depthwise."""
     model = Grouped()
     pruner = SInGEPruner(model, X, MAGNITUDE, target="params=0.2", ratios=ratios)
     layer = next(layer for layer in pruner.host().layers() if layer.channels_per_unit == 4 and layer.units == 8)

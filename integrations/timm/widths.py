@@ -48,8 +48,8 @@ def _classifiers(model: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
     except Exception:
         return
     for part in found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]:
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            yield part
+        layers = [m for m in part.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] if part is not None else []
+        yield from layers[-1:]
 
 
 def _feature_infos(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -79,22 +79,32 @@ def link_widths(graph: AxisGraph) -> None:
             continue
         for names, tensors in ((_INPUTS, trace.inputs), (_OUTPUTS, trace.outputs)):
             for name in names:
-                value = module.__dict__.get(name)
-                if type(value) is int and value > 1 and Place(module, name) not in trace.links:
-                    axis = _axis(tensors.get(module, []), value)
-                    if axis is not None:
-                        follow(graph, module, name, axis)
+                _link(graph, module, name, tensors.get(module, []))
+        inside = set(module.modules())
+        heads = [trace.of(layer.weight)[1:2] for layer in _classifiers(model) if layer in inside]
+        _link(graph, module, "num_features", heads)
+
+
+def _link(graph: AxisGraph, owner: nn.Module, name: str, tensors: list[list[Axis]]) -> None:
+    """Link an attribute (or each number of a list) to the first of the axes that has its size."""
+    value = owner.__dict__.get(name)
+    numbers = enumerate(value) if type(value) in (tuple, list) else [(None, value)]
+    for index, number in numbers:
+        path = () if index is None else (index,)
+        if type(number) is int and number > 1 and Place(owner, name, path) not in graph.trace.links:
+            own = tensors[index : index + 1] if index is not None else []
+            axis = _axis([*own, *tensors], number)
+            if axis is not None:
+                follow(graph, owner, name, axis, path)
 
 
 def _link_model(graph: AxisGraph, model: nn.Module) -> None:
     trace = graph.trace
-    heads = [axes for layer in _classifiers(model) for axes in [trace.of(layer.weight)[1:2]]]
+    heads = [trace.of(layer.weight)[1:2] for layer in _classifiers(model)]
     inner = [tensors for module, tensors in trace.outputs.items() if module is not model]
     late = [axes for tensors in reversed(inner) for axes in tensors]
     early = [axes for tensors in inner for axes in tensors]
-    for name, places in (("head_hidden_size", heads + late), ("num_features", heads + late), ("embed_dim", early)):
-        value = model.__dict__.get(name)
-        if type(value) is int and Place(model, name) not in trace.links:
-            axis = _axis(places, value)
-            if axis is not None:
-                follow(graph, model, name, axis)
+    for name in ("head_hidden_size", "num_features"):
+        _link(graph, model, name, heads + late)
+    several = type(model.__dict__.get("embed_dim")) in (tuple, list)
+    _link(graph, model, "embed_dim", heads + late if several else early)

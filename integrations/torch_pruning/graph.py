@@ -59,20 +59,7 @@ class AxisGroup(Group):  # type: ignore[misc]
         if idxs is not None:
             self._DG.restricted(self, idxs).prune(record_history=record_history)
             return
-        root, channels = self.root(), self.root_channels()
-        remove_units(self._DG.axis_graph, self.axis_group, self.units, self._DG.trackers)
-        if record_history:
-            self._DG._pruning_history.append([self._DG.axis_graph.names[root], True, channels])
-
-    def root(self) -> nn.Module:
-        """The first layer that writes the units."""
-        return next(iter(self.axis_group.writers.values()))
-
-    def root_channels(self) -> list[int]:
-        """The output channels of the root that belong to the units."""
-        units = set(self.units)
-        rows = self.axis_group.unit_group().producers[0]
-        return [r for r, u in zip(rows.rows.tolist(), rows.units.tolist(), strict=True) if u in units]
+        self._DG.remove(self.axis_group, self.units, self._DG.trackers, record_history)
 
     def unit_group(self) -> UnitGroup:
         """The rows that produce all units of the group (see :mod:`singe_plugin.units`)."""
@@ -140,6 +127,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         super().__init__()
         self.axis_graph, self.trackers = graph, trackers or axes.Trackers()
         self.model = graph.model
+        self._pruning_history = graph.history
         self.ignored_params: list[nn.Parameter] = []
         self.unwrapped_parameters: list[Any] = []
         self._module2name = dict(graph.names)
@@ -193,6 +181,15 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             f"channels {sorted(wanted)} of {name!r} cannot be removed alone; together with them go "
             f"{sorted(whole - wanted) or 'channels of another group'}"
         )
+
+    def remove(self, group: axes.Group, units: Sequence[int], trackers: axes.Trackers, record: bool = True) -> None:
+        """Remove units and note it in the pruning history."""
+        gone = {int(u) for u in units}
+        rows = group.unit_group().producers[0]
+        channels = [r for r, u in zip(rows.rows.tolist(), rows.units.tolist(), strict=True) if u in gone]
+        remove_units(self.axis_graph, group, units, trackers)
+        if record and gone:
+            self._pruning_history.append([next(iter(group.writers)), True, channels])
 
     def restricted(self, group: AxisGroup, idxs: Sequence[int]) -> AxisGroup:
         """The part of a group that owns the root's channels ``idxs``."""

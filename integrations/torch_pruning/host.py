@@ -65,7 +65,7 @@ class TorchPruningHost:
         return self._groups[layer].unit_group()
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
-        remove_units(self.graph.axis_graph, self._groups[layer], units, self.trackers)
+        self.graph.remove(self._groups[layer], units, self.trackers)
 
     def costs(self) -> CostModel:
         links: dict[int, list[tuple[int, str, float]]] = {}
@@ -92,15 +92,12 @@ class TorchPruningHost:
     def trial(self, plan: dict[str, int]) -> dict[str, int]:
         """Parameters and MACs after really removing that many (arbitrary) units; everything is put back."""
         undo = Snapshot(self.model, self.graph.axis_graph)
-        keep, self.trackers = self.trackers, Trackers()
         try:
             for name, count in plan.items():
-                if count:
-                    self.remove(name, list(range(count)))
+                remove_units(self.graph.axis_graph, self._groups[name], range(count))
             return {"params": count_params(self.model), "macs": count_macs(self.model, self.example_inputs)}
         finally:
             undo.restore()
-            self.trackers = keep
 
     def score(self, layer: str, importance: Any) -> Tensor | None:
         """One score per unit from any torch-pruning importance."""

@@ -268,13 +268,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if interactive:
             return self._prune()
         undo = Snapshot(self.model, self.DG.axis_graph, trackers=self._all_trackers())
-        history = len(self.DG._pruning_history)
         try:
             for group in self._prune():
                 group.prune()
         except BaseException:
             undo.restore()
-            del self.DG._pruning_history[history:]
             self.current_step = before
             raise
         return None

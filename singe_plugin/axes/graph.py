@@ -116,6 +116,7 @@ class AxisGraph:
     Attributes:
         groups: by name, in forward order.
         left_whole: layer -> why its outputs belong to no group.
+        history: what a host notes of its removals; undone together with them.
 
     Raises:
         GroupError: if the model does not run on the inputs.
@@ -137,6 +138,7 @@ class AxisGraph:
         forward: Forward = call_model,
     ) -> None:
         self.model, self.inputs, self.forward = model, inputs, forward
+        self.history: list[Any] = []
         try:
             self.trace: Trace = trace(model, inputs, forward)
         except SingeError:

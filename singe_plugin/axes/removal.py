@@ -82,6 +82,7 @@ class Snapshot:
         if graph is not None:
             self.sizes = [(group.leaf.root(), group.size) for group in graph.groups.values()]
             self.scale_rows = [[rows for _, _, rows in scale.rows] for scale in graph.scales]
+            self.history = len(graph.history)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -105,6 +106,7 @@ class Snapshot:
         for leaf, size in self.sizes:
             leaf.resize(size)
         if self.graph is not None:
+            del self.graph.history[self.history :]
             for scale, rows in zip(self.graph.scales, self.scale_rows, strict=True):
                 scale.rows = [(m, a, r) for (m, a, _), r in zip(scale.rows, rows, strict=True)]
 
@@ -144,6 +146,7 @@ class _Cut:
     owner: nn.Module
     attr: str
     tensor: Tensor
+    shape: torch.Size
     keep: list[tuple[int, Tensor]]
 
     def select(self, tensor: Tensor) -> Tensor:
@@ -214,7 +217,7 @@ def _cuts(group: Group, gone: set[int]) -> list[_Cut]:
     for part in group.slices():
         kept = torch.tensor([i for i, u in enumerate(part.units.tolist()) if u not in gone], dtype=torch.int64)
         tensor = part.tensor
-        cut = cuts.setdefault(id(tensor), _Cut(part.owner, part.attr, tensor, []))
+        cut = cuts.setdefault(id(tensor), _Cut(part.owner, part.attr, tensor, tensor.shape, []))
         if all(dim != part.dim for dim, _ in cut.keep):
             cut.keep.append((part.dim, kept))
     return list(cuts.values())
@@ -295,17 +298,12 @@ def _cut_emas(
             tensor = twin._buffers.get(cut.attr) if tensor is None else tensor
             if tensor is None:
                 continue
-            if tensor.ndim != cut.tensor.ndim or any(
-                tensor.shape[d] <= int(index.max()) for d, index in cut.keep if len(index)
-            ):
+            if tensor.shape != cut.shape:
                 raise RemovalError(
-                    f"the EMA of {graph.names[cut.owner]}.{cut.attr} has shape {tuple(tensor.shape)} and cannot be cut"
+                    f"the EMA of {graph.names[cut.owner]}.{cut.attr} has shape {tuple(tensor.shape)} and cannot be cut "
+                    f"along with one of {tuple(cut.shape)}"
                 )
             fresh = cut.select(tensor.data)
-            if fresh.shape != cut.tensor.shape:
-                raise RemovalError(
-                    f"the EMA of {graph.names[cut.owner]}.{cut.attr} has shape {tuple(tensor.shape)} and cannot be cut"
-                )
             tensor.grad = None
             _swap_data(tensor, fresh)
         for module in changed:
