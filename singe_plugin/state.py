@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RngState", "caches_preserved", "model_device", "preserved", "train_mode_of"]
+__all__ = ["RngState", "caches_preserved", "forget_caches", "model_device", "preserved", "train_mode_of"]
 
 HOOK_DICTS = (
     "_forward_hooks",
@@ -122,6 +122,23 @@ def caches_preserved(model: nn.Module) -> Iterator[None]:
                         module.__dict__[key] = old
                     else:
                         del module.__dict__[key]
+
+
+def forget_caches(model: nn.Module) -> None:
+    """From now on every layer that keeps tensors in a dictionary (attention biases, by device) makes them anew.
+
+    What is kept would belong to other weights, or to a graph that is gone. The hooks that do it are taken away by
+    :func:`preserved`, inside which this is called.
+    """
+
+    def forget(module: nn.Module, _: Any) -> None:
+        for key, value in module.__dict__.items():
+            if not key.startswith("_") and _is_cache(value):
+                value.clear()
+
+    for module in model.modules():
+        if any(_is_cache(v) for k, v in module.__dict__.items() if not k.startswith("_")):
+            module.register_forward_pre_hook(forget)
 
 
 def _is_cache(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from singe_plugin.axes import AxisGraph, oracles, substitutes, verify_groups
+from singe_plugin.axes.algebra import concat, fresh
 from singe_plugin.errors import BudgetError, GroupError
-from singe_plugin.integrations.torch_pruning import SInGEPruner, oracles, substitutes
+from singe_plugin.integrations.torch_pruning import SInGEPruner
 
 from references import Net
 from small_nets import Chain, Residual, Trace
@@ -31,18 +34,6 @@ def names(pruner: SInGEPruner) -> list[str]:
     return [layer.name for layer in pruner.layers]
 
 
-class Gain(nn.Module):
-    """A per-channel buffer that torch-pruning knows nothing of."""
-
-    def __init__(self, channels: int, dynamic: bool) -> None:
-        super().__init__()
-        self.register_buffer("gain", torch.rand(channels, 1, 1) + 0.5)
-        self.dynamic = dynamic
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gain[: x.shape[1]] if self.dynamic else x * self.gain
-
-
 def around(function: Callable[[Any, Tensor], Tensor], out: int = 8, **layers: nn.Module) -> nn.Module:
     """``conv`` -> ``function`` -> ``last``: is the group of ``conv`` right?"""
     return Net(
@@ -51,104 +42,143 @@ def around(function: Callable[[Any, Tensor], Tensor], out: int = 8, **layers: nn
     )  # fmt: skip
 
 
-def swapped(m: Any, x: Tensor) -> Tensor:
-    a, b = x.chunk(2, 1)
-    return torch.cat([b, a], 1)
+def attention() -> nn.Module:
+    """Two heads of four, with the scale that scaled_dot_product_attention makes of their width."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.qkv, self.last = 2, nn.Linear(3, 24), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = (x := x.flatten(2).transpose(1, 2)).shape
+            q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            x = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+            return self.last(x).mean(1)
+
+    return Heads()
 
 
-def uneven(m: Any, x: Tensor) -> Tensor:
-    a, b = x.chunk(2, 1)
-    return torch.cat([m.left(a), m.right(b)], 1)
+def forget(graph: AxisGraph, group: str, layer: str, attr: str, dim: int) -> None:
+    """Take one slice out of a group."""
+    leaf = graph.groups[group].leaf.root()
+    places = graph._places[leaf]
+    found = [p for p in places if (graph.names[p[0].owner], p[0].attr, p[1]) == (layer, attr, dim)]
+    assert len(found) == 1
+    places.remove(found[0])
 
 
-def half_by_half(m: Any, x: Tensor) -> Tensor:
-    a, b = x.chunk(2, 1)
-    return a * torch.sigmoid(b)
+def misread(graph: AxisGraph, group: str, layer: str) -> None:
+    """Let a layer believe that the group's units come in another order."""
+    leaf = graph.groups[group].leaf.root()
+    number, (held, dim) = next(
+        (i, p) for i, p in enumerate(graph._places[leaf]) if graph.names[p[0].owner] == layer and p[1] == 1
+    )
+    half = leaf.size // 2
+    first, second = fresh(half), fresh(half)
+    leaf.parts = (first, second)
+    graph._places[first[0]] = graph._places.pop(leaf)
+    axes = list(held.axes)
+    axes[dim] = concat([second, first])
+    graph._places[first[0]][number] = (replace(held, axes=tuple(axes)), dim)
+    graph.groups[group].leaf = first[0]
 
 
-def interleaved(m: Any, x: Tensor) -> Tensor:
-    return x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
-
-
-WRONG: dict[str, Callable[[], nn.Module]] = {
-    "cat([b, a]) after a split": lambda: around(swapped),
-    "halves of a chunk that would become uneven": lambda: around(
-        uneven, left=nn.Conv2d(4, 4, 1), right=nn.Conv2d(4, 4, 1)
+WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[AxisGraph], None], str]] = {
+    "a reader is missing": (
+        lambda: around(lambda m, x: torch.relu(x)), lambda g: forget(g, "conv", "last", "weight", 1), "misses a slice",
     ),
-    "attention over the mean of the channels": lambda: around(
-        lambda m, x: x * torch.sigmoid(m.attend(x.mean(1, keepdim=True))), attend=nn.Conv2d(1, 1, 3, padding=1)
+    "a bias is missing": (
+        lambda: around(lambda m, x: torch.relu(x)), lambda g: forget(g, "conv", "conv", "bias", 0), "misses a slice",
     ),
-    "the same behind a group norm": lambda: around(
-        lambda m, x: m.gn(x) * torch.sigmoid(x.mean(1, keepdim=True)), gn=nn.GroupNorm(2, 8)
+    "a running mean is missing": (
+        lambda: around(lambda m, x: torch.relu(x)), lambda g: forget(g, "conv", "bn", "running_mean", 0),
+        "misses a slice",
     ),
-    "roll": lambda: around(lambda m, x: x.roll(1, 1)),
-    "flip": lambda: around(lambda m, x: x.flip(1)),
-    "softmax": lambda: around(lambda m, x: x.softmax(1)),
-    "channel shuffle": lambda: around(interleaved),
-    "pixel shuffle": lambda: around(lambda m, x: functional.pixel_shuffle(x, 2), out=2),
-    "a buffer that is not sliced": lambda: around(lambda m, x: m.gain(x), gain=Gain(8, dynamic=False)),
-    "a buffer that is sliced, but not by channel": lambda: around(lambda m, x: m.gain(x), gain=Gain(8, dynamic=True)),
-    "one bias for all channels": lambda: around(lambda m, x: x + 0.5),
-    "an activation with f(0) != 0": lambda: around(lambda m, x: torch.sigmoid(x)),
-    "the same behind a layer norm": lambda: around(
-        lambda m, x: torch.sigmoid(m.ln(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2), ln=nn.LayerNorm(8)
+    "halves are exchanged": (
+        lambda: around(lambda m, x: torch.relu(x)), lambda g: misread(g, "conv", "last"), "misses a slice",
     ),
-    "constants by position": lambda: around(lambda m, x: x * torch.linspace(1, 2, x.shape[1]).view(-1, 1, 1)),
-    "as many groups as outputs, but more inputs": lambda: around(
-        lambda m, x: m.divide(x), out=4, divide=nn.Conv2d(8, 4, 3, groups=4)
+    "an attribute does not follow": (
+        lambda: around(lambda m, x: m.dw(x), dw=nn.Conv2d(8, 8, 3, groups=8)),
+        lambda g: g.trace.links.clear(), "fails when its units are removed",
     ),
-    "more outputs than groups": lambda: around(lambda m, x: m.times(x), out=16, times=nn.Conv2d(8, 16, 3, groups=8)),
-    "a grouped transposed convolution": lambda: around(
-        lambda m, x: m.up(x), up=nn.ConvTranspose2d(8, 8, 2, groups=2)
+    "an attribute does not follow, and nothing fails": (
+        lambda: around(lambda m, x: m.gn(x), gn=nn.GroupNorm(8, 8)), lambda g: g.trace.links.clear(), "removed",
     ),
-    "units spread unevenly over the groups of a group norm": lambda: around(
-        lambda m, x: m.gn(torch.cat([x, m.other(x)], 1)), out=12, other=nn.Conv2d(8, 4, 1), gn=nn.GroupNorm(2, 12)
+    "the softmax temperature is not kept": (
+        attention, lambda g: g.scales.clear(), "not the same as masking",
     ),
-}  # fmt: skip
-
-RIGHT: dict[str, Callable[[], nn.Module]] = {
-    "nothing": lambda: around(lambda m, x: torch.relu(x)),
-    "halves of a chunk": lambda: around(half_by_half, out=4),
-    "halves of a chunk and another layer": lambda: around(
-        lambda m, x: half_by_half(m, x) + m.same(x), out=4, same=nn.Conv2d(8, 4, 1)
-    ),
-    "a gate": lambda: around(lambda m, x: x * torch.sigmoid(m.up(x.mean((2, 3))))[..., None, None], up=nn.Linear(8, 8)),
-    "a group norm": lambda: around(lambda m, x: torch.relu(m.gn(x)), gn=nn.GroupNorm(2, 8)),
-    "a layer norm": lambda: around(
-        lambda m, x: m.ln(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), ln=nn.LayerNorm(8)
-    ),
-    "depthwise": lambda: around(lambda m, x: m.dw(x), dw=nn.Conv2d(8, 8, 3, groups=8)),
-    "grouped": lambda: around(lambda m, x: m.grouped(x), grouped=nn.Conv2d(8, 8, 3, groups=2)),
-    "transposed": lambda: around(lambda m, x: m.up(x), up=nn.ConvTranspose2d(8, 8, 2, stride=2)),
-    "a slope per channel": lambda: around(lambda m, x: m.act(x), act=nn.PReLU(8)),
-    "concat with itself": lambda: around(lambda m, x: torch.cat([x, torch.relu(x)], 1), out=16),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_groups_are_left_whole(case: str) -> None:
-    pruner = prune(WRONG[case]())
-    assert "conv" not in names(pruner)
-    assert len(pruner.left_whole["conv"]) > 20
-    assert "last" in names(pruner)  # the rest is not punished
-
-
-@pytest.mark.parametrize("case", RIGHT)
-def test_right_groups_pass(case: str) -> None:
-    pruner = prune(RIGHT[case]())
-    assert {"conv", "last"} <= set(names(pruner))
-    assert set(pruner.left_whole) == {"head"}
-    before = pruner.host().layers()
-    pruner.step()
-    assert all(a.units > b.units for a, b in zip(before, pruner.host().layers(), strict=True))
-    assert pruner.model(X).shape == (2, 3)
+def test_wrong_groups_fail_and_the_others_pass(case: str) -> None:
+    make, spoil, reason = WRONG[case]
+    x = torch.randn(2, 3, 6, 6)
+    model = make().eval()
+    graph = AxisGraph(model, x)
+    assert verify_groups(graph) == {}
+    first = next(iter(graph.groups))
+    spoil(graph)
+    trace = Trace(model)
+    found = verify_groups(graph)
+    trace.assert_unchanged()
+    assert list(found) == [first]
+    assert reason in found[first]
 
 
 def test_a_mistake_that_the_network_nearly_hides() -> None:
-    """The wrong group does less to the output than any fixed tolerance: what counts is its share of the effect."""
-    net = WRONG["attention over the mean of the channels"]()
-    loud = Net(lambda m, x: m.net(x) * 1e-4 + m.other(x.flatten(1)), net=net, other=nn.Linear(108, 3))
-    assert "net.conv" in prune(loud).left_whole
+    """The wrong group does ten million times less to the output than another path does."""
+    quiet = around(lambda m, x: torch.relu(x))
+    loud = Net(lambda m, x: m.net(x) * 1e-6 + m.other(x.flatten(1)), net=quiet, other=nn.Linear(108, 3))
+    graph = AxisGraph(loud.eval(), X)
+    assert verify_groups(graph) == {}
+    forget(graph, "net.conv", "net.bn", "running_mean", 0)
+    assert list(verify_groups(graph)) == ["net.conv"]
+
+
+def test_right_one_by_one_but_not_together() -> None:
+    """Two groups whose removals spoil each other: one of them stays."""
+    graph = AxisGraph(around(lambda m, x: torch.relu(x)).eval(), X)
+
+    class Bench:
+        def test(self, groups: Any) -> str | None:
+            return "too many" if len(groups) > 1 else None
+
+    right, wrong = oracles._sorted_out(Bench().test, list(graph.groups.values()))
+    assert [g.name for g in right] == ["conv"]
+    assert [(g.name, reason) for g, reason in wrong] == [("last", "too many")]
+
+
+def test_rounding_that_a_network_amplifies_is_no_mistake() -> None:
+    """The difference of nearly equal numbers, over and over."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.conv(x)
+        for _ in range(4):
+            x = (x + 1e3) * 30 - 3e4
+        return m.head(torch.sin(x).mean((2, 3)))
+
+    graph = AxisGraph(Net(forward, conv=nn.Conv2d(3, 8, 3), head=nn.Linear(8, 3)).eval(), X)
+    assert "conv" in graph.groups
+    assert "permuting" not in verify_groups(graph).get("conv", "")
+
+
+def test_models_that_compute_in_single_precision_are_verified_in_it() -> None:
+    net = around(lambda m, x: torch.relu(x.float()).to(x.dtype))
+    graph = AxisGraph(net.eval(), X)
+    assert verify_groups(graph) == {}
+    forget(graph, "conv", "last", "weight", 1)
+    assert list(verify_groups(graph)) == ["conv"]
+
+
+def test_a_large_image_is_verified_on_a_small_one() -> None:
+    sizes = []
+    net = around(lambda m, x: sizes.append(x.shape[-1]) or torch.relu(x)).eval()
+    graph = AxisGraph(net, torch.randn(1, 3, 200, 200))
+    sizes.clear()
+    assert verify_groups(graph) == {}
+    assert set(sizes) == {94}
 
 
 def test_two_groups_with_the_same_first_layer_have_two_names() -> None:
@@ -168,7 +198,9 @@ def test_two_groups_with_the_same_first_layer_have_two_names() -> None:
 
 
 def test_unverified_groups_are_the_users_own_risk() -> None:
-    assert "conv" in names(prune(WRONG["flip"](), verify=False))
+    net = around(lambda m, x: x.reshape(len(x), 8, 4, 4))  # the sizes are in the code
+    assert "conv" not in names(prune(net))
+    assert "conv" in names(prune(net, verify=False))
 
 
 def test_dead_units_cannot_be_verified() -> None:
@@ -230,13 +262,12 @@ def test_gradients_and_generators_are_left_alone_when_the_model_cannot_be_verifi
 def test_what_is_substituted_is_put_back_after_an_error(context: str) -> None:
     net = Chain()
     pruner = prune(net, torch.randn(2, 2, 6, 6))
-    group, units = pruner.host().full_group("conv1")
-    slices = oracles.unit_slices(group, units)
-    target = substitutes.derangement(len(units), torch.Generator())
+    group = pruner.layers[0]
+    target = substitutes.derangement(group.size, torch.Generator())
     trace = Trace(net)
     make: dict[str, Callable[[], Any]] = {
-        "randomised": lambda: substitutes.randomised(net), "masked": lambda: substitutes.masked(slices, {0}),
-        "exchanged": lambda: substitutes.exchanged(slices, target), "in_double": lambda: substitutes.in_double(net),
+        "randomised": lambda: substitutes.randomised(net), "masked": lambda: substitutes.masked({group: [0]}),
+        "exchanged": lambda: substitutes.exchanged({group: target}), "in_double": lambda: substitutes.in_double(net),
     }  # fmt: skip
     values = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(ZeroDivisionError), make[context]():

@@ -292,3 +292,34 @@ def test_a_root_without_modules() -> None:
     for way in WAYS:
         score_units(model, group, [(torch.randn(2, 3), torch.tensor([0, 1]))], options(way))
     assert photograph(model) == before
+
+
+class Keeps(nn.Module):
+    """Keeps in eval mode what it computed from a parameter, as LeViT does with its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bias, self.head = nn.Linear(4, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or "cpu" not in self.kept:
+            self.kept["cpu"] = self.bias * 2
+        return self.head(torch.relu(self.fc(x) + self.kept["cpu"]))
+
+
+def test_what_a_layer_keeps_is_made_anew_for_every_pass_and_then_put_back() -> None:
+    net, batch = Keeps().eval(), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    rows = torch.arange(6)
+    producers = (
+        Producer("fc", (Slot(net.fc, "weight"), Slot(net.fc, "bias")), rows, rows),
+        Producer("bias", (Slot(net, "bias"),), rows, rows),
+    )
+    group = UnitGroup("fc", 6, producers)
+    fresh = score_units(net, group, [batch, batch], ScoringOptions(nodes=3))
+    assert net.kept == {}
+    with torch.no_grad():
+        net(batch[0])
+    stale = net.kept["cpu"]
+    torch.testing.assert_close(score_units(net, group, [batch, batch], ScoringOptions(nodes=3)), fresh)
+    assert net.kept["cpu"] is stale

@@ -68,9 +68,15 @@ def link_widths(graph: AxisGraph) -> None:
     """Let every width that timm keeps follow its axis; one that is not found stays as it is."""
     model, trace = graph.model, graph.trace
     modules = dict(model.named_modules())
+    image = next(iter(trace.inputs.get(model, [])), [])
     for path, entry in _feature_infos(model):
-        module = modules.get(str(entry.get("module", "")), modules.get(str(entry.get("module", "")).replace(".", "_")))
-        axis = _axis(trace.outputs.get(module, []), int(entry["num_chs"])) if module is not None else None
+        size, name = int(entry["num_chs"]), str(entry.get("module", ""))
+        module = modules.get(name, modules.get(name.replace(".", "_")))
+        axis = _axis(trace.outputs.get(module, []), size) if module is not None else None
+        if axis is None and len(image) == 4 and entry.get("reduction"):
+            side = size_of(image[2]) // int(entry["reduction"])  # the last feature map of that size and width
+            maps = [a for t in trace.outputs.values() for a in t if len(a) == 4 and size_of(a[2]) == side]
+            axis = _axis(([a[1]] for a in reversed(maps)), size)
         if axis is not None:
             follow(graph, model, "feature_info", axis, path)
     _link_model(graph, model)

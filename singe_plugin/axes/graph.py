@@ -76,7 +76,7 @@ class Group:
     Attributes:
         name: the first layer that writes the units, with a number if there are several such groups.
         writers: the convolutions and linear layers that write them, by name.
-        secondary: whether each of its units contains units of another group (an attention head, which is made of
+        secondary: whether its units overlap with those of a group with smaller units (an attention head is made of
             head dimensions); such a group is pruned on request only.
         is_heads: whether its units are attention heads.
         in_heads: whether attention heads are made of its units.
@@ -222,7 +222,7 @@ class AxisGraph:
             first = min(self.trace.order.get(w, 1 << 30) for w in writers.values())
             found.append((first, leaf in outer, leaf, writers))
         taken: set[str] = set()
-        for _, _, leaf, writers in sorted(found, key=lambda f: f[:2]):
+        for _, _, leaf, writers in sorted(found, key=lambda f: (f[0], f[1], -f[2].size * f[1])):
             name = next(n for n in self._candidates(writers) if n not in taken)
             taken.add(name)
             group = Group(self, leaf, name, writers)
@@ -249,20 +249,26 @@ class AxisGraph:
         yield from (f"{next(iter(writers))}#{number}" for number in itertools.count(2))
 
     def rank(self) -> None:
-        """Mark the groups whose units are made of units of other groups."""
+        """Of groups that share channels, choose those with the smallest units; the others are secondary."""
         free = {group.leaf: group for group in self.groups.values()}
         heads = {leaf for axis in self.trace.heads for leaf in leaves(axis)}
         for group in self.groups.values():
-            group.secondary = group.in_heads = False
-            group.is_heads = group.leaf in heads
+            group.is_heads, group.in_heads, group.secondary = group.leaf in heads, False, False
+        outer: set[Group] = set()
+        meets: dict[Group, set[Group]] = {group: set() for group in self.groups.values()}
         for held in self.held:
             for axis in held.axes:
                 for chain in _chains(axis):
-                    mine = [free[atom] for atom in chain if atom in free]
-                    for group in mine[:-1]:
-                        group.secondary = True
-                    for outer, inner in itertools.combinations(mine, 2):
-                        inner.in_heads = inner.in_heads or outer.is_heads
+                    for above, below in itertools.combinations([free[atom] for atom in chain if atom in free], 2):
+                        outer.add(above)
+                        meets[above].add(below)
+                        meets[below].add(above)
+                        below.in_heads = below.in_heads or above.is_heads
+        first: set[Group] = set()
+        for group in sorted(self.groups.values(), key=lambda g: (g in outer, -g.size)):
+            group.secondary = bool(meets[group] & first)
+            if not group.secondary:
+                first.add(group)
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a group whole."""

@@ -202,32 +202,38 @@ def _sorted_out(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """The groups that pass a test together, and the others with the reason."""
+    if not groups or test(groups) is None:
+        return groups, []
     right, wrong = _halve(test, groups)
-    if wrong and len(right) > 1 and test(right) is not None:
-        together: list[Group] = []  # each passes alone, but not all of them together
-        for group in right:
-            reason = test([*together, group])
-            if reason is None:
-                together.append(group)
-            else:
-                wrong.append((group, reason))
-        right = together
-    return right, wrong
+    if len(right) < 2 or (wrong and test(right) is None):
+        return right, wrong
+    together: list[Group] = []  # each passes alone, but not all of them together
+    for group in right:
+        reason = test([*together, group])
+        if reason is None:
+            together.append(group)
+        else:
+            wrong.append((group, reason))
+    return together, wrong
 
 
 def _halve(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    if not groups:
-        return [], []
-    reason = test(groups)
-    if reason is None:
-        return groups, []
+    """Halve groups that fail together."""
+    wrong: list[tuple[Group, str]] = []
     if len(groups) == 1:
-        return [], [(groups[0], reason)]
+        return [], [(groups[0], test(groups) or "it fails together with others")]
     middle = len(groups) // 2
-    first, second = _halve(test, groups[:middle]), _halve(test, groups[middle:])
-    return first[0] + second[0], first[1] + second[1]
+    found: list[Group] = []
+    for half in (groups[:middle], groups[middle:]):
+        if test(half) is None:
+            found += half
+            continue
+        right, failed = _halve(test, half)
+        found += right
+        wrong += failed
+    return found, wrong
 
 
 def _amplified(bench: _Bench) -> float:
