@@ -345,6 +345,12 @@ CASES: dict[str, Case] = {
         )),
         TOKENS, {"layer.i": 7},
     ),
+    "a kernel of one that slides over channels": (
+        lambda: with_tokens(Net(
+            lambda m, x: m.o(m.c(torch.relu(m.i(x)))), i=nn.Linear(D, 7), c=nn.Conv1d(5, 5, 1), o=nn.Linear(7, D)
+        )),
+        TOKENS, {"layer.i": 7, "stem": D},
+    ),
     "einsum": (
         lambda: with_tokens(Net(
             lambda m, x: torch.einsum("bnc,dc->bnd", torch.relu(m.a(x)), m.b.weight),
@@ -526,6 +532,14 @@ def test_a_bias_for_all_channels_goes_with_the_unit() -> None:
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an operator without a rule": (lambda: with_images(lambda m, x: torch.fft.fft(x, dim=1).real), "has no rule"),
+    "a kernel that slides over channels": (
+        lambda: with_images(lambda m, x: m.o(x.transpose(1, 3)).transpose(1, 3), o=nn.Conv2d(8, 8, 3, padding=1)),
+        "convolution",
+    ),
+    "pooling over channels": (
+        lambda: with_images(lambda m, x: functional.max_pool2d(x.transpose(1, 3), 2).transpose(1, 3), out=4),
+        "max_pool2d",
+    ),
     "roll": (lambda: with_images(lambda m, x: x.roll(1, 1)), "roll"),
     "flip": (lambda: with_images(lambda m, x: x.flip(1)), "flip"),
     "an index": (lambda: with_images(lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]]), "index"),

@@ -87,6 +87,7 @@ def _lstm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     hidden = weights[1][1]
     width = args[2].shape[1]
     t.unify(t.of(args[0])[-1], weights[0][1])
+    t.fix(t.of(args[0])[0])  # the steps come one after the other
     for axes in weights:
         gates, units = split(axes[0], [size_of(axes[0]) // width, width], t.why)
         t.fix(gates)
@@ -372,6 +373,7 @@ def _unfold(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 def _im2col(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     axes = t.of(args[0])
     patch = math.prod(args[1])
+    t.fix(*axes[-2:])
     batch = axes[:1] if args[0].ndim == 4 else []
     t.set(out, [*batch, (*axes[-3], *opaque(t, patch)), opaque(t, out.shape[-1])])
 
@@ -380,6 +382,7 @@ def _im2col(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 def _col2im(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     axes = t.of(args[0])
     channels = out.shape[-3]
+    t.fix(axes[-1])
     outer, inner = split(axes[-2], [channels, size_of(axes[-2]) // channels], t.why)
     t.fix(inner)
     batch = axes[:1] if args[0].ndim == 3 else []
@@ -390,7 +393,7 @@ def _col2im(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 def _pixel_shuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     axes = t.of(args[0])
     outer, inner = split(axes[-3], [out.shape[-3], args[1] ** 2], t.why)
-    t.fix(inner)
+    t.fix(inner, *axes[-2:])
     t.set(out, [*axes[:-3], outer, opaque(t, out.shape[-2]), opaque(t, out.shape[-1])])
 
 
@@ -398,6 +401,7 @@ def _pixel_shuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 def _pixel_unshuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     axes = t.of(args[0])
     made = (*axes[-3], *opaque(t, args[1] ** 2))
+    t.fix(*axes[-2:])
     t.set(out, [*axes[:-3], made, opaque(t, out.shape[-2]), opaque(t, out.shape[-1])])
 
 
@@ -460,7 +464,16 @@ def _convolution(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.unify(groups_in, group_w)
     if bias is not None:
         t.unify(made, t.of(bias)[0])
-    t.set(out, [x[0], made, *(opaque(t, s) for s in out.shape[2:])])
+    t.set(out, [x[0], made, *(_slid(t, x[d], args, d, size) for d, size in enumerate(out.shape[2:], 2))])
+
+
+def _slid(t: Trace, axis: Axis, args: Any, dim: int, size: int) -> Axis:
+    """What a kernel that slides along an axis makes of it: a kernel of one position leaves it as it is."""
+    stride, padding = (args[i][min(dim - 2, len(args[i]) - 1)] for i in (3, 4))
+    if args[1].shape[dim] == 1 and stride == 1 and padding == 0 and size_of(axis) == size:
+        return axis
+    t.fix(axis)
+    return opaque(t, size)
 
 
 @rule(
@@ -581,6 +594,7 @@ def _pool(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     x = args[0]
     axes = t.of(x)
     channel = 1 if not (x.ndim == 3 and "2d" in t.operator) else 0
+    t.fix(*axes[channel + 1 :])
     for result in _tensors(out):
         t.set(result, [*axes[: channel + 1], *(opaque(t, s) for s in result.shape[channel + 1 :])])
 
