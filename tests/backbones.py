@@ -26,7 +26,7 @@ from singe_plugin.result import Metrics, Result
 
 from masking import Masked
 
-SIZES = (96, 128, 160, 192, 256)
+SIZES = (96, 128, 192, 224, 256)
 
 
 @dataclass
@@ -200,12 +200,14 @@ def check(
     """
     torch.manual_seed(0)
     model = make().eval()
-    x, pair = torch.randn(1, *size), torch.randn(2, *size)
+    x = torch.randn(1, *size)
     row = Row(name, params=sum(p.numel() for p in model.parameters()))
+    others = [s for s in usable(model, x, SIZES) if s != size[1]]
+    small = min([*others, size[1]])
+    pair = torch.randn(2, size[0], small, small)
     had = gradients(model, pair)
     with torch.no_grad():
         shapes = [t.shape for t in outputs(model, pair)]
-    others = [s for s in usable(model, x, [*SIZES, 224, 288]) if s != size[1]]
     before_methods, fused = methods(model, x), [getattr(m, "fused_attn", None) for m in model.modules()]
     before = Structure.of(model)
     masked = Masked(model) if not quick and row.params < 60e6 else None
@@ -223,7 +225,7 @@ def check(
         change = permutation(graph, x, double=True)
     if not change < 1e-4:
         row.right.append(f"permuting all units changes the output by {change:.2g}")
-    finite, count = scores(graph, min([*others, size[1]]), size[0])
+    finite, count = scores(graph, small, size[0])
     row.scored = f"{finite}/{count}" + (f" of {row.groups}" if count < row.groups else "")
     if finite < count:
         row.whole.append(f"{count - finite} groups have no finite score")
@@ -232,12 +234,12 @@ def check(
     pruner.step()
     row.seconds = built + time.perf_counter() - start
     if masked is not None and not mixes(graph):
-        change = masked_difference(masked.model(), model, others[0] if others else size[1], size[0])
+        change = masked_difference(masked.model(), model, small, size[0])
         if not change < 1e-6:
             row.right.append(f"pruned and masked differ by {change:.2g}")
     pruner.step()
     row.removed = 1 - sum(p.numel() for p in model.parameters()) / row.params
-    row.whole += wholeness(model, pair, shapes, had, others)
+    row.whole += wholeness(model, pair, shapes, had, [size[1], *others])
     after = methods(model, x)
     row.whole += [
         f"{k}: {after.get(k)}" for k, v in before_methods.items() if isinstance(v, list) and after.get(k) != v
@@ -275,7 +277,7 @@ def wholeness(model: nn.Module, pair: Tensor, shapes: list[Any], had: set[str], 
     return found
 
 
-def scores(graph: AxisGraph, size: int, channels: int, seconds: float = 60.0) -> tuple[int, int]:
+def scores(graph: AxisGraph, size: int, channels: int, seconds: float = 30.0) -> tuple[int, int]:
     """How many groups get finite scores of ``ig`` with two nodes on random data, and how many were tried in time."""
 
     def objective(made: Any, targets: Any) -> Tensor:
