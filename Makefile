@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow lint types doctest examples coverage clean
+.PHONY: demo test slow backbones lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ test: $(STAMP)
 # thousands of generated networks
 slow: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m slow
+
+# every check on the smallest models of all timm modules, one process each; resumable, takes hours
+backbones: $(STAMP)
+	$(BIN)/python benchmarks/backbones.py run
+	$(BIN)/python benchmarks/backbones.py table
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
