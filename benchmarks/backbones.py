@@ -100,7 +100,7 @@ def one(source: str, name: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     done = {(row["source"], row["model"]) for row in rows()}
     todo = [job for job in jobs() if job not in done and (not args.only or any(o in job[1] for o in args.only))]
-    todo = [job for job in todo if int.from_bytes(job[1].encode(), "big") % args.parts == args.part]
+    todo = todo[args.part :: args.parts]
     for number, (source, name) in enumerate(todo):
         start = time.perf_counter()
         command = [sys.executable, __file__, "one", source, name]

@@ -66,6 +66,7 @@ def forget(graph: AxisGraph, group: str, layer: str, attr: str, dim: int) -> Non
     found = [p for p in places if (graph.names[p[0].owner], p[0].attr, p[1]) == (layer, attr, dim)]
     assert len(found) == 1
     places.remove(found[0])
+    graph.changed()
 
 
 def misread(graph: AxisGraph, group: str, layer: str) -> None:
@@ -82,6 +83,7 @@ def misread(graph: AxisGraph, group: str, layer: str) -> None:
     axes[dim] = concat([second, first])
     graph._places[first[0]][number] = (replace(held, axes=tuple(axes)), dim)
     graph.groups[group].leaf = first[0]
+    graph.changed()
 
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[AxisGraph], None], str]] = {

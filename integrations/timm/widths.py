@@ -30,14 +30,15 @@ _INPUTS = (
     "num_features",
 )
 _OUTPUTS = ("out_features", "out_channels", "out_chs", "out_dim", "output_dim", "embed_dim", "hidden_size")
+_CHANNELS = {2: (1,), 3: (2, 1), 4: (1, 3)}  # where channels are, by the number of dimensions
 
 
 def _axis(tensors: Iterable[list[Axis]], size: int) -> Axis | None:
-    """The axis of that size along which something may be removed."""
+    """The first channel axis of that size; None if there is none, or if nothing may be removed from it."""
     for axes in tensors:
-        for axis in axes:
-            if axis and size_of(axis) == size and not is_fixed(axis):
-                return axis
+        for dim in _CHANNELS.get(len(axes), range(len(axes))):
+            if axes[dim] and size_of(axes[dim]) == size:
+                return None if is_fixed(axes[dim]) else axes[dim]
     return None
 
 
@@ -93,7 +94,7 @@ def link_widths(graph: AxisGraph) -> None:
 
 def _link(graph: AxisGraph, owner: nn.Module, name: str, tensors: list[list[Axis]]) -> None:
     """Link an attribute (or each number of a list) to the first of the axes that has its size."""
-    value = owner.__dict__.get(name)
+    value: Any = owner.__dict__.get(name)
     numbers = enumerate(value) if type(value) in (tuple, list) else [(None, value)]
     for index, number in numbers:
         path = () if index is None else (index,)

@@ -1,9 +1,8 @@
-"""torch-pruning's groups as the method sees them: units, producing rows, and which slices go with each unit."""
+"""Groups of torch-pruning's own dependency graph as the method sees them: units and the rows that produce them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,38 +15,12 @@ from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
 
 from .slices import ItemSlice, item_slices, owner_of_parameter, tensor_of
 
-__all__ = ["UnitSlice", "aligned_units", "group_name", "roots_of", "unit_group", "unit_slices"]
+__all__ = ["group_name", "roots_of", "unit_group"]
 
 _BOX = tp.pruner.function.PrunerBox
 _OPTYPE = tp.ops.OPTYPE
 _CONV_OUT = _BOX[_OPTYPE.CONV].prune_out_channels
 _NO_ROWS = (_BOX[_OPTYPE.PRELU].prune_out_channels,)
-
-
-@dataclass(frozen=True)
-class UnitSlice:
-    """A tensor of a group, with the unit of every position that is cut (see :class:`ItemSlice`).
-
-    ``positions[k]`` belongs to unit ``units[k]``; each position is listed once.
-    """
-
-    owner: nn.Module
-    attr: str
-    dim: int
-    positions: tuple[int, ...]
-    units: tuple[int, ...]
-    produces: bool
-
-
-def aligned_units(channels: int, channel_groups: int) -> list[list[int]]:
-    """The smallest sets of root channels that can be removed: one channel per group of a grouped layer.
-
-    Example:
-        >>> aligned_units(6, 2)
-        [[0, 3], [1, 4], [2, 5]]
-    """
-    width = channels // max(channel_groups, 1)
-    return [[unit + g * width for g in range(max(channel_groups, 1))] for unit in range(width)]
 
 
 def group_name(group: Any) -> str:
@@ -65,44 +38,6 @@ def roots_of(group: Any, number: int) -> list[int]:
             f"{group[number].dep.target.name} belong to"
         )
     return [int(r) for r in roots]
-
-
-def unit_slices(group: Any, units: Sequence[Sequence[int]]) -> list[UnitSlice]:
-    """Every slice of a full group, by unit.
-
-    Args:
-        group: a torch-pruning group over all channels of its root.
-        units: the root channels of each unit.
-
-    Raises:
-        GroupError: if a layer is unknown, or one position belongs to two units (a misaligned group).
-    """
-    unit_of_root = {channel: number for number, channels in enumerate(units) for channel in channels}
-    found: list[UnitSlice] = []
-    for number in range(len(group)):
-        roots = None
-        for part in item_slices(group._DG, group[number].dep, list(group[number].idxs)):
-            roots = roots_of(group, number) if roots is None else roots
-            owner_of: dict[int, int] = {}
-            tensor = tensor_of(part.owner, part.attr)
-            size = 0 if tensor is None else tensor.shape[part.dim]
-            for positions, root in zip(part.index, roots, strict=True):
-                for position in positions:
-                    unit = unit_of_root.get(root)
-                    if unit is None or owner_of.setdefault(position, unit) != unit:
-                        raise GroupError(
-                            f"group {group_name(group)!r}: position {position} of {type(part.owner).__name__}."
-                            f"{part.attr} belongs to more than one unit, so its channels cannot be removed one by one"
-                        )
-            if any(not 0 <= position < size for position in owner_of):
-                raise GroupError(
-                    f"group {group_name(group)!r}: torch-pruning would cut {type(part.owner).__name__}.{part.attr} at "
-                    f"position {max(owner_of)} of dimension {part.dim}, which has {size}"
-                )
-            found.append(
-                UnitSlice(part.owner, part.attr, part.dim, tuple(owner_of), tuple(owner_of.values()), part.produces)
-            )
-    return found
 
 
 def unit_group(group: Any, units: Sequence[Sequence[int]] | None = None) -> UnitGroup:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
@@ -134,8 +133,3 @@ def scores_per_unit(group: AxisGroup, importance: Any, scores: Any) -> Tensor:
 def channels_per_unit(group: Group) -> int:
     """How many output channels of its first writer one unit is."""
     return len(group.unit_group().producers[0].rows) // group.size
-
-
-def is_conv_or_linear(module: Any) -> bool:
-    """Whether a module is a layer whose output channels can be removed."""
-    return isinstance(module, (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR))

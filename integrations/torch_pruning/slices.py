@@ -1,8 +1,8 @@
 """What torch-pruning's pruning functions cut out of which tensors.
 
-torch-pruning says "prune output channels 3 and 5 of this layer"; scoring, the oracles, the cost model and the
-optimizer's state need to know which rows of which tensors that means. One small function per layer type answers;
-:func:`register_slices` adds one for a customized pruner.
+torch-pruning says "prune output channels 3 and 5 of this layer"; scoring a group of its own dependency graph needs to
+know which rows of which tensors that means. One small function per layer type answers; :func:`register_slices` adds
+one for a customized pruner. (:class:`~singe_plugin.integrations.torch_pruning.SInGEPruner` finds its groups otherwise.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.pruner import function
@@ -201,10 +200,3 @@ def item_slices(graph: Any, dep: Any, idxs: Sequence[int]) -> list[ItemSlice]:
             "use singe_plugin.integrations.torch_pruning.register_slices"
         )
     return list(_SLICES[handler](target, idxs, dep.target.pruning_dim))
-
-
-def keep_index(size: int, removed: Sequence[int], device: torch.device) -> Tensor:
-    """The positions that remain of ``size`` when ``removed`` are taken out."""
-    mask = torch.ones(size, dtype=torch.bool)
-    mask[list(removed)] = False
-    return mask.nonzero().flatten().to(device)

@@ -19,22 +19,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Atom", "Axis", "concat", "expand", "fix", "fix_all", "fresh", "is_fixed", "labels", "leaves", "size_of", "split",
-    "split_concat", "unify",
+    "Atom", "Axis", "concat", "contains", "expand", "fix", "fix_all", "fresh", "is_fixed", "labels", "leaves",
+    "size_of", "split", "split_concat", "unify",
 ]  # fmt: skip
 
 
 class Atom:
     """A factor of an axis. After :func:`unify`, several objects may stand for one: compare them by :meth:`root`."""
 
-    __slots__ = ("_parent", "_size", "factors", "fixed", "parts")
+    __slots__ = ("_factors", "_members", "_parent", "_parts", "_size", "fixed")
+    changes = 0  # of the structure of any atom, so that what was derived from it can be kept until the next
 
     def __init__(self, size: int, fixed: str | None = None) -> None:
         self._size = size
         self._parent: Atom | None = None
+        self._members: tuple[int, frozenset[Atom]] = (-1, frozenset())
         self.fixed = fixed
-        self.factors: Axis | None = None
-        self.parts: tuple[Axis, ...] | None = None
+        self._factors: Axis | None = None
+        self._parts: tuple[Axis, ...] | None = None
+
+    @property
+    def factors(self) -> Axis | None:
+        """The atoms that it is a product of, if it is one."""
+        return self._factors
+
+    @factors.setter
+    def factors(self, value: Axis | None) -> None:
+        self._factors = value
+        Atom.changes += 1
+
+    @property
+    def parts(self) -> tuple[Axis, ...] | None:
+        """The axes that it is a concatenation of, if it is one."""
+        return self._parts
+
+    @parts.setter
+    def parts(self, value: tuple[Axis, ...] | None) -> None:
+        self._parts = value
+        Atom.changes += 1
+
+    def members(self) -> frozenset[Atom]:
+        """All leaves in it."""
+        root = self.root()
+        if root._members[0] != Atom.changes:
+            root._members = (Atom.changes, frozenset(leaves((root,))))
+        return root._members[1]
 
     def root(self) -> Atom:
         """The atom that stands for this one."""
@@ -117,6 +146,11 @@ def leaves(axis: Axis) -> list[Atom]:
     return found
 
 
+def contains(axis: Axis, leaf: Atom) -> bool:
+    """Whether a leaf is part of the axis."""
+    return any(leaf in atom.members() for atom in axis)
+
+
 def fix(axis: Axis, why: str) -> None:
     """Nothing may be removed from this axis any more."""
     for leaf in leaves(axis):
@@ -166,6 +200,7 @@ def _join(x: Atom, y: Atom, why: str) -> None:
         x, y = y, x
     if y.parts is None:
         y._parent = x
+        Atom.changes += 1
         if y.fixed:
             fix((x,), y.fixed)
         return  # a leaf, which from now on is x
@@ -183,8 +218,8 @@ def _join(x: Atom, y: Atom, why: str) -> None:
         unify(a, b, why)
         done.append(a)
     if x.root() is x and y.root() is y and x is not y:
-        x.parts = tuple(done)
         y._parent = x
+        x.parts = tuple(done)
 
 
 def _factor(atom: Atom, outer: int, inner: int, why: str) -> tuple[Axis, Axis]:
@@ -329,17 +364,31 @@ def labels(axis: Axis, leaf: Atom) -> NDArray[np.int64]:
         >>> labels(heads + width, heads[0]).tolist(), labels(heads + width, width[0]).tolist()
         ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
     """
-    found = np.full(1, -1, dtype=np.int64)
+    found: NDArray[np.int64] | None = None
+    before = 1
     for atom in expand(axis):
-        if atom is leaf:
-            mine = np.arange(atom.size, dtype=np.int64)
-        elif atom.parts is None:
-            mine = np.full(atom.size, -1, dtype=np.int64)
-        else:
-            mine = np.concatenate([labels(part, leaf) for part in atom.parts])
-        if (found >= 0).any() and (mine >= 0).any():
+        size = atom.size
+        if leaf not in atom.members():
+            before *= size
+            found = None if found is None else np.repeat(found, size)
+            continue
+        if found is not None:
             raise ValueError("a position belongs to two units")
-        found = np.where(mine[None] >= 0, mine[None], found[:, None]).reshape(-1)
+        found = np.tile(_labels(atom, leaf, size), before)
+    return np.full(before, -1, dtype=np.int64) if found is None else found
+
+
+def _labels(atom: Atom, leaf: Atom, size: int) -> NDArray[np.int64]:
+    """The same for one atom that contains the leaf."""
+    if atom is leaf:
+        return np.arange(size, dtype=np.int64)
+    found = np.full(size, -1, dtype=np.int64)
+    start = 0
+    for part in atom.parts or ():
+        end = start + size_of(part)
+        if contains(part, leaf):
+            found[start:end] = labels(part, leaf)
+        start = end
     return found
 
 

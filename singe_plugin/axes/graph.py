@@ -27,6 +27,7 @@ __all__ = ["AxisGraph", "Group", "UnitSlice"]
 
 _CONV = nn.modules.conv._ConvNd
 _LAYERS = (_CONV, nn.Linear)
+_LARGE, _SMALLER = 320, (160, 168, 192, 224, 256)  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,10 @@ class AxisGraph:
     ) -> None:
         self.model, self.inputs, self.forward = model, inputs, forward
         self.history: list[Any] = []
+        self._slices: dict[Atom, list[UnitSlice]] = {}
+        self._unit_groups: dict[Group, UnitGroup] = {}
         try:
-            self.trace: Trace = trace(model, inputs, forward)
+            self.trace: Trace = self._traced()
         except SingeError:
             raise
         except Exception as error:
@@ -152,7 +155,7 @@ class AxisGraph:
             self._read_more()
         self.names = {module: name for name, module in model.named_modules()}
         self.held = list(self._held())
-        self.scales: list[ImpliedScale] = implied_scales(model, inputs, self.trace, self.forward)
+        self.scales: list[ImpliedScale] = implied_scales(model, self.inputs, self.trace, self.forward)
         adapt(self)
         self._fix_what_cannot_go(ignored, {id(p) for p in ignored_parameters})
         self._places: dict[Atom, list[tuple[Held, int]]] = {}
@@ -163,6 +166,20 @@ class AxisGraph:
         self.groups: dict[str, Group] = {}
         self._find_groups()
         self.left_whole = dict(self._reasons())
+
+    def _traced(self) -> Trace:
+        """The trace of the example, or of a smaller image if the example is large and the model takes one."""
+        inputs = self.inputs
+        if isinstance(inputs, Tensor) and inputs.ndim == 4 and min(inputs.shape[2:]) > _LARGE:
+            for side in _SMALLER:
+                try:
+                    small = inputs[:2, :, :side, :side].contiguous()
+                    found = trace(self.model, small, self.forward)
+                except Exception:  # not a size for this model
+                    continue
+                self.inputs = small
+                return found
+        return trace(self.model, inputs, self.forward)
 
     def _read_more(self) -> None:
         """Some parameters (of auxiliary heads) are only read in training mode: trace both modes."""
@@ -290,13 +307,25 @@ class AxisGraph:
     def slices(self, leaf: Atom) -> list[UnitSlice]:
         """See :meth:`Group.slices`."""
         leaf = leaf.root()
-        return [
-            UnitSlice(held.owner, held.attr, dim, labels(held.axes[dim], leaf), _reads(held, dim))
-            for held, dim in self._places.get(leaf, [])
-        ]
+        if leaf not in self._slices:
+            self._slices[leaf] = [
+                UnitSlice(held.owner, held.attr, dim, labels(held.axes[dim], leaf), _reads(held, dim))
+                for held, dim in self._places.get(leaf, [])
+            ]
+        return self._slices[leaf]
+
+    def changed(self) -> None:
+        """Units were removed or put back: positions are computed anew."""
+        self._slices.clear()
+        self._unit_groups.clear()
 
     def unit_group(self, group: Group) -> UnitGroup:
         """See :meth:`Group.unit_group`."""
+        if group not in self._unit_groups:
+            self._unit_groups[group] = self._unit_group(group)
+        return self._unit_groups[group]
+
+    def _unit_group(self, group: Group) -> UnitGroup:
         leaf = group.leaf.root()
         owners: dict[nn.Module, list[tuple[Held, int]]] = {}
         for held, dim in self._places[leaf]:

@@ -44,7 +44,7 @@ __all__ = ["EXACT", "TOLERANCE", "flat_outputs", "relative_change", "verify_grou
 TOLERANCE = 1e-4  # of the output, in single precision
 EXACT = 1e-10  # in double precision
 _FELT = 10.0  # what a group does to the output, in units of the tolerance, for a mistake in it to be seen
-_SIDES = (96, 128, 160, 192, 256)  # image sizes that verification tries, if they are smaller than the example
+_SIDES = (96, 112, 128, 160, 192, 224, 256)  # image sizes that verification tries, if smaller than the example
 
 
 def flat_outputs(value: Any) -> list[Tensor]:

@@ -12,12 +12,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import RemovalError, SingeError
 
-from .algebra import Atom, leaves, size_of
+from .algebra import Atom, contains, size_of
 from .graph import AxisGraph, Group
 from .tracked import Place
 
@@ -106,6 +107,8 @@ class Snapshot:
         for leaf, size in self.sizes:
             leaf.resize(size)
         if self.graph is not None:
+            self.graph.changed()
+        if self.graph is not None:
             del self.graph.history[self.history :]
             for scale, rows in zip(self.graph.scales, self.scale_rows, strict=True):
                 scale.rows = [(m, a, r) for (m, a, _), r in zip(scale.rows, rows, strict=True)]
@@ -184,16 +187,17 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
         )
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)
-    places = {place: found[0] for place, found in graph.trace.links.items() if leaf in leaves(found[0][1])}
+    places = {place: found[0] for place, found in graph.trace.links.items() if contains(found[0][1], leaf)}
     caches = [module for module, _ in graph.trace.caches]
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
     undo = Snapshot(graph.model, graph, changed, trackers)
     try:
-        widths = [(scale, size_of(scale.width)) for scale in graph.scales if leaf in leaves(scale.width)]
+        widths = [(scale, size_of(scale.width)) for scale in graph.scales if contains(scale.width, leaf)]
         for cut in cuts:
             _apply(cut, trackers)
         _cut_scale_rows(graph, cuts)
         leaf.shrink(len(gone))
+        graph.changed()
         for scale, before in widths:
             _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
         for place, (times, axis) in places.items():
@@ -215,7 +219,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
 def _cuts(group: Group, gone: set[int]) -> list[_Cut]:
     cuts: dict[int, _Cut] = {}
     for part in group.slices():
-        kept = torch.tensor([i for i, u in enumerate(part.units.tolist()) if u not in gone], dtype=torch.int64)
+        kept = torch.from_numpy(np.flatnonzero(~np.isin(part.units, list(gone))))
         tensor = part.tensor
         cut = cuts.setdefault(id(tensor), _Cut(part.owner, part.attr, tensor, tensor.shape, []))
         if all(dim != part.dim for dim, _ in cut.keep):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from singe_plugin.errors import GroupError
 from singe_plugin.state import preserved
 
-from .algebra import Axis, labels, leaves
+from .algebra import Axis, contains, labels
 from .graph import AxisGraph, Group
 
 __all__ = [
@@ -215,9 +215,8 @@ class NormsOfTheRest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _kept(axis: Axis, chosen: Mapping[Group, Sequence[int]]) -> Tensor | None:
     """The positions that stay, or None if all do."""
     stay: Tensor | None = None
-    inside = set(leaves(axis))
     for group, units in chosen.items():
-        if group.leaf.root() in inside:
+        if contains(axis, group.leaf.root()):
             mine = ~torch.isin(torch.from_numpy(labels(axis, group.leaf.root())), torch.tensor(sorted(units)))
             stay = mine if stay is None else stay & mine
     return None if stay is None else stay.nonzero().flatten()

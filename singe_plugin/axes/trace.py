@@ -19,8 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from singe_plugin.objective import call_model
 from singe_plugin.state import preserved
 
-from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, split, unify
-from .tracked import OBSERVERS, Place, TrackedInt, dimension, has_tracked, tracked_attributes
+from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, unify
+from .sizes import link_sizes
+from .tracked import OBSERVERS, Place, TrackedInt, dimension, has_tracked, tensors_in, tracked_attributes
 
 __all__ = ["AttentionCall", "Forward", "Trace", "trace"]
 
@@ -222,7 +223,7 @@ class Trace:
 
     def note_reading(self, args: Any, out: Any) -> None:
         """Keep track of which layer's parameters and outputs the tensors are."""
-        tensors = list(_tensors(args))
+        tensors = list(tensors_in(args))
         for tensor in tensors:
             if isinstance(tensor, nn.Parameter):
                 self._read[tensor] = True
@@ -232,7 +233,7 @@ class Trace:
         if self.operator in _SAME_VALUES:
             for table in (self._owner, self._made_by):
                 if tensors and tensors[0] in table:
-                    for made in _tensors(out):
+                    for made in tensors_in(out):
                         table[made] = table[tensors[0]]
             return
         norm = owners[0] if owners and "batch_norm" in self.operator and tensors[0] not in self._owner else None
@@ -242,7 +243,7 @@ class Trace:
         if norm is not None:
             self._norm_calls[norm] += 1
         elif owners and self.operator in _LAYERS:
-            for made in _tensors(out):
+            for made in tensors_in(out):
                 self._made_by[made] = owners[-1]
 
     def unread(self) -> list[Tensor]:
@@ -275,16 +276,6 @@ def _same_size(a: Axis, b: Axis, why: str) -> None:
         unify(a, b, why)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of every operator."""
 
@@ -314,9 +305,9 @@ def _unknown(state: Trace, args: Any, kwargs: Any, out: Any) -> None:
     owner = type(state.stack[-1]).__name__ if state.stack else ""
     state.unknown.setdefault(state.operator, set()).add(owner)
     why = f"the operator {state.why} has no rule"
-    for tensor in _tensors((args, kwargs)):
+    for tensor in tensors_in((args, kwargs)):
         fix_all(state.of(tensor), why)
-    for tensor in _tensors(out):
+    for tensor in tensors_in(out):
         state.set(tensor, [fresh(size, why) for size in tensor.shape])
 
 
@@ -342,7 +333,7 @@ class _Functions(TorchFunctionMode):
             return self._sizes(args[0], args[0].shape)[dim]
         if has_tracked([*args, *kwargs.values()]):
             self.state.operator = name
-            _link(self.state, name, args, kwargs, out)
+            link_sizes(self.state, name, args, kwargs, out)
         return out
 
     def _sizes(self, tensor: Tensor, shape: Any) -> Any:
@@ -351,85 +342,15 @@ class _Functions(TorchFunctionMode):
         return torch.Size([s if s < 2 or is_fixed(a) else dimension(s, a) for s, a in zip(shape, axes, strict=True)])
 
 
-_MADE = frozenset(
-    {"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty"}
-)
-
-
-def _link(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
-    """The attributes among the arguments that are sizes of the result."""
-    results = [t for t in _tensors(out) if t.ndim]
-    if not results:
-        return
-    axes = state.of(results[0])
-    if name in _MADE:
-        sizes = _size_arguments(args)
-        if len(sizes) == len(axes):
-            for size, axis in zip(sizes, axes, strict=True):
-                state.link(size, axis)
-    elif name == "unflatten":
-        first = _argument(args, kwargs, 1, "dim", 0) % args[0].ndim
-        for offset, size in enumerate(_argument(args, kwargs, 2, "sizes", ())):
-            state.link(size, axes[first + offset])
-    elif name in ("split", "split_with_sizes"):
-        dim = _argument(args, kwargs, 2, "dim", 0)
-        sizes = _argument(args, kwargs, 1, "split_size_or_sections", _argument(args, kwargs, 1, "split_size", ()))
-        each = sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(results)
-        for size, part in zip(each, results, strict=False):
-            state.link(size, state.of(part)[dim])
-    elif name == "narrow":
-        state.link(_argument(args, kwargs, 3, "length", 0), axes[_argument(args, kwargs, 1, "dim", 0)])
-    elif name == "__getitem__":
-        _link_slices(state, args, results[0])
-    elif name in ("layer_norm", "rms_norm"):
-        shape = _argument(args, kwargs, 1, "normalized_shape", ())
-        for size, axis in zip(shape, axes[-len(shape) :], strict=True):
-            state.link(size, axis)
-    elif name == "group_norm":
-        _link_groups(state, _argument(args, kwargs, 1, "num_groups", 1), axes[1])
-    elif name.startswith("conv") and len(axes) > 1:
-        _link_groups(state, _argument(args, kwargs, 6, "groups", 1), axes[1])
-
-
-def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any) -> Any:
-    return kwargs.get(name, args[position] if len(args) > position else default)
-
-
-def _link_groups(state: Trace, groups: Any, axis: Axis) -> None:
-    if groups > 1:
-        outer, _ = split(axis, [int(groups), size_of(axis) // int(groups)], state.why)
-        state.link(groups, outer)
-
-
-def _link_slices(state: Trace, args: Any, result: Tensor) -> None:
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    dim = 0
-    for position, item in enumerate(index):
-        if item is Ellipsis:
-            dim = result.ndim - (len(index) - position - 1)
-            continue
-        if isinstance(item, slice) and item.start in (None, 0):
-            state.link(item.stop, state.of(result)[dim])
-        if item is None or isinstance(item, slice):
-            dim += 1
-
-
-def _size_arguments(args: Any) -> list[Any]:
-    rest = args[1:] if args and isinstance(args[0], Tensor) else args
-    if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
-        return list(rest[0])
-    return [a for a in rest if isinstance(a, int)]
-
-
 @contextmanager
 def _module_stack(state: Trace) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         state.stack.append(module)
-        state.inputs[module] = [state.of(t) for t in _tensors(args)]
+        state.inputs[module] = [state.of(t) for t in tensors_in(args)]
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         state.stack.pop()
-        state.outputs[module] = [state.of(t) for t in _tensors(output)]
+        state.outputs[module] = [state.of(t) for t in tensors_in(output)]
 
     handles = []
     try:
@@ -476,7 +397,7 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
         model.eval()
         state = Trace(model, caches=list(emptied))
         state.forget()
-        for tensor in _tensors(inputs):
+        for tensor in tensors_in(inputs):
             state.set(tensor, [fresh(size, "it is a dimension of the model's input") for size in tensor.shape])
         stack.enter_context(tracked_attributes(model))
         stack.enter_context(_module_stack(state))
@@ -486,7 +407,7 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
                 outputs = forward(model, inputs)
         finally:
             OBSERVERS.pop()
-        for tensor in _tensors(outputs):
+        for tensor in tensors_in(outputs):
             fix_all(state.of(tensor), "it reaches the model's output")
         state.caches = [key for key, table in _tables(model) if table or key in emptied]
     state.solve()

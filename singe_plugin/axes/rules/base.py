@@ -1,0 +1,30 @@
+"""The table of rules, and how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..algebra import Axis, fresh
+from ..trace import Trace
+
+__all__ = ["RULES", "Rule", "opaque", "rule"]
+
+Rule = Callable[[Trace, Any, Any, Any], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, by their names without the overload."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def opaque(t: Trace, size: int) -> Axis:
+    """An axis whose indices mean nothing that could be removed."""
+    return fresh(size, f"its indices are made by {t.why}")

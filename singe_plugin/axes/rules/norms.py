@@ -1,0 +1,108 @@
+"""Norms, reductions and pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..algebra import split
+from ..trace import Trace
+from ..tracked import tensors_in
+from .base import opaque, rule
+from .elements import pointwise
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
+    "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
+)  # fmt: skip
+def _batch_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    x = args[0]
+    axes = t.of(x)
+    for other in args[1:5]:
+        if isinstance(other, Tensor):
+            t.unify(axes[1], t.of(other)[0])
+    if not isinstance(args[3], Tensor):
+        t.mixes(x, [d for d in range(x.ndim) if d != 1])
+    result = out[0] if isinstance(out, tuple) else out
+    t.set(result, axes)
+    for extra in tensors_in(out[1:] if isinstance(out, tuple) else ()):
+        t.set(extra, [axes[1]] if extra.ndim == 1 and len(extra) == x.shape[1] else [opaque(t, s) for s in extra.shape])
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+def _layer_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    x, dims = args[0], len(args[1])
+    axes = t.of(x)
+    for weight in args[2:4]:
+        if isinstance(weight, Tensor):
+            for axis, mine in zip(t.of(weight), axes[-dims:], strict=True):
+                t.unify(mine, axis)
+    t.mixes(x, range(x.ndim - dims, x.ndim))
+    result, extras = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+    t.set(result, axes)
+    for extra in tensors_in(extras):
+        t.set(extra, [opaque(t, s) for s in extra.shape])
+
+
+@rule("native_group_norm", "group_norm")
+def _group_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    x, groups = args[0], args[6]
+    axes = t.of(x)
+    for weight in args[1:3]:
+        if isinstance(weight, Tensor):
+            t.unify(axes[1], t.of(weight)[0])
+    split(axes[1], [groups, x.shape[1] // groups], t.why)
+    t.mixes(x, range(1, x.ndim))
+    t.set(out[0], axes)
+    for extra in tensors_in(out[1:]):
+        t.set(extra, [opaque(t, s) for s in extra.shape])
+
+
+@rule("_softmax", "_log_softmax", "softmax", "_safe_softmax", "log_softmax")
+def _softmax(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    t.mixes(args[0], [args[1]])
+    t.set(out, t.of(args[0]))
+
+
+@rule(
+    "sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "var_mean", "std_mean", "max", "min", "argmax",
+    "argmin", "any", "all", "linalg_vector_norm", "norm", "aminmax", "median",
+)  # fmt: skip
+def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    x = args[0]
+    if t.operator in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
+        pointwise(t, args, kwargs, out)
+        return
+    position = 2 if t.operator in ("linalg_vector_norm", "norm") else 1
+    dims: Any = args[position] if len(args) > position else kwargs.get("dim")
+    if dims is None or isinstance(dims, bool):
+        dims = range(x.ndim)
+    chosen = sorted({d % x.ndim for d in (dims if isinstance(dims, Sequence) else [dims])}) if x.ndim else []
+    chosen = chosen or list(range(x.ndim))
+    axes = t.of(x)
+    if t.operator in ("argmax", "argmin"):
+        t.fix(*(axes[d] for d in chosen))
+    else:
+        t.mixes(x, chosen)
+    for result in tensors_in(out):
+        kept = [axes[d] if d not in chosen else () for d in range(x.ndim) if d not in chosen or result.ndim == x.ndim]
+        t.set(result, kept)
+
+
+@rule(
+    "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "avg_pool3d",
+    "_upsample_bicubic2d_aa", "adaptive_avg_pool2d", "grid_sampler_2d", "max_pool3d_with_indices",
+    "adaptive_avg_pool1d", "_adaptive_avg_pool3d",
+    "upsample_nearest1d", "upsample_linear1d", "mkldnn_max_pool2d", "_upsample_nearest_exact2d",
+)  # fmt: skip
+def _pool(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    x = args[0]
+    axes = t.of(x)
+    channel = 1 if not (x.ndim == 3 and "2d" in t.operator) else 0
+    t.fix(*axes[channel + 1 :])
+    for result in tensors_in(out):
+        t.set(result, [*axes[: channel + 1], *(opaque(t, s) for s in result.shape[channel + 1 :])])

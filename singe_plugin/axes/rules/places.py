@@ -1,0 +1,133 @@
+"""Operators for which it matters where something is: padding, indexing, sorting, patches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..algebra import concat, is_fixed, size_of, split
+from ..trace import Trace
+from ..tracked import tensors_in
+from .base import opaque, rule
+
+
+@rule("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "pad", "reflection_pad1d", "replication_pad1d")
+def _pad(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    axes, widths = t.of(args[0]), list(args[1])
+    for number in range(len(widths) // 2):
+        dim, before, after = out.ndim - 1 - number, widths[2 * number], widths[2 * number + 1]
+        if not before and not after:
+            continue
+        if is_fixed(axes[dim]) or t.operator != "constant_pad_nd" or before < 0 or after < 0:
+            t.fix(axes[dim])
+            axes[dim] = opaque(t, out.shape[dim])
+        else:
+            padding = [opaque(t, n) if n else None for n in (before, after)]
+            axes[dim] = concat([p for p in (padding[0], axes[dim], padding[1]) if p is not None])
+    t.set(out, axes)
+
+
+@rule("roll", "flip", "cumsum", "sort", "topk", "rot90", "argsort", "cumprod", "cummax")
+def _along(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """The order along some dimensions matters; the others pass."""
+    source = args[0]
+    position = 2 if t.operator in ("roll", "topk") else 1
+    dims = args[position] if len(args) > position else kwargs.get("dim", kwargs.get("dims", -1))
+    dims = {d % source.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    for result in tensors_in(out):
+        axes = t.of(source)
+        for d in dims:
+            t.fix(axes[d])
+            axes[d] = opaque(t, result.shape[d])
+        t.set(result, axes)
+
+
+@rule("index", "_unsafe_index")
+def _index(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    source, index = args[0], list(args[1])
+    axes = t.of(source)
+    used = [d for d, i in enumerate(index) if i is not None]
+    for d in used:
+        t.fix(axes[d])
+    for i in index:
+        if i is not None:
+            t.fix(*t.of(i))
+    rest = [axis for d, axis in enumerate(axes) if d not in used]
+    new = out.ndim - len(rest)
+    adjacent = used == list(range(used[0], used[0] + len(used)))
+    first = used[0] if adjacent else 0
+    made = [opaque(t, s) for s in out.shape[first : first + new]]
+    t.set(out, [*rest[:first], *made, *rest[first:]])
+
+
+@rule("index_select", "gather", "take_along_dim", "index_copy", "index_add", "scatter", "scatter_", "scatter_add")
+def _gather(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    dim = args[1] % max(args[0].ndim, 1)
+    axes = t.of(args[0])
+    for tensor in tensors_in(args[2:]):
+        others = t.of(tensor)
+        if t.operator == "index_select" or tensor.ndim != out.ndim:
+            t.fix(*others)
+            continue
+        for d, axis in enumerate(others):
+            if d != dim and tensor.shape[d] == out.shape[d]:
+                t.unify(axes[d], axis)
+            else:
+                t.fix(axis)
+    t.fix(axes[dim])
+    axes[dim] = opaque(t, out.shape[dim])
+    for d, size in enumerate(out.shape):
+        if size_of(axes[d]) != size:
+            t.fix(axes[d])
+            axes[d] = opaque(t, size)
+    t.set(out, axes)
+
+
+@rule("embedding")
+def _embedding(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    t.fix(t.of(args[0])[0], *t.of(args[1]))
+    t.set(out, [*(opaque(t, s) for s in out.shape[:-1]), t.of(args[0])[1]])
+
+
+@rule("unfold")
+def _unfold(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    axes, dim = t.of(args[0]), args[1] % args[0].ndim
+    t.fix(axes[dim])
+    axes[dim] = opaque(t, out.shape[dim])
+    t.set(out, [*axes, opaque(t, out.shape[-1])])
+
+
+@rule("im2col")
+def _im2col(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    axes = t.of(args[0])
+    patch = math.prod(args[1])
+    t.fix(*axes[-2:])
+    batch = axes[:1] if args[0].ndim == 4 else []
+    t.set(out, [*batch, (*axes[-3], *opaque(t, patch)), opaque(t, out.shape[-1])])
+
+
+@rule("col2im")
+def _col2im(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    axes = t.of(args[0])
+    channels = out.shape[-3]
+    t.fix(axes[-1])
+    outer, inner = split(axes[-2], [channels, size_of(axes[-2]) // channels], t.why)
+    t.fix(inner)
+    batch = axes[:1] if args[0].ndim == 3 else []
+    t.set(out, [*batch, outer, opaque(t, out.shape[-2]), opaque(t, out.shape[-1])])
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    axes = t.of(args[0])
+    outer, inner = split(axes[-3], [out.shape[-3], args[1] ** 2], t.why)
+    t.fix(inner, *axes[-2:])
+    t.set(out, [*axes[:-3], outer, opaque(t, out.shape[-2]), opaque(t, out.shape[-1])])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    axes = t.of(args[0])
+    made = (*axes[-3], *opaque(t, args[1] ** 2))
+    t.fix(*axes[-2:])
+    t.set(out, [*axes[:-3], made, opaque(t, out.shape[-2]), opaque(t, out.shape[-1])])
