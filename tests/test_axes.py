@@ -15,6 +15,7 @@ from torch.nn import functional
 from singe_plugin.axes import AxisGraph, Trackers, remove_units, verify_groups
 from singe_plugin.axes.algebra import concat, expand, fix, fresh, labels, leaves, size_of, split, split_concat, unify
 from singe_plugin.axes.layers import ADAPTERS, adapter, follow
+from singe_plugin.axes.rules import RULES, rule
 from singe_plugin.axes.tracked import TrackedInt
 from singe_plugin.errors import GroupError, RemovalError
 
@@ -580,6 +581,28 @@ def test_the_reason_names_the_class_that_needs_a_rule() -> None:
     graph = AxisGraph(with_images(lambda m, x: m.f(x), f=Fourier()).eval(), IMAGES)
     assert "Fourier" in graph.left_whole["conv"]
     assert "Fourier" in set().union(*graph.trace.unknown.values())
+
+
+def test_a_rule_for_an_operator_of_ones_own() -> None:
+    @torch.library.custom_op("singe_test::mirror", mutates_args=())
+    def mirror(x: Tensor) -> Tensor:
+        return x.flip(2)
+
+    graph = AxisGraph(with_images(lambda m, x: mirror(x)).eval(), IMAGES)
+    assert "mirror" in graph.left_whole["conv"]
+
+    @rule("mirror")
+    def keeps_channels(trace: Any, args: Any, kwargs: Any, out: Any) -> None:
+        axes = trace.of(args[0])
+        trace.fix(axes[2])
+        trace.set(out, axes)
+
+    try:
+        graph = AxisGraph(with_images(lambda m, x: mirror(x)).eval(), IMAGES)
+        assert not verify_groups(graph)
+        assert graph.groups["conv"].size == 8
+    finally:
+        RULES.pop("mirror")
 
 
 def test_an_adapter_says_what_a_forward_pass_does_not_show() -> None:

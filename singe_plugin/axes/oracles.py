@@ -254,6 +254,25 @@ def _amplified(bench: _Bench) -> float:
 
 def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
     """The groups whose units hardly change the output: a mistake in them could not be seen."""
+    try:
+        effect = _effects(bench)
+    except Exception:  # the model cannot be differentiated: look at each group alone
+        return [group for group in groups if _masked_effect(bench, group) < _FELT * bench.tolerance]
+    silent = []
+    for group in groups:
+        felt = 0.0
+        for part in group.slices():
+            if part.is_parameter and id(part.tensor) in effect:
+                index = torch.from_numpy(part.units >= 0).nonzero().flatten()
+                mine = effect[id(part.tensor)]
+                felt += float(mine.index_select(part.dim, index.to(mine.device)).sum())
+        if felt < _FELT * bench.tolerance:
+            silent.append(group)
+    return silent
+
+
+def _effects(bench: _Bench) -> dict[int, Tensor]:
+    """``|gradient x parameter|`` of a random projection of the outputs, relative to it, by the parameter's id."""
     model = bench.graph.model
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     with torch.enable_grad(), caches_preserved(model):
@@ -266,18 +285,12 @@ def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
             probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
             total = total + (output * probe).sum() / (output.detach() * probe).norm().clamp(min=1e-12)
         found = torch.autograd.grad(total, parameters, allow_unused=True) if outputs else [None] * len(parameters)
-    effect = {id(p): (g * p.detach()).abs() for p, g in zip(parameters, found, strict=True) if g is not None}
-    silent = []
-    for group in groups:
-        felt = 0.0
-        for part in group.slices():
-            if part.is_parameter and id(part.tensor) in effect:
-                index = torch.from_numpy(part.units >= 0).nonzero().flatten()
-                mine = effect[id(part.tensor)]
-                felt += float(mine.index_select(part.dim, index.to(mine.device)).sum())
-        if felt < _FELT * bench.tolerance:
-            silent.append(group)
-    return silent
+    return {id(p): (g * p.detach()).abs() for p, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def _masked_effect(bench: _Bench, group: Group) -> float:
+    with masked({group: _order(group)[: max(group.size // 2, 1)]}):
+        return relative_change(bench.base, bench.run())
 
 
 @contextmanager
