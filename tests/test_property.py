@@ -29,7 +29,7 @@ REPRODUCIBLE = settings(
 
 
 def pruner_for(network: Network, importance: Any = None, **options: Any) -> SInGEPruner | None:
-    """A pruner; None if torch-pruning cannot trace the network, which then must be as it was."""
+    """A pruner; None if the network is refused, which then must be as it was."""
     before = values_of(network.model)
     try:
         return SInGEPruner(network.model, network.inputs, importance or MAGNITUDE(), **options)

@@ -1,4 +1,4 @@
-"""A host for Algorithm 1 that removes channels physically, through torch-pruning's dependency graph."""
+"""A host for Algorithm 1 that removes units physically."""
 
 from __future__ import annotations
 

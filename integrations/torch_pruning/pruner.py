@@ -57,8 +57,12 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     All arguments of ``tp.pruner.BasePruner`` are accepted, and ``step()``, ``step(interactive=True)`` and the
     pruning history work as there. What is added:
 
-    - every group passes two oracles before anything is removed; one that fails is left whole and reported in
-      ``left_whole`` with the reason. Groups that reach the model's output are left whole too.
+    - groups come from the axes of one forward pass (:class:`singe_plugin.axes.AxisGraph`) and pass two oracles
+      before anything is removed; what fails, is not understood or reaches the model's output is left whole and
+      reported in ``left_whole`` with the reason. ``num_heads``, ``unwrapped_parameters``, ``customized_pruners`` and
+      channel groups are accepted and not needed.
+    - attention: head dimensions are pruned by ``pruning_ratio``; whole heads with ``prune_num_heads`` and
+      ``head_pruning_ratio``; ``prune_head_dims=False`` leaves the dimensions.
     - parameter objects survive removals: optimizer, scheduler, hooks and ``requires_grad`` stay valid, optimizer
       state and EMA are cut along.
     - a failure rolls the model back.
@@ -82,7 +86,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     Raises:
         ConfigError, DataError: for arguments that cannot mean anything.
-        GroupError: if torch-pruning cannot trace the model.
+        GroupError: if the model does not run on the example inputs.
 
     Example:
         >>> import torch, torch_pruning as tp, singe_plugin
