@@ -78,6 +78,8 @@ def link_widths(graph: AxisGraph) -> None:
             side = size_of(image[2]) // int(entry["reduction"])  # the last feature map of that size and width
             maps = [a for t in trace.outputs.values() for a in t if len(a) == 4 and size_of(a[2]) == side]
             axis = _axis(([a[1]] for a in reversed(maps)), size)
+        if axis is None and not name:  # timm does not know the module: the first feature map of that width
+            axis = _axis(([a[1]] for t in trace.outputs.values() for a in t if len(a) == 4), size)
         if axis is not None:
             follow(graph, model, "feature_info", axis, path)
     _link_model(graph, model)
