@@ -18,6 +18,7 @@ from singe_plugin.axes.layers import ADAPTERS, adapter, follow
 from singe_plugin.axes.rules import RULES, rule
 from singe_plugin.axes.tracked import TrackedInt
 from singe_plugin.errors import GroupError, RemovalError
+from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 
 from masking import Masked
 from references import Net, randomise_norms
@@ -443,6 +444,18 @@ def test_what_is_removed_is_what_masking_computes(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in masked.original.parameters())
     assert with_gradient(model, x) == had  # what only training reads is right, too
+
+
+def test_a_head_for_training_is_scored_by_its_weights() -> None:
+    model, x, _ = made("a head for training")
+    importance = SInGEImportance(nodes=2).bind(model, [(x, torch.tensor([0, 1]))])
+    pruner = SInGEPruner(model, x, importance, pruning_ratio=0.5)
+    assert [group.name for group in pruner.layers if group.only_training] == ["aux"]
+    norms = torch.cat([model.aux.weight.flatten(1), model.aux.bias[:, None]], 1).norm(dim=1)
+    kept = model.aux.bias[norms.argsort()[3:].sort().values].clone()
+    pruner.step()
+    torch.testing.assert_close(model.aux.bias, kept)
+    assert model.conv.out_channels == 4
 
 
 def with_gradient(model: nn.Module, x: Tensor) -> set[str]:

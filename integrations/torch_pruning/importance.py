@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,8 +134,11 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             group: a torch-pruning group.
             units: positions into the root's indices; None makes every root channel its own unit.
         """
+        options = self.options
+        if isinstance(group, AxisGroup) and group.axis_group.only_training:
+            options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
         with torch.no_grad():
-            return score_units(self._model_of(group), self._rows(group, units), self.batches, self.options)
+            return score_units(self._model_of(group), self._rows(group, units), self.batches, options)
 
     @staticmethod
     def _rows(group: Any, units: Sequence[Sequence[int]] | None) -> UnitGroup:

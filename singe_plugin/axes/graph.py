@@ -92,6 +92,11 @@ class Group:
         """The number of units, now."""
         return self.leaf.root().size
 
+    @property
+    def only_training(self) -> bool:
+        """Whether its layers are read in training mode only (auxiliary heads)."""
+        return all(id(writer.weight) in self.graph.only_training for writer in self.writers.values())
+
     def slices(self) -> list[UnitSlice]:
         """Every dimension of every parameter and buffer that goes with the units."""
         return self.graph.slices(self.leaf)
@@ -140,6 +145,7 @@ class AxisGraph:
     ) -> None:
         self.model, self.inputs, self.forward = model, inputs, forward
         self.history: list[Any] = []
+        self.only_training: set[int] = set()
         self._slices: dict[Atom, list[UnitSlice]] = {}
         self._unit_groups: dict[Group, UnitGroup] = {}
         try:
@@ -196,6 +202,7 @@ class AxisGraph:
         except Exception:  # it cannot be run so: what is not read stays as it is
             more = self.trace
         if len(more.unread()) < len(self.trace.unread()):
+            self.only_training = {id(p) for p in self.trace.unread()} - {id(p) for p in more.unread()}
             self.trace, self.forward = more, both
         for tensor in self.trace.unread():
             fix_all(self.trace.of(tensor), "no forward pass reads it")
