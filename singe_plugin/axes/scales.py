@@ -88,9 +88,9 @@ def _proportional(
         return None
     holders = [m for m in caller.modules() if any(p.requires_grad for p in m._parameters.values() if p is not None)]
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(one.shape, generator=generator).to(one)
+    # of the tensor's own signs, so that the projection is far from zero
+    probe = one.detach().sign() * (torch.rand(one.shape, generator=generator) + 0.5).to(one)
     total = float((one.detach() * probe).sum())
-    size = float((one.detach() * probe).norm())
     reached: list[tuple[nn.Module, str, Tensor, float]] = []
     for module in holders:
         for attr, parameter in module._parameters.items():
@@ -105,7 +105,7 @@ def _proportional(
             reached.append((module, attr, rows, float((gradient * parameter.detach()).sum())))
     # the derivative along parameters that a tensor is proportional to is the tensor itself (Euler)
     for chosen in _subsets(reached):
-        if abs(sum(r[3] for r in chosen) - total) <= _EXACT * max(abs(total), size):
+        if abs(sum(r[3] for r in chosen) - total) <= _EXACT * total:
             return [(module, attr, rows) for module, attr, rows, _ in chosen]
     return None
 
