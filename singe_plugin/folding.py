@@ -11,7 +11,6 @@ virtually, without touching the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import FoldingError
-from singe_plugin.objective import call_model
+from singe_plugin.objective import call_model, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import RowLayout, tied_parameters
 
@@ -179,22 +178,11 @@ def _rows_match(layer: nn.Module, norm: nn.Module) -> bool:
     return bool(width == len(norm.running_mean))  # type: ignore[arg-type]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _count_readers(outputs: Any) -> dict[Any, int]:
     """How many edges of the autograd graph (and model outputs) read each node."""
     readers: dict[Any, int] = {}
     stack = []
-    for tensor in _tensors(outputs):
+    for tensor in tensors_in(outputs):
         if tensor.grad_fn is not None:
             readers[tensor.grad_fn] = readers.get(tensor.grad_fn, 0) + 1
             stack.append(tensor.grad_fn)
@@ -267,7 +255,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
 def _eval_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     with preserved(model), torch.no_grad():
         model.eval()
-        return [t.clone() for t in _tensors(call_model(model, example_inputs)) if t.is_floating_point()]
+        return [t.clone() for t in tensors_in(call_model(model, example_inputs)) if t.is_floating_point()]
 
 
 def _relative_change(a: list[Tensor], b: list[Tensor]) -> float:

@@ -139,6 +139,24 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested arguments or outputs, in order.
+
+    Example:
+        >>> import torch
+        >>> [t.item() for t in tensors_in(({"x": torch.tensor(1)}, [torch.tensor(2), "no"]))]
+        [1, 2]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
 def to_device(value: Any, device: torch.device, channels_last: bool = False) -> Any:
     """Move every tensor in a nested batch to ``device``; 4-D float images to ``channels_last`` on request.
 

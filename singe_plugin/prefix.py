@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.objective import tensors_in
+
 __all__ = ["PrefixCache"]
 
 _MISSING = object()
@@ -60,7 +62,7 @@ class PrefixCache:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._calls[module] = self._calls.get(module, 0) + 1
-        self._inputs[module] = [(t, t._version) for t in _tensors((args, kwargs))]
+        self._inputs[module] = [(t, t._version) for t in tensors_in((args, kwargs))]
         if module in self.layers:
             self._started = True
 
@@ -71,7 +73,7 @@ class PrefixCache:
         if any(t._version != version for t, version in inputs):
             return  # it works in place: what else holds its input must see that in every pass
         memory = {t.untyped_storage().data_ptr() for t, _ in inputs}
-        if any(t.untyped_storage().data_ptr() in memory for t in _tensors(output)):
+        if any(t.untyped_storage().data_ptr() in memory for t in tensors_in(output)):
             return  # a view or the input itself: what follows in place would have to reach the input
         for inner in module.modules():
             self._outputs.pop(inner, None)
@@ -121,14 +123,6 @@ class _Constant:
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         return _copy(self.output)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, (tuple, list)) else []
 
 
 def _is_plain(output: Any) -> bool:

@@ -18,10 +18,16 @@ from singe_plugin import Builder, load, save
 from singe_plugin.artifact import Structure, describe_structure
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.algebra import is_fixed
-from singe_plugin.axes.oracles import flat_outputs, relative_change
+from singe_plugin.axes.oracles import relative_change
 from singe_plugin.axes.substitutes import derangement, exchanged, in_double, random_inputs, randomised
 from singe_plugin.events import History
-from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.integrations.torch_pruning import (
+    AxisDependencyGraph,
+    AxisGroup,
+    SInGEImportance,
+    SInGEPruner,
+)
+from singe_plugin.objective import tensors_in
 from singe_plugin.result import Metrics, Result
 
 from masking import Masked
@@ -58,7 +64,7 @@ class Row:
 
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    return flat_outputs(model(x))
+    return list(tensors_in(model(x)))
 
 
 def classifier_parameters(model: nn.Module) -> set[int]:
@@ -142,7 +148,7 @@ def methods(model: nn.Module, x: Tensor) -> dict[str, Any]:
         try:
             with torch.no_grad():
                 value = function()
-            found[name] = [t.ndim for t in flat_outputs(value)]
+            found[name] = [t.ndim for t in tensors_in(value)]
             return value
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"[:200]
@@ -245,7 +251,7 @@ def check(
         f"{k}: {after.get(k)}" for k, v in before_methods.items() if isinstance(v, list) and after.get(k) != v
     ]
     if isinstance(after.get("forward_intermediates"), list):
-        maps = flat_outputs(model.forward_intermediates(x, intermediates_only=True))  # type: ignore[operator]
+        maps = list(tensors_in(model.forward_intermediates(x, intermediates_only=True)))  # type: ignore[operator]
         if len(maps) == len(widths(model)) and [t.shape[1] for t in maps] != widths(model):
             row.whole.append(f"feature_info says {widths(model)}, the features have {[t.shape[1] for t in maps]}")
     if fused != [getattr(m, "fused_attn", None) for m in model.modules()]:
@@ -281,13 +287,11 @@ def scores(graph: AxisGraph, size: int, channels: int, seconds: float = 30.0) ->
     """How many groups get finite scores of ``ig`` with two nodes on random data, and how many were tried in time."""
 
     def objective(made: Any, targets: Any) -> Tensor:
-        total: Any = sum((o.float() ** 2).mean() for o in flat_outputs(made))
+        total: Any = sum((o.float() ** 2).mean() for o in tensors_in(made))
         return total  # type: ignore[no-any-return]
 
     batch = (torch.randn(2, channels, size, size), torch.zeros(2, dtype=torch.int64))
     importance = SInGEImportance("ig", nodes=2, objective=objective).bind(graph.model, [batch])
-    from singe_plugin.integrations.torch_pruning import AxisDependencyGraph, AxisGroup
-
     wrapper = AxisDependencyGraph(graph)
     finite, count, start = 0, 0, time.perf_counter()
     for group in graph.groups.values():

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, SingeError
+from singe_plugin.objective import tensors_in
 from singe_plugin.state import caches_preserved
 
 from .graph import AxisGraph, Group
@@ -39,23 +40,12 @@ from .substitutes import (
     randomised,
 )
 
-__all__ = ["EXACT", "TOLERANCE", "flat_outputs", "relative_change", "verify_groups"]
+__all__ = ["EXACT", "TOLERANCE", "relative_change", "verify_groups"]
 
 TOLERANCE = 1e-4  # of the output, in single precision
 EXACT = 1e-10  # in double precision
 _FELT = 10.0  # what a group does to the output, in units of the tolerance, for a mistake in it to be seen
 _SIDES = (96, 112, 128, 160, 192, 224, 256)  # image sizes that verification tries, if smaller than the example
-
-
-def flat_outputs(value: Any) -> list[Tensor]:
-    """All tensors in a nested output, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for v in value.values() for t in flat_outputs(v)]
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in flat_outputs(v)]
-    return []
 
 
 def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -99,7 +89,7 @@ class _Bench:
     def run(self) -> list[Tensor]:
         with torch.no_grad(), caches_preserved(self.graph.model):
             self.graph.trace.forget()
-            return flat_outputs(self.graph.forward(self.graph.model, self.inputs))
+            return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
 
     def permuted(self, groups: Sequence[Group]) -> str | None:
         """Why permuting the units of these groups changes the function; None if it does not."""
@@ -279,7 +269,7 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
         bench.graph.trace.forget()
         for parameter in parameters:
             parameter.requires_grad_(True)
-        outputs = [t for t in flat_outputs(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
+        outputs = [t for t in tensors_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
         total: Any = 0.0
         for output in outputs:
             probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
@@ -336,7 +326,7 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
         with torch.no_grad(), caches_preserved(graph.model):
             graph.trace.forget()
             with watch:
-                return flat_outputs(graph.forward(graph.model, inputs)), watch
+                return list(tensors_in(graph.forward(graph.model, inputs))), watch
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from singe_plugin.objective import tensors_in
+
 from .algebra import Axis, size_of, split
-from .tracked import tensors_in
 
 if TYPE_CHECKING:
     from .trace import Trace

@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from singe_plugin.objective import call_model
+from singe_plugin.objective import call_model, tensors_in
 from singe_plugin.state import preserved
 
 from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, unify
 from .sizes import link_sizes
-from .tracked import OBSERVERS, Place, TrackedInt, dimension, has_tracked, tensors_in, tracked_attributes
+from .tracked import OBSERVERS, Place, TrackedInt, dimension, has_tracked, tracked_attributes
 
 __all__ = ["AttentionCall", "Forward", "Trace", "trace"]
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .algebra import Axis
 
-__all__ = ["Place", "TrackedInt", "attribute", "dimension", "has_tracked", "tensors_in", "tracked_attributes"]
+__all__ = ["Place", "TrackedInt", "attribute", "dimension", "has_tracked", "tracked_attributes"]
 
 OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size becomes a scale: ``head_dim ** -0.5``
 _OWN = frozenset({"training"})
@@ -188,14 +188,3 @@ def has_tracked(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(has_tracked(item) for item in value)
     return isinstance(value, slice) and has_tracked((value.start, value.stop))
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments or results, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from singe_plugin.objective import tensors_in
+
 from ..algebra import Axis, fresh
 from ..trace import Trace
-from ..tracked import tensors_in
 from .base import RULES, opaque, rule
 
 

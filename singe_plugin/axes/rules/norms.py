@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from singe_plugin.objective import tensors_in
+
 from ..algebra import split
 from ..trace import Trace
-from ..tracked import tensors_in
 from .base import opaque, rule
 from .elements import pointwise
 

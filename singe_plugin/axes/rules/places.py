@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from singe_plugin.objective import tensors_in
+
 from ..algebra import concat, is_fixed, size_of, split
 from ..trace import Trace
-from ..tracked import tensors_in
 from .base import opaque, rule
 
 

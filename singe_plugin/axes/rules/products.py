@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from singe_plugin.objective import tensors_in
+
 from ..algebra import Axis, size_of, split
 from ..trace import Trace
-from ..tracked import tensors_in
 from .base import opaque, rule
 
 
