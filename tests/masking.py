@@ -1,7 +1,8 @@
 """An independent reference for removals: the original model with the removed channels' activations zeroed by hooks.
 
-It learns what was removed from a copy of the model whose every element is its own position, and which is cut along;
-it knows nothing of the package's groups, slices or units. Norms that mix channels are recomputed over the channels
+It learns what was removed from a copy of the model whose every element is its own position, and which is cut along
+(and rescaled along, where a removal scales rows: a position is a ratio, which no factor changes); it knows nothing of
+the package's groups, slices or units. Norms that mix channels are recomputed over the channels
 that are left.
 """
 
@@ -24,12 +25,13 @@ class Masked:
         self.original = copy.deepcopy(model)
         self.tags = copy.deepcopy(model)
         for tensor in (*self.tags.parameters(), *self.tags.buffers()):
-            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
+            positions = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
+            tensor.data = torch.complex(positions, torch.ones_like(positions))
 
     def _left(self, name: str, attr: str, dim: int) -> Tensor:
         """The positions along one dimension of a tensor of the original that are left."""
         full = getattr(self.original.get_submodule(name), attr)
-        tags = getattr(self.tags.get_submodule(name), attr).detach().to(torch.int64)
+        tags = _positions(getattr(self.tags.get_submodule(name), attr))
         return torch.unravel_index(tags, full.shape)[dim].unique()
 
     def _channels(self, name: str, module: nn.Module) -> Tensor | None:
@@ -44,7 +46,7 @@ class Masked:
         if not getattr(module, "transposed", False):
             return self._left(name, "weight", 0) if module.weight.ndim else None  # type: ignore[union-attr]
         assert isinstance(module, nn.modules.conv._ConvNd)
-        tags = self.tags.get_submodule(name).weight.detach().to(torch.int64)  # type: ignore[union-attr, operator]
+        tags = _positions(self.tags.get_submodule(name).weight)  # type: ignore[arg-type]
         rows, columns = torch.unravel_index(tags, module.weight.shape)[:2]
         group = rows // (module.in_channels // module.groups)
         return (group * (module.out_channels // module.groups) + columns).unique()
@@ -55,7 +57,7 @@ class Masked:
         tags = dict(self.tags.named_parameters())
         for name, parameter in model.named_parameters():
             kept = torch.zeros(parameter.numel(), dtype=torch.bool)
-            kept[tags[name].detach().to(torch.int64).flatten()] = True
+            kept[_positions(tags[name]).flatten()] = True
             parameter.data = parameter.data * kept.view(parameter.shape)
         for name, module in model.named_modules():
             if hasattr(module, "taken_over"):
@@ -65,6 +67,10 @@ class Masked:
                 if left is not None:
                     module.register_forward_hook(_hook(left))
         return model
+
+
+def _positions(tags: Tensor) -> Tensor:
+    return (tags.detach().real / tags.detach().imag).round().to(torch.int64)
 
 
 def _hook(left: Tensor) -> Any:

@@ -502,6 +502,14 @@ def test_narrower_heads_keep_the_softmax_temperature(how: dict[str, bool]) -> No
         assert not bool(rows[v_rows].any())
 
 
+def test_an_average_keeps_the_temperature_too() -> None:
+    model = with_tokens(Attention()).eval()
+    average = copy.deepcopy(model)
+    graph = AxisGraph(model, TOKENS)
+    remove_units(graph, graph.groups["layer.qkv"], [1, 3], Trackers(emas=[average]))
+    torch.testing.assert_close(average(TOKENS), model(TOKENS))
+
+
 def test_a_scale_that_nothing_makes_up_for_keeps_the_width() -> None:
     net = Net(
         lambda m, x: m.p(functional.scaled_dot_product_attention(

@@ -20,7 +20,7 @@ from singe_plugin.errors import RemovalError, SingeError
 
 from .algebra import Atom, contains, size_of
 from .graph import AxisGraph, Group
-from .tracked import Place
+from .scales import ImpliedScale
 
 __all__ = ["Snapshot", "Trackers", "remove_units"]
 
@@ -108,7 +108,6 @@ class Snapshot:
             leaf.resize(size)
         if self.graph is not None:
             self.graph.changed()
-        if self.graph is not None:
             del self.graph.history[self.history :]
             for scale, rows in zip(self.graph.scales, self.scale_rows, strict=True):
                 scale.rows = [(m, a, r) for (m, a, _), r in zip(scale.rows, rows, strict=True)]
@@ -116,7 +115,7 @@ class Snapshot:
 
 def _copy_table(table: dict[str, Any]) -> dict[str, Any]:
     """A copy that later changes of parameters, buffers, submodules, hooks or lists do not reach."""
-    return {k: v.copy() if type(v) in (dict, list) or isinstance(v, dict) else v for k, v in table.items()}
+    return {k: v.copy() if isinstance(v, dict) or type(v) is list else v for k, v in table.items()}
 
 
 def _copy_state(
@@ -198,14 +197,14 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
         _cut_scale_rows(graph, cuts)
         leaf.shrink(len(gone))
         graph.changed()
-        for scale, before in widths:
-            _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
         for place, (times, axis) in places.items():
             place.set(int(times * size_of(axis)))
         for owner in changed:
             refresh_widths(owner)
         graph.trace.forget()
-        _cut_emas(graph, cuts, changed, list(places), trackers)
+        _cut_emas(graph, cuts, changed, trackers)
+        for scale, before in widths:
+            _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
     except BaseException as error:
         undo.restore()
         if isinstance(error, Exception) and not isinstance(error, SingeError):
@@ -254,17 +253,13 @@ def _cut_scale_rows(graph: AxisGraph, cuts: list[_Cut]) -> None:
 
 
 @torch.no_grad()
-def _rescale(graph: AxisGraph, scale: Any, factor: float, trackers: Trackers) -> None:
+def _rescale(graph: AxisGraph, scale: ImpliedScale, factor: float, trackers: Trackers) -> None:
     for model in (graph.model, *trackers.ema_models()):
         for owner, attr, rows in scale.rows:
-            holder = owner if model is graph.model else model.get_submodule(graph.names[owner])
-            tensor = holder._parameters[attr]
+            tensor = model.get_submodule(graph.names[owner])._parameters[attr]
             assert tensor is not None
-            if model is not graph.model:
-                rows = rows if len(rows) == len(tensor) else None
-            if rows is not None:
-                chosen = rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1))
-                tensor.data = torch.where(chosen, tensor.data * factor, tensor.data)
+            chosen = rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1))
+            tensor.data = torch.where(chosen, tensor.data * factor, tensor.data)
 
 
 def refresh_widths(module: nn.Module) -> None:
@@ -292,9 +287,7 @@ def refresh_widths(module: nn.Module) -> None:
         module.input_size = module._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
 
 
-def _cut_emas(
-    graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], places: list[Place], trackers: Trackers
-) -> None:
+def _cut_emas(graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], trackers: Trackers) -> None:
     for ema in trackers.ema_models():
         for cut in cuts:
             twin = ema.get_submodule(graph.names[cut.owner])
