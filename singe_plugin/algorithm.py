@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from singe_plugin.events import Callback, LayerDone, LayerScored, Removed, RunEn
 from singe_plugin.finetune import FineTune
 from singe_plugin.units import UnitGroup
 
-__all__ = ["Host", "Progress", "Scorer", "prune_layers", "units_per_removal"]
+__all__ = ["Host", "Pause", "Progress", "Schedule", "Scorer", "algorithm_1", "prune_layers", "units_per_removal"]
 
 Scorer = Callable[[str], Tensor]
 
@@ -50,6 +50,29 @@ class Host(Protocol):
 
     def costs(self) -> CostModel:
         """What removing units costs, in parameters and MACs."""
+
+
+class Schedule(Protocol):
+    """When to fine-tune, and for how long (:class:`~singe_plugin.FineTune` is one)."""
+
+    every: str
+    steps: int
+
+    def share(self, phase: int, phases: int) -> int:
+        """How many of the steps phase number ``phase`` of ``phases`` gets."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The algorithm waits for fine-tuning.
+
+    Attributes:
+        steps: how many optimisation steps to take; may be none.
+        phase: ``(steps of this phase that are behind, its length)``; None if the phase is these steps.
+    """
+
+    steps: int
+    phase: tuple[int, int] | None = None
 
 
 @dataclass
@@ -110,7 +133,7 @@ def prune_layers(
     checkpoint: Callable[[Progress], None] | None = None,
     checkpoint_steps: int = 200,
 ) -> Progress:
-    """Run Algorithm 1 from where ``progress`` stands to the end.
+    """Run Algorithm 1 from where ``progress`` stands to the end, fine-tuning where it pauses.
 
     Args:
         host: the model and its layers.
@@ -120,9 +143,35 @@ def prune_layers(
         finetune: the steps in between, or None.
         callback: sees every event.
         checkpoint: called after every layer, and every ``checkpoint_steps`` steps of the final phase.
+        checkpoint_steps: see there.
 
     Raises:
         ScoringError: if the scorer's answer does not fit the layer.
+    """
+    callback = callback or Callback()
+    pauses = algorithm_1(host, scorer, progress, units_per_step, finetune, callback, checkpoint, checkpoint_steps)
+    for pause in pauses:
+        assert finetune is not None
+        finetune.run(host.model, pause.steps, callback, pause.phase)
+    return progress
+
+
+def algorithm_1(
+    host: Host,
+    scorer: Scorer,
+    progress: Progress,
+    units_per_step: int | float | str = 1,
+    schedule: Schedule | None = None,
+    callback: Callback | None = None,
+    checkpoint: Callable[[Progress], None] | None = None,
+    checkpoint_steps: int = 200,
+) -> Iterator[Pause]:
+    """Algorithm 1 for somebody else's training loop: it goes on whenever the next pause is asked for.
+
+    Arguments are those of :func:`prune_layers`; ``schedule`` says when to pause and for how long.
+
+    Yields:
+        where to fine-tune. The steps are expected to have been taken when the next pause is asked for.
     """
     callback = callback or Callback()
     started = time.perf_counter()
@@ -134,9 +183,9 @@ def prune_layers(
     for layer_name, units in progress.removals:
         original[layer_name] += len(units)
     chunks = {layer.name: units_per_removal(units_per_step, original[layer.name]) for layer in layers}
-    phases = _phases(todo, progress.plan, chunks, finetune)
+    phases = _phases(todo, progress.plan, chunks, schedule)
     if not progress.removals and not progress.next_layer and not progress.end_done:
-        callback.on_run_start(RunStarted(dict(progress.plan), finetune.steps if finetune else 0))
+        callback.on_run_start(RunStarted(dict(progress.plan), schedule.steps if schedule else 0))
     for index in range(progress.next_layer, len(todo)):
         layer = todo[index]
         first_phase = phases.first[index]
@@ -152,20 +201,20 @@ def prune_layers(
             progress.alive[layer.name] = [unit for i, unit in enumerate(alive) if i not in gone]
             progress.removals.append((layer.name, chosen))
             callback.on_removed(Removed(layer.name, names, len(progress.alive[layer.name])))
-            if finetune is not None and finetune.every == "removal":
+            if schedule is not None and schedule.every == "removal":
                 phase = first_phase + math.ceil(removed / chunks[layer.name])
-                finetune.run(host.model, finetune.share(phase, phases.total), callback)
+                yield Pause(schedule.share(phase, phases.total))
             removed += count
-        if finetune is not None and finetune.every == "layer":
-            finetune.run(host.model, finetune.share(index, phases.total), callback)
+        if schedule is not None and schedule.every == "layer":
+            yield Pause(schedule.share(index, phases.total))
         callback.on_layer_done(LayerDone(layer.name, index, len(todo), count_params(host.model)))
         progress.next_layer = index + 1
         if checkpoint is not None:
             checkpoint(progress)
-    if finetune is not None and finetune.every == "end":
-        while progress.end_done < finetune.steps:
-            steps = min(checkpoint_steps, finetune.steps - progress.end_done)
-            finetune.run(host.model, steps, callback, (progress.end_done, finetune.steps))
+    if schedule is not None and schedule.every == "end":
+        while progress.end_done < schedule.steps:
+            steps = min(checkpoint_steps, schedule.steps - progress.end_done)
+            yield Pause(steps, (progress.end_done, schedule.steps))
             progress.end_done += steps
             if checkpoint is not None:
                 checkpoint(progress)
@@ -173,7 +222,6 @@ def prune_layers(
     progress.finished = True
     if checkpoint is not None:
         checkpoint(progress)
-    return progress
 
 
 @dataclass(frozen=True)
@@ -183,10 +231,10 @@ class _Phases:
 
 
 def _phases(
-    todo: Sequence[LayerSpec], plan: dict[str, int], chunks: dict[str, int], finetune: FineTune | None
+    todo: Sequence[LayerSpec], plan: dict[str, int], chunks: dict[str, int], schedule: Schedule | None
 ) -> _Phases:
     """The number of fine-tuning phases, and the one each layer begins with."""
-    if finetune is None or finetune.every != "removal":
+    if schedule is None or schedule.every != "removal":
         return _Phases([0] * len(todo), max(len(todo), 1))
     counts = [math.ceil(plan[layer.name] / chunks[layer.name]) for layer in todo]
     return _Phases([sum(counts[:i]) for i in range(len(counts))], max(sum(counts), 1))
