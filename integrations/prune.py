@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,7 +28,7 @@ from singe_plugin.events import Callback, History, LogCallback, ProgressBar
 from singe_plugin.finetune import FineTune, loader_generators
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
-from singe_plugin.result import LayerRow, Metrics, Result
+from singe_plugin.result import LayerRow, Metrics, Result, package_versions
 from singe_plugin.state import RngState, model_device
 
 from .torch_pruning.importance import SInGEImportance
@@ -305,7 +303,7 @@ def _run(
         LayerRow(name, block, units, units - outcome.plan.get(name, 0)) for name, (block, units) in units_before.items()
     ]
     return Result(
-        model, before, after, rows, outcome.left_whole, history, options, _versions(), builder,
+        model, before, after, rows, outcome.left_whole, history, options, package_versions(_PACKAGES), builder,
         describe_structure(model, structure, folded),
     )  # fmt: skip
 
@@ -333,16 +331,6 @@ def _fingerprint(model: nn.Module) -> str:
     total = sum(float(t.detach().double().sum()) for t in model.parameters())
     shapes = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__}:{len(list(model.parameters()))}:{shapes}:{total:.10g}"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def check_out_dir(out_dir: str | Path) -> Path:

@@ -21,7 +21,7 @@ from singe_plugin.events import Callback, FinetuneStep
 from singe_plugin.objective import Objective, call_model, materialise, split_batch, to_device
 from singe_plugin.state import RngState, model_device, train_mode_of
 
-__all__ = ["SCHEDULES", "BatchStream", "FineTune", "loader_generators"]
+__all__ = ["SCHEDULES", "BatchStream", "FineTune", "loader_generators", "phase_share"]
 
 SCHEDULES = ("removal", "layer", "end")
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
@@ -95,6 +95,16 @@ def loader_generators(batches: Any) -> list[torch.Generator]:
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:
     """The ids of the parameters that an optimizer updates."""
     return {id(p) for g in optimizer.param_groups for p in g["params"]}
+
+
+def phase_share(steps: int, phase: int, phases: int) -> int:
+    """How many of ``steps`` the phase number ``phase`` of ``phases`` gets; the shares add up to ``steps``.
+
+    Example:
+        >>> [phase_share(10, phase, 4) for phase in range(4)]
+        [2, 3, 2, 3]
+    """
+    return (phase + 1) * steps // phases - phase * steps // phases
 
 
 def _is_number(value: Any) -> bool:
@@ -237,7 +247,7 @@ class FineTune:
 
     def share(self, phase: int, phases: int) -> int:
         """How many of the steps phase number ``phase`` of ``phases`` gets; the shares add up to ``steps``."""
-        return (phase + 1) * self.steps // phases - phase * self.steps // phases
+        return phase_share(self.steps, phase, phases)
 
     def run(self, model: nn.Module, steps: int, callback: Callback, phase: tuple[int, int] | None = None) -> None:
         """Take some steps in train mode; the mode of every module is put back afterwards.

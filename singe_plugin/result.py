@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +12,23 @@ from torch import nn
 
 from singe_plugin.events import History
 
-__all__ = ["LayerRow", "Metrics", "Result"]
+__all__ = ["LayerRow", "Metrics", "Result", "package_versions"]
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of Python and of those packages that are installed.
+
+    Example:
+        >>> sorted(package_versions(["torch", "no-such-package"]))
+        ['python', 'torch']
+    """
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ convolution, ``bias[n]``, ``weight[:, n]`` of a transposed one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import GroupError, TiedParameterError
 
-__all__ = ["Producer", "RowLayout", "Slot", "UnitGroup", "tied_parameters"]
+__all__ = ["BlockLayout", "Producer", "RowLayout", "Slot", "UnitGroup", "subgroup", "tied_parameters"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,53 @@ class RowLayout:
             return wide.reshape(list(wide.shape) + shape[2:])
         shape[self.dim] = -1
         return factors.repeat(self.blocks).view(shape)
+
+
+@dataclass(frozen=True)
+class BlockLayout(RowLayout):
+    """Units that are blocks of one tensor: single weights, columns, tiles; each block is a row of its own.
+
+    Attributes:
+        kernel: the block's extent along every dimension, -1 for all of it. Blocks are numbered in row-major order.
+
+    Example:
+        >>> import torch
+        >>> BlockLayout(kernel=(-1, 2)).rows(torch.arange(8).view(2, 4)).tolist()
+        [[0, 1, 4, 5], [2, 3, 6, 7]]
+        >>> BlockLayout(kernel=(1, 1)).rows(torch.zeros(2, 4)).shape
+        torch.Size([8, 1])
+    """
+
+    kernel: tuple[int, ...] = ()
+
+    def _sizes(self, tensor: Tensor) -> list[tuple[int, int]]:
+        """Per dimension, how many blocks and how large they are."""
+        if len(self.kernel) != tensor.ndim:
+            raise GroupError(f"a block of {self.kernel} does not fit a tensor of shape {tuple(tensor.shape)}")
+        sizes = []
+        for extent, size in zip(self.kernel, tensor.shape, strict=True):
+            step = size if extent == -1 else extent
+            if step < 1 or size % step:
+                raise GroupError(
+                    f"a tensor of shape {tuple(tensor.shape)} cannot be divided into blocks of {self.kernel}; choose "
+                    "extents that divide its sizes"
+                )
+            sizes.append((size // step, step))
+        return sizes
+
+    def count(self, tensor: Tensor) -> int:
+        return math.prod(number for number, _ in self._sizes(tensor))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        sizes = self._sizes(tensor)
+        apart = tensor.reshape([part for pair in sizes for part in pair])
+        order = [*range(0, 2 * tensor.ndim, 2), *range(1, 2 * tensor.ndim, 2)]
+        return apart.permute(order).reshape(self.count(tensor), -1)
+
+    def spread(self, factors: Tensor, tensor: Tensor) -> Tensor:
+        sizes = self._sizes(tensor)
+        wide = factors.view([part for number, _ in sizes for part in (number, 1)])
+        return wide.expand([part for pair in sizes for part in pair]).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -142,6 +190,31 @@ class UnitGroup:
         """All parameters of all producers."""
         for producer in self.producers:
             yield from producer.slots
+
+
+def subgroup(group: UnitGroup, units: Tensor) -> UnitGroup:
+    """The group with some of its units only, numbered anew in the given order.
+
+    Args:
+        group: the group.
+        units: ``[k]`` int64, distinct.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.arange(4)
+        >>> net = torch.nn.Linear(2, 4)
+        >>> group = UnitGroup("net", 4, (Producer("net", (Slot(net, "weight"),), rows, rows),))
+        >>> subgroup(group, torch.tensor([3, 1])).producers[0].rows.tolist()
+        [1, 3]
+    """
+    number = torch.full((group.size,), -1, dtype=torch.int64)
+    number[units] = torch.arange(len(units))
+    kept = []
+    for producer in group.producers:
+        mine = number[producer.units]
+        if bool((mine >= 0).any()):
+            kept.append(replace(producer, rows=producer.rows[mine >= 0], units=mine[mine >= 0]))
+    return UnitGroup(group.name, len(units), tuple(kept))
 
 
 def tied_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:

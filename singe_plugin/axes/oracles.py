@@ -40,7 +40,7 @@ from .substitutes import (
     randomised,
 )
 
-__all__ = ["EXACT", "TOLERANCE", "relative_change", "verify_groups"]
+__all__ = ["EXACT", "TOLERANCE", "relative_change", "sorted_out", "verify_groups"]
 
 TOLERANCE = 1e-4  # of the output, in single precision
 EXACT = 1e-10  # in double precision
@@ -180,7 +180,7 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
         reasons = {g.name: _UNFELT for g in _unfelt(bench, groups)}
         right = [g for g in groups if g.name not in reasons]
         for test in (bench.permuted, bench.one_removed, bench.half_removed):
-            right, wrong = _sorted_out(test, right)
+            right, wrong = sorted_out(test, right)
             reasons |= {g.name: reason for g, reason in wrong}
     return reasons
 
@@ -188,7 +188,7 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
 _UNFELT = "its units do not change the output on random data, so it cannot be verified"
 
 
-def _sorted_out(
+def sorted_out(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """The groups that pass a test together, and the others with the reason."""

@@ -1,0 +1,28 @@
+"""SInGE for NNI 3.0: a pruner that obeys NNI's interface, and a shrinking step that works on current PyTorch.
+
+NNI is an optional extra (``pip install singe_plugin[nni]``); nothing else in this package imports it, and nothing of
+it is patched. What NNI keeps in a registry for its users (which types of layers have which parameters) is added to.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from singe_plugin.errors import ConfigError
+
+if importlib.util.find_spec("nni") is None:
+    raise ConfigError("NNI is not installed; it is an extra: pip install 'singe_plugin[nni]'")
+
+from .evaluators import LightningEvaluator, TorchEvaluator, TransformersEvaluator
+from .pruner import SInGEPruner
+from .shrink import ShrinkResult, shrink, shrink_with_report
+
+__all__ = [
+    "LightningEvaluator",
+    "SInGEPruner",
+    "ShrinkResult",
+    "TorchEvaluator",
+    "TransformersEvaluator",
+    "shrink",
+    "shrink_with_report",
+]

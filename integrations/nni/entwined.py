@@ -1,0 +1,159 @@
+"""Algorithm 1 inside the evaluator's own training loop: masks instead of removals, its optimizer and scheduler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.algorithm import Pause, Progress, algorithm_1
+from singe_plugin.budget import CostModel, LayerSpec, TensorCost
+from singe_plugin.errors import GroupError
+from singe_plugin.events import FinetuneStep
+from singe_plugin.finetune import phase_share
+from singe_plugin.units import UnitGroup, subgroup
+
+from .pieces import Piece
+from .sparsity import kept_units, rule_of
+
+if TYPE_CHECKING:
+    from .pruner import SInGEPruner
+
+__all__ = ["Entwined", "MaskHost"]
+
+_logger = logging.getLogger("singe_plugin")
+
+
+class MaskHost:
+    """A host for :mod:`singe_plugin.algorithm` that masks units in the place of removing them."""
+
+    def __init__(self, pruner: SInGEPruner) -> None:
+        self.pruner = pruner
+        self.model: nn.Module = pruner.bound_model
+        self.pieces: dict[str, Piece] = {}
+        for piece in pruner.pieces:
+            if piece.name in self.pieces:
+                raise GroupError(f"two sets of units are called {piece.name!r}")
+            self.pieces[piece.name] = piece
+        self.kept = {name: pruner.alive(piece) for name, piece in self.pieces.items()}
+
+    def layers(self) -> list[LayerSpec]:
+        return [LayerSpec(name, len(self.kept[name]), name) for name in self.pieces]
+
+    def units(self, layer: str) -> UnitGroup:
+        return subgroup(self.pieces[layer].sources[0], self.kept[layer])
+
+    def remove(self, layer: str, units: Sequence[int]) -> None:
+        stays = torch.ones(len(self.kept[layer]), dtype=torch.bool)
+        stays[list(units)] = False
+        self.kept[layer] = self.kept[layer][stays]
+        keep = []
+        for name, piece in self.pieces.items():
+            mine = torch.zeros(piece.size, dtype=torch.bool)
+            mine[self.kept[name]] = True
+            keep.append(mine)
+        self.pruner.update_masks(self.pruner.masks_of(keep))
+
+    def costs(self) -> CostModel:
+        """Every unit costs its share of the parameters it is masked in."""
+        tensors = []
+        for name, piece in self.pieces.items():
+            for module, target in piece.members:
+                tensor = self.pruner._target_spaces[module][target].target
+                assert tensor is not None
+                tensors.append(TensorCost((piece.size, tensor.numel() // piece.size), ((0, name, 1.0),), 0.0))
+        return CostModel(tuple(tensors), 0, 0)
+
+    def score(self, layer: str) -> Tensor:
+        return self.pruner.score_piece(self.pieces[layer], self.kept[layer])
+
+
+@dataclass
+class _Steps:
+    """When the evaluator's loop fine-tunes: see :class:`singe_plugin.algorithm.Schedule`."""
+
+    every: str
+    steps: int
+
+    def share(self, phase: int, phases: int) -> int:
+        return phase_share(self.steps, phase, phases)
+
+
+class Entwined:
+    """Drives Algorithm 1 by the optimizer steps of somebody else's training loop.
+
+    The first step gives the first batch to score on; the others are shared between the layers.
+    """
+
+    def __init__(self, pruner: SInGEPruner, evaluator: Any) -> None:
+        self.pruner, self.evaluator = pruner, evaluator
+        self.pauses: Iterator[Pause] | None = None
+        self.left = self.step = 0
+        self.finished = False
+        self.schedule = _Steps(pruner.every, max(pruner.training_steps - 1, 0))
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+        if self.finished:
+            return
+        if self.pauses is None:
+            self._start()
+        else:
+            self.step += 1
+            loss = self.pruner._collector.loss if self.pruner._collector is not None else float("nan")
+            self.pruner.callback.on_finetune_step(FinetuneStep(self.step, self.schedule.steps, loss, self._rate()))
+            self.left -= 1
+        if self.left <= 0:
+            self._advance()
+
+    def _start(self) -> None:
+        host = MaskHost(self.pruner)
+        progress = Progress(self._plan())
+        self.pauses = algorithm_1(
+            host, host.score, progress, self.pruner.units_per_step, self.schedule, self.pruner.callback
+        )
+
+    def _plan(self) -> dict[str, int]:
+        """How many units of every piece will be masked; thresholds and global ratios need scores for that."""
+        pruner, spaces = self.pruner, self.pruner._target_spaces
+        rules = [rule_of(piece, spaces) for piece in pruner.pieces]
+        if all(rule.threshold is None and rule.family is None for rule in rules):
+            scores = [torch.zeros(piece.size) for piece in pruner.pieces]
+        else:
+            scores = [pruner.score_piece(piece) for piece in pruner.pieces]
+        kept = kept_units(pruner.pieces, scores, spaces, pruner.keep_at_least)
+        return {
+            piece.name: max(len(pruner.alive(piece)) - int(mine.sum()), 0)
+            for piece, mine in zip(pruner.pieces, kept, strict=True)
+        }
+
+    def _advance(self) -> None:
+        assert self.pauses is not None
+        for pause in self.pauses:
+            if pause.steps > 0:
+                self.left = pause.steps
+                return
+        self.finished = True
+
+    def finish(self) -> None:
+        """Mask what is still to be masked, if the loop ended early."""
+        if self.finished:
+            return
+        if self.pauses is None:
+            self._start()
+        assert self.pauses is not None
+        _logger.warning(
+            "the training loop ended after %d of %d steps: what was not yet masked is masked without fine-tuning",
+            self.step, self.schedule.steps,
+        )  # fmt: skip
+        for _ in self.pauses:
+            pass
+        self.finished = True
+
+    def _rate(self) -> float:
+        optimizers = getattr(self.evaluator, "_optimizers", None)
+        return float(optimizers[0].param_groups[0]["lr"]) if optimizers else float("nan")

@@ -1,0 +1,292 @@
+"""Sets of units that are ranked together: what NNI's target spaces and the groups of the model make of each other.
+
+A *piece* has units; each of its members, a target ``(layer, parameter)`` of NNI's, says which unit every entry of its
+metric belongs to. The channels of layers that are added to each other are one piece with several members, so their
+masks are equal by construction. A layer that shares its channels with nobody, columns, tiles and single weights are
+pieces of one member.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.pruning.tools import is_active_target
+from torch import Tensor, nn
+
+from singe_plugin.axes import AxisGraph
+from singe_plugin.errors import ConfigError
+from singe_plugin.folding import is_batchnorm
+from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
+
+__all__ = ["Key", "Piece", "Spaces", "build_pieces", "metric_shape", "norms_of"]
+
+Key = tuple[str, str]  # the name of a module, and of its parameter
+Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+
+
+@dataclass
+class Piece:
+    """Units that are ranked together.
+
+    Attributes:
+        name: the group's, or the target's.
+        size: the number of units.
+        members: target -> for every entry of its metric, the unit it belongs to, or -1.
+        sources: what is scored; the mean over them is a unit's score.
+        followers: norm parameters that are masked along, as ``members``.
+        by_weights: whether F does not depend on it (auxiliary heads), so that only its weights can be ranked.
+        missing: layers that write the same channels but are not in the config list.
+    """
+
+    name: str
+    size: int
+    members: dict[Key, Tensor]
+    sources: tuple[UnitGroup, ...]
+    followers: dict[Key, Tensor] = field(default_factory=dict)
+    by_weights: bool = False
+    missing: tuple[str, ...] = ()
+
+    def spread(self, key: Key, values: Tensor, rest: float) -> Tensor:
+        """One value per unit, as one per entry of a member's metric (flat)."""
+        labels = {**self.members, **self.followers}[key].to(values.device)
+        chosen = values[labels.clamp(min=0)]
+        return torch.where(labels >= 0, chosen, torch.full_like(chosen, rest))
+
+    def gathered(self, metrics: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """One score per unit: the mean over all entries of all members."""
+        total: Tensor | None = None
+        count = torch.zeros(self.size, dtype=torch.float64)
+        for (module, target), labels in self.members.items():
+            metric = metrics[module][target].detach().double().flatten()
+            chosen = labels >= 0
+            if total is None:
+                total = torch.zeros(self.size, dtype=torch.float64, device=metric.device)
+                count = count.to(metric.device)
+            mine = labels[chosen].to(metric.device)
+            total = total.index_add(0, mine, metric[chosen.to(metric.device)].to(total.device))
+            count = count.index_add(0, mine, torch.ones_like(mine, dtype=torch.float64))
+        assert total is not None
+        return total / count.clamp(min=1)
+
+
+def metric_shape(space: PruningTargetSpace) -> list[int]:
+    """The shape of a target's metric: one entry per block that its granularity makes."""
+    target = space.target
+    assert target is not None
+    return [1 if k == -1 else size // k for k, size in zip(_kernel(space), target.shape, strict=True)]
+
+
+def _kernel(space: PruningTargetSpace) -> tuple[int, ...]:
+    """The extent of a block along every dimension of the parameter."""
+    ndim = len(space.shape or ())
+    scaler = space._scaler
+    if scaler is None:
+        return (1,) * ndim
+    padded = scaler._padding(scaler.kernel_size, ndim, scaler.kernel_padding_val, scaler.kernel_padding_mode)
+    return tuple(int(k) for k in padded)
+
+
+def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coupled: bool) -> list[Piece]:
+    """The pieces of all targets that have a ratio or a threshold, in forward order.
+
+    Args:
+        model: the model, unwrapped or in its plain view.
+        spaces: NNI's target spaces.
+        graph: the groups of the model; None if there are none.
+        coupled: whether layers that write the same channels share their units.
+
+    Raises:
+        ConfigError: if targets of one ``dependency_group_id`` do not fit each other.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    channels: list[Key] = []
+    pieces: list[Piece] = []
+    for name, targets in spaces.items():
+        for attr, space in targets.items():
+            if not is_active_target(space) or space.target is None:
+                continue
+            if attr == "weight" and space.granularity == "out_channel":
+                channels.append((name, attr))
+            else:
+                pieces.append(_block_piece(modules[name], (name, attr), space))
+    covered: dict[Key, Tensor] = {}
+    if graph is not None and coupled:
+        for piece in _group_pieces(graph, channels, modules):
+            pieces.append(piece)
+            for key, labels in piece.members.items():
+                covered[key] = covered.get(key, torch.zeros(len(labels), dtype=torch.bool)) | (labels >= 0)
+    for key in channels:
+        count = math.prod(metric_shape(spaces[key[0]][key[1]]))
+        rest = torch.arange(count) if key not in covered else (~covered[key]).nonzero().flatten()
+        if len(rest):
+            pieces.append(_lone_piece(modules[key[0]], key, rest, count, graph))
+    order = {} if graph is None else {graph.names[m]: i for m, i in graph.trace.order.items() if m in graph.names}
+    pieces.sort(key=lambda p: min(order.get(name, 1 << 30) for name, _ in p.members))
+    return list(_merged(pieces, spaces))
+
+
+def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, nn.Module]) -> Iterator[Piece]:
+    """The channels of layers that belong to a group of the model."""
+    wanted = {modules[name]: (name, attr) for name, attr in channels}
+    for group in graph.groups.values():
+        if group.secondary:
+            continue
+        units = group.unit_group()
+        members: dict[Key, Tensor] = {}
+        scored: list[Producer] = []
+        missing: list[str] = []
+        for producer in units.producers:
+            owner = producer.slots[0].owner
+            mine = [m for m in (owner, producer.norm) if m in wanted]
+            for module in mine:
+                members[wanted[module]] = producer.unit_of_row()
+            if mine:
+                scored.append(producer)
+            elif isinstance(owner, _LAYERS) or not _is_affine(owner):
+                missing.append(producer.name)
+        if not members:
+            continue
+        complete = not missing
+        yield Piece(
+            group.name,
+            units.size,
+            members,
+            (units if complete else UnitGroup(units.name, units.size, tuple(scored)),),
+            _followers(graph, units.producers if complete else tuple(scored), complete, members),
+            group.only_training,
+            tuple(missing),
+        )
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether a module is a norm or the like: one weight per channel, no layers inside."""
+    weight = module._parameters.get("weight")
+    own = [p for p in module._parameters.values() if p is not None]
+    return (weight is not None and all(p.ndim == 1 for p in own) and next(module.children(), None) is None) or (
+        is_batchnorm(module)
+    )
+
+
+def norms_of(graph: AxisGraph, piece: Piece) -> list[str]:
+    """The modules whose parameters a piece masks along."""
+    return list(dict.fromkeys(name for name, _ in piece.followers))
+
+
+def _followers(
+    graph: AxisGraph, producers: tuple[Producer, ...], complete: bool, members: Mapping[Key, Tensor]
+) -> dict[Key, Tensor]:
+    found: dict[Key, Tensor] = {}
+    for producer in producers:
+        owner = producer.slots[0].owner
+        norms = [producer.norm] if producer.norm is not None else []
+        if complete and not isinstance(owner, _LAYERS) and _is_affine(owner):
+            norms.append(owner)
+        for norm in norms:
+            name = graph.names[norm]
+            if (name, "weight") in members:
+                continue
+            for attr in ("weight", "bias"):
+                if norm._parameters.get(attr) is not None:
+                    found[name, attr] = producer.unit_of_row()
+    return found
+
+
+def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: AxisGraph | None) -> Piece:
+    """Output channels that nobody shares, each a unit."""
+    name, _ = key
+    norm: nn.Module | None = None
+    is_norm = is_batchnorm(module)
+    layout = RowLayout(1 if isinstance(module, _TRANSPOSED) else 0)
+    if graph is not None and isinstance(module, _LAYERS):
+        norm = graph.trace.sole_reader(module)
+        if norm is not None and not graph._can_fold(module, norm):
+            norm = None
+    slots = [Slot(module, "weight", layout)]
+    if "bias" in module._parameters or is_norm:
+        slots.append(Slot(module, "bias"))
+    units = torch.arange(len(rows))
+    producer = Producer(name, tuple(slots), rows, units, norm, is_norm)
+    labels = torch.full((count,), -1, dtype=torch.int64)
+    labels[rows] = units
+    piece = Piece(name, len(rows), {key: labels}, (UnitGroup(name, len(rows), (producer,)),))
+    if graph is not None:
+        piece.followers = _followers(graph, (producer,), False, piece.members)
+    return piece
+
+
+def _block_piece(module: nn.Module, key: Key, space: PruningTargetSpace) -> Piece:
+    """Blocks of one parameter: columns, tiles, single weights."""
+    count = math.prod(metric_shape(space))
+    units = torch.arange(count)
+    slot = Slot(module, key[1], BlockLayout(kernel=_kernel(space)))
+    name = ".".join(key)
+    group = UnitGroup(name, count, (Producer(name, (slot,), units, units),))
+    return Piece(name, count, {key: units.clone()}, (group,))
+
+
+def _merged(pieces: list[Piece], spaces: Spaces) -> Iterator[Piece]:
+    """Pieces whose targets have the same ``dependency_group_id`` become one."""
+    families: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        ids = {i for module, target in piece.members if (i := spaces[module][target].dependency_group_id) is not None}
+        if len(ids) > 1:
+            raise ConfigError(
+                f"the layers {_names(piece)} write the same channels, but have different dependency_group_ids "
+                f"({', '.join(map(str, sorted(ids, key=str)))}); give them one"
+            )
+        families.setdefault(ids.pop() if ids else object(), []).append(piece)
+    for identity, family in families.items():
+        yield family[0] if len(family) == 1 else _join(identity, family, spaces)
+
+
+def _join(identity: Any, family: list[Piece], spaces: Spaces) -> Piece:
+    """One piece of several, whose i-th channels are masked together."""
+    anchors = [
+        (piece, labels)
+        for piece in family
+        for (module, target), labels in piece.members.items()
+        if spaces[module][target].dependency_group_id is not None
+    ]
+    lengths = {len(labels) for _, labels in anchors}
+    if len(lengths) > 1 or any(bool((labels < 0).any()) for _, labels in anchors):
+        sizes = ", ".join(f"{_names(piece)}: {len(labels)}" for piece, labels in anchors)
+        raise ConfigError(
+            f"dependency_group_id={identity!r} joins layers of different numbers of channels ({sizes}); layers of one "
+            "id are masked alike, so they must be of one size"
+        )
+    joint = torch.arange(lengths.pop())
+    while True:  # channels of one unit in any member are one unit
+        before = joint.clone()
+        for piece, labels in anchors:
+            least = torch.full((piece.size,), len(joint)).scatter_reduce(0, labels, joint, "amin")
+            joint = torch.minimum(joint, least[labels])
+        if torch.equal(before, joint):
+            break
+    numbers, joint = torch.unique(joint, return_inverse=True)
+    members: dict[Key, Tensor] = {}
+    followers: dict[Key, Tensor] = {}
+    sources: list[UnitGroup] = []
+    for piece, labels in anchors:
+        new = torch.zeros(piece.size, dtype=torch.int64)
+        new[labels] = joint
+        for found, table in ((piece.members, members), (piece.followers, followers)):
+            table.update({key: torch.where(own >= 0, new[own.clamp(min=0)], own) for key, own in found.items()})
+        if not any(s.name == g.name for s in sources for g in piece.sources):
+            for source in piece.sources:
+                producers = tuple(replace(p, units=new[p.units]) for p in source.producers)
+                sources.append(UnitGroup(source.name, len(numbers), producers))
+    first = family[0]
+    by_weights = any(p.by_weights for p in family)
+    missing = tuple(m for p in family for m in p.missing)
+    return Piece(first.name, len(numbers), members, tuple(sources), followers, by_weights, missing)
+
+
+def _names(piece: Piece) -> str:
+    return " and ".join(repr(module) for module in dict.fromkeys(name for name, _ in piece.members))
