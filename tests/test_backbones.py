@@ -110,3 +110,12 @@ def test_a_new_model_of_known_layers_needs_no_adapter() -> None:
     assert set(graph.left_whole) == {"head"}
     assert {"stem.conv", "se.fc1", "block.attn.qkv", "block.mlp.fc1"} <= set(graph.groups)
     assert prunable_share(graph) > 0.9
+
+
+def test_widths_follow_where_an_image_is_as_wide_as_a_layer() -> None:
+    model = timm.create_model("vit_tiny_r_s16_p8_384", depth=1, num_classes=3).eval()
+    x = torch.randn(1, 3, 384, 384)  # the stem halves it to 192, which is the embedding's width, too
+    SInGEPruner(model, x, MAGNITUDE, pruning_ratio=0.5, verify=False).step()
+    assert (model.embed_dim, model.num_features, model.head_hidden_size) == (96, 96, 96)
+    model.reset_classifier(5)
+    assert model(x).shape == (1, 5)

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from singe_plugin.axes.algebra import Axis, is_fixed, size_of
+from singe_plugin.axes.algebra import Axis, is_fixed, leaves, size_of
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.layers import follow, graph_adapter
+from singe_plugin.axes.rules.base import OPAQUE
 from singe_plugin.axes.tracked import Place
 
 __all__ = ["link_widths"]
@@ -37,9 +38,14 @@ def _axis(tensors: Iterable[list[Axis]], size: int) -> Axis | None:
     """The first channel axis of that size; None if there is none, or if nothing may be removed from it."""
     for axes in tensors:
         for dim in _CHANNELS.get(len(axes), range(len(axes))):
-            if axes[dim] and size_of(axes[dim]) == size:
+            if axes[dim] and size_of(axes[dim]) == size and not _is_spatial(axes[dim]):
                 return None if is_fixed(axes[dim]) else axes[dim]
     return None
+
+
+def _is_spatial(axis: Axis) -> bool:
+    """Whether an axis runs over positions, not channels: an image can be as wide as a layer."""
+    return all((leaf.fixed or "").startswith(OPAQUE) for leaf in leaves(axis))
 
 
 def _classifiers(model: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:

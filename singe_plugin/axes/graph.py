@@ -377,7 +377,8 @@ class AxisGraph:
         for same in by_labels.values():
             rows, units = _rows(labels(same[0][0].axes[same[0][1]], leaf))
             slots = tuple(Slot(owner, held.attr, RowLayout(dim)) for held, dim in same)
-            label = name if len(by_labels) == 1 and len(slots) != 1 else f"{name}.{slots[0].attr}".strip(".")
+            whole = name and len(by_labels) == 1 and len(slots) != 1
+            label = name if whole else " and ".join(f"{name}.{slot.attr}".strip(".") for slot in slots)
             yield Producer(label, slots, rows, units)
 
     @staticmethod

@@ -8,7 +8,9 @@ from typing import Any
 from ..algebra import Axis, fresh
 from ..trace import Trace
 
-__all__ = ["RULES", "Rule", "opaque", "rule"]
+__all__ = ["OPAQUE", "RULES", "Rule", "opaque", "rule"]
+
+OPAQUE = "its indices are made by"  # how the reason begins for positions in space, windows, steps
 
 Rule = Callable[[Trace, Any, Any, Any], None]
 RULES: dict[str, Rule] = {}
@@ -27,4 +29,4 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def opaque(t: Trace, size: int) -> Axis:
     """An axis whose indices mean nothing that could be removed."""
-    return fresh(size, f"its indices are made by {t.why}")
+    return fresh(size, f"{OPAQUE} {t.why}")
