@@ -2,6 +2,7 @@
 
     python benchmarks/backbones.py models           # which models: the two smallest of every timm module
     python benchmarks/backbones.py run              # resumable: a finished row is not run again
+    python benchmarks/backbones.py run --again NAME  # after a change
     python benchmarks/backbones.py table            # docs/backbones.md from the rows
 
 Rows are appended to ``benchmarks/results/backbones.jsonl``; times are of one thread.
@@ -98,7 +99,9 @@ def one(source: str, name: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    done = {(row["source"], row["model"]) for row in rows()}
+    done = set() if args.again else {(row["source"], row["model"]) for row in rows()}
+    if args.again and not args.only:
+        raise SystemExit("--again needs the names of the models to run again")
     todo = [job for job in jobs() if job not in done and (not args.only or any(o in job[1] for o in args.only))]
     todo = todo[args.part :: args.parts]
     for number, (source, name) in enumerate(todo):
@@ -198,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("models", "run", "one", "table"))
     parser.add_argument("rest", nargs="*", help="for run: parts of model names; for one: source and name")
+    parser.add_argument("--again", action="store_true", help="run named models again; their last row counts")
     parser.add_argument("--limit", type=int, default=900, help="seconds per model")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1, help="share the models between processes")

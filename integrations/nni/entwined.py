@@ -69,7 +69,7 @@ class MaskHost:
         return CostModel(tuple(tensors), 0, 0)
 
     def score(self, layer: str) -> Tensor:
-        return self.pruner.score_piece(self.pieces[layer], self.kept[layer])
+        return self.pruner.score(self.pieces[layer], self.kept[layer])
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Entwined:
         if all(rule.threshold is None and rule.family is None for rule in rules):
             scores = [torch.zeros(piece.size) for piece in pruner.pieces]
         else:
-            scores = [pruner.score_piece(piece) for piece in pruner.pieces]
+            scores = [pruner.scores_of(piece) for piece in pruner.pieces]
         kept = kept_units(pruner.pieces, scores, spaces, pruner.keep_at_least)
         return {
             piece.name: max(len(pruner.alive(piece)) - int(mine.sum()), 0)

@@ -13,6 +13,7 @@ import nni
 from nni.common.serializer import is_traceable
 from nni.compression.utils import evaluator as _nni
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.objective import TARGET_KEYS
@@ -57,6 +58,11 @@ class TorchEvaluator(_nni.TorchEvaluator):  # type: ignore[misc]
                 if item is None and kind == "scheduler":
                     continue
                 name = type(item).__name__
+                if not isinstance(item, Optimizer if kind == "optimizer" else _nni.SCHEDULER):
+                    raise ConfigError(
+                        f"TorchEvaluator: {name} is no {kind}; give one made by nni.trace, such as "
+                        f"nni.trace(torch.{module}.{'SGD' if kind == 'optimizer' else 'ExponentialLR'})(...), or a list"
+                    )
                 if not is_traceable(item):
                     raise ConfigError(
                         f"TorchEvaluator: the {kind} {name} was not made by nni.trace, so NNI cannot make it again "
@@ -160,21 +166,18 @@ def step_of(evaluator: Any) -> Step | None:
     """The user's own loss as ``(model, batch) -> loss``; None where a batch is ``(inputs, targets)`` for F = "loss".
 
     Raises:
-        ConfigError: if a ``TorchEvaluator``'s training step needs more than the batch and the model.
+        ConfigError: if a ``TorchEvaluator``'s training step cannot be called with the batch and the model.
     """
     if isinstance(evaluator, _nni.TorchEvaluator):
         step = evaluator._ori_training_step
-        required = [
-            p.name
-            for p in inspect.signature(step).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        if len(required) > 2:
+        try:
+            inspect.signature(step).bind("batch", "model")
+        except TypeError as error:
             raise ConfigError(
-                f"the training step needs {', '.join(required)}, but scoring has a batch and the model only; give the "
-                "others defaults, or say what is differentiated with objective='loss' or a function "
-                "(outputs, targets) -> scalar"
-            )
+                f"the training step takes {inspect.signature(step)}, but scoring calls it with a batch and the model "
+                f"only ({error}); give all other arguments defaults, or say what is differentiated with "
+                "objective='loss' or a function (outputs, targets) -> scalar"
+            ) from error
         return lambda model, batch: _loss_in(step(batch, model))
     if isinstance(evaluator, _nni.TransformersEvaluator):
         return _own_loss

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,11 +28,7 @@ def checked_masks(model: nn.Module, masks: Any) -> dict[str, dict[str, Tensor]]:
         ConfigError: for names, targets or shapes that the model does not have, with the nearest remedy.
     """
     if isinstance(masks, (str, Path)):
-        try:
-            with torch.serialization.safe_globals([defaultdict, dict]):
-                masks = torch.load(masks, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{masks} cannot be read as masks ({type(error).__name__}: {error})") from error
+        masks = _loaded(masks)
     if not isinstance(masks, Mapping) or not all(isinstance(m, Mapping) for m in masks.values()):
         raise ConfigError("masks must be {module: {parameter: tensor}}, as compress() returns them")
     wrapped = [name for name, m in model.named_modules() if "_nni_wrapper" in m._modules]
@@ -49,6 +43,25 @@ def checked_masks(model: nn.Module, masks: Any) -> dict[str, dict[str, Tensor]]:
             if mask is not None:
                 found.setdefault(name, {})[target] = _checked(modules[name], name, target, mask)
     return found
+
+
+def _loaded(path: str | Path) -> Any:
+    """What ``torch.save`` wrote, if that is dictionaries of tensors; nothing else is unpickled."""
+    try:
+        with torch.serialization.safe_globals([dict, (_plain_dict, "collections.defaultdict")]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"the masks {str(path)!r} cannot be read: {error}") from error
+    except Exception as error:  # what is no such file makes the unpickler fail in any way
+        raise ConfigError(
+            f"{str(path)!r} is not a file of masks ({type(error).__name__}); write one with torch.save(masks, path), "
+            "where masks is what compress() returned: {module: {parameter: tensor}}"
+        ) from error
+
+
+def _plain_dict(*_: Any) -> dict[str, Any]:
+    """What stands for a ``defaultdict``: NNI's masks are one, and PyTorch's safe unpickler fills plain ones only."""
+    return {}
 
 
 def _checked(module: nn.Module, name: str, target: str, mask: Any) -> Tensor:
@@ -103,10 +116,9 @@ def _fold_activation(module: nn.Module, name: str, target: str, mask: Tensor) ->
             "linear layers have weights for it"
         )
     weight = module.weight
-    linear = isinstance(module, nn.Linear)
-    dim = mask.ndim - 1 if linear else mask.ndim - (weight.ndim - 1)
-    factors = mask.movedim(dim, 0).flatten(1)
     channels = weight.shape[1 if reads else 0]
+    dim = mask.ndim - 1 if isinstance(module, nn.Linear) else mask.ndim - (weight.ndim - 1)
+    factors = mask.movedim(dim, 0).reshape(mask.shape[dim], -1) if 0 <= dim < mask.ndim else mask.reshape(1, -1)
     if len(factors) != channels or not bool((factors == factors[:, :1]).all()):
         raise ConfigError(
             f"the mask of {name}.{target} (shape {tuple(mask.shape)}) is not one factor for each of {channels} "

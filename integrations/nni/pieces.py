@@ -9,7 +9,7 @@ pieces of one member.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +19,14 @@ from nni.compression.pruning.tools import is_active_target
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph
+from singe_plugin.axes.substitutes import Values
 from singe_plugin.errors import ConfigError
 from singe_plugin.folding import is_batchnorm
+from singe_plugin.objective import tensors_in
+from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
 
-__all__ = ["Key", "Piece", "Spaces", "build_pieces", "metric_shape", "norms_of"]
+__all__ = ["Key", "Piece", "Spaces", "build_pieces", "followers_of", "kernel_of", "metric_shape"]
 
 Key = tuple[str, str]  # the name of a module, and of its parameter
 Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
@@ -80,10 +83,10 @@ def metric_shape(space: PruningTargetSpace) -> list[int]:
     """The shape of a target's metric: one entry per block that its granularity makes."""
     target = space.target
     assert target is not None
-    return [1 if k == -1 else size // k for k, size in zip(_kernel(space), target.shape, strict=True)]
+    return [1 if k == -1 else size // k for k, size in zip(kernel_of(space), target.shape, strict=True)]
 
 
-def _kernel(space: PruningTargetSpace) -> tuple[int, ...]:
+def kernel_of(space: PruningTargetSpace) -> tuple[int, ...]:
     """The extent of a block along every dimension of the parameter."""
     ndim = len(space.shape or ())
     scaler = space._scaler
@@ -127,9 +130,18 @@ def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coup
         rest = torch.arange(count) if key not in covered else (~covered[key]).nonzero().flatten()
         if len(rest):
             pieces.append(_lone_piece(modules[key[0]], key, rest, count, graph))
-    order = {} if graph is None else {graph.names[m]: i for m, i in graph.trace.order.items() if m in graph.names}
-    pieces.sort(key=lambda p: min(order.get(name, 1 << 30) for name, _ in p.members))
-    return list(_merged(pieces, spaces))
+    traced = {} if graph is None else {graph.names[m]: i for m, i in graph.trace.order.items() if m in graph.names}
+    order = {name: (traced.get(name, 1 << 30), number) for number, name in enumerate(modules)}
+    pieces.sort(key=lambda p: min((*order[name], target) for name, target in p.members))
+    pieces = list(_merged(pieces, spaces))
+    own = {name for piece in pieces for name, target in piece.members if target == "weight"}
+    taken: set[str] = set()
+    for piece in pieces:
+        piece.followers = {key: labels for key, labels in piece.followers.items() if key[0] not in own}
+        names = (piece.name, *(f"{piece.name}#{number}" for number in range(2, len(pieces) + 2)))
+        piece.name = next(name for name in names if name not in taken)
+        taken.add(piece.name)
+    return pieces
 
 
 def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, nn.Module]) -> Iterator[Piece]:
@@ -144,12 +156,12 @@ def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, n
         missing: list[str] = []
         for producer in units.producers:
             owner = producer.slots[0].owner
-            mine = [m for m in (owner, producer.norm) if m in wanted]
+            mine = [m for m in (owner, producer.norm) if m in wanted and _is_channel_dim(m, producer)]
             for module in mine:
                 members[wanted[module]] = producer.unit_of_row()
             if mine:
                 scored.append(producer)
-            elif isinstance(owner, _LAYERS) or not _is_affine(owner):
+            elif not _is_affine(owner) and not _only_scales(graph, units, producer):
                 missing.append(producer.name)
         if not members:
             continue
@@ -165,18 +177,62 @@ def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, n
         )
 
 
+def _is_channel_dim(module: nn.Module, producer: Producer) -> bool:
+    """Whether what NNI calls a layer's output channels is what it writes; of an embedding it is the vocabulary."""
+    slot = producer.slots[0]
+    return slot.owner is not module or slot.layout.dim == (1 if isinstance(module, _TRANSPOSED) else 0)
+
+
 def _is_affine(module: nn.Module) -> bool:
-    """Whether a module is a norm or the like: one weight per channel, no layers inside."""
-    weight = module._parameters.get("weight")
+    """Whether a module is a norm, a layer scale or the like: some numbers per channel, no layers inside."""
     own = [p for p in module._parameters.values() if p is not None]
-    return (weight is not None and all(p.ndim == 1 for p in own) and next(module.children(), None) is None) or (
-        is_batchnorm(module)
-    )
+    leaf = next(module.children(), None) is None and not isinstance(module, (*_LAYERS, nn.Embedding))
+    return is_batchnorm(module) or (leaf and bool(own) and all(p.ndim == 1 for p in own))
 
 
-def norms_of(graph: AxisGraph, piece: Piece) -> list[str]:
-    """The modules whose parameters a piece masks along."""
-    return list(dict.fromkeys(name for name, _ in piece.followers))
+def _only_scales(graph: AxisGraph, group: UnitGroup, producer: Producer) -> bool:
+    """Whether a parameter that a block holds itself only scales what the layers write (a layer scale).
+
+    With what the layers write at zero, it then has no influence; a position embedding has.
+    """
+    if isinstance(producer.slots[0].owner, (*_LAYERS, nn.Embedding)):
+        return False
+    values = Values()
+    with preserved(graph.model), torch.no_grad():
+        graph.model.eval()
+        try:
+            for other in group.producers:
+                layers = isinstance(other.slots[0].owner, (*_LAYERS, nn.Embedding))
+                norm = [] if other.norm is None else [Slot(other.norm, attr) for attr in ("weight", "bias")]
+                for slot in (*other.slots, *norm) if layers else ():
+                    if (tensor := slot.tensor) is not None:
+                        stays = (other.unit_of_row() < 0).to(tensor)
+                        values.put(tensor, tensor * slot.layout.spread(stays, tensor))
+            before = list(tensors_in(graph.forward(graph.model, graph.inputs)))
+            for slot in producer.slots:
+                if (tensor := slot.tensor) is not None:
+                    values.put(tensor, tensor + torch.randn_like(tensor))
+            after = list(tensors_in(graph.forward(graph.model, graph.inputs)))
+        finally:
+            values.restore()
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def followers_of(
+    model: nn.Module, graph: AxisGraph, chosen: Collection[str], coupled: bool
+) -> dict[str, tuple[str, ...]]:
+    """What is masked along with the chosen layers: norm or layer scale -> its parameters."""
+    modules = dict(model.named_modules())
+    names: list[str] = []
+    for name, module in modules.items():
+        norm = graph.trace.sole_reader(module) if name in chosen else None
+        names += [graph.names[norm]] if norm is not None else []
+    for group in graph.groups.values() if coupled else ():
+        if not group.secondary and set(chosen) & set(group.writers):
+            producers = group.unit_group().producers
+            names += [graph.names[m] for p in producers for m in (p.slots[0].owner, p.norm) if m is not None]
+    own = {n: [a for a, p in modules[n]._parameters.items() if p is not None] for n in names if n not in chosen}
+    return {name: tuple(attrs) for name, attrs in own.items() if attrs and _is_affine(modules[name])}
 
 
 def _followers(
@@ -185,16 +241,12 @@ def _followers(
     found: dict[Key, Tensor] = {}
     for producer in producers:
         owner = producer.slots[0].owner
-        norms = [producer.norm] if producer.norm is not None else []
-        if complete and not isinstance(owner, _LAYERS) and _is_affine(owner):
-            norms.append(owner)
-        for norm in norms:
-            name = graph.names[norm]
-            if (name, "weight") in members:
-                continue
-            for attr in ("weight", "bias"):
-                if norm._parameters.get(attr) is not None:
-                    found[name, attr] = producer.unit_of_row()
+        followers = [(producer.norm, attr) for attr in ("weight", "bias") if producer.norm is not None]
+        if complete and _is_affine(owner):
+            followers += [(owner, slot.attr) for slot in producer.slots]
+        for module, attr in followers:
+            if module._parameters.get(attr) is not None and (graph.names[module], "weight") not in members:
+                found[graph.names[module], attr] = producer.unit_of_row()
     return found
 
 
@@ -225,7 +277,7 @@ def _block_piece(module: nn.Module, key: Key, space: PruningTargetSpace) -> Piec
     """Blocks of one parameter: columns, tiles, single weights."""
     count = math.prod(metric_shape(space))
     units = torch.arange(count)
-    slot = Slot(module, key[1], BlockLayout(kernel=_kernel(space)))
+    slot = Slot(module, key[1], BlockLayout(kernel=kernel_of(space)))
     name = ".".join(key)
     group = UnitGroup(name, count, (Producer(name, (slot,), units, units),))
     return Piece(name, count, {key: units.clone()}, (group,))
@@ -273,15 +325,21 @@ def _join(identity: Any, family: list[Piece], spaces: Spaces) -> Piece:
     members: dict[Key, Tensor] = {}
     followers: dict[Key, Tensor] = {}
     sources: list[UnitGroup] = []
-    for piece, labels in anchors:
-        new = torch.zeros(piece.size, dtype=torch.int64)
-        new[labels] = joint
+    for piece in family:
+        new = torch.full((piece.size,), -1, dtype=torch.int64)
+        for other, labels in anchors:
+            if other is piece:
+                new[labels] = joint
+        if bool((new < 0).any()):
+            raise ConfigError(
+                f"dependency_group_id={identity!r}: the layers {_names(piece)} share their channels, and the one with "
+                "the id has only some of them; give the id to the widest of them"
+            )
         for found, table in ((piece.members, members), (piece.followers, followers)):
             table.update({key: torch.where(own >= 0, new[own.clamp(min=0)], own) for key, own in found.items()})
-        if not any(s.name == g.name for s in sources for g in piece.sources):
-            for source in piece.sources:
-                producers = tuple(replace(p, units=new[p.units]) for p in source.producers)
-                sources.append(UnitGroup(source.name, len(numbers), producers))
+        for source in piece.sources:
+            producers = tuple(replace(p, units=new[p.units]) for p in source.producers)
+            sources.append(UnitGroup(source.name, len(numbers), producers))
     first = family[0]
     by_weights = any(p.by_weights for p in family)
     missing = tuple(m for p in family for m in p.missing)

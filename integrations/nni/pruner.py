@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from nni.compression.base.compressor import Compressor, Pruner
-from nni.compression.base.config import trans_legacy_config_list
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import IdentityModuleWrapper, ModuleWrapper
 from nni.compression.pruning.tools import active_sparse_targets_filter
-from nni.compression.utils.scaling import Scaling
+from nni.compression.utils.evaluator import LightningEvaluator
 from torch import Tensor, nn
 
+from singe_plugin.algorithm import units_per_removal
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History, LayerScored
 from singe_plugin.finetune import SCHEDULES
-from singe_plugin.objective import ObjectiveLike, materialise, split_batch
+from singe_plugin.objective import ObjectiveLike, materialise, split_batch, to_device
 from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup, subgroup
 
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
-from .pieces import Piece, build_pieces, metric_shape
-from .settings import check_config, register_types, selected_modules
+from .pieces import Piece, build_pieces, followers_of, metric_shape
+from .settings import (
+    check_config,
+    check_entries,
+    check_free,
+    check_optimizers,
+    make_scalers,
+    register_types,
+    selected_modules,
+    translated,
+)
 from .sparsity import Masks, kept_units, masks_from, rule_of
-from .view import StepModel, plain_view
+from .view import Batch, StepModel, plain_view, undone_on_error
 
 __all__ = ["SInGEPruner"]
 
@@ -154,6 +163,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             raise ConfigError(f"keep_at_least={keep_at_least!r} is not a number of units; give a whole number >= 0")
         if schedule not in _MODES:
             raise ConfigError(f"unknown schedule {schedule!r}; choose one of {', '.join(_MODES)}")
+        units_per_removal(units_per_step, 1)
         if every not in SCHEDULES:
             raise ConfigError(f"unknown every {every!r}; choose one of {', '.join(SCHEDULES)}")
         self.batches = None if batches is None else list(materialise(batches))
@@ -179,20 +189,28 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         self.keep_at_least, self.default_granularity, self.coupled = keep_at_least, default_granularity, coupled
         self.history = History()
         self.callback = Callbacks([self.history, *callbacks])
-        # what NNI's schedulers (AGPPruner, LinearPruner) set
-        self.interval_steps: int = training_steps
-        self.total_times: int | str = 1
+        self._interval_steps = training_steps
+        self.total_times: int | str = 1  # set by NNI's schedulers (AGPPruner, LinearPruner), as interval_steps
 
+        entries = translated(config_list)
+        check_entries(entries, keep_at_least)
         register_types(model)
-        config_list = trans_legacy_config_list(deepcopy(config_list))
-        check_config(model, config_list, keep_at_least)
+        check_config(model, entries)
+        existed = existed_wrappers or {}
+        check_free(model, entries, existed)
+        check_optimizers(model, evaluator)
         self.graph = self._grouped(model, evaluator, example_inputs, verify)
-        followers = self._follower_configs(model, config_list, existed_wrappers or {}) if mask_norms else []
-        super().__init__(model, [*config_list, *followers], evaluator, existed_wrappers)
-        with plain_view(self._module_wrappers):
-            self.pieces: list[Piece] = build_pieces(model, self._target_spaces, self.graph, coupled)
-        for piece in self.pieces:
-            rule_of(piece, self._target_spaces)  # says now what does not fit together
+        followers = self._follower_entries(model, entries, existed) if mask_norms else []
+        with undone_on_error(model, existed.values()):
+            super().__init__(model, [*entries, *followers], evaluator, existed_wrappers)
+            with plain_view(model):
+                self.pieces: list[Piece] = build_pieces(model, self._target_spaces, self.graph, coupled)
+            for piece in self.pieces:
+                rule_of(piece, self._target_spaces)  # says now what does not fit together
+            if not self.pieces:
+                raise ConfigError(
+                    "nothing in config_list has a sparse_ratio or sparse_threshold, so there is nothing to prune"
+                )
         self.partial = {p.name: list(p.missing) for p in self.pieces if p.missing}
         for name, missing in self.partial.items():
             _logger.warning(
@@ -208,21 +226,60 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         cls,
         compressor: Compressor,
         new_config_list: list[dict[str, Any]],
-        *args: Any,
+        training_steps: int = 20,
+        *,
         evaluator: Any = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> SInGEPruner:
-        """A pruner of the model, wrappers and evaluator of another compressor, to be run fused with it."""
+        """A pruner of the model, wrappers and evaluator of another compressor, to be run fused with it.
+
+        Args:
+            compressor: any of NNI's; its wrappers, with their state, are kept.
+            new_config_list: what to prune.
+            training_steps, options: as for the class.
+            evaluator: where the other compressor has none.
+
+        Raises:
+            ConfigError: as the class; the other compressor is as it was then.
+        """
         if compressor.evaluator is None and evaluator is None:
             raise ConfigError("fused compressors run inside a training loop; give evaluator=")
-        made: SInGEPruner = super().from_compressor(compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
+        was_wrapped = compressor._is_wrapped
+        try:
+            made: SInGEPruner = super().from_compressor(
+                compressor, new_config_list, evaluator=evaluator, training_steps=training_steps, **options
+            )
+        except BaseException:
+            if was_wrapped and not compressor._is_wrapped:
+                compressor.wrap_model()
+            raise
         return made
+
+    @property
+    def interval_steps(self) -> int:
+        """The optimizer steps after which masks are made; NNI's schedulers set it.
+
+        Raises:
+            ConfigError: for an entwined pruner, which has a schedule of its own.
+        """
+        if self.schedule == "entwined":
+            raise ConfigError(
+                "schedule='entwined' prunes by a schedule of its own; use it without AGPPruner and LinearPruner, or "
+                "give them a one_shot pruner"
+            )
+        return self._interval_steps
+
+    @interval_steps.setter
+    def interval_steps(self, steps: int) -> None:
+        self._interval_steps = steps
 
     # -- what is pruned -------------------------------------------------------------------------------------------
 
     def _grouped(self, model: nn.Module, evaluator: Any, example: Any, verify: bool) -> AxisGraph | None:
         if example is None and evaluator is not None:
             example = evaluator.get_dummy_input()
+            if isinstance(evaluator, LightningEvaluator) and evaluator._dummy_input is None:
+                example = split_batch(example)[0]  # it is a batch of the data module
         if example is None and self.batches:
             example = split_batch(self.batches[0])[0]
         if example is None:
@@ -237,38 +294,21 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             graph.drop(name, reason)
         return graph
 
-    def _follower_configs(
-        self, model: nn.Module, config_list: list[dict[str, Any]], existed: dict[str, ModuleWrapper]
+    def _follower_entries(
+        self, model: nn.Module, entries: list[dict[str, Any]], existed: Mapping[str, ModuleWrapper]
     ) -> list[dict[str, Any]]:
         """Entries for the norms behind what is pruned, so that they are wrapped and have masks."""
         if self.graph is None:
             return []
-        chosen = {name for modules in selected_modules(model, config_list) for name in modules}
-        names: list[str] = []
-        for module in model.modules():
-            norm = self.graph.trace.sole_reader(module) if self.graph.names[module] in chosen else None
-            names += [self.graph.names[norm]] if norm is not None else []
-        for group in self.graph.groups.values() if self.coupled else ():
-            if not group.secondary and chosen & set(group.writers):
-                names += [self.graph.names[p.slots[0].owner] for p in group.unit_group().producers]
-                names += [self.graph.names[p.norm] for p in group.unit_group().producers if p.norm is not None]
-        modules = dict(model.named_modules())
-        wanted = [
-            name
-            for name in dict.fromkeys(names)
-            if name not in chosen
-            and not isinstance(existed.get(name), IdentityModuleWrapper)
-            and not isinstance(modules[name], (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding))
-            and isinstance(weight := modules[name]._parameters.get("weight"), Tensor)
-            and weight.ndim == 1
-        ]
-        both = [n for n in wanted if "bias" in modules[n]._parameters]
-        lone = [n for n in wanted if "bias" not in modules[n]._parameters]
-        found = [{"op_names": both, "target_names": ["weight", "bias"]}, {"op_names": lone, "target_names": ["weight"]}]
-        return [config for config in found if config["op_names"]]
+        chosen = {name for modules in selected_modules(model, entries) for name in modules}
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name, attrs in followers_of(model, self.graph, chosen, self.coupled).items():
+            if not isinstance(existed.get(name), IdentityModuleWrapper):
+                found.setdefault(attrs, []).append(name)
+        return [{"op_names": names, "target_names": list(attrs)} for attrs, names in found.items()]
 
     def _validate_config(self) -> None:
-        check_config(self.bound_model, self.config_list, self.keep_at_least)
+        """The entries were checked before anything was touched."""
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> Any:
         if target_space.type is TargetType.PARAMETER:
@@ -276,46 +316,17 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         return "per_channel"
 
     def _register_scalers(self) -> None:
-        for name, targets in self._target_spaces.items():
-            for target, space in targets.items():
-                parameter = space.type is TargetType.PARAMETER
-                if not parameter and (space.sparse_ratio is not None or space.sparse_threshold is not None):
-                    raise ConfigError(
-                        f"{name}.{target} has a ratio, but only parameters can be ranked (as in NNI's own pruners); "
-                        f"align it to the layer's weight with target_settings={{{target!r}: {{'align': ...}}}}"
-                    )
-                if parameter and space.granularity == "per_channel":
-                    raise ConfigError(
-                        f"{name}.{target}: granularity 'per_channel' is for inputs and outputs; a parameter's is "
-                        "'out_channel', 'in_channel' or a block such as [4, 1]"
-                    )
-                if not parameter and space.granularity in ("out_channel", "in_channel"):
-                    raise ConfigError(
-                        f"{name}.{target}: the granularity of an input or output is 'per_channel' or a block"
-                    )
-        super()._register_scalers()
-        for name, targets in self._target_spaces.items():
-            layer = self._module_wrappers[name].module
-            if isinstance(layer, nn.modules.conv._ConvTransposeNd) and "weight" in targets:
-                self._transposed(name, layer, targets)
-
-    def _transposed(self, name: str, layer: Any, targets: dict[str, PruningTargetSpace]) -> None:
-        """The output channels of a transposed convolution are dimension 1 of its weight, not 0."""
-        if targets["weight"].granularity != "out_channel":
-            return
-        if layer.groups > 1:
-            raise ConfigError(
-                f"{name!r}: the output channels of a transposed convolution with groups={layer.groups} cannot be "
-                "masked one by one in NNI's form; exclude it"
-            )
-        targets["weight"]._scaler = Scaling([-1, 1], kernel_padding_mode="back", kernel_padding_val=-1)
-        if "bias" in targets and (targets["bias"].align or {}).get("module_name", "") is None:
-            targets["bias"]._setting["align"]["dims"] = [1]
+        for name, targets in sorted(self._target_spaces.items()):
+            wrapper = self._module_wrappers[name]
+            if wrapper.fused_modules and "bias" in targets and targets["bias"].target is None:
+                del targets["bias"], wrapper.pruning_target_spaces["bias"]  # NNI fuses norms into real biases only
+            make_scalers(name, wrapper, targets, self._set_default_sparse_granularity)
 
     # -- scores and masks -----------------------------------------------------------------------------------------
 
     def _collect_data(self) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = active_sparse_targets_filter(self._target_spaces)
+        held = {m: {t: s for t, s in ts.items() if s.target is not None} for m, ts in self._target_spaces.items()}
+        found: dict[str, dict[str, Tensor]] = active_sparse_targets_filter(held)
         return found
 
     def _calculate_metrics(self, data: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -325,7 +336,11 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             keys = [key for key in piece.members if key[1] in data.get(key[0], {})]
             if not keys:
                 continue
-            scores = self.score_piece(piece)
+            start = time.perf_counter()
+            scores = self.scores_of(piece)
+            alive = scores[scores != _GONE].cpu()
+            if len(alive):
+                self.callback.on_layer_scored(LayerScored(piece.name, alive, time.perf_counter() - start))
             for module, target in keys:
                 space = self._target_spaces[module][target]
                 flat = piece.spread((module, target), scores, 0.0)
@@ -361,22 +376,23 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             left[labels[(labels >= 0) & flat]] = True
         return left.nonzero().flatten()
 
-    def score_piece(self, piece: Piece, units: Tensor | None = None) -> Tensor:
-        """One score per unit of a piece, -1 for units that are masked already; only ``units`` if they are given."""
+    def scores_of(self, piece: Piece) -> Tensor:
+        """One score per unit of a piece, -1 for units that are masked already."""
         alive = self.alive(piece)
-        chosen = alive if units is None else units
-        start = time.perf_counter()
+        found = self.score(piece, alive)
+        scores = torch.full((piece.size,), _GONE, dtype=found.dtype, device=found.device)
+        scores[alive.to(found.device)] = found
+        return scores
+
+    def score(self, piece: Piece, units: Tensor) -> Tensor:
+        """One score for each of some units of a piece."""
+        if not len(units):
+            return torch.zeros(0)
         with self._scored_model() as (model, batches, options):
             if piece.by_weights:
                 options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
-            groups: list[UnitGroup] = [subgroup(source, chosen) for source in piece.sources]
-            found = torch.stack([score_units(model, group, batches, options) for group in groups]).mean(0)
-        if units is not None:
-            return found
-        scores = torch.full((piece.size,), _GONE, dtype=found.dtype, device=found.device)
-        scores[chosen.to(found.device)] = found
-        self.callback.on_layer_scored(LayerScored(piece.name, found.cpu(), time.perf_counter() - start))
-        return scores
+            groups: list[UnitGroup] = [subgroup(source, units) for source in piece.sources]
+            return torch.stack([score_units(model, group, batches, options) for group in groups]).mean(0)
 
     @contextmanager
     def _scored_model(self) -> Iterator[tuple[nn.Module, Any, ScoringOptions]]:
@@ -388,11 +404,14 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         if self.options.rule.needs_gradient and not batches:
             raise DataError("no batch has been seen: the evaluator's training loop must run before anything is scored")
         step = None if self._own_objective or self.evaluator is None else step_of(self.evaluator)
-        with plain_view(self._module_wrappers):
+        with plain_view(self.bound_model):
             if step is None:
                 yield self.bound_model, batches, self.options
                 return
-            wrapped = [((batch,), None) for batch in batches or ()]
+            device, last = model_device(self.bound_model), self.options.channels_last
+            as_in_training = self.batches is None and not last
+            moved = (b if as_in_training else to_device(b, device, last) for b in batches or ())
+            wrapped = [((Batch(batch),), None) for batch in moved]
             yield StepModel(self.bound_model, step), wrapped, replace(self.options, objective=_as_it_is)
 
     # -- NNI's ways of running ------------------------------------------------------------------------------------
@@ -438,6 +457,12 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
                 f"the training loop ended after {self._current_step} optimizer steps, but masks are made after "
                 f"{self.interval_steps}: nothing was pruned; let it run longer, or choose fewer training_steps"
             )
+        elif isinstance(self.total_times, int) and self._generated < self.total_times:
+            _logger.warning(
+                "the training loop ended when masks had been made %d of %d times: the ratios of the config list were "
+                "not reached; let it run for total_times * interval_steps = %d steps",
+                self._generated, self.total_times, self.total_times * self.interval_steps,
+            )  # fmt: skip
         self._collector = self._entwined = None
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
@@ -470,11 +495,17 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         if open_spaces and self.graph is not None:
             example = self.graph.inputs
             args = example if isinstance(example, (tuple, list)) else () if isinstance(example, dict) else (example,)
-            self.track_forward(*args, **(example if isinstance(example, dict) else {}))
+            with preserved(self.bound_model):
+                self.bound_model.eval()
+                self.track_forward(*args, **(example if isinstance(example, dict) else {}))
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         try:
             super()._fusion_compress(max_steps, max_epochs)
+        except BaseException:
+            if getattr(self.evaluator, "model", None) is not None:
+                self.evaluator.unbind_model()  # else the next run would warn of it
+            raise
         finally:
             self._collector = self._entwined = None
 

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from nni.compression.base.config import default_config_schema, select_modules_by_config
+from nni.compression.base.compressor import register_scalers
+from nni.compression.base.config import default_config_schema, select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
+from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils.scaling import Scaling
 from schema import SchemaError
 from torch import nn
 
 from singe_plugin.errors import ConfigError
+from singe_plugin.units import tied_parameters
 
-__all__ = ["check_config", "register_types", "selected_modules"]
+from .pieces import kernel_of
+
+__all__ = [
+    "check_config",
+    "check_entries",
+    "check_free",
+    "check_optimizers",
+    "make_scalers",
+    "register_types",
+    "selected_modules",
+    "translated",
+]
 
 _ALIGNED = PruningSetting.default_setting["bias"]
 
@@ -36,60 +53,241 @@ def register_types(model: nn.Module) -> None:
         PruningSetting.register(name, setting)
 
 
+def translated(config_list: Any) -> list[dict[str, Any]]:
+    """A config list in today's keys, as a copy; of a legacy one, entries that only exclude are merged into the others.
+
+    Raises:
+        ConfigError: if it is no list of dictionaries.
+    """
+    if not isinstance(config_list, (list, tuple)) or not all(isinstance(config, Mapping) for config in config_list):
+        raise ConfigError(
+            "config_list must be a list of dictionaries, e.g. [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}], got "
+            f"{type(config_list).__name__}"
+        )
+    given = [dict(deepcopy(config)) for config in config_list]
+    found: list[dict[str, Any]] = trans_legacy_config_list(given)
+    if found is given:
+        return given
+    for config in found:
+        for setting in config.get("target_settings", {}).values():
+            if "group_id" in setting:  # NNI's translation of total_sparsity makes a key that its schema refuses
+                setting["global_group_id"] = setting.pop("group_id")
+    return [config for config, old in zip(found, given, strict=True) if "exclude" not in old]
+
+
 def selected_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, nn.Module]]:
     """For every entry of a config list, the modules that it selects."""
     return [select_modules_by_config(model, config)[0] for config in config_list]
 
 
-def check_config(model: nn.Module, config_list: list[dict[str, Any]], keep_at_least: int) -> None:
-    """Raise :class:`ConfigError` for a config list that cannot mean anything.
-
-    Checked are NNI's own schema, that every entry selects a layer with parameters, and that no ratio removes all.
-    """
+def check_entries(config_list: list[dict[str, Any]], keep_at_least: int) -> None:
+    """Raise :class:`ConfigError` for an entry that is not in NNI's form, or whose ratios cannot be."""
     schema = default_config_schema("pruning")
     for number, config in enumerate(config_list):
+        for setting in (config, *_settings(config)):
+            _check_ratios(number, setting, keep_at_least)
         try:
             schema.validate(config)
         except SchemaError as error:
             raise ConfigError(
                 f"config_list[{number}] is not what NNI's pruners take: {' '.join(str(error).split())}"
             ) from error
-        _check_ratios(number, config, keep_at_least)
-        for setting in config.get("target_settings", {}).values():
-            _check_ratios(number, setting, keep_at_least)
-    for number, (config, modules) in enumerate(zip(config_list, selected_modules(model, config_list), strict=True)):
+
+
+def check_config(model: nn.Module, config_list: list[dict[str, Any]]) -> None:
+    """Raise :class:`ConfigError` if an entry selects nothing, or something that cannot be pruned.
+
+    Args:
+        model: the model.
+        config_list: in NNI's form, see :func:`check_entries`.
+    """
+    names: dict[int, str] = {}
+    ties = tied_parameters(model)
+    for number, config in enumerate(config_list):
+        modules = _selected(model, number, config)
         if not modules:
-            raise ConfigError(f"config_list[{number}] selects no layer of {type(model).__name__}{_hint(model, config)}")
-        for name, module in modules.items():
-            if type(module).__name__ not in PruningSetting.registry:
+            raise ConfigError(
+                f"config_list[{number}] selects no layer of {type(model).__name__}{_unknown_types(model, config)}"
+            )
+        for name, module in sorted(modules.items()):
+            _check_targets(number, config, name, module)
+            first = names.setdefault(id(module), name)
+            if first != name:
                 raise ConfigError(
-                    f"config_list[{number}] selects {name!r}, but {type(module).__name__} has no parameters of its "
-                    "own; exclude it (exclude_op_types) or name the layers inside it"
+                    f"config_list[{number}]: {first!r} and {name!r} are one module under two names, which NNI cannot "
+                    f"wrap twice; exclude one (exclude_op_names=[{max(first, name)!r}])"
+                )
+            for attr in PruningSetting.get(module, _public(config)):
+                others = [n for n in ties.get(id(module._parameters.get(attr)), ()) if n != f"{name}.{attr}"]
+                if others:
+                    raise ConfigError(
+                        f"config_list[{number}]: {name}.{attr} and {', '.join(others)} are one tensor; NNI's wrapper "
+                        "would copy it and the layers would drift apart; exclude the layer, or untie them"
+                    )
+
+
+def check_free(model: nn.Module, config_list: list[dict[str, Any]], existed: Mapping[str, ModuleWrapper]) -> None:
+    """Raise :class:`ConfigError` if another compressor's wrappers prune what a config list asks for already.
+
+    NNI ignores such settings.
+    """
+    for config, modules in zip(config_list, selected_modules(model, config_list), strict=True):
+        for name, module in modules.items():
+            taken = set(existed[name].pruning_target_spaces) if name in existed else set()
+            both = taken & set(PruningSetting.get(module, _public(config)))
+            if both:
+                raise ConfigError(
+                    f"{name!r} is pruned already by the compressor that this one is made from; give it to one of them"
                 )
 
 
+def check_optimizers(model: nn.Module, evaluator: Any) -> None:
+    """Raise :class:`ConfigError` if a ``TorchEvaluator`` was made for another model: it would train nothing."""
+    optimizers = getattr(evaluator, "_tmp_optimizers", None)
+    held = {id(p) for optimizer in optimizers or () for group in optimizer.param_groups for p in group["params"]}
+    if held and not held & {id(p) for p in model.parameters()}:
+        raise ConfigError(
+            "the evaluator's optimizer holds none of the model's parameters, so training would change nothing; make it "
+            "from model.parameters() of this model"
+        )
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an entry is not about the choice of layers."""
+    return {k: v for k, v in config.items() if not k.startswith(("op_", "exclude_op_"))}
+
+
+def _settings(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    found = config.get("target_settings")
+    return [s for s in found.values() if isinstance(s, Mapping)] if isinstance(found, Mapping) else []
+
+
+def _selected(model: nn.Module, number: int, config: dict[str, Any]) -> dict[str, nn.Module]:
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for given in config.get("op_names", ()):
+        if given not in known:
+            raise ConfigError(
+                f"config_list[{number}]: op_names has {given!r}, which is no layer of {type(model).__name__}"
+                f"{_near(given, known)}"
+            )
+    try:
+        return dict(selected_modules(model, [config])[0])
+    except re.error as error:
+        raise ConfigError(f"config_list[{number}]: {error.pattern!r} is no regular expression ({error})") from error
+
+
+def _check_targets(number: int, config: dict[str, Any], name: str, module: nn.Module) -> None:
+    kind = type(module).__name__
+    if kind not in PruningSetting.registry:
+        raise ConfigError(
+            f"config_list[{number}] selects {name!r}, but {kind} has no parameters of its own; exclude it "
+            "(exclude_op_types) or name the layers inside it"
+        )
+    try:
+        targets = PruningSetting.get(module, _public(config))
+    except KeyError as error:
+        target = str(error.args[0])
+        if target.startswith(("_input_", "_output_")):
+            raise ConfigError(
+                f"config_list[{number}]: inputs and outputs cannot be ranked, only masked along with a layer; say with "
+                f"which in target_settings={{{target!r}: {{'align': {{'module_name': ..., 'target_name': 'weight', "
+                "'dims': [0]}, 'granularity': 'per_channel', 'apply_method': 'mul'}}"
+            ) from error
+        known = PruningSetting.registry[kind]
+        raise ConfigError(
+            f"config_list[{number}]: {kind} has no target {target!r}, only {', '.join(known)}{_near(target, known)}"
+        ) from error
+    for target in targets:
+        if not target.startswith(("_input_", "_output_")) and not hasattr(module, target):
+            raise ConfigError(f"config_list[{number}]: {name!r} ({kind}) has no parameter {target!r}")
+
+
 def _check_ratios(number: int, setting: Mapping[str, Any], keep_at_least: int) -> None:
-    ratio = setting.get("sparse_ratio")
-    if ratio is not None and not 0 <= ratio <= 1:
-        raise ConfigError(f"config_list[{number}]: sparse_ratio={ratio} is not inside [0, 1[")
+    found = {key: setting.get(key) for key in ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")}
+    for key, value in found.items():
+        if isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ConfigError(f"config_list[{number}]: {key}={value} is not between 0 and 1")
+    ratio, low, high = found.values()
     if ratio == 1 and keep_at_least > 0:
         raise ConfigError(
             f"config_list[{number}]: sparse_ratio=1 would leave a layer without a single channel; choose less, or "
             "keep_at_least=0 if that is what you want"
         )
-    low, high = setting.get("min_sparse_ratio"), setting.get("max_sparse_ratio")
-    if low is not None and high is not None and low > high:
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
         raise ConfigError(f"config_list[{number}]: min_sparse_ratio={low} is above max_sparse_ratio={high}")
 
 
-def _hint(model: nn.Module, config: Mapping[str, Any]) -> str:
-    types = {type(m).__name__ for m in model.modules()}
-    names = {n for n, _ in model.named_modules() if n}
-    for key, known in (("op_types", types), ("op_names", names)):
-        for given in config.get(key) or ():
-            if given not in known:
-                near = difflib.get_close_matches(given, sorted(known), 3, 0.5)
-                return f": {key} has {given!r}, which is not there" + (
-                    f" (did you mean {', '.join(near)}?)" if near else ""
-                )
+def _near(given: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, sorted(known), 3, 0.5)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _unknown_types(model: nn.Module, config: Mapping[str, Any]) -> str:
+    known = {type(m).__name__ for m in model.modules()}
+    for given in config.get("op_types", ()):
+        if given not in known:
+            return f": op_types has {given!r}, which is not there{_near(given, known)}"
     return ": what it includes is excluded again, or no name matches op_names_re"
+
+
+def make_scalers(name: str, wrapper: ModuleWrapper, targets: dict[str, PruningTargetSpace], default: Any) -> None:
+    """NNI's scalers for the targets of one layer, with errors that say what does not fit.
+
+    Args:
+        name: the layer's.
+        wrapper: its wrapper.
+        targets: its target spaces.
+        default: ``target space -> granularity`` for ``"default"``.
+    """
+    for target, space in targets.items():
+        parameter = space.type is TargetType.PARAMETER
+        if not parameter and (space.sparse_ratio is not None or space.sparse_threshold is not None):
+            raise ConfigError(
+                f"{name}.{target} has a ratio, but only parameters can be ranked (as in NNI's own pruners); "
+                f"align it to the layer's weight with target_settings={{{target!r}: {{'align': ...}}}}"
+            )
+        if parameter and space.granularity == "per_channel":
+            raise ConfigError(
+                f"{name}.{target}: granularity 'per_channel' is for inputs and outputs; a parameter's is "
+                "'out_channel', 'in_channel' or a block such as [4, 1]"
+            )
+        if not parameter and space.granularity in ("out_channel", "in_channel"):
+            raise ConfigError(f"{name}.{target}: the granularity of an input or output is 'per_channel' or a block")
+        _make_scaler(name, target, space, default)
+    layer = wrapper.module
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd) and "weight" in targets:
+        _transposed(name, layer, targets)
+
+
+def _make_scaler(
+    name: str, target: str, space: PruningTargetSpace, default: Callable[[PruningTargetSpace], Any]
+) -> None:
+    shape = None if space.target is None else tuple(space.target.shape)
+    try:
+        register_scalers({name: {target: space}}, default)
+        fits = shape is None or all(k == -1 or (k > 0 and n % k == 0) for k, n in zip(kernel_of(space), shape))
+    except (AssertionError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{name}.{target}: granularity {space.granularity!r} does not fit its shape {shape}; give 'out_channel', "
+            "'in_channel' or the extents of a block, one per dimension"
+        ) from error
+    if not fits:
+        raise ConfigError(
+            f"{name}.{target}: its shape {shape} cannot be divided into blocks of {kernel_of(space)}; choose extents "
+            "that divide its sizes, or exclude the layer"
+        )
+
+
+def _transposed(name: str, layer: Any, targets: dict[str, PruningTargetSpace]) -> None:
+    """The output channels of a transposed convolution are dimension 1 of its weight, its inputs dimension 0."""
+    kernel = {"out_channel": [-1, 1], "in_channel": [1]}.get(str(targets["weight"].granularity))
+    if kernel is None:
+        return
+    if layer.groups > 1 and len(kernel) > 1:
+        raise ConfigError(
+            f"{name!r}: the output channels of a transposed convolution with groups={layer.groups} cannot be "
+            "masked one by one in NNI's form; exclude it"
+        )
+    targets["weight"]._scaler = Scaling(kernel, kernel_padding_mode="back", kernel_padding_val=-1)
+    if "bias" in targets and (targets["bias"].align or {}).get("module_name", "") is None:
+        targets["bias"]._setting["align"]["dims"] = [1]

@@ -1,17 +1,16 @@
 """Make a masked model smaller: remove what is masked, if that leaves the function as it is.
 
 NNI's own ``ModelSpeedup`` does not work on current PyTorch. This step takes the same arguments and follows the
-dependency graph of :mod:`singe_plugin.axes`. What it removes is decided by the masked model itself: a unit goes if it
-is silent (what writes it is masked, and what reads it sees zeros) or if nobody reads it; then the smaller model has to
-compute what the masked one does, in double precision, or the removal is undone.
+dependency graph of :mod:`singe_plugin.axes`. A unit that a mask touches goes if nobody can miss it, whatever the values
+of the parameters that are not masked (see :mod:`.silence`); then the smaller model has to compute what the masked one
+does, in double precision, or the unit stays.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,24 +19,19 @@ from torch import Tensor, nn
 
 from singe_plugin.artifact import Builder, Structure, describe_structure
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, remove_units
-from singe_plugin.axes.algebra import labels
-from singe_plugin.axes.oracles import relative_change, sorted_out
-from singe_plugin.axes.substitutes import NormsOfTheRest, double_inputs, in_double, masked, random_inputs
+from singe_plugin.axes.algebra import contains
 from singe_plugin.budget import count_macs, count_params
-from singe_plugin.errors import ConfigError, GroupError, SingeError
+from singe_plugin.errors import ConfigError, GroupError
 from singe_plugin.events import History, Removed
-from singe_plugin.folding import is_batchnorm
-from singe_plugin.objective import tensors_in
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
-from singe_plugin.state import caches_preserved, preserved, train_mode_of
-from singe_plugin.units import Producer
+from singe_plugin.state import train_mode_of
 
 from .masks import checked_masks, fold_masks
+from .silence import Laboratory, Trials, change_of, few, holes_of, masked_along, touched, with_units
 
 __all__ = ["ShrinkResult", "shrink", "shrink_with_report"]
 
 _logger = logging.getLogger("singe_plugin")
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _PACKAGES = ("singe_plugin", "torch", "nni", "timm")
 
 
@@ -125,7 +119,6 @@ def shrink_with_report(
     modes = train_mode_of(model)
     undo = Snapshot(model)
     try:
-        fold_masks(model, checked)
         shrinker = _Shrinker(model, checked, dummy_input, allow_constants, allow_norms, tolerance)
         return shrinker.run(builder)
     except BaseException:
@@ -143,319 +136,193 @@ class _Shrinker:
         self, model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]], dummy: Any, constants: bool, norms: bool,
         tolerance: float,
     ) -> None:  # fmt: skip
-        self.model, self.masks, self.constants, self.norms, self.tolerance = model, masks, constants, norms, tolerance
-        self.dummy = dummy
+        self.model, self.allow_constants, self.allow_norms, self.tolerance = model, constants, norms, tolerance
         self.before = Structure.of(model)
-        self.graph = AxisGraph(model, _few(dummy, 1))
-        self.inputs = _with_noise(_few(dummy, 1))
+        self.graph, self.example = _traced(model, dummy)  # of the values of all parameters
+        fold_masks(model, masks)
         self.twin = _mask_twin(model, masks)
         self.trackers = Trackers(emas=[self.twin])
+        self.lab = Laboratory(self.graph, self.example)
         self.still: dict[str, str] = {}
         self.history = History()
 
     def run(self, builder: Builder | None) -> ShrinkResult:
-        metrics = Metrics(count_params(self.model), count_macs(self.model, _few(self.dummy, 1)))
-        sizes = {name: group.size for name, group in self.graph.groups.items()}
-        with self._silence() as loudness:
-            start = self._outputs()
-        constants, gone = self._find(loudness)
-        expected = self._without(constants, start)
-        # whole heads before their dimensions: both are groups, and overlap
-        for secondary in (True, False):
-            todo = {g: u for g, u in gone.items() if g.secondary == secondary and u}
-            if todo:
-                self._remove(todo, expected)
-                if secondary:
-                    _, gone = self._find(loudness)
-        difference = relative_change(start, self._outputs())
-        after = Metrics(count_params(self.model), count_macs(self.model, _few(self.dummy, 1)))
+        groups = list(self.graph.groups.values())
+        sizes = {group: group.size for group in groups}
+        metrics = self._metrics()
+        start = self.lab.start
+        if any(bool(t.isnan().any()) for t in start):
+            raise GroupError("the masked model's outputs are NaN on dummy_input, so nothing can be compared with them")
+        for secondary in (True, False):  # whole heads before their dimensions: both are groups, and overlap
+            self._remove([g for g in groups if g.secondary == secondary])
         left = self._left_masks()
         self._explain(left)
         result = ShrinkResult(
             model=self.model,
             before=metrics,
-            after=after,
-            layers=[LayerRow(n, n, sizes[n], g.size) for n, g in self.graph.groups.items() if not g.secondary],
+            after=self._metrics(),
+            layers=[LayerRow(g.name, g.name, sizes[g], g.size) for g in groups if not g.secondary or g.size < sizes[g]],
             left_whole=dict(self.graph.left_whole),
             history=self.history,
-            options={"allow_constants": self.constants, "allow_norms": self.norms, "tolerance": self.tolerance},
+            options={
+                "allow_constants": self.allow_constants, "allow_norms": self.allow_norms, "tolerance": self.tolerance,
+            },
             versions=package_versions(_PACKAGES),
             builder=builder,
             structure=describe_structure(self.model, self.before, []),
             still_masked=self.still,
             masks=left,
-            difference=difference,
-        )
+            difference=change_of(start, self.lab.outputs()),
+        )  # fmt: skip
         for line in result.summary().splitlines():
             _logger.info("%s", line)
         if self.still:
             _logger.warning("%d layers stay masked in part; see ShrinkResult.still_masked", len(self.still))
         return result
 
-    # -- running ----------------------------------------------------------------------------------------------------
-
-    def _outputs(self) -> list[Tensor]:
-        """What the model computes on the dummy input and on noise, in eval mode and double precision."""
-        model = self.model
-        with preserved(model), torch.no_grad():
-            model.eval()
-            for parameter in model.parameters():
-                parameter.grad = None
-            with ExitStack() as stack:
-                stack.enter_context(in_double(model))
-                stack.enter_context(caches_preserved(model))
-                self.graph.trace.forget()
-                try:
-                    made = list(tensors_in(self.graph.forward(model, double_inputs(self.inputs))))
-                except Exception:  # something in it insists on single precision
-                    stack.close()
-                    made = list(tensors_in(self.graph.forward(model, self.inputs)))
-        return made
-
-    @contextmanager
-    def _silence(self) -> Iterator[dict[nn.Module, Tensor]]:
-        """While active, notes how large every input channel of every layer gets."""
-        found: dict[nn.Module, Tensor] = {}
-
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                x = args[0].detach()
-                largest = x.abs().movedim(_channel_dim(module, x.ndim), 0).flatten(1).amax(1)
-                old = found.get(module)
-                found[module] = largest if old is None else torch.maximum(old, largest)
-
-        handles = [m.register_forward_pre_hook(note) for m in self.model.modules() if isinstance(m, _LAYERS)]
+    def _metrics(self) -> Metrics:
+        """Parameters, and MACs of one example (of all, if the model does not run on one)."""
         try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
+            macs = count_macs(self.model, few(self.example, 1))
+        except Exception:
+            macs = count_macs(self.model, self.example)
+        return Metrics(count_params(self.model), macs)
 
     # -- what can go ------------------------------------------------------------------------------------------------
 
-    def _find(self, loudness: Mapping[nn.Module, Tensor]) -> tuple[dict[Group, list[int]], dict[Group, list[int]]]:
-        """Per group, the units that still pass a constant on, and those that can go."""
-        constants: dict[Group, list[int]] = {}
-        gone: dict[Group, list[int]] = {}
-        for group in self.graph.groups.values():
-            written, read = _unwritten(group), _unread(group)
-            heard = self._heard(group, loudness)
-            still = written & heard & ~read
-            if bool(still.any()):
-                constants[group] = still.nonzero().flatten().tolist()
-            out = (written & (~heard if not self.constants else torch.ones_like(heard))) | read
-            gone[group] = out.nonzero().flatten().tolist()
-        return constants, gone
-
-    def _heard(self, group: Group, loudness: Mapping[nn.Module, Tensor]) -> Tensor:
-        """Whether a layer that reads a unit sees anything but zeros of it."""
-        heard = torch.zeros(group.size, dtype=torch.bool)
-        leaf = group.leaf.root()
-        for part in group.slices():
-            seen = loudness.get(part.owner)
-            axes = self.graph.trace.inputs.get(part.owner)
-            if seen is None or not axes or not part.is_parameter:
-                continue
-            unit_of = torch.from_numpy(labels(axes[0][_channel_dim(part.owner, len(axes[0]))], leaf))
-            if len(unit_of) != len(seen):
-                continue
-            loud = (seen.cpu() > 0) & (unit_of >= 0)
-            heard[unit_of[loud]] = True
-        return heard
-
-    def _without(self, constants: Mapping[Group, list[int]], start: list[Tensor]) -> list[Tensor]:
-        """The outputs to compare with: with ``allow_constants``, units that pass a constant on become zero first."""
-        if not self.constants:
-            for group, units in constants.items():
-                self.still[group.name] = (
-                    f"{len(units)} masked units still pass a constant on (a norm or a bias behind them is not masked); "
-                    "mask it along, or use allow_constants=True"
+    def _remove(self, groups: Sequence[Group]) -> None:
+        """Remove the masked units of some groups that nobody can miss, if the outputs stay what they are."""
+        holes = holes_of(self.model, self.twin)
+        some, unwritten = touched(self.graph, holes)
+        masked_units = {g: units for g, units in some.items() if g in groups and units.any()}
+        if not masked_units:
+            return
+        certain = all(torch.equal(units, unwritten[g]) for g, units in masked_units.items())
+        if certain:  # what is zero whatever the rest is, and passes zeros on
+            loud = _both(masked_units, self.lab.loud(holes))
+            certain = not any(bool(units.any()) for units in loud.values())
+        silent = masked_units if certain else _both(masked_units, self.lab.silent(holes))
+        constant = {g: units & ~silent[g] for g, units in masked_units.items()}
+        loud = constant
+        if any(bool(units.any()) for units in constant.values()):
+            constant = _both(constant, self.lab.constant(holes))
+            loud = _both(constant, self.lab.loud(holes))
+        quiet = {g: units & ~loud[g] for g, units in constant.items()}
+        zeroed = loud if self.allow_constants else {}
+        closed = with_units(with_units(holes, quiet), zeroed)
+        going = {g: silent[g] | (constant[g] if self.allow_constants else quiet[g]) for g in silent}
+        if any(bool(units.any()) for units in constant.values()):
+            going = _both(going, self.lab.silent(closed))
+        if self.allow_norms:
+            behind_norms = _both(masked_units, self.lab.silent(closed, norms=True))
+            going = {g: units | behind_norms[g] for g, units in going.items()}
+        for group, units in loud.items():
+            if not self.allow_constants and bool((units & ~going[group]).any()):
+                self._say(
+                    group,
+                    f"{int(units.sum())} masked units still pass a constant on (a norm or a bias behind them is not "
+                    "masked); mask it along, or use allow_constants=True",
                 )
-        if not self.constants or not constants:
-            return start
-        with torch.no_grad():
-            for group, units in constants.items():
-                for part in group.slices():
-                    if part.is_parameter:
-                        index = torch.isin(torch.from_numpy(part.units), torch.tensor(units)).nonzero().flatten()
-                        part.tensor.data = part.tensor.data.index_fill(part.dim, index.to(part.tensor.device), 0.0)
-        return self._outputs()
-
-    def _remove(self, gone: dict[Group, list[int]], expected: list[Tensor]) -> None:
-        """Remove units, if the outputs stay what they are; what fails together is taken apart."""
-        last = {g: units[:-1] if len(units) == g.size else units for g, units in gone.items()}
-        for group, units in gone.items():
-            if len(last[group]) < len(units):
-                self.still[group.name] = "all its units are masked; the last one stays, so that the layer has one"
-        todo = [g for g in gone if last[g]]
-        right, wrong = sorted_out(lambda groups: self._trial({g: last[g] for g in groups}, expected), todo)
-        if self.norms and wrong:
-            again = [g for g, _ in wrong]
-            rest = {g: last[g] for g in right}
-            more, wrong = sorted_out(lambda groups: self._trial_of_the_rest(rest | {g: last[g] for g in groups}), again)
+        gone = {g: units.nonzero().flatten().tolist() for g, units in going.items()}
+        for group, numbers in gone.items():
+            if len(numbers) == group.size:
+                self._say(group, "all its units are masked; the last one stays, so that the layer has one")
+                numbers.pop()
+        trials = Trials(self.lab, holes, closed, quiet, zeroed, self.tolerance)
+        todo = {g: numbers for g, numbers in gone.items() if numbers}
+        right, wrong = trials.sorted(todo)
+        if self.allow_norms and wrong:
+            more, wrong = trials.sorted({g: todo[g] for g in (*right, *(g for g, _ in wrong))}, right, rest=True)
             right += more
         for group, reason in wrong:
-            self.still[group.name] = f"{len(last[group])} masked units: {reason}"
+            hint = " (a norm over channels sees the masked ones as zeros; allow_norms=True accepts that)"
+            mixed = not self.allow_norms and _mixes(self.graph, group)
+            self._say(group, f"{len(gone[group])} masked units: {reason}{hint if mixed else ''}")
         for group in right:
-            remove_units(self.graph, group, last[group], self.trackers)
-            self.history.on_removed(Removed(group.name, tuple(last[group]), group.size))
+            remove_units(self.graph, group, gone[group], self.trackers)
+            self.history.on_removed(Removed(group.name, tuple(gone[group]), group.size))
 
-    def _trial(self, gone: Mapping[Group, list[int]], expected: list[Tensor]) -> str | None:
-        """Why removing these units changes the outputs; None if it does not. Everything is put back."""
-        undo = Snapshot(self.model, self.graph, trackers=self.trackers)
-        try:
-            for group, units in gone.items():
-                remove_units(self.graph, group, units, self.trackers)
-            made = self._outputs()
-        except SingeError as error:
-            return str(error)
-        except Exception as error:
-            return f"the forward pass fails without them ({type(error).__name__}: {error})"
-        finally:
-            undo.restore()
-        change = relative_change(expected, made)
-        if change <= self.tolerance:
-            return None
-        hint = (
-            "" if self.norms else " (a norm over channels sees the masked ones as zeros; allow_norms=True accepts that)"
-        )
-        return f"the outputs change by {change:.2g} without them{hint if self._mixes(gone) else ''}"
-
-    def _trial_of_the_rest(self, gone: Mapping[Group, list[int]]) -> str | None:
-        """The same, with norms over the channels that are left."""
-        try:
-            with masked(gone), NormsOfTheRest(self.graph, gone):
-                expected = self._outputs()
-        except GroupError as error:
-            return str(error)
-        return self._trial(gone, expected)
-
-    def _mixes(self, gone: Mapping[Group, list[int]]) -> bool:
-        leaves = {group.leaf.root() for group in gone}
-        return any(
-            leaves & atom.members() for dims in self.graph.trace.mixing.values() for _, axis in dims for atom in axis
-        )
+    def _say(self, group: Group, reason: str) -> None:
+        told = self.still.get(group.name)
+        self.still[group.name] = f"{told}; {reason}" if told else reason
 
     # -- what stays -------------------------------------------------------------------------------------------------
 
     def _left_masks(self) -> dict[str, dict[str, Tensor]]:
         """The masks that are still needed, in the shapes of the smaller model."""
         found: dict[str, dict[str, Tensor]] = {}
-        for name, targets in self.masks.items():
-            module = self.twin.get_submodule(name)
-            for target in targets:
-                kept = module._parameters.get(target)
-                if kept is not None and bool((kept == 0).any()):
-                    found.setdefault(name, {})[target] = (kept.detach() != 0).float()
+        for name, module in self.twin.named_modules():
+            for attr, mask in module._parameters.items():
+                if mask is not None and bool((mask == 0).any()):
+                    found.setdefault(name, {})[attr] = (mask.detach() != 0).float()
         return found
 
     def _explain(self, left: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Why layers have masks left, where no group has said so."""
-        told = {n for name in self.still if name in self.graph.groups for n in self.graph.groups[name].writers}
+        said = [group for name, group in self.graph.groups.items() if name in self.still]
+        told = {part.owner for group in said for part in group.slices() if not part.reads}
         for name, targets in left.items():
-            mask = targets.get("weight")
-            if name in told or mask is None:
-                continue
-            rows = mask.flatten(1).amax(1) if mask.ndim > 1 else mask
-            whole = int((rows == 0).sum())
-            reason = self.graph.left_whole.get(name, "other layers write the same channels and are not masked")
-            single = int((mask == 0).sum()) - whole * (mask[0].numel() if mask.ndim > 1 else 1)
-            parts = [f"{whole} of {len(rows)} units ({reason})"] * (whole > 0) + [f"{single} single weights"] * (
-                single > 0
-            )
-            self.still[name] = " and ".join(parts)
+            module = self.model.get_submodule(name)
+            main = next((attr for attr in targets if "weight" in attr), next(iter(targets)))
+            dim = int(bool(getattr(module, "transposed", False)) and main == "weight")
+            mask = targets[main]
+            rows = mask.movedim(dim, 0).flatten(1) if mask.ndim > 1 else mask[:, None]
+            whole = int((rows == 0).all(1).sum())
+            single = int((rows == 0).sum()) - whole * rows.shape[1]
+            parts = []
+            if whole and module not in told:
+                reason = self.graph.left_whole.get(name) or self._not_masked(module)
+                parts.append(f"{whole} of {len(rows)} {'units' if main == 'weight' else main} ({reason})")
+            if single:
+                parts.append(f"{single} single weights")
+            if parts and name not in self.still:
+                self.still[name] = " and ".join(parts)
+
+    def _not_masked(self, module: nn.Module) -> str:
+        """What else writes the masked units of a layer."""
+        holes, found, known = holes_of(self.model, self.twin), dict[str, None](), False
+        for group in self.graph.groups.values():
+            parts = [p for p in group.slices() if p.is_parameter and not p.reads]
+            mine = torch.zeros(group.size, dtype=torch.bool)
+            known = known or any(part.owner is module for part in parts)
+            for part in parts:
+                if part.owner is module:
+                    mine |= masked_along(part, holes, group.size)
+            for part in parts:
+                if bool((mine & ~masked_along(part, holes, group.size)).any()):
+                    found[f"{self.graph.names[part.owner]}.{part.attr}".strip(".")] = None
+        names = list(found)
+        if not known:
+            return f"the channels of {type(module).__name__} are not removed"
+        if not names:
+            return self.lab.trouble or "each is one with channels of other heads or groups, which are not masked along"
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'} not masked along"
 
 
-def _unwritten(group: Group) -> Tensor:
-    """The units whose activation cannot depend on the input, because what writes them is zero: ``[N]`` bool."""
-    constant = torch.ones(group.size, dtype=torch.bool)
-    zero = torch.zeros(group.size, dtype=torch.bool)
-    for producer in group.unit_group().producers:
-        mine = _zero_rows(producer, group.size)
-        owner = producer.slots[0].owner
-        if isinstance(owner, _LAYERS):
-            zero |= mine
-            if producer.norm is not None:
-                mine = mine | _zero_rows(_of_norm(producer), group.size)
-            depthwise = getattr(owner, "groups", 1) > 1 and owner.weight.shape[1] == 1
-            # a depthwise convolution reads nothing but its own units
-            constant &= torch.ones_like(mine) if depthwise else mine
-        elif is_batchnorm(owner):
-            zero |= mine
-        elif "norm" in type(owner).__name__.lower() or any(
-            p.ndim > 1 for p in owner._parameters.values() if p is not None
-        ):
-            constant &= mine
-    return constant & zero
+def _both(some: Mapping[Group, Tensor], others: Mapping[Group, Tensor]) -> dict[Group, Tensor]:
+    return {group: units & others[group] for group, units in some.items()}
 
 
-def _of_norm(producer: Producer) -> Producer:
-    """The batch-norm that is folded into a producer, as a producer."""
-    assert producer.norm is not None
-    slots = tuple(type(producer.slots[0])(producer.norm, attr) for attr in ("weight", "bias"))
-    return Producer(producer.name, slots, producer.rows, producer.units)
+def _mixes(graph: AxisGraph, group: Group) -> bool:
+    """Whether an operator takes the units of a group together."""
+    leaf = group.leaf.root()
+    return any(contains(axis, leaf) for dims in graph.trace.mixing.values() for _, axis in dims)
 
 
-def _zero_rows(producer: Producer, size: int) -> Tensor:
-    """The units whose rows in all parameters of a producer are zero (or that have no rows in it)."""
-    zero = torch.ones(size, dtype=torch.bool)
-    present = False
-    for slot in producer.slots:
-        tensor = slot.tensor
-        if tensor is None:
-            continue
-        present = True
-        loud = (slot.layout.rows(tensor.detach()) != 0).any(1).cpu()[producer.rows]
-        zero[producer.units[loud]] = False
-    return zero if present else torch.zeros(size, dtype=torch.bool)
-
-
-def _unread(group: Group) -> Tensor:
-    """The units that every layer which reads them has zero weights for: ``[N]`` bool."""
-    read = torch.zeros(group.size, dtype=torch.bool)
-    readers = 0
-    for part in group.slices():
-        if part.reads and part.is_parameter and not isinstance(part.owner, nn.PReLU):
-            readers += 1
-            loud = (part.tensor.detach().movedim(part.dim, 0).flatten(1) != 0).any(1).cpu()
-            units = torch.from_numpy(part.units)
-            read[units[loud & (units >= 0)]] = True
-    return ~read if readers else torch.zeros_like(read)
-
-
-def _channel_dim(layer: nn.Module, ndim: int) -> int:
-    """Where the input channels of a convolution or linear layer are."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return ndim - 1 if isinstance(layer, nn.Linear) else ndim - weight.ndim + 1
-
-
-def _few(inputs: Any, count: int) -> Any:
-    """The first examples of a batch."""
-    if isinstance(inputs, Tensor):
-        return inputs[:count] if inputs.ndim else inputs
-    if isinstance(inputs, Mapping):
-        return {k: _few(v, count) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)([_few(v, count) for v in inputs])
-    return inputs
-
-
-def _with_noise(inputs: Any) -> Any:
-    """The example and random numbers in one batch; nested inputs (ids, masks) as they are."""
-    if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1:
-        return torch.cat([inputs, random_inputs(inputs)])
-    return inputs
+def _traced(model: nn.Module, dummy: Any) -> tuple[AxisGraph, Any]:
+    """The graph of a model, and the examples that it was made with: two of them, if the model runs on two."""
+    example = few(dummy, 2)
+    try:
+        return AxisGraph(model, example), example
+    except GroupError:
+        return AxisGraph(model, dummy), dummy
 
 
 def _mask_twin(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """A copy whose parameters are the masks: it is cut along, so that what is left of them fits the smaller model."""
     twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.data = torch.ones_like(parameter)
-        for name, targets in masks.items():
-            for target, mask in targets.items():
-                if target in twin.get_submodule(name)._parameters:
-                    twin.get_submodule(name)._parameters[target].data = mask.clone()  # type: ignore[union-attr]
+    for parameter in twin.parameters():
+        parameter.data = torch.ones_like(parameter)
+    fold_masks(twin, masks)
     return twin

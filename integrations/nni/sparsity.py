@@ -21,14 +21,21 @@ Masks = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Rule:
-    """What the config list says of the members of a piece, at the moment (a scheduler changes ratios)."""
+    """What the config list says of the members of a piece, at the moment (a scheduler changes ratios).
+
+    Attributes:
+        ratio, threshold: one of them.
+        low, high: limits of the ratio.
+        family: the global group.
+        blocks: ``[N]``, the internal block of every unit; None if there is one.
+    """
 
     ratio: float | None
     threshold: float | None
     low: float
     high: float
-    family: Any  # the global group
-    blocks: int
+    family: Any
+    blocks: Tensor | None
 
     def clamped(self, ratio: float) -> float:
         return min(self.high, max(self.low, ratio))
@@ -41,10 +48,8 @@ def rule_of(piece: Piece, spaces: Spaces) -> Rule:
         ConfigError: if they differ: what is masked alike needs one ratio.
     """
     found: dict[Key, tuple[Any, ...]] = {}
-    blocks = 1
     for module, target in piece.members:
         space = spaces[module][target]
-        blocks = math.lcm(blocks, int(space.internal_metric_block or 1))
         found[module, target] = (
             space.sparse_ratio, space.sparse_threshold, space.min_sparse_ratio, space.max_sparse_ratio,
             space.global_group_id,
@@ -60,12 +65,30 @@ def rule_of(piece: Piece, spaces: Spaces) -> Rule:
                 "alike; give them one setting, exclude one of them, or use coupled=False for masks that cannot be "
                 "removed physically"
             )
-    if piece.size % blocks:
-        raise ConfigError(
-            f"{first[0]!r}: internal_metric_block={blocks} does not divide its {piece.size} units; choose a divisor"
-        )
     ratio, threshold, low, high, family = rule
-    return Rule(ratio, threshold, low or 0.0, 1.0 if high is None else high, family, blocks)
+    return Rule(ratio, threshold, low or 0.0, 1.0 if high is None else high, family, _internal_blocks(piece, spaces))
+
+
+def _internal_blocks(piece: Piece, spaces: Spaces) -> Tensor | None:
+    """The internal block that every unit lies in; None where each unit has its share of every block anyway."""
+    count = math.lcm(*(int(spaces[m][t].internal_metric_block or 1) for m, t in piece.members))
+    found: Tensor | None = None
+    for (module, _), labels in piece.members.items() if count > 1 else ():
+        if len(labels) % count:
+            raise ConfigError(
+                f"{module!r}: internal_metric_block={count} does not divide its {len(labels)} channels; choose one "
+                "that does"
+            )
+        shares = torch.stack([torch.bincount(b[b >= 0], minlength=piece.size) for b in labels.view(count, -1)])
+        if bool((shares == shares[0]).all()):
+            continue
+        if bool(((shares > 0).sum(0) > 1).any()):
+            raise ConfigError(
+                f"{module!r}: internal_metric_block={count} cuts through channels that can only be masked together; "
+                "choose a divisor of it, or leave it out"
+            )
+        found = shares.argmax(0)
+    return found
 
 
 def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces, keep_at_least: int) -> list[Tensor]:
@@ -100,12 +123,14 @@ def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces
     return final
 
 
-def _by_ratio(scores: Tensor, ratio: float, blocks: int = 1) -> Tensor:
+def _by_ratio(scores: Tensor, ratio: float, blocks: Tensor | None = None) -> Tensor:
     """Without the lowest ``int(n * ratio)`` of every block of n units."""
-    each = len(scores) // blocks
-    kept = torch.ones(blocks, each, dtype=torch.bool, device=scores.device)
-    lowest = scores.view(blocks, each).argsort(dim=1, stable=True)[:, : int(each * ratio)]
-    return kept.scatter(1, lowest, False).flatten()
+    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    every = torch.arange(len(scores))
+    parts = [every] if blocks is None else [every[blocks == number] for number in range(int(blocks.max()) + 1)]
+    for units in (part.to(scores.device) for part in parts):
+        kept[units[scores[units].argsort(stable=True)[: int(len(units) * ratio)]]] = False
+    return kept
 
 
 def _above(scores: Tensor, rule: Rule) -> Tensor:
@@ -194,7 +219,10 @@ def _aligned(module: str, target: str, space: Any, masks: Masks) -> Tensor | Non
     if space._scaler is None:
         return found
     if space.shape is None:
-        raise ConfigError(f"the shape of {module}.{target} is not known: nothing has run through the wrapped model yet")
+        raise ConfigError(
+            f"the shape of {module}.{target} is not known: nothing has run through the wrapped model yet; give "
+            "example_inputs=, or call pruner.track_forward(inputs) first"
+        )
     wide = space._scaler.expand(found, space.shape)
     narrow = space._scaler.shrink(wide, keepdim=True).bool().float()
     return space._scaler.expand(narrow, space.shape, keepdim=True, full_expand=False)  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ wants parameters that it can put on the path, batch-norm that it can fold, and m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,27 @@ from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
-__all__ = ["StepModel", "masked_target", "plain_view"]
+__all__ = ["Batch", "StepModel", "masked_target", "plain_view", "undone_on_error"]
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_MISSING = object()
+
+
+class _Held:
+    """What a module consists of; put back as the same objects in the same places."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.forward = module, module.__dict__.get("forward", _MISSING)
+        self.tables = {name: dict(getattr(module, name)) for name in _TABLES}
+
+    def restore(self) -> None:
+        self.module.__dict__.pop("forward", None)
+        if self.forward is not _MISSING:
+            self.module.__dict__["forward"] = self.forward
+        for name, table in self.tables.items():
+            live = getattr(self.module, name)
+            live.clear()
+            live.update(table)
 
 
 def masked_target(space: PruningTargetSpace) -> Tensor:
@@ -31,35 +51,70 @@ def masked_target(space: PruningTargetSpace) -> Tensor:
 
 
 @contextmanager
-def plain_view(wrappers: Mapping[str, ModuleWrapper]) -> Iterator[None]:
-    """Take the wrappers out of their modules; on leaving everything is where it was, the same objects.
+def plain_view(model: nn.Module) -> Iterator[None]:
+    """Take all wrappers out of a model, whoever put them in; on leaving everything is where it was, the same objects.
 
-    Only modules that are wrapped now are touched. Values written into the parameters inside are lost.
+    Values written into the parameters inside are lost.
     """
-    saved: list[tuple[nn.Module, dict[str, dict[str, Any]], Any]] = []
+    saved: list[_Held] = []
     try:
-        for wrapper in wrappers.values():
-            module = wrapper.module
-            if module._modules.get("_nni_wrapper") is not wrapper:
-                continue
-            tables = {name: dict(getattr(module, name)) for name in ("_parameters", "_buffers", "_modules")}
-            saved.append((module, tables, module.__dict__["forward"]))
-            del module._modules["_nni_wrapper"]
-            module.__dict__["forward"] = wrapper.module_forward
-            spaces = {**wrapper.quantization_target_spaces, **wrapper.pruning_target_spaces}
-            for name, space in spaces.items():
-                if space.type is TargetType.PARAMETER and isinstance(space.target, nn.Parameter):
-                    plain = masked_target(space) if isinstance(space, PruningTargetSpace) else space.target.detach()
+        for module in list(model.modules()):
+            wrapper = module._modules.get("_nni_wrapper")
+            if isinstance(wrapper, ModuleWrapper):
+                saved.append(_Held(module))
+                del module._modules["_nni_wrapper"]
+                module.__dict__["forward"] = wrapper.module_forward
+                for name, value in _parameters_of(wrapper).items():
                     module._buffers.pop(name, None)
-                    module._parameters[name] = nn.Parameter(plain, requires_grad=space.target.requires_grad)
+                    module._parameters[name] = value
         yield
     finally:
-        for module, tables, forward in reversed(saved):
-            module.__dict__["forward"] = forward
-            for name, table in tables.items():
-                live = getattr(module, name)
-                live.clear()
-                live.update(table)
+        for held in reversed(saved):
+            held.restore()
+
+
+def _parameters_of(wrapper: ModuleWrapper) -> dict[str, nn.Parameter]:
+    """The parameters that a wrapper has taken from its module, masked."""
+    found: dict[str, nn.Parameter] = {}
+    if getattr(wrapper, "is_register_bias", False) and isinstance(wrapper.bias, nn.Parameter):
+        found["bias"] = nn.Parameter(wrapper.bias.detach(), requires_grad=wrapper.bias.requires_grad)
+    for name, space in {**wrapper.quantization_target_spaces, **wrapper.pruning_target_spaces}.items():
+        if space.type is TargetType.PARAMETER and isinstance(space.target, nn.Parameter):
+            plain = masked_target(space) if isinstance(space, PruningTargetSpace) else space.target.detach()
+            found[name] = nn.Parameter(plain, requires_grad=space.target.requires_grad)
+    return found
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, wrappers: Iterable[ModuleWrapper]) -> Iterator[None]:
+    """If the block fails, the model and the wrappers that there were before are put back: the same objects.
+
+    Args:
+        model: to be wrapped in the block.
+        wrappers: those of other compressors; the block may give them further targets.
+    """
+    held = [_Held(module) for module in model.modules()]
+    outer = [(w, _Held(w), dict(w.pruning_target_spaces), {k: list(v) for k, v in w.configs.items()}) for w in wrappers]
+    try:
+        yield
+    except BaseException:
+        for item in held:
+            item.restore()
+        for wrapper, item, spaces, configs in outer:
+            item.restore()
+            wrapper.pruning_target_spaces, wrapper.configs = spaces, configs
+        raise
+
+
+class Batch:
+    """A batch on its way to somebody's training step: nothing looks into it, so it arrives as it is.
+
+    Args:
+        value: of whatever type.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 class StepModel(nn.Module):
@@ -74,5 +129,5 @@ class StepModel(nn.Module):
         super().__init__()
         self.model, self.step = model, step
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.step(self.model, batch)
+    def forward(self, batch: Batch) -> Tensor:
+        return self.step(self.model, batch.value)
