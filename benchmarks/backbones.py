@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=900, help="seconds per model")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1, help="share the models between processes")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.only = args.rest
     if args.command == "models":
         MODELS.write_text(json.dumps(find_models(), indent=1) + "\n")
