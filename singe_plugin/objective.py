@@ -173,6 +173,8 @@ def to_device(value: Any, device: torch.device, channels_last: bool = False) -> 
         return {k: to_device(v, device, channels_last) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         moved = [to_device(v, device, channels_last) for v in value]
+        if hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*moved)
         return tuple(moved) if isinstance(value, tuple) else moved
     return value
 

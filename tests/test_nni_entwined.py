@@ -15,13 +15,13 @@ pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nn
 
 from nni.compression.distillation import DynamicLayerwiseDistiller
 from nni.compression.pruning import AGPPruner, LinearPruner
-from nni_nets import BATCHES, Loop, channel_masks, evaluator_of, make_net
 
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune, phase_share
 from singe_plugin.integrations.nni import SInGEPruner
 
+from nni_nets import BATCHES, Loop, channel_masks, evaluator_of, make_net
 from small_nets import Residual, images
 
 pytestmark = pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")  # NNI overrides it

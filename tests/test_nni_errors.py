@@ -13,6 +13,10 @@ pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nn
 
 from nni.compression.pruning import L1NormPruner
 from nni.compression.quantization import QATQuantizer
+
+from singe_plugin.errors import ConfigError, DataError, ScoringError
+from singe_plugin.integrations.nni import SInGEPruner
+
 from nni_nets import (
     BATCHES,
     CONVS,
@@ -26,11 +30,11 @@ from nni_nets import (
     training_step,
     wrapped_state,
 )
-
-from singe_plugin.errors import ConfigError, DataError, ScoringError
-from singe_plugin.integrations.nni import SInGEPruner
-
 from small_nets import Residual, Trace, images, mlp, vectors
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:'saved_variables' is deprecated", "ignore:.*weight_norm.* is deprecated"
+)
 
 # --- no trace ----------------------------------------------------------------------------------------------------
 
@@ -193,6 +197,33 @@ def test_a_model_that_is_wrapped_or_pruned_already_is_refused() -> None:
         SInGEPruner(model, CONVS, batches=BATCHES)
     with pytest.raises(ConfigError, match="'conv1' is pruned already"):
         SInGEPruner.from_compressor(first, [{"op_names": ["conv1"], "sparse_ratio": 0.5}])
+
+
+class Passed(nn.Module):
+    """It uses the weights of ``fc`` and passes the layer by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(nn.functional.linear(self.first(x), self.fc.weight, self.fc.bias)))
+
+
+def test_layers_that_a_wrapper_cannot_mask_are_refused() -> None:
+    config = [{"op_names": ["first", "fc"], "sparse_ratio": 0.5}]
+    with pytest.raises(ConfigError, match=r"parameters Passed uses without calling them.*exclude_op_names=\['fc'\]"):
+        SInGEPruner(Passed(), config, batches=vectors())
+    kept = channel_masks(SInGEPruner(Passed(), [{**config[0], "op_names": ["first"]}], batches=vectors()).compress()[1])
+    assert int(kept["first"].sum()) == 4
+    model = mlp()
+    nn.utils.parametrizations.weight_norm(model[2])
+    by_type = [{"op_types": ["Linear"], "exclude_op_names": ["4"], "sparse_ratio": 0.5}]
+    assert set(SInGEPruner(model, by_type, batches=vectors(), criterion="l2").compress()[1]) == {"0"}
+    old = mlp()
+    nn.utils.weight_norm(old[2])
+    with pytest.raises(ConfigError, match=r"'weight' of '2' .Linear. is no plain parameter.*weight norm"):
+        SInGEPruner(old, by_type, batches=vectors())
 
 
 def test_an_evaluator_of_another_model_is_refused() -> None:

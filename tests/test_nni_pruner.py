@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
 
+import nni
 from nni.compression.distillation import Adaptive1dLayerwiseDistiller, DynamicLayerwiseDistiller
 from nni.compression.pruning import AGPPruner, LinearPruner, TaylorPruner
 from nni.compression.quantization import LsqQuantizer, QATQuantizer
+from nni.compression.utils import TorchEvaluator
+
+from singe_plugin.integrations.nni import SInGEPruner
+
 from nni_nets import (
     BATCHES,
     CONVS,
@@ -29,10 +34,8 @@ from nni_nets import (
     make_net,
     metrics_of,
     pruner_of,
+    training_step,
 )
-
-from singe_plugin.integrations.nni import SInGEPruner
-
 from small_nets import Grouped, Residual, assert_same_values, images, values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:'saved_variables' is deprecated")
@@ -53,6 +56,15 @@ def distiller_of(model: nn.Module, other: SInGEPruner | None = None) -> DynamicL
 
 def alone(model: nn.Module) -> Ran:
     pruner = pruner_of(model)
+    return pruner, pruner, pruner.compress()[1]
+
+
+def with_nnis_evaluator(model: nn.Module) -> Ran:
+    optimizer = nni.trace(torch.optim.Adam)(model.parameters(), lr=0.001)
+    evaluator = TorchEvaluator(
+        Loop(), optimizer, lambda batch, m: (training_step(batch, m), 0), dummy_input=example_of()
+    )
+    pruner = SInGEPruner(model, CONVS, evaluator, 2, nodes=2)
     return pruner, pruner, pruner.compress()[1]
 
 
@@ -102,8 +114,8 @@ def fused_under_agp(model: nn.Module) -> Ran:
 
 
 WAYS: list[Callable[[nn.Module], Ran]] = [
-    alone, under_agp, under_linear, from_distiller, distiller_from_ours, from_quantizer, quantizer_from_ours,
-    three_in_one, fused_under_agp,
+    alone, with_nnis_evaluator, under_agp, under_linear, from_distiller, distiller_from_ours, from_quantizer,
+    quantizer_from_ours, three_in_one, fused_under_agp,
 ]  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
 
 from nni.compression.pruning.tools import generate_sparsity
-from nni_nets import BATCHES, channel_masks, example_of, make_net, metrics_of
 
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner
 
+from nni_nets import BATCHES, channel_masks, example_of, make_net, metrics_of
 from small_nets import Grouped, images
 
 Masks = dict[str, dict[str, Tensor]]
@@ -302,6 +302,14 @@ def test_norms_of_timm_can_be_named_by_their_type() -> None:
     assert all(name.startswith("blocks.1.") for name in kept)
     assert all(int(mask.sum()) == len(mask) - len(mask) // 2 for mask in kept.values())
     assert torch.equal(kept["blocks.1.0.bn1"], kept["blocks.1.0.conv_pw"])
+
+
+def test_of_a_layer_of_timm_with_further_parameters_the_weight_is_ranked() -> None:
+    model = timm.create_model("test_nfnet", num_classes=3)
+    config = [{"op_types": ["ScaledStdConv2d"], "sparse_ratio": 0.5}]
+    masks = SInGEPruner(model, config, example_inputs=torch.zeros(1, 3, 32, 32), criterion="l2").compress()[1]
+    assert {tuple(targets) for targets in masks.values()} == {("weight", "bias")}
+    assert all(int(kept.sum()) == len(kept) // 2 for kept in channel_masks(masks).values())
 
 
 def test_layer_norms_and_layer_scales_go_with_the_channels_they_read() -> None:

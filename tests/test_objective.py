@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import UserDict
+from collections import UserDict, namedtuple
 from typing import Any
 
 import pytest
@@ -133,3 +133,8 @@ def test_materialise_reads_one_shot_iterators_once() -> None:
             materialise(wrong)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"one mapping; wrap a single batch in a list"):
         materialise({"x": 1, "y": 2})
+
+
+def test_a_named_tuple_stays_one() -> None:
+    pair = namedtuple("pair", "inputs targets")(torch.ones(1), torch.zeros(1))
+    assert to_device(pair, torch.device("cpu")).targets is not None

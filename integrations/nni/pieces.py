@@ -26,7 +26,7 @@ from singe_plugin.objective import tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
 
-__all__ = ["Key", "Piece", "Spaces", "build_pieces", "followers_of", "kernel_of", "metric_shape"]
+__all__ = ["Key", "Piece", "Spaces", "build_pieces", "called", "followers_of", "kernel_of", "metric_shape"]
 
 Key = tuple[str, str]  # the name of a module, and of its parameter
 Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
@@ -166,8 +166,9 @@ def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, n
         if not members:
             continue
         complete = not missing
+        names = [name for name, _ in members]
         yield Piece(
-            group.name,
+            group.name if group.name.split("#")[0] in names else names[0],
             units.size,
             members,
             (units if complete else UnitGroup(units.name, units.size, tuple(scored)),),
@@ -218,6 +219,11 @@ def _only_scales(graph: AxisGraph, group: UnitGroup, producer: Producer) -> bool
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def called(graph: AxisGraph, module: nn.Module) -> bool:
+    """Whether a module runs, or is not used at all; not if the model reads its parameters and passes it by."""
+    return module in graph.trace.inputs or module not in graph.trace.order
+
+
 def followers_of(
     model: nn.Module, graph: AxisGraph, chosen: Collection[str], coupled: bool
 ) -> dict[str, tuple[str, ...]]:
@@ -231,6 +237,7 @@ def followers_of(
         if not group.secondary and set(chosen) & set(group.writers):
             producers = group.unit_group().producers
             names += [graph.names[m] for p in producers for m in (p.slots[0].owner, p.norm) if m is not None]
+    names = [name for name in names if called(graph, modules[name])]
     own = {n: [a for a, p in modules[n]._parameters.items() if p is not None] for n in names if n not in chosen}
     return {name: tuple(attrs) for name, attrs in own.items() if attrs and _is_affine(modules[name])}
 

@@ -31,6 +31,7 @@ from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
 from .pieces import Piece, build_pieces, followers_of, metric_shape
 from .settings import (
+    check_called,
     check_config,
     check_entries,
     check_free,
@@ -200,6 +201,8 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         check_free(model, entries, existed)
         check_optimizers(model, evaluator)
         self.graph = self._grouped(model, evaluator, example_inputs, verify)
+        if self.graph is not None:
+            check_called(self.graph, entries)
         followers = self._follower_entries(model, entries, existed) if mask_norms else []
         with undone_on_error(model, existed.values()):
             super().__init__(model, [*entries, *followers], evaluator, existed_wrappers)

@@ -17,12 +17,14 @@ from nni.compression.utils.scaling import Scaling
 from schema import SchemaError
 from torch import nn
 
+from singe_plugin.axes import AxisGraph
 from singe_plugin.errors import ConfigError
 from singe_plugin.units import tied_parameters
 
-from .pieces import kernel_of
+from .pieces import called, kernel_of
 
 __all__ = [
+    "check_called",
     "check_config",
     "check_entries",
     "check_free",
@@ -46,8 +48,8 @@ def register_types(model: nn.Module) -> None:
         own = [attr for attr, value in module._parameters.items() if value is not None and value.ndim]
         if name in PruningSetting.registry or not own:
             continue
-        active = PruningSetting.default_setting["weight"]
-        setting = {attr: deepcopy(active) for attr in own}
+        ranked = ["weight"] if "weight" in own else own  # a gain beside the weight is ranked by nobody
+        setting = {attr: deepcopy(PruningSetting.default_setting["weight"]) for attr in ranked}
         if "weight" in own and "bias" in module._parameters:
             setting["bias"] = deepcopy(_ALIGNED)
         PruningSetting.register(name, setting)
@@ -141,6 +143,20 @@ def check_free(model: nn.Module, config_list: list[dict[str, Any]], existed: Map
                 )
 
 
+def check_called(graph: AxisGraph, config_list: list[dict[str, Any]]) -> None:
+    """Raise :class:`ConfigError` for a selected layer whose parameters the model reads without calling the layer.
+
+    NNI's wrapper takes the place of the layer's forward: its mask would have no effect, and the layer would not train.
+    """
+    for number, modules in enumerate(selected_modules(graph.model, config_list)):
+        passed = sorted(name for name, module in modules.items() if not called(graph, module))
+        if passed:
+            raise ConfigError(
+                f"config_list[{number}] selects layers whose parameters {type(graph.model).__name__} uses without "
+                f"calling them, so NNI's wrappers can neither mask nor train them; exclude_op_names={passed}"
+            )
+
+
 def check_optimizers(model: nn.Module, evaluator: Any) -> None:
     """Raise :class:`ConfigError` if a ``TorchEvaluator`` was made for another model: it would train nothing."""
     optimizers = getattr(evaluator, "_tmp_optimizers", None)
@@ -198,8 +214,13 @@ def _check_targets(number: int, config: dict[str, Any], name: str, module: nn.Mo
             f"config_list[{number}]: {kind} has no target {target!r}, only {', '.join(known)}{_near(target, known)}"
         ) from error
     for target in targets:
-        if not target.startswith(("_input_", "_output_")) and not hasattr(module, target):
-            raise ConfigError(f"config_list[{number}]: {name!r} ({kind}) has no parameter {target!r}")
+        if target.startswith(("_input_", "_output_")) or module._parameters.get(target) is not None:
+            continue
+        if getattr(module, target, "missing") is not None:  # an absent bias is None
+            raise ConfigError(
+                f"config_list[{number}]: {target!r} of {name!r} ({kind}) is no plain parameter; exclude the layer, or "
+                "remove its weight norm or parametrization first"
+            )
 
 
 def _check_ratios(number: int, setting: Mapping[str, Any], keep_at_least: int) -> None:
