@@ -136,6 +136,14 @@ def recurrent() -> nn.Module:
     )  # fmt: skip
 
 
+def latent() -> nn.Module:
+    """A parameter that is expanded to the batch: PyTorch's counter of MACs trips over it."""
+    return Net(
+        lambda m, x: m.fc(torch.relu(m.a(x) + m.q(m.latent.expand(len(x), -1)))),
+        a=nn.Linear(6, 8), q=nn.Linear(4, 8), latent=nn.Parameter(torch.randn(1, 4)), fc=nn.Linear(8, 5),
+    )  # fmt: skip
+
+
 def group_normed(groups: int = 1) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(groups, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
@@ -149,6 +157,7 @@ SWIN: dict[str, Any] = {
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "two branches": (two_branches, ((2, 3, 8, 8), (1, 3, 11, 9))),
     "lstm": (recurrent, ((2, 5, 6), (1, 9, 6))),
+    "latent": (latent, ((3, 6), (1, 6))),
     "attention": (attending, ((2, 5, 6), (3, 4, 6))),
     "resnet18": (
         lambda: timm.create_model("resnet18", channels=[8, 16, 24, 32], num_classes=5), ((2, 3, 32, 32), (1, 3, 48, 40))

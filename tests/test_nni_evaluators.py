@@ -1,4 +1,4 @@
-"""NNI's evaluators: errors that say what to write, the user's own loss, and whole runs with Lightning and Transformers."""
+"""NNI's evaluators: errors that say what to write, the user's loss, whole runs with Lightning and Transformers."""
 
 from __future__ import annotations
 

@@ -24,10 +24,12 @@ from singe_plugin.budget import count_macs, count_params
 from singe_plugin.errors import ConfigError, GroupError
 from singe_plugin.events import History, Removed
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
-from singe_plugin.state import train_mode_of
+from singe_plugin.state import preserved, train_mode_of
 
+from .holes import holes_of, masked_along, touched, with_units
 from .masks import checked_masks, fold_masks
-from .silence import Laboratory, Trials, change_of, few, holes_of, masked_along, touched, with_units
+from .silence import Laboratory, few
+from .trials import Trials, change_of
 
 __all__ = ["ShrinkResult", "shrink", "shrink_with_report"]
 
@@ -145,6 +147,7 @@ class _Shrinker:
         self.lab = Laboratory(self.graph, self.example)
         self.still: dict[str, str] = {}
         self.history = History()
+        self.made: list[Tensor] | None = self.lab.start  # what the model computes now, if that is known
 
     def run(self, builder: Builder | None) -> ShrinkResult:
         groups = list(self.graph.groups.values())
@@ -172,7 +175,7 @@ class _Shrinker:
             structure=describe_structure(self.model, self.before, []),
             still_masked=self.still,
             masks=left,
-            difference=change_of(start, self.lab.outputs()),
+            difference=change_of(start, self.lab.outputs() if self.made is None else self.made),
         )  # fmt: skip
         for line in result.summary().splitlines():
             _logger.info("%s", line)
@@ -182,10 +185,12 @@ class _Shrinker:
 
     def _metrics(self) -> Metrics:
         """Parameters, and MACs of one example (of all, if the model does not run on one)."""
-        try:
-            macs = count_macs(self.model, few(self.example, 1))
-        except Exception:
-            macs = count_macs(self.model, self.example)
+        with preserved(self.model):
+            self.model.requires_grad_(False)  # PyTorch's counter trips over views of parameters that want gradients
+            try:
+                macs = count_macs(self.model, few(self.example, 1))
+            except Exception:
+                macs = count_macs(self.model, self.example)
         return Metrics(count_params(self.model), macs)
 
     # -- what can go ------------------------------------------------------------------------------------------------
@@ -238,6 +243,10 @@ class _Shrinker:
             hint = " (a norm over channels sees the masked ones as zeros; allow_norms=True accepts that)"
             mixed = not self.allow_norms and _mixes(self.graph, group)
             self._say(group, f"{len(gone[group])} masked units: {reason}{hint if mixed else ''}")
+        done, made = trials.passed
+        if right:
+            known = not any(bool(units.any()) for units in zeroed.values())
+            self.made = made if known and done == {g: gone[g] for g in right} else None
         for group in right:
             remove_units(self.graph, group, gone[group], self.trackers)
             self.history.on_removed(Removed(group.name, tuple(gone[group]), group.size))
@@ -321,7 +330,8 @@ def _traced(model: nn.Module, dummy: Any) -> tuple[AxisGraph, Any]:
 
 def _mask_twin(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """A copy whose parameters are the masks: it is cut along, so that what is left of them fits the smaller model."""
-    twin = copy.deepcopy(model)
+    made = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
+    twin = copy.deepcopy(model, {id(v): v.detach() for v in made})  # what a forward pass left: it cannot be copied
     for parameter in twin.parameters():
         parameter.data = torch.ones_like(parameter)
     fold_masks(twin, masks)

@@ -67,8 +67,10 @@ class Snapshot:
         self.graph = graph
         trackers = trackers or Trackers()
         chosen = list(model.modules()) if modules is None else list(modules)
+        named = chosen if graph is not None and modules is not None else None
         for ema in trackers.ema_models():
-            chosen += list(ema.modules())
+            twins = ema.modules() if named is None else [ema.get_submodule(graph.names[m]) for m in named]
+            chosen = [*chosen, *twins]
         self.modules = [(m, _copy_table(m.__dict__)) for m in chosen]
         tensors: dict[int, Tensor] = {}
         for module in chosen:
