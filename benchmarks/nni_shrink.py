@@ -5,8 +5,8 @@
 
 Masks: half of the output channels of every convolution and linear layer but the classifier, by their l2 norm, coupled
 and with the norms masked along. The difference is the largest one to the masked model's outputs on noise, relative to
-their size; batch-norm statistics and affine parameters are random. Seconds are those of one core, for the shrinking step
-alone.
+their size; batch-norm statistics and affine parameters are random. Seconds are those of one core, for the shrinking
+step alone.
 """
 
 from __future__ import annotations

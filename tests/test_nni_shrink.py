@@ -177,6 +177,15 @@ def off_behind_a_norm() -> tuple[nn.Module, Masks]:
     return net, {"0": rows(net, "0", 1), "1": rows(net, "1", 1)}
 
 
+def off_behind_a_sum() -> tuple[nn.Module, Masks]:
+    net = Net(
+        lambda m, x: m.fc(torch.relu((lambda y: y - y.sum(1, keepdim=True))(m.a(x)))), a=nn.Linear(4, 6),
+        fc=nn.Linear(6, 3),
+    )  # fmt: skip
+    filled(net.a.bias, 5.0)
+    return net, {"a": rows(net, "a", 1)}
+
+
 def zero_head() -> tuple[nn.Module, Masks]:
     """Nobody reads the hidden units, but no mask says so."""
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -208,7 +217,7 @@ def constant_into_lstm() -> tuple[nn.Module, Masks]:
     return net, {"stem": rows(net, "stem", 2, targets=("weight",))}
 
 
-@pytest.mark.parametrize("make", [off, off_behind_a_norm, zero_head, zero_branch, constant_into_lstm])
+@pytest.mark.parametrize("make", [off, off_behind_a_norm, off_behind_a_sum, zero_head, zero_branch, constant_into_lstm])
 def test_what_is_silent_or_unread_by_luck_stays(make: Callable[[], tuple[nn.Module, Masks]]) -> None:
     model, masks = make()
     masked = masked_copy(model, masks)

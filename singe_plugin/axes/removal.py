@@ -67,9 +67,9 @@ class Snapshot:
         self.graph = graph
         trackers = trackers or Trackers()
         chosen = list(model.modules()) if modules is None else list(modules)
-        named = chosen if graph is not None and modules is not None else None
+        names = None if graph is None or modules is None else [graph.names[m] for m in chosen]
         for ema in trackers.ema_models():
-            twins = ema.modules() if named is None else [ema.get_submodule(graph.names[m]) for m in named]
+            twins = ema.modules() if names is None else [ema.get_submodule(n) for n in names]
             chosen = [*chosen, *twins]
         self.modules = [(m, _copy_table(m.__dict__)) for m in chosen]
         tensors: dict[int, Tensor] = {}
