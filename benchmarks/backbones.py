@@ -176,13 +176,14 @@ def table() -> None:
             counts["all"] += all(good.values())
     commits = ", ".join(sorted({found[job]["commit"] for job in order}))
     some = found[order[0]]
+    versions = " and ".join(sorted({found[job]["versions"] for job in order}))
     head = [
         f"Of {counts['families']} timm families (first row of each): {counts['right']} right, {counts['whole']} whole, "
         f"{counts['worth']} worth it, {counts['fast']} fast, {counts['all']} all four. {len(order)} models in all. "
         f"Not run: {', '.join(name for job in first.items() if job not in found for name in job[1:]) or 'none'} of the "
         f"smallest, {sum(job not in found for job in jobs())} of all {len(jobs())} that the sweep lists.",
         "",
-        f"`python benchmarks/backbones.py run`, {some['versions']}; {some['machine']}; commits {commits}; seed 0.",
+        f"`python benchmarks/backbones.py run`, {versions}; {some['machine']}; commits {commits}; seed 0.",
         "",
         "| family | model | M params | right | whole | share | removed | seconds | scored | left whole |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -318,3 +318,15 @@ def test_a_masked_depthwise_convolution_takes_the_layer_in_front_along() -> None
     assert result.history.removals() == {"conv2": [0]}  # the same channel of all four groups; 9 is in one group only
     assert model.dw.groups == model.dw.out_channels == 28
     assert difference(masked, model, (2, 2, 6, 6)) < 1e-6
+
+
+def test_a_model_that_insists_on_single_precision() -> None:
+    model = Net(lambda m, x: m.fc(m.norm(torch.relu(m.a(x.float())))), a=nn.Linear(4, 8), norm=nn.BatchNorm1d(8),
+                fc=nn.Linear(8, 3))  # fmt: skip
+    model = randomise(model)
+    masks, x = {"a": rows(model, "a", 1, 6), "norm": rows(model, "norm", 1, 6)}, torch.randn(64, 4)
+    masked = masked_copy(model, masks).float()
+    result = shrink_with_report(model, masks, x[:2])
+    assert result.history.removals() == {"a": [1, 6]}
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), masked(x), rtol=1e-5, atol=1e-6)
