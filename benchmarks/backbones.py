@@ -89,12 +89,14 @@ def one(source: str, name: str) -> dict[str, Any]:
     if source == "torchvision":
         import torchvision
 
-        row = check(name, lambda: torchvision.models.get_model(name, weights=None), None, (3, 224, 224))
+        row = check(
+            name, lambda: torchvision.models.get_model(name, weights=None), None, (3, 224, 224), scoring_seconds=30
+        )
     else:
         import timm
 
         size = timm.create_model(name).default_cfg["input_size"]
-        row = check(name, lambda: timm.create_model(name), Builder.timm(name), size)
+        row = check(name, lambda: timm.create_model(name), Builder.timm(name), size, scoring_seconds=30)
     return row.as_dict()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -194,6 +195,7 @@ def check(
     builder: Builder | None,
     size: tuple[int, int, int],
     quick: bool = False,
+    scoring_seconds: float = math.inf,
 ) -> Row:
     """Run every check on one model.
 
@@ -203,6 +205,7 @@ def check(
         builder: for saving; None skips that.
         size: channels, height and width of the default input.
         quick: leave out the independent masked reference.
+        scoring_seconds: how long groups are scored.
     """
     torch.manual_seed(0)
     model = make().eval()
@@ -231,7 +234,7 @@ def check(
         change = permutation(graph, x, double=True)
     if not change < 1e-4:
         row.right.append(f"permuting all units changes the output by {change:.2g}")
-    finite, count = scores(graph, small, size[0])
+    finite, count = scores(graph, small, size[0], scoring_seconds)
     row.scored = f"{finite}/{count}" + (f" of {row.groups}" if count < row.groups else "")
     if finite < count:
         row.whole.append(f"{count - finite} groups have no finite score")
@@ -283,7 +286,7 @@ def wholeness(model: nn.Module, pair: Tensor, shapes: list[Any], had: set[str], 
     return found
 
 
-def scores(graph: AxisGraph, size: int, channels: int, seconds: float = 30.0) -> tuple[int, int]:
+def scores(graph: AxisGraph, size: int, channels: int, seconds: float) -> tuple[int, int]:
     """How many groups get finite scores of ``ig`` with two nodes on random data, and how many were tried in time."""
 
     def objective(made: Any, targets: Any) -> Tensor:

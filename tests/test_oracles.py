@@ -147,7 +147,7 @@ def test_right_one_by_one_but_not_together() -> None:
         def test(self, groups: Any) -> str | None:
             return "too many" if len(groups) > 1 else None
 
-    right, wrong = oracles._sorted_out(Bench().test, list(graph.groups.values()))
+    right, wrong = oracles.sorted_out(Bench().test, list(graph.groups.values()))
     assert [g.name for g in right] == ["conv"]
     assert [(g.name, reason) for g, reason in wrong] == [("last", "too many")]
 
