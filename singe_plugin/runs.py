@@ -78,7 +78,8 @@ def run_prune(
     Raises:
         ArtifactError: if the folder holds an unfinished run and ``resume`` is false.
     """
-    from singe_plugin.integrations.prune import check_out_dir, prune, resolve_device
+    from singe_plugin.integrations.prune import prune
+    from singe_plugin.integrations.staging import check_out_dir, resolve_device
 
     output = Path(output)
     check_out_dir(output)
@@ -123,7 +124,7 @@ def run_inspect(
     **options: Any,
 ) -> tuple[Inspection, dict[str, Any]]:
     """``singe inspect``: the groups of a model and what pruning it would cost."""
-    from singe_plugin.integrations.prune import resolve_device
+    from singe_plugin.integrations.staging import resolve_device
 
     named = create_model(**model_options)
     config = data_config(named.model, img_size)
