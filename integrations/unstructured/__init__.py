@@ -5,6 +5,7 @@ from __future__ import annotations
 from singe_plugin.masks import fold_masks, hold_masks, masks_of
 
 from .patterns import Pattern
+from .prune import prune_weights
 from .pruner import LayerSparsity, SparseOutcome, UnstructuredPruner
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "fold_masks",
     "hold_masks",
     "masks_of",
+    "prune_weights",
 ]

@@ -17,12 +17,13 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History, LayerDone, RunEnded
 from singe_plugin.finetune import FineTune
 from singe_plugin.masks import fold_masks, masks_of
-from singe_plugin.objective import materialise, tensors_in
+from singe_plugin.objective import materialise
 from singe_plugin.rounds import check_rounds, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device, train_mode_of
 
 from ..checks import check_model, check_parts
+from ..staging import examples_in
 from .allocation import Allocation, Scope, layer_ratios
 from .arguments import check_amount, scoring_options
 from .host import WeightHost
@@ -244,8 +245,7 @@ class UnstructuredPruner:
         checkpoint: Callable[[Progress], None] | None,
     ) -> None:
         """In the order that was asked for."""
-        started = progress.next_layer > 0 or progress.end_done > 0
-        removed = progress.plan if self.order == "rounds" or not started else {}
+        removed = progress.plan if self.order == "rounds" else {}
         allocation = Allocation(host, self.sparsity, self.scope, self.pattern, self.max_sparsity, removed)
         scorer = partial(self.score_layer, host)
         if self.order == "rounds":
@@ -254,7 +254,7 @@ class UnstructuredPruner:
                 choose=allocation.choose,
             )  # fmt: skip
         else:
-            if not started:
+            if not progress.plan:
                 specs = host.layers() if allocation.needs_scores else []
                 progress.plan = allocation.plan({s.name: score(scorer, s.name, s.units)[0] for s in specs})
             pauses = algorithm_1(
@@ -275,19 +275,14 @@ class UnstructuredPruner:
         self._host = None
         return masks
 
-    def sparsities(self) -> list[LayerSparsity]:
-        """The pruned layers as they are now, in forward order."""
-        host = self.host()
+    def _outcome(self, host: WeightHost, progress: Progress, history: History) -> SparseOutcome:
         rows = []
         for name in host.by_name:
             size, left = host.size(name), host.left(name)
             macs = None if host.macs is None else host.macs.get(name, 0)
             rows.append(LayerSparsity(name, size, left, macs, None if macs is None else round(macs * left / size)))
-        return rows
-
-    def _outcome(self, host: WeightHost, progress: Progress, history: History) -> SparseOutcome:
         return SparseOutcome(
-            self.model, self.sparsities(), count_params(self.model), host.nonzero(),
+            self.model, rows, count_params(self.model), host.nonzero(),
             None if host.macs is None else host.macs[""], host.effective_macs(), dict(progress.plan),
             masks_of(self.model), history, dict(self.left_whole),
         )  # fmt: skip
@@ -296,7 +291,7 @@ class UnstructuredPruner:
         """Dense multiply-adds of one example, per module."""
         if self.example_inputs is None:
             return None
-        examples = max((len(t) if t.ndim else 1 for t in tensors_in(self.example_inputs)), default=1)
+        examples = examples_in(self.example_inputs)
         return {k: v // examples for k, v in count_macs_by_module(self.model, self.example_inputs).items()}
 
     def _trackers(self) -> Trackers:
