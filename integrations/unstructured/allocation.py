@@ -82,7 +82,7 @@ class Allocation:
 
     Raises:
         ConfigError: if the pattern needs more than ``sparsity`` or ``max_sparsity`` allow.
-        BudgetError: if ``max_sparsity`` leaves too little to remove.
+        BudgetError: if ``max_sparsity`` leaves too little to mask.
     """
 
     def __init__(
@@ -114,15 +114,15 @@ class Allocation:
     ) -> dict[str, int] | int:
         """How many weights are masked in the end, per layer or in all."""
         if scope == "global":
-            total = sum(needed.values()) if sparsity is None else round(sparsity * sum(self.sizes.values()))
+            weights = sum(self.sizes.values())
+            total = sum(needed.values()) if sparsity is None else round(sparsity * weights)
             most = sum(max(self.sizes[n] - self.floors[n], masked[n]) for n in self.sizes)
-            if total > most:
+            if total - most > len(self.sizes):  # less is the last weight of each layer
                 raise BudgetError(
-                    f"sparsity={sparsity:g} cannot be reached: max_sparsity and the last weight of each layer leave "
-                    f"{most} of {sum(self.sizes.values())} weights to mask; choose at most "
-                    f"{math.floor(1e4 * most / sum(self.sizes.values())) / 1e4:g}, or raise max_sparsity"
+                    f"sparsity={sparsity:g} cannot be reached: max_sparsity leaves {most} of {weights} weights to "
+                    f"mask; choose at most {math.floor(1e4 * most / weights) / 1e4:g}, or raise max_sparsity"
                 )
-            return max(total, sum(needed.values()))
+            return max(min(total, most), sum(needed.values()))
         if isinstance(scope, str):
             ratios = dict.fromkeys(self.sizes, sparsity)
         else:
