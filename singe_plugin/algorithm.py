@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -49,7 +50,7 @@ __all__ = [
 
 Scorer = Callable[[str], Tensor]
 Choice = Callable[[str, Tensor, int], Tensor]
-"""``(layer, scores, count) -> positions``: which units go."""
+"""``(layer, scores, count) -> positions``: which units go, in ascending order."""
 
 
 class Host(Protocol):
@@ -126,12 +127,12 @@ class Progress:
         """How many units there were."""
         return self.left(layer) + sum(len(units) for name, units in self.removals if name == layer)
 
-    def remove(self, layer: str, chosen: list[int]) -> tuple[int, ...]:
+    def remove(self, layer: str, chosen: Sequence[int]) -> tuple[int, ...]:
         """Write a removal down; the original numbers of the units."""
         alive, gone = self.alive[layer], set(chosen)
         names = tuple(alive[i] for i in chosen)
         self.alive[layer] = [unit for i, unit in enumerate(alive) if i not in gone]
-        self.removals.append((layer, chosen))
+        self.removals.append((layer, list(chosen)))
         return names
 
 
@@ -153,19 +154,26 @@ class CountedProgress(Progress):
     def original(self, layer: str) -> int:
         return self.originals[layer]
 
-    def remove(self, layer: str, chosen: list[int]) -> tuple[int, ...]:
+    def remove(self, layer: str, chosen: Sequence[int]) -> tuple[int, ...]:
         self.counts[layer] -= len(chosen)
         return ()
 
 
 def lowest(layer: str, scores: Tensor, count: int) -> Tensor:
-    """The positions of the ``count`` lowest scores; of equal ones, the first.
+    """The positions of the ``count`` lowest scores, in ascending order; of equal ones, the first.
 
     Example:
-        >>> lowest("conv", torch.tensor([3.0, 1.0, 2.0]), 2)
-        tensor([1, 2])
+        >>> lowest("conv", torch.tensor([2.0, 3.0, 1.0]), 2)
+        tensor([0, 2])
     """
-    return scores.argsort(stable=True)[:count]
+    if count <= 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if count >= len(scores):
+        return torch.arange(len(scores))
+    cut = scores.kthvalue(count).values  # a layer may have millions of units: no sorting
+    chosen, ties = scores < cut, (scores == cut).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.nonzero().flatten()
 
 
 def units_per_removal(units_per_step: int | float | str, units: int) -> int:
@@ -325,7 +333,7 @@ def final_phase(
 
 def remove(host: Host, progress: Progress, layer: str, chosen: Tensor, callback: Callback) -> None:
     """Remove the units at some positions, write it down and tell."""
-    positions = chosen.sort().values.tolist()
+    positions = array("q", chosen.to(torch.int64).numpy().tobytes())
     host.remove(layer, positions)
     names = progress.remove(layer, positions)
     callback.on_removed(Removed(layer, names, progress.left(layer), len(positions)))

@@ -82,12 +82,14 @@ def rounds_of(
         layers = list(host.layers())
         scored = {layer.name: score(scorer, layer.name, layer.units) for layer in layers}
         scores = {name: values for name, (values, _) in scored.items()}
+        share = covered(course, number + 1, rounds)
+        counts = {name: count for name, count in allocate(scores, share).items() if count > 0}
         if number == 0 and not progress.end_done:
-            expected = allocate(scores, 1.0)  # what one round would do; later scores may spread it otherwise
+            # what one round would do; later scores may spread it otherwise
+            expected = dict(counts) if rounds == 1 else allocate(scores, 1.0)
             callback.on_run_start(RunStarted(expected, schedule.steps if schedule else 0))
         for name, (values, seconds) in scored.items():
             callback.on_layer_scored(LayerScored(name, values, seconds))
-        counts = {n: c for n, c in allocate(scores, covered(course, number + 1, rounds)).items() if c > 0}
         for name, count in counts.items():
             remove(host, progress, name, choose(name, scores[name], count), callback)
             progress.plan[name] = progress.plan.get(name, 0) + count

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singe_plugin import Callback, UnstructuredPruner
+from singe_plugin.algorithm import lowest
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.unstructured.allocation import layer_ratios, lowest_counts
 from singe_plugin.integrations.unstructured.layers import WeightLayer
@@ -162,14 +163,12 @@ def test_torch_takes_it_as_semi_structured() -> None:
 # --- allocation -------------------------------------------------------------------------------------------------
 
 
-@given(
-    pools=st.lists(st.lists(st.integers(0, 5), max_size=12), min_size=1, max_size=4), share=st.floats(0, 1),
-)  # fmt: skip
+@given(pools=st.lists(st.lists(st.integers(0, 5), max_size=12), min_size=1, max_size=4), share=st.floats(0, 1))
 @settings(deadline=None)
 def test_the_lowest_of_all_are_counted_exactly(pools: list[list[int]], share: float) -> None:
     sizes = [len(pool) for pool in pools]
     count = round(share * sum(sizes))
-    counts = lowest_counts([torch.tensor(sorted(pool), dtype=torch.float32) for pool in pools], count)
+    counts = lowest_counts([torch.tensor(pool, dtype=torch.float32) for pool in pools], count)
     assert sum(counts) == count
     assert all(0 <= c <= size for c, size in zip(counts, sizes, strict=True))
     if count:
@@ -178,6 +177,27 @@ def test_the_lowest_of_all_are_counted_exactly(pools: list[list[int]], share: fl
         taken = [c - sum(v < cut for v in pool) for c, pool in zip(counts, pools, strict=True)]
         for tie, took in zip(ties, taken, strict=True):  # equal scores go in proportion
             assert abs(took - sum(taken) * tie / sum(ties)) < 1
+
+
+@given(pools=st.lists(st.lists(st.floats(0, 1), unique=True, max_size=9), min_size=1, max_size=4), data=st.data())
+@settings(deadline=None)
+def test_a_cap_leaves_the_highest_of_a_pool_out(pools: list[list[float]], data: Any) -> None:
+    caps = [data.draw(st.integers(0, len(pool))) for pool in pools]
+    count = data.draw(st.integers(0, sum(caps)))
+    ranked = sorted((v, i) for i, (pool, cap) in enumerate(zip(pools, caps, strict=True)) for v in sorted(pool)[:cap])
+    expected = [sum(i == number for _, i in ranked[:count]) for number in range(len(pools))]
+    tensors = [torch.tensor(pool, dtype=torch.float64) for pool in pools]
+    got = lowest_counts(tensors, count, caps)
+    assert sum(got) == count
+    if len({v for v, _ in ranked}) == len(ranked):
+        assert got == expected
+
+
+@given(values=st.lists(st.integers(0, 4), max_size=12), count=st.integers(0, 12))
+@settings(deadline=None)
+def test_the_lowest_are_the_first_of_a_stable_sort(values: list[int], count: int) -> None:
+    order = sorted(range(len(values)), key=lambda i: (values[i], i))
+    assert lowest("layer", torch.tensor(values, dtype=torch.float32), count).tolist() == sorted(order[:count])
 
 
 def test_ratios_of_the_innermost_name_hold() -> None:

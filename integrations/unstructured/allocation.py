@@ -44,22 +44,41 @@ def layer_ratios(names: Sequence[str], ratios: Mapping[str, float]) -> dict[str,
     return found
 
 
-def lowest_counts(pools: Sequence[Tensor], count: int) -> list[int]:
+def lowest_counts(pools: Sequence[Tensor], count: int, caps: Sequence[int] | None = None) -> list[int]:
     """How many of each pool are among the ``count`` lowest of all; equal scores are taken from all in proportion.
 
     Args:
-        pools: ascending scores, ``[n]`` each.
+        pools: scores, ``[n]`` each.
         count: at most as many as there are.
+        caps: the most that each pool gives; its highest scores are not counted then.
 
     Example:
-        >>> lowest_counts([torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0, 5.0])], 3)
-        [1, 2]
+        >>> pools = [torch.tensor([4.0, 1.0]), torch.tensor([2.0, 5.0, 3.0])]
+        >>> lowest_counts(pools, 3), lowest_counts(pools, 3, caps=[2, 1])
+        ([1, 2], [2, 1])
     """
+    most = [len(pool) for pool in pools] if caps is None else list(caps)
+    counts = [0] * len(pools)
+    free = list(range(len(pools)))
+    while free:
+        found = _lowest([pools[i] for i in free], min(count - sum(counts), sum(len(pools[i]) for i in free)))
+        full = [i for i, n in zip(free, found, strict=True) if n > most[i]]
+        if not full:
+            for i, n in zip(free, found, strict=True):
+                counts[i] = n
+            break
+        for i in full:  # it is full in the end, too: what it does not give raises the cut for the others
+            counts[i] = most[i]
+            free.remove(i)
+    return counts
+
+
+def _lowest(pools: Sequence[Tensor], count: int) -> list[int]:
     if count <= 0:
         return [0] * len(pools)
     cut = torch.cat(list(pools)).kthvalue(count).values
-    below = [int(torch.searchsorted(pool, cut)) for pool in pools]
-    ties = [int(torch.searchsorted(pool, cut, right=True)) - b for pool, b in zip(pools, below, strict=True)]
+    below = [int((pool < cut).sum()) for pool in pools]
+    ties = [int((pool == cut).sum()) for pool in pools]
     rest, total = count - sum(below), sum(ties)
     shares = [rest * tie // total for tie in ties]
     by_remainder = sorted(range(len(pools)), key=lambda i: (-(rest * ties[i] % total), i))
@@ -154,28 +173,27 @@ class Allocation:
         """The lowest scores, those first that the pattern has no place for."""
         if self.pattern is None:
             return lowest(layer, scores, count)
-        stays = ~self.host.surplus(layer, scores, self.pattern)
-        order = scores.argsort(stable=True)
-        return order[stays[order].byte().argsort(stable=True)][:count]
+        surplus = self.host.surplus(layer, scores, self.pattern)
+        first, rest = surplus.nonzero().flatten(), (~surplus).nonzero().flatten()
+        if count <= len(first):
+            return first[lowest(layer, scores[first], count)]
+        return torch.cat([first, rest[lowest(layer, scores[rest], count - len(first))]]).sort().values
 
     def _over_all(self, scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
         """The lowest of all layers: first of what the pattern has no place for, then of the rest."""
-        first, rest = [], []
-        for name, values in scores.items():
-            if self.pattern is None:
-                surplus = torch.zeros(len(values), dtype=torch.bool)
-            else:
-                surplus = self.host.surplus(name, values, self.pattern)
-            first.append(values[surplus].sort().values)
-            others = values[~surplus].sort().values
-            rest.append(others[: max(len(others) - self.floors[name], 0)])
-        forced = sum(map(len, first))
-        if count <= forced:
-            counts = lowest_counts(first, count)
-        else:
-            more = lowest_counts(rest, min(count - forced, sum(map(len, rest))))
-            counts = [len(f) + m for f, m in zip(first, more, strict=True)]
-        return dict(zip(scores, counts, strict=True))
+        pools = list(scores.values())
+        caps = [max(len(values) - self.floors[name], 0) for name, values in scores.items()]
+        if self.pattern is None:
+            return dict(zip(scores, lowest_counts(pools, count, caps), strict=True))
+        surplus = [self.host.surplus(name, values, self.pattern) for name, values in scores.items()]
+        first = [values[extra] for values, extra in zip(pools, surplus, strict=True)]
+        forced = [len(values) for values in first]
+        if count <= sum(forced):
+            return dict(zip(scores, lowest_counts(first, count), strict=True))
+        rest = [values[~extra] for values, extra in zip(pools, surplus, strict=True)]
+        caps = [max(cap - n, 0) for cap, n in zip(caps, forced, strict=True)]
+        more = lowest_counts(rest, count - sum(forced), caps)
+        return {name: f + m for name, f, m in zip(scores, forced, more, strict=True)}
 
     def _masked(self) -> dict[str, int]:
         return {name: size - self.host.left(name) for name, size in self.sizes.items()}

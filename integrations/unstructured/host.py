@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ class WeightHost:
         emas: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.macs = model, macs
+        self._counts: dict[str, tuple[int, int]] = {}  # the version of a mask, and how many it keeps
         self.by_name = {layer.name: layer for layer in layers}
         self.masks = {layer.name: hold_mask(layer.module) for layer in layers}
         self.twins = {layer.name: [ema.get_submodule(layer.name) for ema in emas] for layer in layers}
@@ -60,7 +62,7 @@ class WeightHost:
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
         places = self.places(layer)
-        chosen = torch.tensor(units, dtype=torch.int64, device=places.device)
+        chosen = torch.from_numpy(np.array(units, dtype=np.int64)).to(places.device)
         if len(chosen) and (int(chosen.min()) < 0 or int(chosen.max()) >= len(places)):
             wrong = int(chosen.max()) if int(chosen.max()) >= len(places) else int(chosen.min())
             raise RemovalError(f"layer {layer!r} has {len(places)} weights left, but number {wrong} was to be removed")
@@ -84,7 +86,10 @@ class WeightHost:
 
     def left(self, layer: str) -> int:
         """The weights of a layer that are not masked."""
-        return int(self.masks[layer].mask.sum())
+        mask = self.masks[layer].mask
+        if layer not in self._counts or self._counts[layer][0] != mask._version:
+            self._counts[layer] = (mask._version, int(mask.sum()))
+        return self._counts[layer][1]
 
     def places(self, layer: str) -> Tensor:
         """Where in the flat weight the units are, ``[N]``."""
