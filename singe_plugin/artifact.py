@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import History
 from singe_plugin.folding import replace_folded
-from singe_plugin.masks import masks_of, plain_tensors
+from singe_plugin.masks import masks_of, plain_tensors, plain_types
 from singe_plugin.result import LayerRow, Metrics, Result
 
 __all__ = ["Builder", "Structure", "load", "named_tensors", "save", "write_atomically"]
@@ -136,13 +136,13 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _signature(model: nn.Module) -> dict[str, Any]:
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+    return {name: tuple(tensor.shape) for name, tensor in plain_tensors(model)}
 
 
 def _modules(model: nn.Module) -> dict[str, Any]:
-    """The type and the plain attributes of every module."""
+    """The type and the plain attributes of every module, masks apart."""
     plain = Structure.of(model).modules
-    return {name: (type(module).__qualname__, plain[name]) for name, module in model.named_modules()}
+    return {name: (kind.__qualname__, plain[name]) for name, kind in plain_types(model)}
 
 
 _NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")

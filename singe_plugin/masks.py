@@ -24,6 +24,7 @@ __all__ = [
     "mask_module",
     "masks_of",
     "plain_tensors",
+    "plain_types",
     "weight_of",
     "weight_slot",
 ]
@@ -197,6 +198,15 @@ def fold_masks(model: nn.Module) -> dict[str, Tensor]:
         module._parameters.clear()
         module._parameters.update({name: table.pop(name) for name in held.order if name in table} | table)
     return masks
+
+
+def plain_types(model: nn.Module) -> Iterator[tuple[str, type]]:
+    """Every module's name and the type that it has once the masks are folded."""
+    masked = [module for module in model.modules() if mask_module(module) is not None]
+    inside = {id(part) for module in masked for part in cast(nn.Module, module.parametrizations).modules()}
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            yield name, parametrize.type_before_parametrizations(module) if module in masked else type(module)
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -456,6 +456,8 @@ def test_bad_data_and_models() -> None:
         UnstructuredPruner(nn.DataParallel(net), BATCHES)
     with pytest.raises(ConfigError, match="Sequential has no convolution or linear layer"):
         UnstructuredPruner(nn.Sequential(nn.BatchNorm2d(2)), BATCHES)
+    with pytest.raises(ConfigError, match=r"finetune.ema \(Linear\) has no layer 'conv1'"):
+        UnstructuredPruner(net, BATCHES, finetune=FineTune(BATCHES, 2, ema=nn.Linear(1, 1))).run()
     nan = [(torch.full((2, 2, 6, 6), math.nan), torch.tensor([0, 1]))]
     with pytest.raises(SingeError, match="'conv1': F is not finite on batch 0"):
         UnstructuredPruner(net, nan, sparsity=0.5).run()

@@ -205,3 +205,20 @@ def test_a_model_that_is_one_layer() -> None:
     hold_masks(other := nn.Linear(4, 4), outcome.masks)
     assert int(other.weight.count_nonzero()) == 8
     assert mask_module(mlp()) is None
+
+
+def test_pruning_goes_on_from_what_was_saved(tmp_path: Path) -> None:
+    """Saved, loaded, held and pruned further: the architecture is still recognised, and masks only grow."""
+    first = prune_weights(Chain(), BATCHES, sparsity=0.5, **FAST)
+    loaded = load(save(first, tmp_path / "first"))
+    hold_masks(loaded.model, loaded.weight_masks)
+    BUILDER.check(loaded.model)
+    second = prune_weights(loaded.model, BATCHES, sparsity=0.8, **FAST)
+    assert second.before.nonzero == first.after.nonzero
+    assert second.before.effective_macs == first.after.effective_macs
+    for name, mask in second.weight_masks.items():
+        assert not bool((mask & ~first.weight_masks[name]).any())
+    again = load(save(second, tmp_path / "second"))
+    assert_same_values(again.model, second.model)
+    with pytest.raises(ArtifactError, match="does not build this model"):
+        Builder.factory("small_nets:Grouped").check(loaded.model)

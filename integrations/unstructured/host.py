@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.budget import CostModel, LayerSpec, TensorCost
-from singe_plugin.errors import RemovalError
+from singe_plugin.errors import ConfigError, RemovalError
 from singe_plugin.masks import hold_mask, mask_module
 from singe_plugin.units import UnitGroup
 
@@ -44,7 +44,7 @@ class WeightHost:
         self._counts: dict[str, tuple[int, int]] = {}  # the version of a mask, and how many it keeps
         self.by_name = {layer.name: layer for layer in layers}
         self.masks = {layer.name: hold_mask(layer.module) for layer in layers}
-        self.twins = {layer.name: [ema.get_submodule(layer.name) for ema in emas] for layer in layers}
+        self.twins = {layer.name: [_twin(ema, layer.name) for ema in emas] for layer in layers}
         for name, twins in self.twins.items():
             for twin in twins:
                 hold_mask(twin, self.masks[name].mask)
@@ -105,7 +105,8 @@ class WeightHost:
         """Multiply-adds of one example with a weight that is not masked; None if the dense ones are not known.
 
         Every weight of a layer takes part in as many of them as any other (padding is counted as an input). What is
-        not in a pruned layer counts in full.
+        not in a pruned layer counts in full, and so does a layer whose weight another module multiplies with (the
+        ``out_proj`` of ``nn.MultiheadAttention``).
         """
         if self.macs is None:
             return None
@@ -118,3 +119,14 @@ class WeightHost:
         wide = torch.full((mask.numel(),), -torch.inf, dtype=scores.dtype).index_copy(0, places, scores.cpu())
         kept = pattern.protected(wide.view(mask.shape), self.by_name[layer])
         return ~kept.flatten()[places]
+
+
+def _twin(ema: nn.Module, name: str) -> nn.Module:
+    """The same layer of an averaged copy."""
+    try:
+        return ema.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigError(
+            f"finetune.ema ({type(ema).__name__}) has no layer {name!r} to mask along with the model's; give a copy of "
+            "the model, or a wrapper with one in .module"
+        ) from error

@@ -23,6 +23,7 @@ from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, tied_para
 __all__ = ["WeightLayer", "find_layers"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+_NAMED = (*_LAYERS, parametrize.ParametrizationList)  # what is left of these is left under the layer's name
 _REMEDY = "or put the layer in ignored_layers"
 
 
@@ -247,7 +248,7 @@ def _others(model: nn.Module, pruned: set[int]) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         for attr, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim < 2 or id(parameter) in pruned or isinstance(module, _LAYERS):
+            if parameter is None or parameter.ndim < 2 or id(parameter) in pruned or isinstance(module, _NAMED):
                 continue
             found[f"{name}.{attr}".lstrip(".")] = (
                 f"a parameter of {type(module).__name__}, no convolution or linear layer"
