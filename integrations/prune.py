@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,15 @@ import torch
 from torch import nn
 
 from singe_plugin.algorithm import Progress
-from singe_plugin.artifact import Builder, Structure, describe_structure
-from singe_plugin.axes import Snapshot
-from singe_plugin.budget import count_macs, count_params, measure_latency
-from singe_plugin.checkpoint import (
-    CHECKPOINT,
-    read_checkpoint,
-    restore_progress,
-    restore_run,
-    seed_everything,
-    write_checkpoint,
-)
-from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
-from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.artifact import Builder, describe_structure
+from singe_plugin.checkpoint import CHECKPOINT, read_checkpoint, restore_progress, restore_run, write_checkpoint
 from singe_plugin.events import Callback, History, LogCallback, ProgressBar
-from singe_plugin.finetune import FineTune, loader_generators
+from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
-from singe_plugin.state import RngState, model_device
 
+from .staging import Stage, described, fingerprint_of, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 
@@ -123,76 +111,35 @@ def prune(
         >>> result.before.params, result.after.params
         (114, 58)
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if resume and out_dir is None:
-        raise ConfigError("resume=True needs out_dir, the folder of the run to continue")
-    for name, value in (
-        ("scoring_batch_size", scoring_batch_size),
-        ("scoring_batch_count", scoring_batch_count),
-        ("batch_size", batch_size),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} is not a count; give a whole number >= 1")
-    for name, value in (("seed", seed), ("workers", workers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"{name}={value!r} is not a count; give a whole number >= 0")
-    options = {k: v for k, v in locals().items() if k in _RECORDED}
-    options = {k: v if isinstance(v, (bool, int, float, str, type(None))) else _text(v) for k, v in options.items()}
-    home, where = model_device(model), resolve_device(device)
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise ConfigError("the model is on the meta device and has no values; load its weights first")
-    if out_dir is not None:
-        check_out_dir(out_dir)
-    if builder is not None:
-        builder.check(model)
-    rng = RngState.capture()
-    generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
-    try:
-        seed_everything(seed)
-        model.to(where)
-        loader = as_loader(data, batch_size, workers, True, seed)
-        batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
-        example = example_from(batches[0], where) if example_inputs is None else example_inputs
-        builder = builder if builder is not None else Builder.infer(model)
-        undo = Structure.of(model)
-        pairs: list[tuple[str, str]] = []
-        rollback = Snapshot(model, values=True)
-        try:
-            if fold:
-                pairs = list(fold_batchnorm(model, example).folded)
-            if importance is None:
-                importance = SInGEImportance(
-                    criterion, p, mu, steps, quadrature, path, objective, group_reduction, None, nodes,
-                    amp=amp, channels_last=channels_last,
-                )  # fmt: skip
-            if isinstance(importance, SInGEImportance) and importance.model is None:
-                importance.bind(model, batches)
-            if finetune is None:
-                tune_amp = "auto" if amp is None else amp
-                finetune = FineTune(
-                    loader, finetune_steps, finetune_every, lr=lr, amp=tune_amp, channels_last=channels_last
-                )
-            if isinstance(finetune, FineTune):
-                options |= {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
-            extra_callbacks = [*callbacks, *([ProgressBar()] if progress else []), LogCallback()]
-            pruner = SInGEPruner(
-                model, example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
-                finetune=finetune, callbacks=extra_callbacks, batches=batches, verify=verify,
-                round_to=round_to, max_pruning_ratio=max_pruning_ratio, ignored_layers=list(ignored_layers),
+    options = described(locals(), _RECORDED)
+    with staged(
+        model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,
+        scoring_batch_size=scoring_batch_size, scoring_batch_count=scoring_batch_count, batch_size=batch_size,
+        workers=workers, builder=builder, out_dir=out_dir, resume=resume,
+    ) as stage:  # fmt: skip
+        pairs = list(fold_batchnorm(model, stage.example).folded) if fold else []
+        if importance is None:
+            importance = SInGEImportance(
+                criterion, p, mu, steps, quadrature, path, objective, group_reduction, None, nodes,
+                amp=amp, channels_last=channels_last,
             )  # fmt: skip
-            return _run(
-                pruner, undo, pairs, val_data, batch_size, workers, latency, example,
-                None if out_dir is None else Path(out_dir) / CHECKPOINT, resume, options, builder,
-            )  # fmt: skip
-        except BaseException:
-            rollback.restore()
-            raise
-    finally:
-        model.to(home)
-        rng.restore()
-        for generator, state in generators:
-            generator.set_state(state)
+        if isinstance(importance, SInGEImportance) and importance.model is None:
+            importance.bind(model, stage.batches)
+        if finetune is None:
+            tune_amp = "auto" if amp is None else amp
+            finetune = FineTune(
+                stage.loader, finetune_steps, finetune_every, lr=lr, amp=tune_amp, channels_last=channels_last
+            )
+        if isinstance(finetune, FineTune):
+            options |= {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
+        extra_callbacks = [*callbacks, *([ProgressBar()] if progress else []), LogCallback()]
+        pruner = SInGEPruner(
+            model, stage.example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
+            finetune=finetune, callbacks=extra_callbacks, batches=stage.batches, verify=verify,
+            round_to=round_to, max_pruning_ratio=max_pruning_ratio, ignored_layers=list(ignored_layers),
+        )  # fmt: skip
+        checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
+        return _run(pruner, stage, pairs, latency, checkpoint, resume, options)
 
 
 _RECORDED = frozenset(
@@ -226,57 +173,23 @@ _RECORDED = frozenset(
 )
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on; None is CUDA when there is one.
-
-    Raises:
-        ConfigError: if there is no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is not a device: {error}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={str(device)!r} was asked for, but CUDA is not available; use device='cpu'")
-    if chosen.type == "meta":
-        raise ConfigError("device='meta' keeps no values; use device='cpu'")
-    try:
-        torch.empty(0, device=chosen)
-    except Exception as error:
-        raise ConfigError(f"device={str(device)!r} cannot be used: {error}; use device='cpu'") from error
-    return chosen
-
-
-def _text(value: Any) -> str:
-    """A description that is the same in every process: without the addresses of objects."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
 def _run(
     pruner: SInGEPruner,
-    structure: Structure,
+    stage: Stage,
     folded: list[tuple[str, str]],
-    val_data: Any,
-    batch_size: int,
-    workers: int,
     latency: bool,
-    example: Any,
     checkpoint: Path | None,
     resume: bool,
     options: dict[str, Any],
-    builder: Builder | None,
 ) -> Result:
     model, finetune = pruner.model, pruner.finetune
     assert finetune is not None
     units_before = {spec.name: (spec.block, spec.units) for spec in pruner.host().layers()}
     history, progress = History(), None
-    validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
     fingerprint = {
         **options,
-        "model": _fingerprint(model),
-        "importance": _text(pruner.importance),
+        "model": fingerprint_of(model),
+        "importance": text_of(pruner.importance),
         "layers": list(units_before),
         "finetune": [finetune.steps, finetune.every],
     }
@@ -291,57 +204,18 @@ def _run(
             host.remove(layer, units)
         restore_run(record, tensors, model, finetune)
     else:
-        before = _measure(model, example, validation, latency)
+        before = measure(model, stage, latency)
 
     def write(state: Progress) -> None:
         assert checkpoint is not None
         write_checkpoint(checkpoint, model, state, finetune, history, fingerprint, {"before": vars(before)})
 
     outcome = pruner.run(progress, write if checkpoint is not None else None, history)
-    after = _measure(model, example, validation, latency)
+    after = measure(model, stage, latency)
     rows = [
         LayerRow(name, block, units, units - outcome.plan.get(name, 0)) for name, (block, units) in units_before.items()
     ]
     return Result(
-        model, before, after, rows, outcome.left_whole, history, options, package_versions(_PACKAGES), builder,
-        describe_structure(model, structure, folded),
+        model, before, after, rows, outcome.left_whole, history, options, package_versions(_PACKAGES), stage.builder,
+        describe_structure(model, stage.structure, folded),
     )  # fmt: skip
-
-
-def _measure(model: nn.Module, example: Any, validation: Iterable[Any] | None, latency: bool) -> Metrics:
-    examples = _leading(example)
-    return Metrics(
-        count_params(model),
-        count_macs(model, example) // max(examples, 1),
-        None if validation is None else evaluate(model, validation),
-        measure_latency(model, example) if latency else None,
-    )
-
-
-def _leading(example: Any) -> int:
-    """The number of examples in the example inputs."""
-    if isinstance(example, torch.Tensor):
-        return len(example) if example.ndim else 1
-    values = list(example.values()) if isinstance(example, dict) else list(example)
-    return _leading(values[0]) if values else 1
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Names, shapes and a checksum of the values: whether two runs start from the same model."""
-    total = sum(float(t.detach().double().sum()) for t in model.parameters())
-    shapes = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__}:{len(list(model.parameters()))}:{shapes}:{total:.10g}"
-
-
-def check_out_dir(out_dir: str | Path) -> Path:
-    """A folder that can be written to, made if need be.
-
-    Raises:
-        ArtifactError: if it is a file, or cannot be made.
-    """
-    path = Path(out_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be used as an output folder: {error}") from error
-    return path

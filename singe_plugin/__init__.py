@@ -19,6 +19,8 @@ from singe_plugin.scoring import ScoringOptions, score_error, score_units
 if TYPE_CHECKING:
     from singe_plugin.artifact import Builder, load, save
     from singe_plugin.integrations.prune import Result, prune
+    from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
+    from singe_plugin.masks import hold_masks
 
 __version__ = "0.1.0"
 
@@ -30,9 +32,12 @@ __all__ = [
     "Result",
     "ScoringOptions",
     "SingeError",
+    "UnstructuredPruner",
     "fold_batchnorm",
+    "hold_masks",
     "load",
     "prune",
+    "prune_weights",
     "save",
     "score_error",
     "score_units",
@@ -41,8 +46,11 @@ __all__ = [
 _LAZY = {
     "Builder": "singe_plugin.artifact",
     "Result": "singe_plugin.integrations.prune",
+    "UnstructuredPruner": "singe_plugin.integrations.unstructured",
+    "hold_masks": "singe_plugin.masks",
     "load": "singe_plugin.artifact",
     "prune": "singe_plugin.integrations.prune",
+    "prune_weights": "singe_plugin.integrations.unstructured",
     "save": "singe_plugin.artifact",
 }
 

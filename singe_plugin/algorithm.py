@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,9 +30,27 @@ from singe_plugin.events import Callback, LayerDone, LayerScored, Removed, RunEn
 from singe_plugin.finetune import FineTune
 from singe_plugin.units import UnitGroup
 
-__all__ = ["Host", "Pause", "Progress", "Schedule", "Scorer", "algorithm_1", "prune_layers", "units_per_removal"]
+__all__ = [
+    "Choice",
+    "CountedProgress",
+    "Host",
+    "Pause",
+    "Progress",
+    "Schedule",
+    "Scorer",
+    "algorithm_1",
+    "final_phase",
+    "lowest",
+    "prune_layers",
+    "remove",
+    "score",
+    "tune",
+    "units_per_removal",
+]
 
 Scorer = Callable[[str], Tensor]
+Choice = Callable[[str, Tensor, int], Tensor]
+"""``(layer, scores, count) -> positions``: which units go, in ascending order."""
 
 
 class Host(Protocol):
@@ -95,6 +114,67 @@ class Progress:
     end_done: int = 0
     finished: bool = False
 
+    def begin(self, layers: Sequence[LayerSpec]) -> None:
+        """Take over what the host has now, if nothing is known of it yet."""
+        if not self.alive:
+            self.alive = {layer.name: list(range(layer.units)) for layer in layers}
+
+    def left(self, layer: str) -> int:
+        """How many units remain."""
+        return len(self.alive[layer])
+
+    def original(self, layer: str) -> int:
+        """How many units there were."""
+        return self.left(layer) + sum(len(units) for name, units in self.removals if name == layer)
+
+    def remove(self, layer: str, chosen: Sequence[int]) -> tuple[int, ...]:
+        """Write a removal down; the original numbers of the units."""
+        alive, gone = self.alive[layer], set(chosen)
+        names = tuple(alive[i] for i in chosen)
+        self.alive[layer] = [unit for i, unit in enumerate(alive) if i not in gone]
+        self.removals.append((layer, list(chosen)))
+        return names
+
+
+@dataclass
+class CountedProgress(Progress):
+    """The progress of a host with millions of units, whose masks say which are gone: only their number is kept."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    originals: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, layers: Sequence[LayerSpec]) -> None:
+        self.counts = {layer.name: layer.units for layer in layers}
+        done = [layer.name for layer in layers if self.plan.get(layer.name, 0) > 0][: self.next_layer]
+        self.originals = {n: count + (self.plan[n] if n in done else 0) for n, count in self.counts.items()}
+
+    def left(self, layer: str) -> int:
+        return self.counts[layer]
+
+    def original(self, layer: str) -> int:
+        return self.originals[layer]
+
+    def remove(self, layer: str, chosen: Sequence[int]) -> tuple[int, ...]:
+        self.counts[layer] -= len(chosen)
+        return ()
+
+
+def lowest(layer: str, scores: Tensor, count: int) -> Tensor:
+    """The positions of the ``count`` lowest scores, in ascending order; of equal ones, the first.
+
+    Example:
+        >>> lowest("conv", torch.tensor([2.0, 3.0, 1.0]), 2)
+        tensor([0, 2])
+    """
+    if count <= 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if count >= len(scores):
+        return torch.arange(len(scores))
+    cut = scores.kthvalue(count).values  # a layer may have millions of units: no sorting
+    chosen, ties = scores < cut, (scores == cut).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.nonzero().flatten()
+
 
 def units_per_removal(units_per_step: int | float | str, units: int) -> int:
     """How many units go between two scorings of a layer that has ``units``.
@@ -132,6 +212,7 @@ def prune_layers(
     callback: Callback | None = None,
     checkpoint: Callable[[Progress], None] | None = None,
     checkpoint_steps: int = 200,
+    choose: Choice = lowest,
 ) -> Progress:
     """Run Algorithm 1 from where ``progress`` stands to the end, fine-tuning where it pauses.
 
@@ -144,16 +225,24 @@ def prune_layers(
         callback: sees every event.
         checkpoint: called after every layer, and every ``checkpoint_steps`` steps of the final phase.
         checkpoint_steps: see there.
+        choose: which units go, given their scores; the lowest.
 
     Raises:
         ScoringError: if the scorer's answer does not fit the layer.
     """
     callback = callback or Callback()
-    pauses = algorithm_1(host, scorer, progress, units_per_step, finetune, callback, checkpoint, checkpoint_steps)
+    pauses = algorithm_1(
+        host, scorer, progress, units_per_step, finetune, callback, checkpoint, checkpoint_steps, choose
+    )
+    tune(host, pauses, finetune, callback)
+    return progress
+
+
+def tune(host: Host, pauses: Iterator[Pause], finetune: FineTune | None, callback: Callback) -> None:
+    """Let an algorithm run to its end, and fine-tune wherever it pauses."""
     for pause in pauses:
         assert finetune is not None
         finetune.run(host.model, pause.steps, callback, pause.phase)
-    return progress
 
 
 def algorithm_1(
@@ -165,6 +254,7 @@ def algorithm_1(
     callback: Callback | None = None,
     checkpoint: Callable[[Progress], None] | None = None,
     checkpoint_steps: int = 200,
+    choose: Choice = lowest,
 ) -> Iterator[Pause]:
     """Algorithm 1 for somebody else's training loop: it goes on whenever the next pause is asked for.
 
@@ -177,12 +267,8 @@ def algorithm_1(
     started = time.perf_counter()
     layers = list(host.layers())
     todo = [layer for layer in layers if progress.plan.get(layer.name, 0) > 0]
-    if not progress.alive:
-        progress.alive = {layer.name: list(range(layer.units)) for layer in layers}
-    original = {name: len(alive) for name, alive in progress.alive.items()}
-    for layer_name, units in progress.removals:
-        original[layer_name] += len(units)
-    chunks = {layer.name: units_per_removal(units_per_step, original[layer.name]) for layer in layers}
+    progress.begin(layers)
+    chunks = {layer.name: units_per_removal(units_per_step, progress.original(layer.name)) for layer in layers}
     phases = _phases(todo, progress.plan, chunks, schedule)
     if not progress.removals and not progress.next_layer and not progress.end_done:
         callback.on_run_start(RunStarted(dict(progress.plan), schedule.steps if schedule else 0))
@@ -191,16 +277,10 @@ def algorithm_1(
         first_phase = phases.first[index]
         removed = 0
         while removed < progress.plan[layer.name]:
-            scores = _score(scorer, layer.name, len(progress.alive[layer.name]), callback)
+            scores, seconds = score(scorer, layer.name, progress.left(layer.name))
+            callback.on_layer_scored(LayerScored(layer.name, scores, seconds))
             count = min(chunks[layer.name], progress.plan[layer.name] - removed)
-            chosen = scores.argsort(stable=True)[:count].sort().values.tolist()
-            host.remove(layer.name, chosen)
-            alive = progress.alive[layer.name]
-            names = tuple(alive[i] for i in chosen)
-            gone = set(chosen)
-            progress.alive[layer.name] = [unit for i, unit in enumerate(alive) if i not in gone]
-            progress.removals.append((layer.name, chosen))
-            callback.on_removed(Removed(layer.name, names, len(progress.alive[layer.name])))
+            remove(host, progress, layer.name, choose(layer.name, scores, count), callback)
             if schedule is not None and schedule.every == "removal":
                 phase = first_phase + math.ceil(removed / chunks[layer.name])
                 yield Pause(schedule.share(phase, phases.total))
@@ -211,13 +291,7 @@ def algorithm_1(
         progress.next_layer = index + 1
         if checkpoint is not None:
             checkpoint(progress)
-    if schedule is not None and schedule.every == "end":
-        while progress.end_done < schedule.steps:
-            steps = min(checkpoint_steps, schedule.steps - progress.end_done)
-            yield Pause(steps, (progress.end_done, schedule.steps))
-            progress.end_done += steps
-            if checkpoint is not None:
-                checkpoint(progress)
+    yield from final_phase(schedule, progress, checkpoint, checkpoint_steps)
     callback.on_run_end(RunEnded(count_params(host.model), time.perf_counter() - started))
     progress.finished = True
     if checkpoint is not None:
@@ -240,7 +314,37 @@ def _phases(
     return _Phases([sum(counts[:i]) for i in range(len(counts))], max(sum(counts), 1))
 
 
-def _score(scorer: Scorer, layer: str, units: int, callback: Callback) -> Tensor:
+def final_phase(
+    schedule: Schedule | None,
+    progress: Progress,
+    checkpoint: Callable[[Progress], None] | None,
+    checkpoint_steps: int,
+) -> Iterator[Pause]:
+    """The fine-tuning after all removals, in pieces between which the state is written."""
+    if schedule is None or schedule.every != "end":
+        return
+    while progress.end_done < schedule.steps:
+        steps = min(checkpoint_steps, schedule.steps - progress.end_done)
+        yield Pause(steps, (progress.end_done, schedule.steps))
+        progress.end_done += steps
+        if checkpoint is not None:
+            checkpoint(progress)
+
+
+def remove(host: Host, progress: Progress, layer: str, chosen: Tensor, callback: Callback) -> None:
+    """Remove the units at some positions, write it down and tell."""
+    positions = array("q", chosen.to(torch.int64).numpy().tobytes())
+    host.remove(layer, positions)
+    names = progress.remove(layer, positions)
+    callback.on_removed(Removed(layer, names, progress.left(layer), len(positions)))
+
+
+def score(scorer: Scorer, layer: str, units: int) -> tuple[Tensor, float]:
+    """The scores of a layer on the CPU, and the seconds that they took.
+
+    Raises:
+        ScoringError: if they do not fit the layer.
+    """
     start = time.perf_counter()
     scores = scorer(layer)
     if not isinstance(scores, Tensor) or scores.ndim != 1 or len(scores) != units:
@@ -249,5 +353,4 @@ def _score(scorer: Scorer, layer: str, units: int, callback: Callback) -> Tensor
     scores = scores.detach().float().cpu()
     if bool(torch.isnan(scores).any()):
         raise ScoringError(f"layer {layer!r}: the importance returned NaN; nothing can be ranked by it")
-    callback.on_layer_scored(LayerScored(layer, scores, time.perf_counter() - start))
-    return scores
+    return scores, time.perf_counter() - start

@@ -3,7 +3,8 @@
 A directory holds ``model.safetensors`` (every parameter and buffer) and ``singe.json``: how to build the unpruned
 architecture, what removals changed in each module, every removal, options, versions, metrics. Loading builds the
 architecture, gives each tensor its pruned shape and each module its pruned attributes, and needs neither the data
-nor torch-pruning.
+nor torch-pruning. Where single weights were pruned, ``masks.safetensors`` has their masks, and the weights are saved
+with the zeros in them.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import History
 from singe_plugin.folding import replace_folded
+from singe_plugin.masks import masks_of, plain_tensors, plain_types
 from singe_plugin.result import LayerRow, Metrics, Result
 
 __all__ = ["Builder", "Structure", "load", "named_tensors", "save", "write_atomically"]
 
 FORMAT = 1
-_TENSORS, _RECORD = "model.safetensors", "singe.json"
+_TENSORS, _RECORD, _MASKS = "model.safetensors", "singe.json", "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,13 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _signature(model: nn.Module) -> dict[str, Any]:
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+    return {name: tuple(tensor.shape) for name, tensor in plain_tensors(model)}
 
 
 def _modules(model: nn.Module) -> dict[str, Any]:
-    """The type and the plain attributes of every module."""
+    """The type and the plain attributes of every module, masks apart."""
     plain = Structure.of(model).modules
-    return {name: (type(module).__qualname__, plain[name]) for name, module in model.named_modules()}
+    return {name: (kind.__qualname__, plain[name]) for name, kind in plain_types(model)}
 
 
 _NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")
@@ -214,14 +216,14 @@ def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[s
     """What :func:`load` needs to turn the unpruned architecture into ``model``."""
     channels_last = [
         name
-        for name, t in named_tensors(model)
+        for name, t in plain_tensors(model)
         if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
     ]
     return {
         "attributes": before.changes_to(model),
         "folded": [list(pair) for pair in folded],
         "channels_last": channels_last,
-        "frozen": [n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
+        "frozen": [n for n, t in plain_tensors(model) if isinstance(t, nn.Parameter) and not t.requires_grad],
     }
 
 
@@ -263,7 +265,9 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
             "Builder.timm(name, ...) with its options"
         )
     directory = Path(directory)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(result.model)}
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in plain_tensors(result.model)}
+    masks = {name: t.cpu().contiguous() for name, t in (masks_of(result.model) or result.weight_masks).items()}
+    _check_masks(masks, tensors)
     record = {
         "format": FORMAT,
         "builder": asdict(builder),
@@ -276,21 +280,35 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
         "options": result.options,
         "versions": result.versions,
         "history": result.history.rows,
+        "masks": list(masks),
     }
     try:
         text = json.dumps(record, indent=1)
     except TypeError as error:
         raise ArtifactError(f"the result holds something that is not plain JSON: {error}") from error
     if given is not None:  # find out now that it cannot be loaded, while the model is still there
-        _try_out(given, json.loads(text), tensors)
+        _try_out(given, json.loads(text), tensors, masks)
     write_atomically(directory / _TENSORS, lambda p: save_file(tensors, p))
+    if masks:
+        write_atomically(directory / _MASKS, lambda p: save_file(masks, p))
+    else:
+        (directory / _MASKS).unlink(missing_ok=True)  # of an earlier result
     write_atomically(directory / _RECORD, lambda p: _write_text(p, text))
     return directory
 
 
-def _try_out(builder: Builder, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _check_masks(masks: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        if name not in tensors or tensors[name].shape != mask.shape or bool(tensors[name][~mask].any()):
+            raise ArtifactError(
+                f"the mask of {name!r} does not fit its weights: what is masked is not zero; hold the masks while "
+                "training (hold_masks), or leave them out (result.weight_masks = {})"
+            )
+
+
+def _try_out(builder: Builder, record: dict[str, Any], tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
     try:
-        _rebuild(record, tensors, None)
+        _rebuild(record, tensors, masks, None)
     except (ArtifactError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"builder {builder.kind}:{builder.name} {builder.options} does not build the unpruned model: {error}; give "
@@ -305,6 +323,9 @@ def _write_text(path: Path, text: str) -> None:
 def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) -> Result:
     """Rebuild a saved result; the model is on the CPU, in eval mode, and computes bit for bit what it did.
 
+    Single weights that were pruned are zeros in it; ``hold_masks(result.model, result.weight_masks)`` holds them while
+    training goes on.
+
     Args:
         directory: where :func:`save` wrote it.
         factory: builds the unpruned architecture, in the place of the recorded builder.
@@ -313,9 +334,9 @@ def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) 
         ArtifactError: if files are missing or damaged, or the architecture has changed since.
     """
     directory = Path(directory)
-    record, tensors = _read(directory)
+    record, tensors, masks = _read(directory)
     try:
-        return _rebuild(record, tensors, factory)
+        return _rebuild(record, tensors, masks, factory)
     except ArtifactError as error:
         raise ArtifactError(f"{directory}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -325,7 +346,12 @@ def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) 
         ) from error
 
 
-def _rebuild(record: dict[str, Any], tensors: dict[str, Tensor], factory: Callable[[], nn.Module] | None) -> Result:
+def _rebuild(
+    record: dict[str, Any],
+    tensors: dict[str, Tensor],
+    masks: dict[str, Tensor],
+    factory: Callable[[], nn.Module] | None,
+) -> Result:
     builder = Builder(**record["builder"])
     model = factory() if factory is not None else builder.build()
     structure = record["structure"]
@@ -338,6 +364,7 @@ def _rebuild(record: dict[str, Any], tensors: dict[str, Tensor], factory: Callab
             raise ArtifactError(f"the architecture has no module {name!r}; it has changed since it was saved")
         for key, value in attributes.items():
             modules[name].__dict__[key] = _decode(value)
+    _check_masks(masks, tensors)
     model.eval()
     return Result(
         model=model,
@@ -350,10 +377,11 @@ def _rebuild(record: dict[str, Any], tensors: dict[str, Tensor], factory: Callab
         versions=record["versions"],
         builder=builder,
         structure=structure,
+        weight_masks=masks,
     )
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     for name in (_RECORD, _TENSORS):
         if not (directory / name).is_file():
             raise ArtifactError(f"{directory / name} does not exist; is {directory} a folder that save() wrote?")
@@ -364,10 +392,20 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
         raise ArtifactError(f"{directory / _RECORD} has format {found}, this version reads format {FORMAT}")
+    tensors = _read_tensors(directory / _TENSORS)
+    names = record.get("masks", [])
+    masks = _read_tensors(directory / _MASKS) if names else {}
+    missing = [name for name in names if name not in masks]
+    if missing:
+        raise ArtifactError(f"{directory / _MASKS} lacks the mask of {missing[0]!r}; it belongs to another result")
+    return record, tensors, {name: masks[name].bool() for name in names}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return record, load_file(directory / _TENSORS)
+        return load_file(path)
     except Exception as error:
-        raise ArtifactError(f"{directory / _TENSORS} is damaged: {type(error).__name__}: {error}") from error
+        raise ArtifactError(f"{path} is damaged or missing: {type(error).__name__}: {error}") from error
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str], frozen: set[str]) -> None:

@@ -102,11 +102,11 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
     return record, tensors
 
 
-def restore_progress(record: Mapping[str, Any]) -> Progress:
+def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress) -> Progress:
     """The progress that a checkpoint describes."""
     saved = record["progress"]
     removals = [(layer, list(units)) for layer, units in saved["removals"]]
-    return Progress(saved["plan"], saved["next_layer"], removals, saved["alive"], saved["end_done"], saved["finished"])
+    return kind(saved["plan"], saved["next_layer"], removals, saved["alive"], saved["end_done"], saved["finished"])
 
 
 def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, finetune: FineTune | None) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from singe_plugin import __version__
 from singe_plugin.algorithm import units_per_removal
@@ -25,6 +26,7 @@ from singe_plugin.models import parse_pairs
 from singe_plugin.objective import OBJECTIVES
 from singe_plugin.path import QUADRATURES
 from singe_plugin.reduction import REDUCTIONS
+from singe_plugin.rounds import COURSES
 from singe_plugin.scoring import PATHS, ScoringOptions
 
 __all__ = ["main"]
@@ -45,15 +47,19 @@ def _units_per_step(ctx: Any, param: Any, value: str) -> Any:
     return number
 
 
-def _ratios(ctx: Any, param: Any, value: str) -> Any:
-    """A way to spread the target, or ``name=ratio,name=ratio``; anything else is a usage error."""
-    if value in RATIOS:
-        return value
-    try:
-        return {name.strip(): float(ratio) for name, ratio in (part.rsplit("=", 1) for part in value.split(","))}
-    except ValueError as error:
-        known = ", ".join(RATIOS)
-        raise click.BadParameter(f"{value!r} is neither one of {known} nor NAME=RATIO,NAME=RATIO") from error
+def _one_of_or_ratios(known: Sequence[str]) -> Callable[[Any, Any, str], Any]:
+    """One of some names, or ``name=ratio,name=ratio``; anything else is a usage error."""
+
+    def read(ctx: Any, param: Any, value: str) -> Any:
+        if value in known:
+            return value
+        try:
+            return {name.strip(): float(ratio) for name, ratio in (part.rsplit("=", 1) for part in value.split(","))}
+        except ValueError as error:
+            text = f"{value!r} is neither one of {', '.join(known)} nor NAME=RATIO,NAME=RATIO"
+            raise click.BadParameter(text) from error
+
+    return read
 
 
 class Singe(click.Group):
@@ -110,7 +116,7 @@ _pruning = _stacked(
         "--ratios",
         default="block",
         show_default=True,
-        callback=_ratios,
+        callback=_one_of_or_ratios(RATIOS),
         metavar="|".join([*RATIOS, "NAME=RATIO,..."]),
         help="How it is spread over layers.",
     ),
@@ -136,6 +142,26 @@ _pruning = _stacked(
     click.option("--finetune-steps", default=1000, show_default=True, type=click.IntRange(0), help="In all."),
     click.option("--no-verify", is_flag=True, help="Trust torch-pruning's groups unchecked."),
 )
+_SCOPES, _ORDERS = ("global", "layer"), ("rounds", "layers")
+_weights = _stacked(
+    click.option("--sparsity", type=float, help="Fraction of the weights to mask; 0.9, or what the pattern needs."),
+    click.option(
+        "--scope",
+        default="global",
+        show_default=True,
+        callback=_one_of_or_ratios(_SCOPES),
+        metavar="|".join([*_SCOPES, "NAME=RATIO,..."]),
+        help="Weights ranked over all layers, the same sparsity for each, or its own.",
+    ),
+    click.option("--pattern", metavar="N:M", help="At most N of every M consecutive weights stay, e.g. 2:4."),
+    click.option("--order", default="rounds", show_default=True, type=click.Choice(_ORDERS), help="What goes first."),
+    click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help="1 is one-shot."),
+    click.option("--schedule", default="cubic", show_default=True, type=click.Choice(list(COURSES))),
+    click.option("--max-sparsity", default=1.0, show_default=True, type=float, help="Of one layer."),
+    click.option("--ignore", "ignored_layers", multiple=True, metavar="NAME", help="Layer to leave dense; repeatable."),
+)
+_OF_WEIGHTS = ("sparsity", "scope", "pattern", "order", "rounds", "schedule", "max_sparsity", "ignored_layers")
+_OF_UNITS = ("target", "ratios", "round_to", "max_pruning_ratio", "group_reduction", "no_verify")
 _output = _stacked(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
@@ -190,10 +216,26 @@ def demo(output: str, seed: int, quick: bool, as_json: bool, quiet: bool) -> Non
     _finish(found.as_dict(), text, as_json, quiet)
 
 
+def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a granularity has; a usage error if one of the other's was given."""
+    context = click.get_current_context()
+    mine, others = (_OF_UNITS, _OF_WEIGHTS) if granularity == "unit" else (_OF_WEIGHTS, _OF_UNITS)
+    given = [name for name in others if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        flag = next(p.opts[0] for p in context.command.params if p.name == given[0])
+        instead = ", ".join(p.opts[0] for p in context.command.params if p.name in mine)
+        raise click.UsageError(f"{flag} is not for --granularity {granularity}, which has {instead}")
+    if granularity == "weight" and context.get_parameter_source("mu") is not ParameterSource.COMMANDLINE:
+        options["mu"] = 0.8  # the paper's, for single weights
+    return {name: value for name, value in options.items() if name not in others}
+
+
 @main.command()
 @_model
 @_data
+@click.option("--granularity", default="unit", show_default=True, type=click.Choice(["unit", "weight"]))
 @_pruning
+@_weights
 @click.option("--finetune-every", default="layer", show_default=True, type=click.Choice(SCHEDULES))
 @click.option("--lr", default=0.01, show_default=True, type=float, help="Of the fine-tuning.")
 @click.option("--scoring-batch-size", default=64, show_default=True, type=click.IntRange(1))
@@ -203,19 +245,26 @@ def demo(output: str, seed: int, quick: bool, as_json: bool, quiet: bool) -> Non
 @click.option("--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results.")
 @click.option("--resume", is_flag=True, help="Continue the unfinished run in --output.")
 @_output
-def prune(output: str, resume: bool, no_curves: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Prune a timm model and fine-tune it on the way; save it with a report."""
+def prune(
+    output: str, resume: bool, no_curves: bool, granularity: str, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Prune a timm model and fine-tune it on the way; save it with a report.
+
+    Units (channels, heads) are removed; with --granularity weight, single weights are masked.
+    """
     from singe_plugin.runs import run_prune
 
+    options = _for(granularity, options)
     with _stdout_for_json(as_json):
         model = _model_options(options)
         data = {key: options.pop(key) for key in ("dataset", "data_dir", "img_size")}
         data.update(download=options.pop("dataset_download"), seed=options["seed"], augment=not options.pop("no_aug"))
         dtype = {"bfloat16": "bf16", "float16": "fp16"}[options.pop("amp_dtype")]
         options["amp"] = dtype if options["amp"] else None
-        options["verify"] = not options.pop("no_verify")
-        say = _teller(as_json, quiet)
-        result, values = run_prune(model, data, options, output, resume, not no_curves, not quiet, say)
+        if granularity == "unit":
+            options["verify"] = not options.pop("no_verify")
+        say, curves = _teller(as_json, quiet), not no_curves
+        result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity)
     files = "\n".join(f"  {path}" for path in values["files"])
     _finish(values, f"{result.summary()}\nfiles:\n{files}", as_json, quiet)
 

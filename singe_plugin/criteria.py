@@ -187,7 +187,8 @@ class Criterion:
             ``"gradient"`` is not (the sum of gradient norms).
         degree: a fixed norm degree (``l1``, ``l2``), or None to use the user's ``p``.
         combine: ``(weight_norms, gradient_norms, inner_products, node_weights) -> scores``; the first
-            three are ``[K, N]``.
+            three are ``[K, N]``. A criterion with a path is a sum over the nodes: its terms can be taken one by one.
+        inner: whether it reads the inner products (they are zeros if not).
     """
 
     name: str
@@ -196,6 +197,7 @@ class Criterion:
     measure: Measure
     degree: float | None
     combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    inner: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -208,7 +210,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("norm_grad", True, False, "product", None, lambda w, g, d, q: norm_times_gradient(w[0], g[0])),
         Criterion("sg", True, True, "gradient", None, lambda w, g, d, q: summed_gradient_norms(g, q)),
         Criterion("ig", True, True, "product", None, lambda w, g, d, q: integrated_norm_gradient(w, g, q)),
-        Criterion("ig_abs", True, True, "product", None, lambda w, g, d, q: integrated_inner_product(d, q)),
+        Criterion("ig_abs", True, True, "product", None, lambda w, g, d, q: integrated_inner_product(d, q), True),
     )
 }
 

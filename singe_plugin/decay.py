@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,22 @@ from singe_plugin.errors import GroupError, ScoringError
 from singe_plugin.folding import norm_scale_shift
 from singe_plugin.units import Producer, RowLayout, UnitGroup
 
-__all__ = ["LayerStats", "Row", "decaying", "join", "measure_weights", "root", "row_power", "to_units", "weight_norms"]
+__all__ = [
+    "LayerStats",
+    "Measured",
+    "Row",
+    "decaying",
+    "inner_products",
+    "join",
+    "root",
+    "row_power",
+    "to_units",
+    "unit_norms",
+    "weight_norms",
+]
+
+Measured: TypeAlias = list[tuple[Tensor, Tensor]]
+"""At one node of the path, per producer: gradient norms and inner products, ``[N]`` each."""
 
 
 @dataclass
@@ -30,20 +46,43 @@ class LayerStats:
 
 @dataclass
 class Row:
-    """A parameter that decays: the folded tensor it starts from, and the unit of each of its rows."""
+    """A parameter that decays: the folded tensor it starts from, and where its rows are.
+
+    Attributes:
+        owner, attr, layout: see :class:`~singe_plugin.units.Slot`.
+        base: the tensor at the start of the path.
+        source: the producer it belongs to.
+        producer: the number of that producer.
+        element_of: where every unit is *one number* of this tensor and nothing else, the place of that number in the
+            flat tensor, ``[N]`` (a slice if they are in order): norms are absolute values then, and nothing has to be
+            added up. None for all other rows.
+    """
 
     owner: nn.Module
     attr: str
     layout: RowLayout
     base: Tensor
-    unit_of: Tensor
+    source: Producer
     producer: int
+    element_of: Tensor | slice | None = None
+
+    @cached_property
+    def unit_of(self) -> Tensor:
+        """``[rows]`` int64: the unit of each row, -1 for rows that belong to none."""
+        return self.source.unit_of_row().to(self.base.device)
 
     def scaled(self, scale: float, unit: Tensor | None = None) -> Tensor:
         """The tensor with its units' rows (or those of one unit) multiplied by ``scale``."""
+        factor = torch.full((), scale, dtype=self.base.dtype, device=self.base.device)
+        if unit is None and isinstance(self.element_of, slice):
+            return self.base * factor  # all of it
         chosen = self.unit_of >= 0 if unit is None else self.unit_of == unit
-        factors = torch.where(chosen, torch.full((), scale, dtype=self.base.dtype, device=self.base.device), 1.0)
+        factors = torch.where(chosen, factor, 1.0)
         return self.base * self.layout.spread(factors.to(self.base.dtype), self.base)
+
+    def elements(self, tensor: Tensor) -> Tensor:
+        """Of a tensor shaped like ``base``, the number that belongs to each unit ``[N]``, in float64."""
+        return tensor.detach().reshape(-1)[self.element_of].double()
 
 
 @contextmanager
@@ -58,17 +97,31 @@ def decaying(model: nn.Module, group: UnitGroup) -> Iterator[list[Row]]:
                 f"group {group.name!r}: {producer.name!r} has no parameter that could decay "
                 f"({', '.join(slot.attr for slot in producer.slots)} are None); leave it out of the producers"
             )
-        for owner, attr, layout, base in _folded(producer):
-            parameter = nn.Parameter(base.clone(memory_format=torch.preserve_format))
-            unit_of = producer.unit_of_row().to(base.device)
-            if len(unit_of) != layout.count(base):
+        folded = list(_folded(producer))
+        for owner, attr, layout, base in folded:
+            place = _elements(producer, layout, base, group.size) if len(folded) == 1 else None
+            row = Row(owner, attr, layout, base, producer, number, place)
+            if place is None and len(row.unit_of) != layout.count(base):
                 raise ScoringError(
                     f"group {group.name!r}: {producer.name}.{attr} has {layout.count(base)} rows, "
-                    f"expected {len(unit_of)}"
+                    f"expected {len(row.unit_of)}"
                 )
-            owner._parameters[attr] = parameter
-            rows.append(Row(owner, attr, layout, base, unit_of, number))
+            owner._parameters[attr] = nn.Parameter(base.clone(memory_format=torch.preserve_format))
+            rows.append(row)
     yield rows
+
+
+def _elements(producer: Producer, layout: RowLayout, base: Tensor, size: int) -> Tensor | slice | None:
+    """See :attr:`Row.element_of`."""
+    if len(producer.units) != size or layout.count(base) != base.numel():
+        return None
+    place = torch.full((size,), -1, dtype=torch.int64)
+    place[producer.units] = producer.rows
+    if bool((place < 0).any()):
+        return None  # some unit has several numbers, and another one none
+    if size == base.numel() and bool((place == torch.arange(size)).all()):
+        return slice(None)
+    return place.to(base.device)
 
 
 def _folded(producer: Producer) -> Iterator[tuple[nn.Module, str, RowLayout, Tensor]]:
@@ -96,15 +149,26 @@ def _folded(producer: Producer) -> Iterator[tuple[nn.Module, str, RowLayout, Ten
     assert norm is not None
     scale, shift = norm_scale_shift(norm)
     _make_identity(norm)
-    (weight_slot, weight), (bias_slot, bias) = slots
+    (weight_slot, weight), *decaying_bias = slots
     assert weight is not None
     weight = weight.detach()
-    # The batch-norm has one channel per output channel, however many blocks of rows the units see.
-    channels = replace(weight_slot.layout, blocks=1)
+    # The batch-norm has one channel per output channel, whatever rows the units see.
+    channels = weight_slot.layout.channels
     folded = (weight * channels.spread(scale.to(weight.device), weight)).to(weight.dtype)
     yield weight_slot.owner, weight_slot.attr, weight_slot.layout, folded
+    if producer.bias is None and not decaying_bias:
+        raise GroupError(
+            f"{producer.name!r}: a batch-norm is to be folded in, but no parameter is named that takes its shift; give "
+            "the bias as a second slot if it decays with the units, or as Producer(bias=...) if it stays"
+        )
+    slot = producer.bias if producer.bias is not None else decaying_bias[0][0]
+    bias = slot.tensor
     start = torch.zeros_like(shift) if bias is None else bias.detach().to(shift.dtype)
-    yield bias_slot.owner, bias_slot.attr, bias_slot.layout, (scale * start + shift).to(weight.dtype)
+    value = (scale * start + shift).to(weight.dtype)
+    if producer.bias is None:
+        yield slot.owner, slot.attr, slot.layout, value
+    else:  # it belongs to no unit: it takes the shift and stays
+        slot.owner._parameters[slot.attr] = nn.Parameter(value, requires_grad=False)
 
 
 def _make_identity(norm: nn.Module) -> None:
@@ -150,18 +214,38 @@ def join(parts: list[Tensor], p: float) -> Tensor:
     return stacked.amax(0) if math.isinf(p) else stacked.sum(0)
 
 
+def unit_norms(rows: list[tuple[Row, Tensor]], size: int, p: float) -> Tensor:
+    """The p-norm of each unit ``[N]``, over the rows of one producer; with each row, the tensor that is measured."""
+    row, tensor = rows[0]
+    if row.element_of is not None:
+        return row.elements(tensor).abs()
+    return root(join([to_units(row_power(r.layout.rows(t), p), r.unit_of, size, p) for r, t in rows], p), p)
+
+
+def inner_products(rows: list[tuple[Row, Tensor, Tensor]], size: int) -> Tensor:
+    """The inner product of two tensors for each unit ``[N]``, over the rows of one producer."""
+    row, one, other = rows[0]
+    if row.element_of is not None:
+        return row.elements(one) * row.elements(other)
+    parts = [
+        to_units((r.layout.rows(a.detach()).double() * r.layout.rows(b.detach()).double()).sum(1), r.unit_of, size)
+        for r, a, b in rows
+    ]
+    return torch.stack(parts).sum(0)
+
+
 def weight_norms(group: UnitGroup, rows: list[Row], p: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Per producer, the norms of its units at the start of the path and which units it has, ``[N]`` each."""
     norms, covered = [], []
     for number in range(len(group.producers)):
         mine = [r for r in rows if r.producer == number]
-        parts = [to_units(row_power(r.layout.rows(r.base), p), r.unit_of, group.size, p) for r in mine]
-        norms.append(root(join(parts, p), p))
-        ones = [to_units(torch.ones_like(r.unit_of, dtype=torch.float64), r.unit_of, group.size) for r in mine]
-        covered.append(torch.stack(ones).sum(0) > 0)
+        norms.append(unit_norms([(r, r.base) for r in mine], group.size, p))
+        covered.append(_covered(mine, group.size))
     return norms, covered
 
 
-def measure_weights(group: UnitGroup, rows: list[Row], p: float) -> list[LayerStats]:
-    norms, covered = weight_norms(group, rows, p)
-    zeros = [torch.zeros(1, group.size, dtype=n.dtype, device=n.device) for n in norms]
-    return [LayerStats(n, c, z, z) for n, c, z in zip(norms, covered, zeros, strict=True)]
+def _covered(rows: list[Row], size: int) -> Tensor:
+    if rows[0].element_of is not None:
+        return torch.ones(size, dtype=torch.bool, device=rows[0].base.device)
+    ones = [to_units(torch.ones_like(r.unit_of, dtype=torch.float64), r.unit_of, size) for r in rows]
+    return torch.stack(ones).sum(0) > 0

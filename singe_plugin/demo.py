@@ -132,7 +132,7 @@ def run_demo(
         DataError: if scikit-learn is missing.
         ArtifactError: if the saved network does not compute what it did.
     """
-    from singe_plugin.integrations.prune import check_out_dir
+    from singe_plugin.integrations.staging import check_out_dir
 
     started = time.perf_counter()
     settings = DemoSettings.quick() if quick else DemoSettings()

@@ -26,6 +26,7 @@ __all__ = [
     "LogCallback",
     "ProgressBar",
     "Removed",
+    "RoundDone",
     "RunEnded",
     "RunStarted",
 ]
@@ -50,11 +51,19 @@ class LayerScored:
 
 @dataclass(frozen=True)
 class Removed:
-    """Units were removed: ``units`` in the numbering of the unpruned layer, ``left`` units remain."""
+    """Units were removed: ``units`` in the numbering of the unpruned layer, ``left`` units remain.
+
+    Single weights are too many to be named: ``units`` is empty then, and ``count`` says how many went.
+    """
 
     layer: str
     units: tuple[int, ...]
     left: int
+    count: int = -1
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            object.__setattr__(self, "count", len(self.units))
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,19 @@ class LayerDone:
     index: int
     layers: int
     params: int
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """A round over all layers and the fine-tuning that follows it are done: the ``round``-th of ``rounds`` (from 1).
+
+    ``removed`` units went in this round, ``left`` remain in the pruned layers.
+    """
+
+    round: int
+    rounds: int
+    removed: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,9 @@ class Callback:
     def on_layer_done(self, event: LayerDone) -> None:
         """After each layer, fine-tuning included."""
 
+    def on_round_done(self, event: RoundDone) -> None:
+        """After each round, where layers are pruned together (see :mod:`singe_plugin.rounds`)."""
+
     def on_run_end(self, event: RunEnded) -> None:
         """After the last layer and the last step."""
 
@@ -139,6 +164,10 @@ class Callbacks(Callback):
     def on_layer_done(self, event: LayerDone) -> None:
         for callback in self.callbacks:
             callback.on_layer_done(event)
+
+    def on_round_done(self, event: RoundDone) -> None:
+        for callback in self.callbacks:
+            callback.on_round_done(event)
 
     def on_run_end(self, event: RunEnded) -> None:
         for callback in self.callbacks:
@@ -172,13 +201,17 @@ class History(Callback):
         )
 
     def on_removed(self, event: Removed) -> None:
-        self._add("removed", layer=event.layer, units=list(event.units), left=event.left)
+        count = {} if event.count == len(event.units) else {"count": event.count}
+        self._add("removed", layer=event.layer, units=list(event.units), left=event.left, **count)
 
     def on_finetune_step(self, event: FinetuneStep) -> None:
         self._add("finetune_step", step=event.step, loss=event.loss, lr=event.lr)
 
     def on_layer_done(self, event: LayerDone) -> None:
         self._add("layer_done", layer=event.layer, params=event.params)
+
+    def on_round_done(self, event: RoundDone) -> None:
+        self._add("round_done", **asdict(event))
 
     def on_run_end(self, event: RunEnded) -> None:
         self._add("run_end", params=event.params, seconds=event.seconds)
@@ -188,7 +221,7 @@ class History(Callback):
         return [row for row in self.rows if row["event"] == event]
 
     def removals(self) -> dict[str, list[int]]:
-        """Layer -> units removed, in order, in the numbering of the unpruned layer."""
+        """Layer -> units removed, in order, in the numbering of the unpruned layer (not for single weights)."""
         found: dict[str, list[int]] = {}
         for row in self.select("removed"):
             found.setdefault(row["layer"], []).extend(row["units"])
@@ -232,16 +265,28 @@ class LogCallback(Callback):
             loss,
         )
 
+    def on_round_done(self, event: RoundDone) -> None:
+        loss = "" if self._loss is None else f", loss {self._loss:.4f}"
+        self.logger.log(
+            self.level, "round %d/%d done: %d removed, %d left%s", event.round, event.rounds, event.removed, event.left,
+            loss,
+        )  # fmt: skip
+
 
 class ProgressBar(Callback):
-    """A tqdm bar over removals and fine-tuning steps, with the time that is left."""
+    """A tqdm bar over removals and fine-tuning steps, with the time that is left.
+
+    A removal is one step; where they go into the hundreds of thousands (single weights), all of them are a thousand.
+    """
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.unit, self.gone = 1, 0
 
     def on_run_start(self, event: RunStarted) -> None:
-        total = sum(event.plan.values()) + event.finetune_steps
-        self._open(total)
+        units = sum(event.plan.values())
+        self.unit = 1 if units < 100_000 else units // 1000
+        self._open(units // self.unit + event.finetune_steps)
 
     def _open(self, total: int | None = None) -> None:
         self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, desc="pruning")
@@ -253,7 +298,8 @@ class ProgressBar(Callback):
         self.bar.update(count)
 
     def on_removed(self, event: Removed) -> None:
-        self._advance(len(event.units), layer=event.layer, left=event.left)
+        before, self.gone = self.gone, self.gone + event.count
+        self._advance(self.gone // self.unit - before // self.unit, layer=event.layer, left=event.left)
 
     def on_finetune_step(self, event: FinetuneStep) -> None:
         self._advance(1, loss=f"{event.loss:.3f}")

@@ -18,11 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import FoldingError
+from singe_plugin.masks import mask_module
 from singe_plugin.objective import call_model, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import RowLayout, tied_parameters
 
-__all__ = ["FoldingReport", "fold_batchnorm", "foldable_pairs", "is_batchnorm", "norm_scale_shift", "replace_folded"]
+__all__ = [
+    "FoldingReport",
+    "eval_outputs",
+    "fold_batchnorm",
+    "foldable_pairs",
+    "is_batchnorm",
+    "norm_scale_shift",
+    "relative_change",
+    "replace_folded",
+]
 
 _CONVS = (nn.modules.conv._ConvNd,)
 
@@ -94,7 +104,9 @@ class FoldingReport:
     left: dict[str, str]
 
 
-def foldable_pairs(model: nn.Module, example_inputs: Any) -> tuple[list[tuple[str, str]], dict[str, str]]:
+def foldable_pairs(
+    model: nn.Module, example_inputs: Any, virtual: bool = False
+) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Find every batch-norm that reads one convolution or linear layer, and nothing else reads that layer.
 
     One forward pass is traced through autograd, so that functional uses of a layer's output count as readers too.
@@ -102,6 +114,7 @@ def foldable_pairs(model: nn.Module, example_inputs: Any) -> tuple[list[tuple[st
     Args:
         model: any model; it is left as it was.
         example_inputs: what the model is called with.
+        virtual: for scoring alone; layers whose weight is masked can be folded then.
 
     Returns:
         the pairs ``(layer, batch-norm)`` and, for every other batch-norm, the reason.
@@ -162,7 +175,7 @@ def foldable_pairs(model: nn.Module, example_inputs: Any) -> tuple[list[tuple[st
             left[names[norm]] = f"{names[layers[0]]} is called more than once"
         elif readers.get(read[norm], 0) != 1:
             left[names[norm]] = f"the output of {names[layers[0]]} is read elsewhere too"
-        elif "weight" not in layers[0]._parameters:
+        elif "weight" not in layers[0]._parameters and not (virtual and mask_module(layers[0])):
             left[names[norm]] = f"the weight of {names[layers[0]]} is computed (parametrized)"
         elif any(id(parameter) in ties for parameter in layers[0]._parameters.values()):
             left[names[norm]] = f"{names[layers[0]]} shares a parameter with another layer"
@@ -229,7 +242,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
         )
     """
     pairs, left = foldable_pairs(model, example_inputs)
-    before = _eval_outputs(model, example_inputs)
+    before = eval_outputs(model, example_inputs)
     undo = [(m, dict(m._parameters), dict(m._modules)) for m in model.modules()]
     data = [(p, p.data) for p in model.parameters()]
     for layer_name, norm_name in pairs:
@@ -238,7 +251,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
         _assign(layer, "weight", weight)
         _assign(layer, "bias", bias)
         replace_folded(model, norm_name)
-    change = _relative_change(before, _eval_outputs(model, example_inputs))
+    change = relative_change(before, eval_outputs(model, example_inputs))
     if not change < 1e-2:
         for module, parameters, children in undo:
             module._parameters.update(parameters)
@@ -252,13 +265,15 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
     return FoldingReport(tuple(pairs), left)
 
 
-def _eval_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+def eval_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """Copies of all floating tensors that a model returns in eval mode; the model is left as it was."""
     with preserved(model), torch.no_grad():
         model.eval()
         return [t.clone() for t in tensors_in(call_model(model, example_inputs)) if t.is_floating_point()]
 
 
-def _relative_change(a: list[Tensor], b: list[Tensor]) -> float:
+def relative_change(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest difference of two lists of outputs, relative to the largest value of each."""
     changes = [
         float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)) for x, y in zip(a, b, strict=True) if x.numel()
     ]

@@ -51,6 +51,8 @@ def reduce_layers(scores: Sequence[Tensor], covered: Sequence[Tensor], reduction
     check_reduction(reduction)
     if not scores:
         raise ConfigError("a group without producing layers has no scores to reduce")
+    if len(scores) == 1 and bool(covered[0].all()):
+        return scores[0]  # whatever the reduction
     stacked, mask = torch.stack(list(scores)), torch.stack(list(covered))
     if reduction == "first":
         return stacked[0]

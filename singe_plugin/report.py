@@ -118,7 +118,7 @@ def history_summary(history: History) -> dict[str, Any]:
         "layers_pruned": len(history.select("layer_done")),
         "scorings": len(scored),
         "seconds_scoring": sum(row["seconds"] for row in scored),
-        "units_removed": sum(len(row["units"]) for row in history.select("removed")),
+        "units_removed": sum(row.get("count", len(row["units"])) for row in history.select("removed")),
         "finetune_steps": len(steps),
         "first_loss": steps[0]["loss"] if steps else None,
         "last_loss": steps[-1]["loss"] if steps else None,
@@ -133,6 +133,8 @@ def report_data(result: Result) -> dict[str, Any]:
         "after": asdict(result.after),
         "removed_params": result.removed_params,
         "removed_macs": result.removed_macs,
+        "sparsity": result.sparsity,
+        "weight_sparsity": result.weight_sparsity,
         "layers": [asdict(row) for row in result.layers],
         "left_whole": dict(result.left_whole),
         "history": history_summary(result.history),
@@ -183,7 +185,8 @@ def markdown(
         (r["name"], r["block"], r["units_before"], r["units_after"], f"{1 - r['units_after'] / r['units_before']:.0%}")
         for r in data["layers"]
     ]
-    parts += ["## Layers", markdown_table(["layer", "block", "units before", "after", "removed"], rows)]
+    kind = "units" if data["sparsity"] is None else "weights"
+    parts += ["## Layers", markdown_table(["layer", "block", f"{kind} before", "after", "removed"], rows)]
     parts.append("## Left whole")
     parts.append("\n".join(f"- `{k}`: {v}" for k, v in data["left_whole"].items()) or "Nothing.")
     for heading, key in (("## The run", "history"), ("## Options", "options"), ("## Versions", "versions")):
@@ -266,8 +269,8 @@ def read_extras(directory: str | Path) -> dict[str, Any]:
 
 
 _RESULT_KEYS = (
-    "before", "after", "removed_params", "removed_macs", "layers", "left_whole", "history", "options", "versions",
-    "builder",
+    "before", "after", "removed_params", "removed_macs", "sparsity", "weight_sparsity", "layers", "left_whole",
+    "history", "options", "versions", "builder",
 )  # fmt: skip
 
 
@@ -278,9 +281,20 @@ def _write(path: Path, text: str) -> None:
 def _change_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     before, after = data["before"], data["after"]
     rows = []
-    for name, key, form in (("parameters", "params", ","), ("MACs", "macs", ",")):
+    counts = (
+        ("parameters", "params"),
+        ("not masked", "nonzero"),
+        ("MACs", "macs"),
+        ("effective MACs", "effective_macs"),
+    )
+    for name, key in counts:
+        if before[key] is None or after[key] is None:
+            continue
         change = f"{100 * (after[key] / max(before[key], 1) - 1):+.1f} %"
-        rows.append((name, format(before[key], form), format(after[key], form), change))
+        rows.append((name, f"{before[key]:,}", f"{after[key]:,}", change))
+    if data["sparsity"] is not None:
+        rows.append(("sparsity of the pruned layers", "", f"{data['weight_sparsity']:.2%}", ""))
+        rows.append(("sparsity of all parameters", "", f"{data['sparsity']:.2%}", ""))
     if before["accuracy"] is not None and after["accuracy"] is not None:
         points = f"{100 * (after['accuracy'] - before['accuracy']):+.2f} points"
         rows.append(("top-1 accuracy", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}", points))

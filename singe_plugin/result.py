@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from singe_plugin.events import History
 
@@ -40,12 +40,16 @@ class Metrics:
         macs: multiply-adds for one example.
         accuracy: top-1 on the validation data, in [0, 1].
         latency_ms: median time of one forward pass of one example batch.
+        nonzero: parameters that are not masked; None where no single weights were pruned.
+        effective_macs: multiply-adds with a weight that is not masked, for one example; None likewise.
     """
 
     params: int
     macs: int
     accuracy: float | None = None
     latency_ms: float | None = None
+    nonzero: int | None = None
+    effective_macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Result:
         versions: of the libraries that took part.
         builder: how to build the unpruned architecture, or None.
         structure: what removals changed, by module: what :func:`singe_plugin.load` needs besides the builder.
+        weight_masks: for pruned single weights, parameter name -> ``bool``: what
+            :func:`singe_plugin.masks.hold_masks` needs. Empty otherwise.
     """
 
     model: nn.Module
@@ -84,6 +90,7 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     builder: Any = None
     structure: dict[str, Any] = field(default_factory=dict)
+    weight_masks: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def removed_params(self) -> float:
@@ -95,11 +102,27 @@ class Result:
         """The fraction of the multiply-adds that was removed."""
         return 1 - self.after.macs / max(self.before.macs, 1)
 
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of all parameters that is masked; None where no single weights were pruned."""
+        return None if self.after.nonzero is None else 1 - self.after.nonzero / max(self.after.params, 1)
+
+    @property
+    def weight_sparsity(self) -> float | None:
+        """The fraction of the weights of the pruned layers that is masked; None likewise."""
+        if self.after.nonzero is None:
+            return None
+        return 1 - sum(r.units_after for r in self.layers) / max(sum(r.units_before for r in self.layers), 1)
+
     def summary(self) -> str:
         """The before/after table as text."""
         rows = [("", "before", "after", "change")]
         rows.append(_row("parameters", self.before.params, self.after.params, "{:,.0f}"))
+        if self.before.nonzero is not None and self.after.nonzero is not None:
+            rows.append(_row("not masked", self.before.nonzero, self.after.nonzero, "{:,.0f}"))
         rows.append(_row("MACs", self.before.macs, self.after.macs, "{:,.0f}"))
+        if self.before.effective_macs is not None and self.after.effective_macs is not None:
+            rows.append(_row("effective MACs", self.before.effective_macs, self.after.effective_macs, "{:,.0f}"))
         if self.before.accuracy is not None and self.after.accuracy is not None:
             change = f"{100 * (self.after.accuracy - self.before.accuracy):+.2f} points"
             rows.append(("accuracy", f"{self.before.accuracy:.2%}", f"{self.after.accuracy:.2%}", change))
@@ -110,6 +133,11 @@ class Result:
         for row in rows:
             name, *cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  ".join([name.strip().ljust(widths[0]), *cells]))
+        if self.sparsity is not None and self.weight_sparsity is not None:
+            lines.append(
+                f"sparsity: {self.weight_sparsity:.2%} of the pruned layers' weights, "
+                f"{self.sparsity:.2%} of all parameters"
+            )
         for name, reason in list(self.left_whole.items())[:3]:
             lines.append(f"left whole: {name} ({reason})")
         if len(self.left_whole) > 3:

@@ -69,8 +69,9 @@ def run_prune(
     curves: bool,
     progress: bool,
     say: Say,
+    granularity: str = "unit",
 ) -> tuple[Result, dict[str, Any]]:
-    """``singe prune``: prune, save the result and its report to a folder.
+    """``singe prune``: prune units or single weights, save the result and its report to a folder.
 
     Returns:
         the result, and everything that is said of it as plain values.
@@ -78,8 +79,11 @@ def run_prune(
     Raises:
         ArtifactError: if the folder holds an unfinished run and ``resume`` is false.
     """
-    from singe_plugin.integrations.prune import check_out_dir, prune, resolve_device
+    from singe_plugin.integrations.prune import prune
+    from singe_plugin.integrations.staging import check_out_dir, resolve_device
+    from singe_plugin.integrations.unstructured import prune_weights
 
+    run = {"unit": prune, "weight": prune_weights}[granularity]
     output = Path(output)
     check_out_dir(output)
     if not resume and _unfinished(output / CHECKPOINT):
@@ -92,13 +96,13 @@ def run_prune(
         say(f"note: {_RANDOM}")
     seed, batch_size = prune_options["seed"], prune_options["scoring_batch_size"]
     panels: list[Curves] = []
-    if curves:
+    if curves and granularity == "unit":
         named.model.to(resolve_device(prune_options["device"]))
         panels = figure_two(named.model, splits.train, batch_size, seed)
     started = time.perf_counter()
     bar = ProgressBar() if progress else None
     try:
-        result = prune(
+        result: Result = run(
             named.model, splits.train, val_data=splits.val, out_dir=output, resume=resume, builder=named.builder,
             callbacks=() if bar is None else (bar,), **prune_options,
         )  # fmt: skip
@@ -123,7 +127,7 @@ def run_inspect(
     **options: Any,
 ) -> tuple[Inspection, dict[str, Any]]:
     """``singe inspect``: the groups of a model and what pruning it would cost."""
-    from singe_plugin.integrations.prune import resolve_device
+    from singe_plugin.integrations.staging import resolve_device
 
     named = create_model(**model_options)
     config = data_config(named.model, img_size)
@@ -158,4 +162,5 @@ def _unfinished(path: Path) -> bool:
 
 
 def _saved(output: Path) -> list[Path]:
-    return [output / "model.safetensors", output / "singe.json"]
+    names = ("model.safetensors", "masks.safetensors", "singe.json")
+    return [output / name for name in names if (output / name).is_file()]

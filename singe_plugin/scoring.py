@@ -7,15 +7,15 @@ own parameters are never written to: substitutes take their place and are taken 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from singe_plugin.criteria import Criterion, check_degree, get_criterion
-from singe_plugin.decay import LayerStats, decaying, measure_weights
+from singe_plugin.decay import LayerStats, Measured, decaying, weight_norms
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.objective import (
     ObjectiveLike,
@@ -34,6 +34,8 @@ from singe_plugin.walk import AMP_DTYPES, Walker
 __all__ = ["PATHS", "ScoringOptions", "path_gradient_norms", "score_error", "score_units"]
 
 PATHS = ("layer", "neuron")
+Norms = tuple[list[Tensor], list[Tensor]]  # per producer: the norms at the start, and which units it has
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -187,20 +189,20 @@ def _score(
 ) -> Tensor:
     rule = options.rule
     totals: list[Tensor] = []
-    covered: list[Tensor] = []
-    count = 0
-    scales = path.scales
-    for walk in _walk(model, group, batches, options, path):
-        count += 1
-        for i, stats in enumerate(walk):
-            scales = scales.to(stats.norms.device)
-            score = rule.combine(scales[:, None] * stats.norms, stats.grads, stats.inner, path.weights)
-            if count == 1:
-                totals.append(score)
-                covered.append(stats.covered)
-            else:
-                totals[i] = totals[i] + score
-    scores = normalize(reduce_layers([t / count for t in totals], covered, options.group_reduction), options.normalizer)
+
+    def add_up(start: Norms, nodes: Iterator[Measured]) -> list[Tensor]:
+        """Every criterion is a sum over the nodes: they are added one by one, and none is kept."""
+        norms, covered = start
+        if not totals:
+            totals.extend(torch.zeros_like(n) for n in norms)
+        for scale, weight, node in zip(path.scales.tolist(), path.weights.unsqueeze(1), nodes, strict=True):
+            for total, norm, (grads, inner) in zip(totals, norms, node, strict=True):
+                total += rule.combine(norm[None] * scale, grads[None], inner[None], weight.to(norm.device))
+        return covered
+
+    covered = list(_per_batch(model, group, batches, options, path, add_up, rule.inner))
+    means = [total / len(covered) for total in totals]
+    scores = normalize(reduce_layers(means, covered[0], options.group_reduction), options.normalizer)
     if scores.shape != (group.size,):
         raise ConfigError(
             f"normalizer {options.normalizer!r} returned shape {tuple(scores.shape)} for {group.size} units of group "
@@ -214,14 +216,36 @@ def _score(
 def _walk(
     model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: ScoringOptions, path: DecayPath
 ) -> Iterator[list[LayerStats]]:
-    """Per batch, the statistics of each layer. The model is restored between batches being asked for."""
+    """Per batch, everything that was measured in each layer, node by node."""
+
+    def keep(start: Norms, nodes: Iterator[Measured]) -> list[LayerStats]:
+        layers = zip(*nodes, strict=True)  # [layer][node] from [node][layer]
+        return [
+            LayerStats(norm, covered, torch.stack([g for g, _ in layer]), torch.stack([d for _, d in layer]))
+            for norm, covered, layer in zip(*start, layers, strict=True)
+        ]
+
+    return _per_batch(model, group, batches, options, path, keep, True)
+
+
+def _per_batch(
+    model: nn.Module,
+    group: UnitGroup,
+    batches: Iterable[Any] | None,
+    options: ScoringOptions,
+    path: DecayPath,
+    reduce: Callable[[Norms, Iterator[Measured]], Found],
+    inner: bool,
+) -> Iterator[Found]:
+    """Per batch, what ``reduce`` makes of the walk. The model is restored before the first is given out."""
     refuse_tied(group, tied_parameters(model))
     if not group.producers:
         raise ConfigError(f"group {group.name!r} has no layer that produces its units; nothing to score")
     if not options.rule.needs_gradient:
         with preserved(model), decaying(model, group) as rows:
-            stats = measure_weights(group, rows, options.degree)
-        yield stats
+            start = weight_norms(group, rows, options.degree)
+        nothing = [(n.new_zeros(()).expand_as(n),) * 2 for n in start[0]]
+        yield reduce(start, iter([nothing]))
         return
     if batches is None:
         raise DataError(
@@ -234,13 +258,13 @@ def _walk(
         model.eval()
         forget_caches(model)
         with decaying(model, group) as rows:
+            start = weight_norms(group, rows, options.degree)
             for index, batch in enumerate(batches):
                 inputs, targets = split_batch(batch)
                 moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
-                walker = Walker(model, group, rows, options, path, index, *moved)
+                walker = Walker(model, group, rows, options, path, index, *moved, inner)
                 with PrefixCache(model, {row.owner for row in rows}) as prefix:
-                    walk = walker.layer_path if options.path == "layer" else walker.neuron_path
-                    results.append(walk(prefix))
+                    results.append(reduce(start, walker.nodes(prefix)))
     if not results:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
     yield from results

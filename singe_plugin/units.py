@@ -39,6 +39,11 @@ class RowLayout:
     groups: int = 1
     blocks: int = 1
 
+    @property
+    def channels(self) -> RowLayout:
+        """Where the output channels are: the layout of a batch-norm behind the layer, whatever rows the units see."""
+        return RowLayout(self.dim, self.groups)
+
     def count(self, tensor: Tensor) -> int:
         """The number of rows in ``tensor``."""
         return tensor.shape[self.dim] * self.groups // self.blocks
@@ -70,6 +75,7 @@ class BlockLayout(RowLayout):
 
     Attributes:
         kernel: the block's extent along every dimension, -1 for all of it. Blocks are numbered in row-major order.
+        dim, groups: where the output channels are (see :class:`RowLayout`), for a batch-norm that is folded in.
 
     Example:
         >>> import torch
@@ -149,6 +155,8 @@ class Producer:
         norm: a batch-norm that reads this layer alone and can be folded into it, or None.
         is_norm: whether the layer is itself a batch-norm that stands alone; its running statistics are then
             part of its scale and shift.
+        bias: the layer's bias where it is no part of any unit (single weights, columns) and a batch-norm is folded
+            in: it takes the shift and does not decay.
     """
 
     name: str
@@ -157,6 +165,7 @@ class Producer:
     units: Tensor
     norm: nn.Module | None = None
     is_norm: bool = False
+    bias: Slot | None = None
 
     def unit_of_row(self) -> Tensor:
         """``[rows]`` int64: the unit of each row of the layer, -1 for rows that belong to none."""

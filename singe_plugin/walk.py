@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.decay import LayerStats, Row, join, root, row_power, to_units, weight_norms
+from singe_plugin.decay import Measured, Row, inner_products, join, root, unit_norms
 from singe_plugin.errors import ScoringError, SingeError
 from singe_plugin.objective import Objective, call_model, get_objective
 from singe_plugin.path import DecayPath
@@ -26,7 +27,14 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Walker:
-    """One batch, walked down the path."""
+    """One batch, walked down the path.
+
+    Args:
+        model, group, rows, options, path: see :mod:`singe_plugin.scoring`.
+        index: the number of the batch, for messages.
+        inputs, targets: the batch.
+        inner: whether the inner products are wanted; if not, they are zeros along ``path="layer"``.
+    """
 
     def __init__(
         self,
@@ -38,26 +46,25 @@ class Walker:
         index: int,
         inputs: Any,
         targets: Any,
+        inner: bool = True,
     ) -> None:
         self.model, self.group, self.rows, self.options, self.path = model, group, rows, options, path
-        self.index, self.inputs, self.targets = index, inputs, targets
+        self.index, self.inputs, self.targets, self.inner = index, inputs, targets, inner
         self.objective: Objective = get_objective(options.objective)
         self.device = model_device(model)
         self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
-        self.norms, self.covered = weight_norms(group, rows, options.degree)
 
-    def layer_path(self, prefix: PrefixCache) -> list[LayerStats]:
+    def nodes(self, prefix: PrefixCache) -> Iterator[Measured]:
+        """What is measured at every node of the path, in order: nothing of earlier nodes is kept."""
+        return self._layer_path(prefix) if self.options.path == "layer" else self._neuron_path(prefix)
+
+    def _layer_path(self, prefix: PrefixCache) -> Iterator[Measured]:
         """All units of the group decay together: one pass per node."""
-        grads: list[list[Tensor]] = [[] for _ in self.group.producers]
-        inner: list[list[Tensor]] = [[] for _ in self.group.producers]
         for scale in self.path.scales.tolist():
-            for number, (norm, dot) in enumerate(self._decayed(scale)):
-                grads[number].append(norm)
-                inner[number].append(dot)
+            yield self._decayed(scale)
             prefix.seal()
-        return self._stats(grads, inner)
 
-    def _decayed(self, scale: float, unit: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    def _decayed(self, scale: float, unit: Tensor | None = None) -> Measured:
         """With all units (or one alone) at ``scale``: per producer the gradient norms and inner products [N]."""
         p, size = self.options.degree, self.group.size
         leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
@@ -68,23 +75,19 @@ class Walker:
         result = []
         for number in range(len(self.group.producers)):
             mine = [(r, leaf, g) for r, leaf, g in zip(self.rows, leaves, found, strict=True) if r.producer == number]
-            powers = [to_units(row_power(r.layout.rows(g), p), r.unit_of, size, p) for r, _, g in mine]
-            dots = [
-                to_units((r.layout.rows(leaf).double() * r.layout.rows(g).double()).sum(1), r.unit_of, size)
-                for r, leaf, g in mine
-            ]
-            result.append((root(join(powers, p), p), torch.stack(dots).sum(0).detach()))
+            norms = unit_norms([(r, g) for r, _, g in mine], size, p)
+            dots = inner_products(mine, size) if self.inner else norms.new_zeros(()).expand_as(norms)
+            result.append((norms, dots))
         return result
 
-    def neuron_path(self, prefix: PrefixCache) -> list[LayerStats]:
+    def _neuron_path(self, prefix: PrefixCache) -> Iterator[Measured]:
         """Each unit decays alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
         if self.options.unit_batch == 1:
-            return self._unit_by_unit(prefix)
+            yield from self._unit_by_unit(prefix)
+            return
         prefix.cancel()  # within a batch of units, what is in front is computed once anyway
         names = {module: name for name, module in self.model.named_modules()}
         keys = [f"{names[r.owner]}.{r.attr}".lstrip(".") for r in self.rows]
-        grads: list[list[Tensor]] = [[] for _ in self.group.producers]
-        inner: list[list[Tensor]] = [[] for _ in self.group.producers]
         for scale in self.path.scales.tolist():
             while True:
                 norms, dots, values = self._units_at(scale, keys)
@@ -93,25 +96,23 @@ class Walker:
                 if all(bool(torch.isfinite(g).all()) for g in norms):
                     break
                 self._lower_loss_scale(scale)
-            for number, (norm, dot) in enumerate(zip(norms, dots, strict=True)):
-                grads[number].append(norm)
-                inner[number].append(dot)
-        return self._stats(grads, inner)
+            yield list(zip(norms, dots, strict=True))
 
-    def _unit_by_unit(self, prefix: PrefixCache) -> list[LayerStats]:
+    def _unit_by_unit(self, prefix: PrefixCache) -> Iterator[Measured]:
         """The neuron path without ``torch.func``, for models that it cannot follow."""
-        grads: list[list[Tensor]] = [[] for _ in self.group.producers]
-        inner: list[list[Tensor]] = [[] for _ in self.group.producers]
         units = torch.arange(self.group.size, device=self.device)
         for scale in self.path.scales.tolist():
             found = []
             for unit in units:
                 found.append(self._decayed(scale, unit))
                 prefix.seal()
-            for number in range(len(self.group.producers)):
-                grads[number].append(torch.stack([layers[number][0][n] for n, layers in enumerate(found)]))
-                inner[number].append(torch.stack([layers[number][1][n] for n, layers in enumerate(found)]))
-        return self._stats(grads, inner)
+            yield [
+                (
+                    torch.stack([layers[number][0][n] for n, layers in enumerate(found)]),
+                    torch.stack([layers[number][1][n] for n, layers in enumerate(found)]),
+                )
+                for number in range(len(self.group.producers))
+            ]
 
     def _units_at(self, scale: float, keys: list[str]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """With each unit alone at ``scale``: per producer the gradient norms and inner products [N], and F [N]."""
@@ -150,12 +151,6 @@ class Walker:
             ) from error
         return [root(x.detach(), p) for x in powers], [x.detach() for x in dots], values.detach()
 
-    def _stats(self, grads: list[list[Tensor]], inner: list[list[Tensor]]) -> list[LayerStats]:
-        return [
-            LayerStats(n, c, torch.stack(g), torch.stack(d))
-            for n, c, g, d in zip(self.norms, self.covered, grads, inner, strict=True)
-        ]
-
     def _value(self, call: Any) -> Tensor:
         """F on this batch, as a scalar."""
         amp = self.options.amp
@@ -182,10 +177,8 @@ class Walker:
             if not value.requires_grad:
                 raise self._detached()
             found = torch.autograd.grad(value * self.loss_scale, leaves, allow_unused=True)
-            grads = [
-                torch.zeros_like(leaf) if g is None else g / self.loss_scale
-                for leaf, g in zip(leaves, found, strict=True)
-            ]
+            unscaled = [g if g is None or self.loss_scale == 1.0 else g / self.loss_scale for g in found]
+            grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, unscaled, strict=True)]
             if all(bool(torch.isfinite(g).all()) for g in grads):
                 return grads
             self._lower_loss_scale(scale)

@@ -6,25 +6,19 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.budget import RATIOS
 from singe_plugin.errors import ConfigError
-from singe_plugin.events import Callback
-from singe_plugin.finetune import FineTune
 from singe_plugin.objective import call_model
 from singe_plugin.state import model_device
 
+from ..checks import check_model
+
 
 def check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if type(model).__name__ == "OptimizedModule" or isinstance(model, torch.jit.ScriptModule):
-        raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
+    check_model(model)
     if not callable(importance):
         raise ConfigError(f"importance must be callable (group -> scores), got {type(importance).__name__}")
     if not isinstance(example_inputs, (Tensor, tuple, list, dict)):
@@ -39,20 +33,6 @@ def check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
         if tensor.device != device:
             raise ConfigError(
                 f"example_inputs are on {tensor.device} but the model is on {device}; move one to the other"
-            )
-
-
-def check_parts(model: nn.Module, finetune: Any, callbacks: list[Any], ignored: list[Any]) -> None:
-    if finetune is not None and not isinstance(finetune, FineTune):
-        raise ConfigError(f"finetune must be a FineTune, got {type(finetune).__name__}; use FineTune(loader, steps)")
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise ConfigError(f"callbacks must be singe_plugin.Callback objects, got {callback!r}; derive from it")
-    own = {id(part) for part in (*model.modules(), *model.parameters())}
-    for layer in ignored:
-        if id(layer) not in own:
-            raise ConfigError(
-                f"ignored_layers: {layer!r} is no module or parameter of the model; give the objects, e.g. [model.fc]"
             )
 
 

@@ -22,7 +22,8 @@ from singe_plugin.objective import materialise
 from singe_plugin.state import train_mode_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
-from .arguments import base_options, check_arguments, check_parts, check_ratios, forward_of
+from ..checks import check_parts
+from .arguments import base_options, check_arguments, check_ratios, forward_of
 from .graph import AxisDependencyGraph, AxisGroup
 from .host import TorchPruningHost, channels_per_unit, scores_per_unit
 from .importance import SInGEImportance

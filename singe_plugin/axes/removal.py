@@ -71,7 +71,7 @@ class Snapshot:
         for ema in trackers.ema_models():
             twins = ema.modules() if names is None else [ema.get_submodule(n) for n in names]
             chosen = [*chosen, *twins]
-        self.modules = [(m, _copy_table(m.__dict__)) for m in chosen]
+        self.modules = [(m, type(m), _copy_table(m.__dict__)) for m in chosen]
         tensors: dict[int, Tensor] = {}
         for module in chosen:
             for table in (module._parameters, module._buffers):
@@ -89,7 +89,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back."""
-        for module, saved in self.modules:
+        for module, kind, saved in self.modules:
+            if type(module) is not kind:
+                module.__class__ = kind  # a parametrization changes it
             module.__dict__.clear()
             module.__dict__.update(_copy_table(saved))
         with torch.no_grad():

@@ -1,0 +1,40 @@
+"""What every pruner checks of the model and of the parts that it is given: what was met, and what would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from singe_plugin.errors import ConfigError
+from singe_plugin.events import Callback
+from singe_plugin.finetune import FineTune
+
+__all__ = ["check_model", "check_parts"]
+
+
+def check_model(model: Any) -> None:
+    """Raise :class:`ConfigError` unless this is a plain model that can be changed."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if type(model).__name__ == "OptimizedModule" or isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
+
+
+def check_parts(model: nn.Module, finetune: Any, callbacks: Sequence[Any], ignored: Sequence[Any]) -> None:
+    """Raise :class:`ConfigError` for a fine-tuning, a callback or an ignored layer that is none."""
+    if finetune is not None and not isinstance(finetune, FineTune):
+        raise ConfigError(f"finetune must be a FineTune, got {type(finetune).__name__}; use FineTune(loader, steps)")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"callbacks must be singe_plugin.Callback objects, got {callback!r}; derive from it")
+    own = {id(part) for part in (*model.modules(), *model.parameters())}
+    for layer in ignored:
+        if id(layer) not in own:
+            raise ConfigError(
+                f"ignored_layers: {layer!r} is no module or parameter of the model; give the objects, e.g. [model.fc]"
+            )

@@ -1,0 +1,196 @@
+"""What a whole run needs around the pruner: device, seeds, data, measurements; and everything put back in the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from singe_plugin.artifact import Builder, Structure
+from singe_plugin.axes import Snapshot
+from singe_plugin.budget import count_macs, count_params, measure_latency
+from singe_plugin.checkpoint import seed_everything
+from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
+from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.finetune import loader_generators
+from singe_plugin.objective import tensors_in
+from singe_plugin.result import Metrics
+from singe_plugin.state import RngState, model_device
+
+__all__ = [
+    "Stage",
+    "check_out_dir",
+    "described",
+    "examples_in",
+    "fingerprint_of",
+    "measure",
+    "resolve_device",
+    "staged",
+    "text_of",
+]
+
+
+@dataclass
+class Stage:
+    """What a run works with.
+
+    Attributes:
+        loader: batches to fine-tune on.
+        batches: fixed batches to score on.
+        example: inputs for tracing and counting.
+        validation: batches for the accuracy, or None.
+        builder: how to build the unpruned architecture, or None.
+        structure: the plain attributes of the unpruned model.
+    """
+
+    loader: Iterable[Any]
+    batches: list[Any]
+    example: Any
+    validation: Iterable[Any] | None
+    builder: Builder | None
+    structure: Structure
+
+
+@contextmanager
+def staged(
+    model: nn.Module,
+    data: Any,
+    *,
+    val_data: Any,
+    example_inputs: Any,
+    device: str | torch.device | None,
+    seed: int,
+    scoring_batch_size: int,
+    scoring_batch_count: int,
+    batch_size: int,
+    workers: int,
+    builder: Builder | None,
+    out_dir: str | Path | None,
+    resume: bool,
+) -> Iterator[Stage]:
+    """Move the model, seed, draw the batches; afterwards put device and random states back.
+
+    If the block fails, the model is rolled back too.
+
+    Raises:
+        ConfigError, ArtifactError, DataError: for arguments that cannot mean anything; nothing is touched then.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if resume and out_dir is None:
+        raise ConfigError("resume=True needs out_dir, the folder of the run to continue")
+    sizes = {"scoring_batch_size": scoring_batch_size, "scoring_batch_count": scoring_batch_count}
+    check_counts(1, **sizes, batch_size=batch_size)
+    check_counts(0, seed=seed, workers=workers)
+    home, where = model_device(model), resolve_device(device)
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ConfigError("the model is on the meta device and has no values; load its weights first")
+    if out_dir is not None:
+        check_out_dir(out_dir)
+    if builder is not None:
+        builder.check(model)
+    rng = RngState.capture()
+    generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
+    try:
+        seed_everything(seed)
+        model.to(where)
+        loader = as_loader(data, batch_size, workers, True, seed)
+        batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
+        example = example_from(batches[0], where) if example_inputs is None else example_inputs
+        validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
+        builder = builder if builder is not None else Builder.infer(model)
+        stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
+        rollback = Snapshot(model, values=True)
+        try:
+            yield stage
+        except BaseException:
+            rollback.restore()
+            raise
+    finally:
+        model.to(home)
+        rng.restore()
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+def check_counts(least: int, **values: Any) -> None:
+    """Raise :class:`ConfigError` unless all are whole numbers of at least ``least``."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r} is not a count; give a whole number >= {least}")
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on; None is CUDA when there is one.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is not a device: {error}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={str(device)!r} was asked for, but CUDA is not available; use device='cpu'")
+    if chosen.type == "meta":
+        raise ConfigError("device='meta' keeps no values; use device='cpu'")
+    try:
+        torch.empty(0, device=chosen)
+    except Exception as error:
+        raise ConfigError(f"device={str(device)!r} cannot be used: {error}; use device='cpu'") from error
+    return chosen
+
+
+def described(options: Mapping[str, Any], recorded: Collection[str]) -> dict[str, Any]:
+    """The recorded ones of a call's options as plain values that are the same in every process."""
+    chosen = {k: v for k, v in options.items() if k in recorded}
+    return {k: v if isinstance(v, (bool, int, float, str, type(None))) else text_of(v) for k, v in chosen.items()}
+
+
+def text_of(value: Any) -> str:
+    """A description without the addresses of objects."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def measure(model: nn.Module, stage: Stage, latency: bool) -> Metrics:
+    """Parameters, MACs of one example, accuracy and latency."""
+    return Metrics(
+        count_params(model),
+        count_macs(model, stage.example) // examples_in(stage.example),
+        None if stage.validation is None else evaluate(model, stage.validation),
+        measure_latency(model, stage.example) if latency else None,
+    )
+
+
+def examples_in(inputs: Any) -> int:
+    """The number of examples in a model's inputs."""
+    return max(next((len(t) if t.ndim else 1 for t in tensors_in(inputs)), 1), 1)
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """Names, shapes and a checksum of the values: whether two runs start from the same model."""
+    total = sum(float(t.detach().double().sum()) for t in model.parameters())
+    shapes = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__}:{len(list(model.parameters()))}:{shapes}:{total:.10g}"
+
+
+def check_out_dir(out_dir: str | Path) -> Path:
+    """A folder that can be written to, made if need be.
+
+    Raises:
+        ArtifactError: if it is a file, or cannot be made.
+    """
+    path = Path(out_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be used as an output folder: {error}") from error
+    return path

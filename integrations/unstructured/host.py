@@ -1,0 +1,132 @@
+"""A host for Algorithm 1 that masks single weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.budget import CostModel, LayerSpec, TensorCost
+from singe_plugin.errors import ConfigError, RemovalError
+from singe_plugin.masks import hold_mask, mask_module
+from singe_plugin.units import UnitGroup
+
+from ..torch_pruning.host import block_of
+from .layers import WeightLayer
+from .patterns import Pattern
+
+__all__ = ["WeightHost"]
+
+
+class WeightHost:
+    """Layers, slices, removal and cost, for :mod:`singe_plugin.algorithm` and :mod:`singe_plugin.rounds`.
+
+    A unit is a weight that is not masked; the units of a layer are numbered in row-major order, without those that are
+    gone. Making the host puts a mask on every layer.
+
+    Args:
+        model: the model.
+        layers: its prunable layers, in forward order.
+        macs: dense multiply-adds of one example by module name (``""`` is the whole model), if they are known.
+        emas: averaged copies, which get the same masks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[WeightLayer],
+        macs: Mapping[str, int] | None = None,
+        emas: Sequence[nn.Module] = (),
+    ) -> None:
+        self.model, self.macs = model, macs
+        self._counts: dict[str, tuple[int, int]] = {}  # the version of a mask, and how many it keeps
+        self.by_name = {layer.name: layer for layer in layers}
+        self.masks = {layer.name: hold_mask(layer.module) for layer in layers}
+        self.twins = {layer.name: [_twin(ema, layer.name) for ema in emas] for layer in layers}
+        for name, twins in self.twins.items():
+            for twin in twins:
+                hold_mask(twin, self.masks[name].mask)
+
+    def attached(self) -> bool:
+        """Whether the masks are still on the model (they may have been folded)."""
+        return all(mask_module(layer.module) is self.masks[name] for name, layer in self.by_name.items())
+
+    def layers(self) -> list[LayerSpec]:
+        return [LayerSpec(name, self.left(name), block_of(name)) for name in self.by_name]
+
+    def units(self, layer: str) -> UnitGroup:
+        whole = self.left(layer) == self.size(layer)
+        return self.by_name[layer].group(None if whole else self.places(layer))
+
+    def remove(self, layer: str, units: Sequence[int]) -> None:
+        places = self.places(layer)
+        chosen = torch.from_numpy(np.array(units, dtype=np.int64)).to(places.device)
+        if len(chosen) and (int(chosen.min()) < 0 or int(chosen.max()) >= len(places)):
+            wrong = int(chosen.max()) if int(chosen.max()) >= len(places) else int(chosen.min())
+            raise RemovalError(f"layer {layer!r} has {len(places)} weights left, but number {wrong} was to be removed")
+        mask = self.masks[layer].mask
+        flat = mask.flatten().index_fill(0, places[chosen], False)
+        for module in (self.by_name[layer].module, *self.twins[layer]):
+            hold_mask(module, flat.view(mask.shape))
+
+    def costs(self) -> CostModel:
+        """Every weight costs one parameter and its share of the layer's multiply-adds."""
+        tensors = []
+        for name in self.by_name:
+            macs = 0.0 if self.macs is None else self.macs.get(name, 0) * self.left(name) / self.size(name)
+            tensors.append(TensorCost((self.left(name),), ((0, name, 1.0),), macs))
+        fixed = sum(p.numel() for p in self.model.parameters()) - sum(self.size(name) for name in self.by_name)
+        return CostModel(tuple(tensors), fixed, self.effective_macs() or 0)
+
+    def size(self, layer: str) -> int:
+        """All weights of a layer, masked or not."""
+        return self.masks[layer].mask.numel()
+
+    def left(self, layer: str) -> int:
+        """The weights of a layer that are not masked."""
+        mask = self.masks[layer].mask
+        if layer not in self._counts or self._counts[layer][0] != mask._version:
+            self._counts[layer] = (mask._version, int(mask.sum()))
+        return self._counts[layer][1]
+
+    def places(self, layer: str) -> Tensor:
+        """Where in the flat weight the units are, ``[N]``."""
+        return self.masks[layer].mask.flatten().nonzero().flatten()
+
+    def nonzero(self) -> int:
+        """All parameters of the model that are not masked."""
+        return sum(p.numel() for p in self.model.parameters()) - sum(
+            self.size(name) - self.left(name) for name in self.by_name
+        )
+
+    def effective_macs(self) -> int | None:
+        """Multiply-adds of one example with a weight that is not masked; None if the dense ones are not known.
+
+        Every weight of a layer takes part in as many of them as any other (padding is counted as an input). What is
+        not in a pruned layer counts in full, and so does a layer whose weight another module multiplies with (the
+        ``out_proj`` of ``nn.MultiheadAttention``).
+        """
+        if self.macs is None:
+            return None
+        gone = (self.macs.get(n, 0) * (1 - self.left(n) / self.size(n)) for n in self.by_name)
+        return round(self.macs[""] - sum(gone))
+
+    def surplus(self, layer: str, scores: Tensor, pattern: Pattern) -> Tensor:
+        """The units that a pattern has no place for: not among the best of their block, ``[N]`` bool."""
+        mask, places = self.masks[layer].mask, self.places(layer).cpu()
+        wide = torch.full((mask.numel(),), -torch.inf, dtype=scores.dtype).index_copy(0, places, scores.cpu())
+        kept = pattern.protected(wide.view(mask.shape), self.by_name[layer])
+        return ~kept.flatten()[places]
+
+
+def _twin(ema: nn.Module, name: str) -> nn.Module:
+    """The same layer of an averaged copy."""
+    try:
+        return ema.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigError(
+            f"finetune.ema ({type(ema).__name__}) has no layer {name!r} to mask along with the model's; give a copy of "
+            "the model, or a wrapper with one in .module"
+        ) from error
