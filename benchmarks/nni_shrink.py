@@ -120,9 +120,9 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
-def run(limit: int) -> None:
+def run(limit: int, only: list[str]) -> None:
     done = {(row["model"], row["method"]) for row in rows()}
-    jobs = [(m, k) for m in MODELS for k in METHODS if k != "ours_norms" or m in NORMS]
+    jobs = [(m, k) for m in only or MODELS for k in METHODS if k != "ours_norms" or m in NORMS]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     for name, method in [job for job in jobs if job not in done]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -175,13 +175,13 @@ def table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "one", "table"))
-    parser.add_argument("rest", nargs="*", help="for one: model and method")
+    parser.add_argument("rest", nargs="*", help="for run: models; for one: model and method")
     parser.add_argument("--limit", type=int, default=600, help="seconds per row")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.command == "one":
         print(json.dumps(one(*args.rest)))
     elif args.command == "run":
-        run(args.limit)
+        run(args.limit, args.rest)
     else:
         table()
 
