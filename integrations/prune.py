@@ -12,13 +12,13 @@ from torch import nn
 from singe_plugin.algorithm import Progress
 from singe_plugin.artifact import Builder, describe_structure
 from singe_plugin.checkpoint import CHECKPOINT, read_checkpoint, restore_progress, restore_run, write_checkpoint
-from singe_plugin.events import Callback, History, LogCallback, ProgressBar
+from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
 
-from .staging import Stage, described, fingerprint_of, measure, staged, text_of
+from .staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 
@@ -125,17 +125,11 @@ def prune(
             )  # fmt: skip
         if isinstance(importance, SInGEImportance) and importance.model is None:
             importance.bind(model, stage.batches)
-        if finetune is None:
-            tune_amp = "auto" if amp is None else amp
-            finetune = FineTune(
-                stage.loader, finetune_steps, finetune_every, lr=lr, amp=tune_amp, channels_last=channels_last
-            )
-        if isinstance(finetune, FineTune):
-            options |= {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
-        extra_callbacks = [*callbacks, *([ProgressBar()] if progress else []), LogCallback()]
+        finetune, in_force = fine_tuning(stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last)
+        options |= in_force
         pruner = SInGEPruner(
             model, stage.example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
-            finetune=finetune, callbacks=extra_callbacks, batches=stage.batches, verify=verify,
+            finetune=finetune, callbacks=callbacks_of(callbacks, progress), batches=stage.batches, verify=verify,
             round_to=round_to, max_pruning_ratio=max_pruning_ratio, ignored_layers=list(ignored_layers),
         )  # fmt: skip
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT

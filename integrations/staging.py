@@ -18,16 +18,19 @@ from singe_plugin.budget import count_macs, count_params, measure_latency
 from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ArtifactError, ConfigError
-from singe_plugin.finetune import loader_generators
+from singe_plugin.events import Callback, LogCallback, ProgressBar
+from singe_plugin.finetune import FineTune, loader_generators
 from singe_plugin.objective import tensors_in
 from singe_plugin.result import Metrics
 from singe_plugin.state import RngState, model_device
 
 __all__ = [
     "Stage",
+    "callbacks_of",
     "check_out_dir",
     "described",
     "examples_in",
+    "fine_tuning",
     "fingerprint_of",
     "measure",
     "resolve_device",
@@ -117,6 +120,32 @@ def staged(
         rng.restore()
         for generator, state in generators:
             generator.set_state(state)
+
+
+def fine_tuning(
+    stage: Stage,
+    finetune: FineTune | None,
+    steps: int,
+    every: str,
+    lr: float,
+    amp: str | None,
+    channels_last: bool,
+) -> tuple[FineTune, dict[str, Any]]:
+    """The fine-tuning of a run, as it was given or made from the run's options, and what is recorded of it.
+
+    What was given and is none is left for the pruner to refuse.
+    """
+    if finetune is None:
+        tune_amp = "auto" if amp is None else amp
+        finetune = FineTune(stage.loader, steps, every, lr=lr, amp=tune_amp, channels_last=channels_last)
+    if not isinstance(finetune, FineTune):
+        return finetune, {}
+    return finetune, {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
+
+
+def callbacks_of(given: Iterable[Callback], progress: bool) -> list[Callback]:
+    """The callbacks of a run: the user's, a progress bar on request, and the log."""
+    return [*given, *([ProgressBar()] if progress else []), LogCallback()]
 
 
 def check_counts(least: int, **values: Any) -> None:

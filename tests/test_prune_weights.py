@@ -190,3 +190,8 @@ def test_options_of_the_other_granularity(arguments: list[str], flag: str) -> No
     result = singe("prune", *MODEL, *arguments)
     assert result.exit_code == 2
     assert flag in result.stderr
+
+
+def test_a_fine_tuning_that_is_none_is_refused_as_in_prune() -> None:
+    with pytest.raises(ConfigError, match="finetune must be a FineTune, got str"):
+        prune_weights(nn.Sequential(nn.Linear(4, 4)), [(torch.zeros(2, 4), torch.tensor([0, 1]))], finetune="no")

@@ -13,14 +13,14 @@ from torch import nn
 from singe_plugin.algorithm import CountedProgress, Progress
 from singe_plugin.artifact import Builder, describe_structure
 from singe_plugin.checkpoint import CHECKPOINT, read_checkpoint, restore_progress, restore_run, write_checkpoint
-from singe_plugin.events import Callback, History, LogCallback, ProgressBar
+from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
 from singe_plugin.scoring import ScoringOptions
 
-from ..staging import Stage, described, fingerprint_of, measure, staged, text_of
+from ..staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from ..torch_pruning.host import block_of
 from .allocation import Scope
 from .patterns import Pattern
@@ -108,17 +108,13 @@ def prune_weights(
         scoring = ScoringOptions(
             criterion, p, mu, steps, quadrature, nodes, path, objective, amp=amp, channels_last=channels_last
         )
-        if finetune is None:
-            tune_amp = "auto" if amp is None else amp
-            finetune = FineTune(
-                stage.loader, finetune_steps, finetune_every, lr=lr, amp=tune_amp, channels_last=channels_last
-            )
-        options |= {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
+        finetune, in_force = fine_tuning(stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last)
+        options |= in_force
         pruner = UnstructuredPruner(
             model, stage.batches, sparsity=sparsity, scope=scope, pattern=pattern, layers=layers,
             ignored_layers=ignored_layers, order=order, rounds=rounds, schedule=schedule,
             units_per_step=units_per_step, max_sparsity=max_sparsity, finetune=finetune,
-            callbacks=[*callbacks, *([ProgressBar()] if progress else []), LogCallback()],
+            callbacks=callbacks_of(callbacks, progress),
             example_inputs=stage.example, scoring=scoring,
         )  # fmt: skip
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
