@@ -19,10 +19,10 @@ from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.objective import materialise
-from singe_plugin.state import train_mode_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from ..checks import check_parts
+from ..rollback import all_or_nothing
 from .arguments import base_options, check_arguments, check_ratios, forward_of
 from .graph import AxisDependencyGraph, AxisGroup
 from .host import TorchPruningHost, channels_per_unit, scores_per_unit
@@ -393,14 +393,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         history = history or History()
         callback = Callbacks([history, *self.callbacks])
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
-        modes = train_mode_of(self.model)
         self._check_data()
         if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
         host = self.host()
-        undo = Snapshot(self.model, self.DG.axis_graph, trackers=self._all_trackers(), values=True)
-        rewind = None if self.finetune is None else self.finetune.rewinder()
-        try:
+        with all_or_nothing(self.model, self.finetune, self._all_trackers(), self.DG.axis_graph):
             if progress is None:
                 progress = Progress(self._plan(host))
             if not progress.finished:
@@ -413,14 +410,6 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     callback=callback,
                     checkpoint=checkpoint,
                 )
-        except BaseException:
-            undo.restore()
-            if rewind is not None:
-                rewind()
-            raise
-        finally:
-            for module, training in modes.items():
-                module.training = training
         after = count_params(self.model), count_macs(self.model, self.example_inputs)
         return PruningOutcome(
             self.model,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.algorithm import CountedProgress, Progress, algorithm_1, score, tune, units_per_removal
-from singe_plugin.axes import Snapshot, Trackers
+from singe_plugin.axes import Trackers
 from singe_plugin.budget import count_macs_by_module, count_params
 from singe_plugin.data import example_from
 from singe_plugin.errors import ConfigError, DataError
@@ -20,9 +20,10 @@ from singe_plugin.masks import fold_masks, masks_of
 from singe_plugin.objective import materialise
 from singe_plugin.rounds import check_rounds, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
-from singe_plugin.state import model_device, train_mode_of
+from singe_plugin.state import model_device
 
 from ..checks import check_model, check_parts
+from ..rollback import all_or_nothing
 from ..staging import examples_in
 from .allocation import Allocation, Scope, layer_ratios
 from .arguments import check_amount, scoring_options
@@ -215,26 +216,14 @@ class UnstructuredPruner:
             SingeError: if something fails on the way; model, optimizer and EMA are rolled back, masks included.
         """
         history = history or History()
-        modes = train_mode_of(self.model)
         if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
-        undo = Snapshot(self.model, trackers=self._trackers(), values=True)
-        rewind = None if self.finetune is None else self.finetune.rewinder()
-        try:
+        with all_or_nothing(self.model, self.finetune, self._trackers()):
             host = self.host()
             callback = _Unmasked(host, [history, *self.callbacks])
             progress = CountedProgress({}) if progress is None else progress
             if not progress.finished:
                 self._prune(host, progress, callback, checkpoint)
-        except BaseException:
-            undo.restore()
-            self._host = None
-            if rewind is not None:
-                rewind()
-            raise
-        finally:
-            for module, training in modes.items():
-                module.training = training
         return self._outcome(host, progress, history)
 
     def _prune(

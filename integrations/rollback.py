@@ -1,0 +1,41 @@
+"""All or nothing: what a run changed, put back if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from singe_plugin.axes import AxisGraph, Snapshot, Trackers
+from singe_plugin.finetune import FineTune
+from singe_plugin.state import train_mode_of
+
+__all__ = ["all_or_nothing"]
+
+
+@contextmanager
+def all_or_nothing(
+    model: nn.Module, finetune: FineTune | None, trackers: Trackers, graph: AxisGraph | None = None
+) -> Iterator[None]:
+    """If the block fails, model, graph, optimizer, EMA, scheduler and loader are as before; modes are, in any case.
+
+    Args:
+        model: the model.
+        finetune: the fine-tuning that runs in the block, prepared.
+        trackers: optimizers and averaged copies that change along.
+        graph: the groups of the model, if units are removed.
+    """
+    modes = train_mode_of(model)
+    undo = Snapshot(model, graph, trackers=trackers, values=True)
+    rewind = None if finetune is None else finetune.rewinder()
+    try:
+        yield
+    except BaseException:
+        undo.restore()
+        if rewind is not None:
+            rewind()
+        raise
+    finally:
+        for module, training in modes.items():
+            module.training = training
