@@ -223,6 +223,22 @@ def test_effective_macs_by_hand() -> None:
     assert outcome.nonzero == outcome.params - sum(r.weights - r.nonzero for r in outcome.layers)
 
 
+def test_the_host_knows_what_a_weight_costs() -> None:
+    net = chain()
+    pruner = UnstructuredPruner(net, BATCHES, nodes=1)
+    host = pruner.host()
+    costs, plan = host.costs(), {"conv1": 10, "conv2": 50, "fc": 3}
+    assert costs.cost("params", {}) == sum(p.numel() for p in net.parameters()) == host.nonzero()
+    for name, count in plan.items():
+        host.remove(name, range(count))
+    assert host.costs().cost("params", {}) == costs.cost("params", plan) == host.nonzero()
+    assert round(costs.cost("macs", plan)) == host.effective_macs() == round(host.costs().cost("macs", {}))
+    assert [(spec.name, spec.units) for spec in host.layers()] == [(n, host.left(n)) for n in NAMES]
+    for units in ([host.left("fc")], [-1]):
+        with pytest.raises(SingeError, match=rf"'fc' has {host.left('fc')} weights left, but number {units[0]} was"):
+            host.remove("fc", units)
+
+
 # --- which layers -----------------------------------------------------------------------------------------------
 
 
