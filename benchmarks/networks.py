@@ -1,0 +1,115 @@
+"""Trained networks and their images, for the benchmarks.
+
+A network is ``resnet56`` (``cifar_resnet.py``) or any timm name; a timm network that sees 32 x 32 images gets a stem of
+stride 1. Its weights are a safetensors file, or timm's own. Images are an ``.npz`` of JPEG files, torchvision's
+CIFAR-10 (``torch/cifar10:FOLDER``) or a folder of classes (``FOLDER/train`` and ``FOLDER/val``, as ImageNet's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from singe_plugin.datasets import data_config, load_splits, stratified_split
+
+from cifar_resnet import decode, resnet56
+
+__all__ = ["HELD_OUT", "Augmented", "Setting", "architecture", "load_setting"]
+
+HELD_OUT = 5000  # training images that neither scoring nor fine-tuning sees: what choices are made on
+
+
+@dataclass
+class Setting:
+    """A trained network and its images.
+
+    Attributes:
+        name: of the network.
+        make: a new copy, trained, in eval mode.
+        train: images to score and fine-tune on, augmented.
+        held_out: training images for choices.
+        test: for the tables.
+        data: what the images are, in words.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    train: Dataset[Any]
+    held_out: Dataset[Any]
+    test: Dataset[Any]
+    data: str
+
+
+class Augmented(Dataset[Any]):
+    """Images with random crops (4 pixels of padding) and flips, as He et al. 2016 train on CIFAR-10."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.padded, self.labels, self.size = nn.functional.pad(images, (4, 4, 4, 4)), labels, images.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        top, left, flip = torch.randint(0, 18, (3,)).tolist()
+        image = self.padded[index, :, top % 9 : top % 9 + self.size, left % 9 : left % 9 + self.size]
+        return (image.flip(-1) if flip < 9 else image), self.labels[index]
+
+
+def architecture(name: str, classes: int, small_images: bool, pretrained: bool = False) -> nn.Module:
+    """The network before its weights are loaded."""
+    if name == "resnet56":
+        return resnet56()
+    model = timm.create_model(name, num_classes=classes, pretrained=pretrained)
+    if small_images:
+        stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        stem.stride = (1, 1)
+    return model
+
+
+def load_setting(name: str, weights: str | None, data: str, images: int | None = None) -> Setting:
+    """A network with its images.
+
+    Args:
+        name: ``resnet56`` or a timm name.
+        weights: a safetensors file; None: as timm gives it, pretrained.
+        data: see the module.
+        images: fewer test and held-out images, for a rehearsal.
+    """
+    if data.endswith(".npz"):
+        pixels, labels = decode(data, "train")
+        cut, classes, text = len(labels) - HELD_OUT, 10, "JPEG CIFAR-10"
+        train: Dataset[Any] = Augmented(pixels[:cut], labels[:cut])
+        held_out: Dataset[Any] = TensorDataset(pixels[cut:], labels[cut:])
+        test: Dataset[Any] = TensorDataset(*decode(data, "test"))
+    else:
+        kind, _, folder = data.partition(":") if data.startswith("torch/") else ("folder", "", data)
+        config = data_config(architecture(name, 10, False), 32 if kind.startswith("torch/cifar") else None)
+        loud, plain = (load_splits(config, kind, folder, augment=augment) for augment in (True, False))
+        classes, text = loud.classes, loud.name
+        targets = [int(label) for label in _targets(loud.train)]
+        first, second = stratified_split(targets, min(HELD_OUT, len(targets) // 10), 0)
+        train, held_out, test = Subset(loud.train, first), Subset(plain.train, second), plain.val
+    if images is not None:
+        held_out, test = (Subset(d, range(min(images, len(d)))) for d in (held_out, test))  # type: ignore[arg-type]
+    small = test[0][0].shape[-1] <= 32
+
+    def make() -> nn.Module:
+        model = architecture(name, classes, small, pretrained=weights is None)
+        if weights is not None:
+            model.load_state_dict(load_file(weights))
+        return model.eval()
+
+    return Setting(name if weights is None else f"{name} ({Path(weights).name})", make, train, held_out, test, text)
+
+
+def _targets(dataset: Any) -> list[int]:
+    """The classes of a dataset of the library, without reading its images."""
+    return [dataset.source.targets[i] for i in dataset.positions]

@@ -1,0 +1,65 @@
+"""Stored rows: one JSON object per line, with where it comes from; what is stored is not computed again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["append", "command_line", "environment", "peak_mb", "read"]
+
+HERE = Path(__file__).parent
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a line that was cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{path.name}: a line of {len(line)} characters is cut off and left out", file=sys.stderr)
+    return rows
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, on a line of its own even after a line that was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    broken = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a") as file:
+        file.write(("\n" if broken else "") + json.dumps(row) + "\n")
+
+
+def command_line() -> str:
+    """The command of this process; of paths only the last part."""
+    words = [Path(word).name if "/" in word and not word.startswith("torch/") else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def environment() -> dict[str, str]:
+    """Command, commit, machine, device, threads and versions."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    cuda = torch.cuda.is_available()
+    return {
+        "command": command_line(),
+        "commit": git.stdout.strip(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
+        "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning", "timm")),
+    }
+
+
+def peak_mb() -> float:
+    """The most memory so far: of the device if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
