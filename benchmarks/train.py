@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 import singe_plugin
 from singe_plugin.data import evaluate
 
-from networks import architecture, load_setting
 from records import environment, peak_mb
+from settings import architecture, load_setting
 
 
 class _Log(singe_plugin.Callback):

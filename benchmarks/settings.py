@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -38,6 +37,7 @@ class Setting:
         held_out: training images for choices.
         test: for the tables.
         data: what the images are, in words.
+        classes: how many.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Setting:
     held_out: Dataset[Any]
     test: Dataset[Any]
     data: str
+    classes: int
 
 
 class Augmented(Dataset[Any]):
@@ -107,7 +108,7 @@ def load_setting(name: str, weights: str | None, data: str, images: int | None =
             model.load_state_dict(load_file(weights))
         return model.eval()
 
-    return Setting(name if weights is None else f"{name} ({Path(weights).name})", make, train, held_out, test, text)
+    return Setting(name, make, train, held_out, test, text, classes)
 
 
 def _targets(dataset: Any) -> list[int]:

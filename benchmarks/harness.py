@@ -1,0 +1,167 @@
+"""One row of a table: prune a network by a method to a target, measure, fine-tune, measure.
+
+Every method goes through one code path (:func:`singe_plugin.prune`, :func:`singe_plugin.prune_weights`), one
+fine-tuning recipe and one budget. A row is identified by its :class:`Spec`; it is stored as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch.utils.data import DataLoader
+
+import singe_plugin
+from singe_plugin.data import evaluate
+from singe_plugin.integrations.torch_pruning import SInGEImportance
+
+from records import append, environment, peak_mb, read
+from settings import Setting
+
+__all__ = ["BASE", "OURS", "PAPER", "PEERS", "Spec", "compute", "run_rows"]
+
+PAPER = ("l1", "l2", "grad", "norm_grad", "sg", "ig")
+OURS = (*PAPER, "ig_abs")
+PEERS: dict[str, Callable[[int], Any]] = {
+    "random": lambda classes: tp.importance.RandomImportance(),
+    "magnitude_l1": lambda classes: tp.importance.MagnitudeImportance(p=1),
+    "magnitude_l2": lambda classes: tp.importance.MagnitudeImportance(p=2),
+    "bn_scale": lambda classes: tp.importance.BNScaleImportance(),
+    "lamp": lambda classes: tp.importance.LAMPImportance(),
+    "fpgm": lambda classes: tp.importance.FPGMImportance(),
+    "taylor": lambda classes: tp.importance.TaylorImportance(),
+    "hessian": lambda classes: tp.importance.HessianImportance(),
+    "obdc": lambda classes: tp.importance.OBDCImportance(num_classes=classes),
+}
+DATA_FREE = ("l1", "l2", "magnitude_l1", "magnitude_l2", "bn_scale", "lamp", "fpgm")  # no seed changes them
+BASE = {"units_per_step": "layer", "mu": 0.95}  # of every row; a row's options replace it
+OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
+OF_PRUNE = ("ratios", "units_per_step", "scoring_batch_size", "scoring_batch_count", "fold")
+FINETUNE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a row is.
+
+    Attributes:
+        network: the name of the setting.
+        method: a criterion of ours, a peer, or ``"none"``: the network as it is.
+        target: the fraction of the parameters (of the single weights) that goes.
+        seed: of the scoring batch and everything else random.
+        steps, every: fine-tuning; ``"post"`` is after pruning, the others are entwined.
+        options: what differs from ``BASE``.
+        split: ``"test"``, or ``"held_out"`` for choices.
+        granularity: ``"channel"`` or ``"weight"``.
+    """
+
+    network: str
+    method: str
+    target: float
+    seed: int
+    steps: int = 0
+    every: str = "post"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    split: str = "test"
+    granularity: str = "channel"
+
+    @property
+    def key(self) -> str:
+        """Equal for rows that compute the same."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+class _Clock(singe_plugin.Callback):
+    """Adds up what scoring takes."""
+
+    def __init__(self) -> None:
+        self.seconds, self.times = 0.0, 0
+
+    def on_layer_scored(self, event: Any) -> None:
+        self.seconds += event.seconds
+        self.times += 1
+
+
+def importance_of(method: str, options: dict[str, Any], classes: int) -> Any:
+    """The importance that a method's name means."""
+    if method in PEERS:
+        return PEERS[method](classes)
+    return SInGEImportance(method, **{k: v for k, v in options.items() if k in OF_IMPORTANCE})
+
+
+def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
+    """Run one row: what was removed, the accuracies, the cost of scoring, times and memory."""
+    start, clock = time.perf_counter(), _Clock()
+    if spec.method == "none":
+        return {"pruned": _accuracy(spec, setting, setting.make()), "seconds": time.perf_counter() - start}
+    run = _weights if spec.granularity == "weight" else _channels
+    result, row = run(spec, setting, clock)
+    pruned = time.perf_counter() - start
+    row |= {"scoring_seconds": clock.seconds, "scorings": clock.times}
+    entwined = spec.every != "post" and spec.steps > 0
+    row["tuned" if entwined else "pruned"] = _accuracy(spec, setting, result.model)
+    if spec.steps and not entwined:
+        torch.manual_seed(spec.seed)
+        finetune = finetuning(setting, spec.steps, "end")
+        finetune.prepare(result.model)
+        finetune.run(result.model, spec.steps, singe_plugin.Callback())
+        row["tuned"] = _accuracy(spec, setting, result.model)
+    return row | {"pruning_seconds": pruned, "seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
+
+
+def finetuning(setting: Setting, steps: int, every: str) -> singe_plugin.FineTune:
+    """The recipe: the library's defaults with batches of 64."""
+    loader = DataLoader(setting.train, FINETUNE_BATCH, shuffle=True, drop_last=True)
+    return singe_plugin.FineTune(loader, steps, every)
+
+
+def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:
+    options = BASE | spec.options
+    importance = importance_of(spec.method, options, setting.classes)
+    entwined = spec.every != "post" and spec.steps > 0
+    result = singe_plugin.prune(
+        setting.make(), setting.train, target=f"params={spec.target}", importance=importance, seed=spec.seed,
+        finetune=finetuning(setting, spec.steps if entwined else 0, spec.every if entwined else "end"),
+        callbacks=[clock], **{k: v for k, v in options.items() if k in OF_PRUNE},
+    )  # fmt: skip
+    passes = importance.options.passes if isinstance(importance, SInGEImportance) else None
+    return result, {
+        "removed_params": result.removed_params, "removed_macs": result.removed_macs, "passes_per_scoring": passes,
+    }  # fmt: skip
+
+
+def _weights(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:
+    options = {k: v for k, v in spec.options.items() if k not in BASE}
+    amount = {"pattern": options.pop("pattern")} if "pattern" in options else {"sparsity": spec.target}
+    result = singe_plugin.prune_weights(
+        setting.make(), setting.train, criterion=spec.method, seed=spec.seed, finetune_steps=0, callbacks=[clock],
+        **amount, **options,
+    )  # fmt: skip
+    return result, {"masked": result.sparsity, "removed_macs": result.removed_macs}
+
+
+def _accuracy(spec: Spec, setting: Setting, model: Any) -> float:
+    images = setting.test if spec.split == "test" else setting.held_out
+    return float(evaluate(model, DataLoader(images, 500)) or 0.0)
+
+
+def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
+    """Compute the rows that are not stored yet, one after the other."""
+    specs = list({spec.key: spec for spec in specs}.values())
+    for number, spec in enumerate(specs):
+        if spec.key in {row["key"] for row in read(path)}:
+            continue
+        try:
+            found = compute(spec, setting)
+        except singe_plugin.SingeError as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        append(path, {"key": spec.key, **asdict(spec), **found, "data": setting.data, **environment()})
+        shown = {k: found[k] for k in ("removed_params", "pruned", "tuned", "error") if k in found}
+        print(f"[{number + 1}/{len(specs)}] {spec.method} {spec.target:g} seed {spec.seed} {spec.steps} {spec.every} "
+              f"{spec.options}: {shown} {found.get('seconds', 0):.0f} s", flush=True)  # fmt: skip

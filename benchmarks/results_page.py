@@ -1,0 +1,246 @@
+"""``docs/results.md`` from the stored rows: every number on the page comes through here."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from singe_plugin.report import Curves, markdown_table
+
+from harness import DATA_FREE, OURS, PEERS
+from records import read
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results.md"
+Row = dict[str, Any]
+
+NAMES = {
+    "l1": "magnitude, L1 (Eq. 1)", "l2": "magnitude, L2 (Eq. 1)", "grad": "gradient (Eq. 2)",
+    "norm_grad": "magnitude x gradient (Eq. 3)", "sg": "SG: summed gradients (§3.2)", "ig": "IG: SInGE (Eq. 5)",
+    "ig_abs": "IG, inner product (ours)", "random": "TP Random", "magnitude_l1": "TP Magnitude, L1",
+    "magnitude_l2": "TP Magnitude, L2", "bn_scale": "TP BNScale", "lamp": "TP LAMP", "fpgm": "TP FPGM",
+    "taylor": "TP Taylor", "hessian": "TP Hessian", "obdc": "TP OBD-C",
+}  # fmt: skip
+PAPER_TABLE_1 = {  # NeurIPS 2022, Table 1: CIFAR-10, ResNet-56, baseline 93.46
+    "l1": ("42.01", "19.14", "10.00"), "l2": ("42.35", "19.13", "10.00"), "grad": ("77.68", "28.31", "10.00"),
+    "norm_grad": ("92.36", "90.28", "10.00"), "sg": ("93.01", "91.90", "77.20"), "ig": ("93.23", "92.80", "85.38"),
+}  # fmt: skip
+PAPER_TABLE_2 = {  # Table 2: (target, schedule, steps)
+    (0.85, "post", 1000): "92.59", (0.85, "layer", 1000): "93.18", (0.85, "post", 2000): "92.66",
+    (0.85, "layer", 2000): "93.25", (0.85, "post", 5000): "93.13", (0.85, "layer", 5000): "93.31",
+    (0.9, "post", 1000): "77.2", (0.9, "layer", 1000): "85.38", (0.9, "post", 2000): "80.89",
+    (0.9, "layer", 2000): "87.52", (0.9, "post", 5000): "86.39", (0.9, "layer", 5000): "90.02",
+}  # fmt: skip
+SCHEDULES = {"post": "after pruning", "layer": "entwined, per layer", "removal": "entwined, per removal"}
+
+
+def values(rows: Iterable[Row], stage: str) -> list[float]:
+    """The accuracies in percent, one a seed."""
+    by_seed = {row["seed"]: 100 * row[stage] for row in rows if stage in row}
+    return list(by_seed.values())
+
+
+def cell(rows: Sequence[Row], stage: str) -> str:
+    """Mean and standard deviation over the seeds; the number of seeds if it is not three."""
+    found = values(rows, stage)
+    if not found:
+        failed = [row["error"] for row in rows if "error" in row]
+        return failed[0].split(":")[0] if failed else "not run"
+    if len(found) == 1:
+        return f"{found[0]:.1f} (1 seed)"
+    count = "" if len(found) == 3 else f" ({len(found)} seeds)"
+    return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}{count}"
+
+
+def one_shot_cell(rows: Sequence[Row], method: str) -> str:
+    """As :func:`cell`; a criterion that reads no data has one value."""
+    text = cell(rows, "pruned")
+    return text.replace(" (1 seed)", "") if method in DATA_FREE else text
+
+
+class Rows:
+    """The stored rows, asked by their spec."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def of(self, **wanted: Any) -> list[Row]:
+        """The rows with these values."""
+        return [row for row in self.rows if all(row[k] == v for k, v in wanted.items())]
+
+    def at_once(self, network: str, method: str, target: float) -> list[Row]:
+        """Rows in which everything was pruned before any fine-tuning, with the base settings."""
+        return self.of(network=network, method=method, target=target, every="post", options={}, split="test",
+                       granularity="channel")  # fmt: skip
+
+    def tuned(self, network: str, method: str, target: float, steps: int) -> list[Row]:
+        """Those that were fine-tuned for so long."""
+        return [row for row in self.at_once(network, method, target) if row["steps"] == steps]
+
+
+def by_target(rows: Rows, network: str, methods: Sequence[str], targets: Sequence[float], steps: int) -> str:
+    """Methods by targets: right after pruning, and fine-tuned."""
+    header = ["criterion"]
+    for target in targets:
+        header += [f"-{target:.0%}: pruned", f"{steps:,} steps"]
+    lines = []
+    for method in methods:
+        line = [NAMES[method]]
+        for target in targets:
+            line.append(one_shot_cell(rows.at_once(network, method, target), method))
+            line.append(cell(rows.tuned(network, method, target, steps), "tuned"))
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def table_1(rows: Rows) -> str:
+    text = by_target(rows, "resnet56", OURS, (0.75, 0.85, 0.9), 1000)
+    paper = [[NAMES[m], *PAPER_TABLE_1[m]] for m in PAPER_TABLE_1]
+    return f"{text}\n\nThe paper's column:\n\n{markdown_table(['criterion', '-75%', '-85%', '-90%'], paper)}"
+
+
+def table_2(rows: Rows) -> str:
+    lines = []
+    for target in (0.85, 0.9):
+        for steps in (1000, 2000, 5000):
+            line = [f"-{target:.0%}", f"{steps:,}"]
+            for every in SCHEDULES:
+                found = rows.of(network="resnet56", method="ig", target=target, every=every, steps=steps, split="test")
+                paper = PAPER_TABLE_2.get((target, every, steps))
+                line.append(cell(found, "tuned") + (f" [{paper}]" if paper else ""))
+            lines.append(line)
+    return markdown_table(["parameters", "steps", *SCHEDULES.values()], lines)
+
+
+def table_3(rows: Rows) -> str:
+    base = baseline(rows, "resnet56")
+    lines = []
+    for method in (*OURS, *PEERS):
+        line = [NAMES[method]]
+        for drop in (0, 2):
+            reached = []
+            for target in sorted({row["target"] for row in rows.of(network="resnet56", method=method)}):
+                found = values(rows.tuned("resnet56", method, target, 1000), "tuned")
+                if len(found) >= 3 and base is not None and statistics.mean(found) >= base - drop:
+                    reached.append(target)
+            line.append(f"{max(reached):.0%}" if reached else "none of those run")
+        if any(rows.tuned("resnet56", method, t, 1000) for t in (0.5, 0.75, 0.85, 0.9)):
+            lines.append(line)
+    return markdown_table(["criterion", "baseline - 0", "baseline - 2 points"], lines)
+
+
+def weights(rows: Rows) -> str:
+    columns = [(0.8, None), (0.9, None), (0.95, None), (0.98, None), (0.5, "2:4")]
+    lines = []
+    for method in ("l1", "norm_grad", "ig"):
+        line = [{"l1": "magnitude, global", "norm_grad": "magnitude x gradient", "ig": "IG: SInGE"}[method]]
+        for target, pattern in columns:
+            found = [r for r in rows.of(method=method, target=target, granularity="weight")
+                     if r["options"].get("pattern") == pattern]  # fmt: skip
+            line.append(one_shot_cell(found, method))
+        lines.append(line)
+    return markdown_table(["criterion", *[p or f"{t:.0%} masked" for t, p in columns]], lines)
+
+
+def peers(rows: Rows) -> str:
+    return by_target(rows, "resnet56", (*OURS, *PEERS), (0.3, 0.5, 0.75, 0.9), 1000)
+
+
+def cost(rows: Rows) -> str:
+    """The criterion's cost at -75 %: seconds of scoring, how often, and passes."""
+    lines = []
+    for method in (*OURS, *PEERS):
+        found = [r for r in rows.at_once("resnet56", method, 0.75) if "scoring_seconds" in r]
+        if found:
+            passes = found[0].get("passes_per_scoring")
+            lines.append([NAMES[method], f"{statistics.median(r['scoring_seconds'] for r in found):.1f}",
+                          found[0]["scorings"], "" if passes is None else passes])  # fmt: skip
+    return markdown_table(["criterion", "scoring (s, all layers)", "scorings", "passes per scoring and batch"], lines)
+
+
+def ablation(rows: Rows) -> str:
+    found = rows.of(network="resnet56", split="held_out", granularity="channel")
+    lines = []
+    for steps in sorted({row["steps"] for row in found}):
+        for name in dict.fromkeys(option_name(row) for row in found if row["steps"] == steps):
+            mine = [row for row in found if option_name(row) == name and row["steps"] == steps]
+            seconds = [row["scoring_seconds"] for row in mine if "scoring_seconds" in row]
+            took = f"{statistics.median(seconds):.0f}" if seconds else ""
+            lines.append([name, cell(mine, "pruned"), cell(mine, "tuned") if steps else "", took])
+    return markdown_table(["choice", "pruned", "fine-tuned", "scoring (s)"], lines)
+
+
+def option_name(row: Row) -> str:
+    """A row of the ablation in words."""
+    options = ", ".join(f"{k}={v}" for k, v in row["options"].items()) or "base"
+    return f"{row['method']}, -{row['target']:.0%}: {options}"
+
+
+def depthwise(rows: Rows) -> str:
+    return by_target(rows, "mobilenetv2_035", (*OURS, *PEERS), (0.3, 0.4, 0.5), 1000)
+
+
+def baseline(rows: Rows, network: str) -> float | None:
+    found = values(rows.of(network=network, method="none", split="test"), "pruned")
+    return found[0] if found else None
+
+
+def source(rows: Rows) -> str:
+    """Where the rows come from."""
+    lines = []
+    for network in dict.fromkeys(row["network"] for row in rows.rows):
+        mine = rows.of(network=network)
+        said = {k: ", ".join(sorted({row[k] for row in mine})) for k in ("data", "device", "versions", "commit")}
+        base = baseline(rows, network)
+        before = "not run" if base is None else f"{base:.2f} %"
+        lines.append(
+            f"- {network}: {len(mine)} rows, {said['data']}; accuracy before pruning {before}; {said['device']}; "
+            f"{said['versions']}; commits {said['commit']}"
+        )
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[Rows], str]] = {
+    "source": source, "table 1": table_1, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers,
+    "cost": cost, "ablation": ablation, "depthwise": depthwise,
+}  # fmt: skip
+
+
+def write(path: Path, page: Path = PAGE) -> None:
+    """Put the parts between their marks, and draw the plots beside the page."""
+    rows, text = Rows(read(path)), page.read_text()
+    for name, part in PARTS.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"{page.name} has no place for {name!r}: it needs the lines {start.strip()} and {end}")
+        text = f"{before}{start}{part(rows)}\n{end}{after}"
+    page.write_text(text)
+    draw(rows, page.parent)
+
+
+def draw(rows: Rows, folder: Path) -> None:
+    """``results_one_shot.svg``: accuracy right after pruning; ``results_figure_2.svg``: the paper's Figure 2."""
+    figures = importlib.import_module("matplotlib.figure")
+    importlib.import_module("matplotlib").rcParams["svg.hashsalt"] = "singe_plugin"  # the same file every time
+    figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for method in (*OURS, *PEERS):
+        points = [(t, values(rows.at_once("resnet56", method, t), "pruned")) for t in (0.3, 0.5, 0.75, 0.85, 0.9)]
+        shown = [(100 * t, statistics.mean(v)) for t, v in points if v]
+        if shown:
+            axes.plot(*zip(*shown), marker=".", label=NAMES[method], ls="-" if method in OURS else "--")
+    axes.set_xlabel("parameters removed (%)")
+    axes.set_ylabel("top-1 right after pruning (%)")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(folder / "results_one_shot.svg", metadata={"Date": None})
+    curves = read(HERE / "results" / "figure_2.jsonl")
+    if curves:
+        draw_curves = importlib.import_module("singe_plugin.report")._draw_curves
+        figure = figures.Figure(figsize=(9, 4), layout="constrained")
+        draw_curves(figure, [Curves(**panel) for panel in curves[-1]["panels"]])
+        figure.savefig(folder / "results_figure_2.svg", metadata={"Date": None})
