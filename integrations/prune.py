@@ -38,6 +38,9 @@ def prune(
     finetune: FineTune | None = None,
     ratios: str | Mapping[Any, float] = "block",
     units_per_step: int | float | str = 0.1,
+    order: str = "layers",
+    rounds: int = 1,
+    schedule: str = "cubic",
     round_to: int | None = None,
     max_pruning_ratio: float = 0.95,
     ignored_layers: Iterable[nn.Module] = (),
@@ -78,7 +81,7 @@ def prune(
             and fine-tuning batches are taken from it.
         target: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``.
         finetune_steps, finetune_every, lr: see :class:`~singe_plugin.FineTune`; or give a ready one as ``finetune``.
-        ratios, units_per_step, round_to, max_pruning_ratio, ignored_layers, verify: see
+        ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, ignored_layers, verify: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. The default removes a tenth of a layer
             between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
         criterion, p, mu, steps, quadrature, nodes, path, objective, group_reduction: see
@@ -129,8 +132,9 @@ def prune(
         options |= in_force
         pruner = SInGEPruner(
             model, stage.example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
-            finetune=finetune, callbacks=callbacks_of(callbacks, progress), batches=stage.batches, verify=verify,
-            round_to=round_to, max_pruning_ratio=max_pruning_ratio, ignored_layers=list(ignored_layers),
+            order=order, rounds=rounds, schedule=schedule, finetune=finetune,
+            callbacks=callbacks_of(callbacks, progress), batches=stage.batches, verify=verify, round_to=round_to,
+            max_pruning_ratio=max_pruning_ratio, ignored_layers=list(ignored_layers),
         )  # fmt: skip
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
         return _run(pruner, stage, pairs, latency, checkpoint, resume, options)
@@ -144,6 +148,9 @@ _RECORDED = frozenset(
         "lr",
         "ratios",
         "units_per_step",
+        "order",
+        "rounds",
+        "schedule",
         "round_to",
         "max_pruning_ratio",
         "criterion",

@@ -105,6 +105,8 @@ class Progress:
         alive: layer -> the original numbers of its remaining units.
         end_done: steps of the final fine-tuning phase that are done.
         finished: whether the run is over.
+        goal: for rounds: layer -> units to remove in all, where that is fixed from the start.
+        before: for rounds: the sizes of the model before the first.
     """
 
     plan: dict[str, int]
@@ -113,6 +115,8 @@ class Progress:
     alive: dict[str, list[int]] = field(default_factory=dict)
     end_done: int = 0
     finished: bool = False
+    goal: dict[str, int] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict)
 
     def begin(self, layers: Sequence[LayerSpec]) -> None:
         """Take over what the host has now, if nothing is known of it yet."""

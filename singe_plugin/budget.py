@@ -24,6 +24,7 @@ from singe_plugin.objective import call_model
 from singe_plugin.state import preserved
 
 __all__ = [
+    "BY_SCORE",
     "RATIOS",
     "CostModel",
     "LayerSpec",
@@ -36,7 +37,8 @@ __all__ = [
     "plan_removals",
 ]
 
-RATIOS = ("uniform", "block", "global")
+BY_SCORE = ("global", "per_cost")
+RATIOS = ("uniform", "block", *BY_SCORE)
 _POINT = 0.01
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
@@ -247,9 +249,11 @@ def plan_removals(
         cost: what removals cost.
         target: what to reach; None removes ``pruning_ratio`` of every layer's units (or what the dict says).
         ratios: ``"uniform"`` (one ratio for all), ``"block"`` (one ratio per block, growing linearly with depth from
-            half of the last block's), ``"global"`` (all units ranked by score), or ``{layer or block: ratio}``.
+            half of the last block's), ``"global"`` (all units ranked by score), ``"per_cost"`` (by score per parameter,
+            or per MAC if the target counts these: what a unit is worth for what it costs), or ``{layer or block:
+            ratio}``.
         round_to: channels kept are a multiple of this.
-        scores: per layer, for ``"global"``.
+        scores: per layer, for ``"global"`` and ``"per_cost"``.
         pruning_ratio: the ratio of units when there is no target.
         aim: the fraction to aim at in place of the target's, to correct for costs the model does not know.
 
@@ -269,6 +273,8 @@ def plan_removals(
         return counts
     if ratios not in RATIOS:
         raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
+    if ratios == "per_cost" and scores is not None:
+        scores = _per_cost(layers, cost, "params" if target is None else target.kind, scores)
     spread = _spreader(layers, ratios, scores, round_to)
     if target is None:
         if pruning_ratio is None or not 0 <= pruning_ratio < 1:
@@ -317,7 +323,7 @@ def _spreader(
     layers: Sequence[LayerSpec], ratios: str, scores: Scores | None, round_to: int | None
 ) -> Callable[[float], Counts]:
     """A monotone function from one number (the level) to removals per layer."""
-    if ratios == "global":
+    if ratios in BY_SCORE:
         return _by_score(layers, scores, round_to)
     blocks = list(dict.fromkeys(layer.block for layer in layers))
     weight = dict.fromkeys(blocks, 1.0)
@@ -334,9 +340,16 @@ def _spreader(
     return spread
 
 
+def _per_cost(layers: Sequence[LayerSpec], cost: CostModel, kind: str, scores: Scores) -> Scores:
+    """The scores of a layer's units divided by what one of them costs now."""
+    whole = cost.cost(kind, {})
+    each = {layer.name: max(whole - cost.cost(kind, {layer.name: 1}), 1.0) for layer in layers}
+    return {layer.name: scores[layer.name] / each[layer.name] for layer in layers}
+
+
 def _by_score(layers: Sequence[LayerSpec], scores: Scores | None, round_to: int | None) -> Callable[[float], Counts]:
     if scores is None:
-        raise ConfigError("ratios='global' needs the scores of every layer")
+        raise ConfigError("ratios='global' and 'per_cost' need the scores of every layer")
     # equal scores (batch-norm scales that were never trained) are taken evenly from all layers
     ordered = sorted(
         (score, (position + 0.5) / layer.units, number)

@@ -61,6 +61,8 @@ def write_checkpoint(
             "alive": progress.alive,
             "end_done": progress.end_done,
             "finished": progress.finished,
+            "goal": progress.goal,
+            "before": progress.before,
         },
         "history": history.rows,
         "rng": _pack_rng(RngState.capture(), "rng", tensors),
@@ -106,7 +108,8 @@ def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress)
     """The progress that a checkpoint describes."""
     saved = record["progress"]
     removals = [(layer, list(units)) for layer, units in saved["removals"]]
-    return kind(saved["plan"], saved["next_layer"], removals, saved["alive"], saved["end_done"], saved["finished"])
+    names = ("plan", "next_layer", "alive", "end_done", "finished", "goal", "before")
+    return kind(removals=removals, **{name: saved[name] for name in names})
 
 
 def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, finetune: FineTune | None) -> None:

@@ -26,7 +26,7 @@ from singe_plugin.models import parse_pairs
 from singe_plugin.objective import OBJECTIVES
 from singe_plugin.path import QUADRATURES
 from singe_plugin.reduction import REDUCTIONS
-from singe_plugin.rounds import COURSES
+from singe_plugin.rounds import COURSES, ORDERS
 from singe_plugin.scoring import PATHS, ScoringOptions
 
 __all__ = ["main"]
@@ -128,6 +128,13 @@ _pruning = _stacked(
         metavar="N|FRACTION|layer",
         help="How many units go between two scorings.",
     ),
+    click.option(
+        "--order",
+        type=click.Choice(ORDERS),
+        help="Layer after layer (default for units), or all in rounds (default for weights).",
+    ),
+    click.option("--rounds", type=click.IntRange(1), help="1 is one-shot; by default 1 for units, 10 for weights."),
+    click.option("--schedule", default="cubic", show_default=True, type=click.Choice(list(COURSES)), help="Of rounds."),
     click.option("--round-to", type=click.IntRange(1), help="Keep multiples of this many channels."),
     click.option("--max-pruning-ratio", default=0.95, show_default=True, type=float, help="Of one layer."),
     click.option("--criterion", default="ig", show_default=True, type=click.Choice(list(CRITERIA))),
@@ -142,7 +149,7 @@ _pruning = _stacked(
     click.option("--finetune-steps", default=1000, show_default=True, type=click.IntRange(0), help="In all."),
     click.option("--no-verify", is_flag=True, help="Trust torch-pruning's groups unchecked."),
 )
-_SCOPES, _ORDERS = ("global", "layer"), ("rounds", "layers")
+_SCOPES = ("global", "layer")
 _weights = _stacked(
     click.option("--sparsity", type=float, help="Fraction of the weights to mask; 0.9, or what the pattern needs."),
     click.option(
@@ -154,13 +161,10 @@ _weights = _stacked(
         help="Weights ranked over all layers, the same sparsity for each, or its own.",
     ),
     click.option("--pattern", metavar="N:M", help="At most N of every M consecutive weights stay, e.g. 2:4."),
-    click.option("--order", default="rounds", show_default=True, type=click.Choice(_ORDERS), help="What goes first."),
-    click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help="1 is one-shot."),
-    click.option("--schedule", default="cubic", show_default=True, type=click.Choice(list(COURSES))),
     click.option("--max-sparsity", default=1.0, show_default=True, type=float, help="Of one layer."),
     click.option("--ignore", "ignored_layers", multiple=True, metavar="NAME", help="Layer to leave dense; repeatable."),
 )
-_OF_WEIGHTS = ("sparsity", "scope", "pattern", "order", "rounds", "schedule", "max_sparsity", "ignored_layers")
+_OF_WEIGHTS = ("sparsity", "scope", "pattern", "max_sparsity", "ignored_layers")
 _OF_UNITS = ("target", "ratios", "round_to", "max_pruning_ratio", "group_reduction", "no_verify")
 _output = _stacked(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
@@ -227,7 +231,12 @@ def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
         raise click.UsageError(f"{flag} is not for --granularity {granularity}, which has {instead}")
     if granularity == "weight" and context.get_parameter_source("mu") is not ParameterSource.COMMANDLINE:
         options["mu"] = 0.8  # the paper's, for single weights
-    return {name: value for name, value in options.items() if name not in others}
+    return {name: value for name, value in _decided(options).items() if name not in others}
+
+
+def _decided(options: dict[str, Any]) -> dict[str, Any]:
+    """Without those that the library decides."""
+    return {k: v for k, v in options.items() if not (k in ("order", "rounds") and v is None)}
 
 
 @main.command()
@@ -282,7 +291,7 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
         options.pop("seed")
         options["verify"] = not options.pop("no_verify")
         scoring = ScoringOptions(**{key: options.pop(key) for key in _SCORING})
-        found, values = run_inspect(model, options.pop("img_size"), scoring, options.pop("device"), **options)
+        found, values = run_inspect(model, options.pop("img_size"), scoring, options.pop("device"), **_decided(options))
     text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"
     _finish(values, text, as_json, quiet)
 

@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from singe_plugin.algorithm import units_per_removal
-from singe_plugin.budget import count_macs, count_params
+from singe_plugin.budget import BY_SCORE, count_macs, count_params
 from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
 from singe_plugin.objective import to_device
 from singe_plugin.report import Curves, gradient_curves, markdown_table
+from singe_plugin.rounds import covered
 from singe_plugin.scoring import ScoringOptions
 from singe_plugin.state import model_device
 
@@ -146,8 +147,9 @@ def inspect_model(
         target, units_per_step, finetune_steps: of the run whose cost is wanted.
         scoring: how units would be scored.
         scoring_batch_count: batches per scoring.
-        options: further arguments of ``SInGEPruner`` (``ratios``, ``round_to``, ``max_pruning_ratio``, ``verify``).
-            ``ratios="global"`` needs scores; the cost is then that of ``"uniform"`` plus one scoring of every layer.
+        options: further arguments of ``SInGEPruner`` (``ratios``, ``order``, ``rounds``, ``round_to``, ...).
+            Ratios by score need scores; the cost is then that of ``"uniform"``, plus one scoring of every layer where
+            the layers are pruned one after the other.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -157,7 +159,7 @@ def inspect_model(
         ([('0', 8, 56)], 30)
     """
     scoring = scoring or ScoringOptions()
-    by_score = options.get("ratios") == "global"
+    by_score = options.get("ratios") in BY_SCORE
     if by_score:
         options["ratios"] = "uniform"
     pruner = pruner_of(model, example_inputs, target=target, units_per_step=units_per_step, **options)
@@ -172,10 +174,8 @@ def inspect_model(
             params = round(whole - costs.cost("params", {spec.name: spec.units}))
             rows.append(GroupRow(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
         plan = pruner.plan()
-        cost = _cost(
-            {spec.name: spec.units for spec in specs}, plan, units_per_step, scoring, scoring_batch_count,
-            finetune_steps, by_score,
-        )  # fmt: skip
+        alive = _units_at_scorings({spec.name: spec.units for spec in specs}, plan, pruner, by_score)
+        cost = _cost(alive, sum(plan.values()), scoring, scoring_batch_count, finetune_steps)
     except BudgetError as error:
         problem = str(error)
     shown = {
@@ -213,26 +213,25 @@ def figure_two(model: nn.Module, data: Dataset[Any], batch_size: int = 64, seed:
     return gradient_curves(model, [host.units(name) for name in chosen], batches, seed=seed)
 
 
-def _cost(
-    units: dict[str, int],
-    plan: dict[str, int],
-    units_per_step: int | float | str,
-    scoring: ScoringOptions,
-    batches: int,
-    finetune_steps: int,
-    by_score: bool,
-) -> RunCost:
-    """Count the scorings of Algorithm 1, chunk by chunk."""
-    scorings = passes = 0
+def _units_at_scorings(units: dict[str, int], plan: dict[str, int], pruner: Any, by_score: bool) -> list[int]:
+    """The units of a layer at each of its scorings, all layers in one list."""
+    found = []
     for name, removed in plan.items():
-        chunk = units_per_removal(units_per_step, units[name])
-        alive = [units[name] - i * chunk for i in range(math.ceil(removed / chunk))]
+        if pruner.order == "rounds":
+            gone = [0.0, *(covered(pruner.schedule, number, pruner.rounds) for number in range(1, pruner.rounds))]
+            found += [units[name] - round(removed * share) for share in gone]
+            continue
+        chunk = units_per_removal(pruner.units_per_step, units[name])
+        found += [units[name] - i * chunk for i in range(math.ceil(removed / chunk))]
         if by_score:
-            alive.append(units[name])
-        scorings += len(alive)
-        evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
-        passes += evaluations * scoring.passes * batches
-    return RunCost(sum(plan.values()), scorings, scoring.passes, passes, finetune_steps)
+            found.append(units[name])  # the units of all layers are ranked before the first removal
+    return found
+
+
+def _cost(alive: list[int], removed: int, scoring: ScoringOptions, batches: int, finetune_steps: int) -> RunCost:
+    """Count the passes of all scorings."""
+    evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
+    return RunCost(removed, len(alive), scoring.passes, evaluations * scoring.passes * batches, finetune_steps)
 
 
 def _few(names: tuple[str, ...], most: int = 3) -> str:

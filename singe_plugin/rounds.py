@@ -21,7 +21,7 @@ from singe_plugin.budget import count_params
 from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunEnded, RunStarted
 
-__all__ = ["COURSES", "Allocation", "check_rounds", "covered", "rounds_of"]
+__all__ = ["COURSES", "ORDERS", "Allocation", "check_order", "check_rounds", "covered", "rounds_of"]
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
 """``(scores of every layer, share of the way) -> units to remove now from each layer``."""
@@ -40,6 +40,15 @@ def covered(course: str, number: int, rounds: int) -> float:
         [0.578, 0.875, 0.984, 1.0]
     """
     return COURSES[course](number / rounds)
+
+
+ORDERS = ("rounds", "layers")
+
+
+def check_order(order: object) -> None:
+    """Raise :class:`ConfigError` for an order of pruning that there is not."""
+    if order not in ORDERS:
+        raise ConfigError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
 
 
 def check_rounds(rounds: object, course: object) -> None:

@@ -6,28 +6,31 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import Progress, prune_layers, units_per_removal
+from singe_plugin.algorithm import Pause, Progress, algorithm_1, tune, units_per_removal
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
-from singe_plugin.budget import Target, count_macs, count_params, plan_removals
+from singe_plugin.budget import BY_SCORE, Target, count_macs, count_params, plan_removals
 from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.objective import materialise
+from singe_plugin.rounds import check_order, check_rounds, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from ..checks import check_parts
 from ..rollback import all_or_nothing
+from .allocation import Rounds, counts_for, sizes
 from .arguments import base_options, check_arguments, check_ratios, forward_of
 from .graph import AxisDependencyGraph, AxisGroup
 from .host import TorchPruningHost, channels_per_unit, scores_per_unit
 from .importance import SInGEImportance
-from .scorers import with_gradients
+from .scorers import RoundScorer, with_gradients
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
 
@@ -74,10 +77,14 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         importance: any torch-pruning importance; a :class:`SInGEImportance` must be bound to data.
         target: for ``run``: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``; None removes
             ``pruning_ratio`` of each layer's units.
-        ratios: how it is spread: ``"uniform"``, ``"block"`` (one ratio per block, §3.3), ``"global"`` (by score) or
-            ``{layer or block name: ratio}``.
+        ratios: how it is spread: ``"uniform"``, ``"block"`` (one ratio per block, §3.3), ``"global"`` (by score),
+            ``"per_cost"`` (by score per parameter or MAC) or ``{layer or block name: ratio}``.
         units_per_step: removals between two scorings: 1 is Algorithm 1; a number, a fraction of the layer inside
             ]0, 1[, or ``"layer"``.
+        order: of ``run``: ``"layers"`` is Algorithm 1, one layer after the other; ``"rounds"`` scores all layers, then
+            removes units of all of them.
+        rounds, schedule: how many rounds (1 scores the intact model only), and how fast the target is approached over
+            them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
         finetune: a :class:`~singe_plugin.FineTune`, or None.
         callbacks: see :mod:`singe_plugin.events`.
         batches: data for importances that need gradients but cannot be bound (Taylor, Hessian, OBD-C).
@@ -110,6 +117,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         target: str | Target | None = None,
         ratios: str | Mapping[Any, float] = "block",
         units_per_step: int | float | str = 1,
+        order: str = "layers",
+        rounds: int = 1,
+        schedule: str = "cubic",
         finetune: FineTune | None = None,
         callbacks: Iterable[Callback] = (),
         batches: Iterable[Any] | None = None,
@@ -122,6 +132,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.target = None if target is None else Target.parse(target)
         self.ratios = check_ratios(ratios)
         units_per_removal(units_per_step, 1)
+        check_order(order)
+        check_rounds(rounds, schedule)
+        self.order, self.rounds, self.schedule = order, rounds, schedule
         options = base_options(args, kwargs)
         check_parts(model, finetune, callbacks := list(callbacks), list(options["ignored_layers"] or ()))
         self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, callbacks
@@ -325,33 +338,17 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return self._plan(self.host())
 
     def _plan(self, host: TorchPruningHost) -> dict[str, int]:
-        specs, costs, aim = host.layers(), host.costs(), None
-        scores = None
+        specs, scores = host.layers(), None
         ratios = self.ratios if isinstance(self.ratios, str) else self._named(self.ratios)
-        if ratios == "global":
+        if ratios in BY_SCORE:
             last = torch.tensor([math.inf])  # the last unit stays, whatever its score
             scores = {spec.name: self.score_layer(host, spec.name) if spec.units > 1 else last for spec in specs}
-        target = self.target
-        if target is None:
-            if self.pruning_ratio_dict:
-                own = {spec.name: self._ratio_of(spec.name) for spec in specs}
-                return plan_removals(specs, costs, None, own, self.round_to)
-            return plan_removals(specs, costs, None, ratios, self.round_to, scores, self.pruning_ratio)
-        before = {"params": count_params(self.model), "macs": count_macs(self.model, self.example_inputs)}
-        nearest = math.inf
-        for _ in range(6):
-            counts = plan_removals(specs, costs, target, ratios, self.round_to, scores, aim=aim)
-            reached = 1 - host.trial(counts)[target.kind] / before[target.kind]
-            nearest = min(nearest, reached, key=lambda r: abs(r - target.fraction))
-            if abs(reached - target.fraction) <= 0.01:
-                return counts
-            aim = (target.fraction if aim is None else aim) + target.fraction - reached
-            if not 0 < aim < 1:
-                break
-        raise BudgetError(
-            f"target {target.kind}={target.fraction:g} cannot be met within one point: the nearest that was reached is "
-            f"{target.kind}={nearest:.4f}; choose that, or relax round_to and max_pruning_ratio"
-        )
+        if self.target is not None:
+            return counts_for(host, self.target, ratios, self.round_to, scores)
+        if self.pruning_ratio_dict:
+            own = {spec.name: self._ratio_of(spec.name) for spec in specs}
+            return plan_removals(specs, host.costs(), None, own, self.round_to)
+        return plan_removals(specs, host.costs(), None, ratios, self.round_to, scores, self.pruning_ratio)
 
     def _ratio_of(self, layer: str) -> float:
         """The ratio that ``pruning_ratio_dict`` gives to a layer of the group, else ``pruning_ratio``."""
@@ -373,13 +370,37 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             named.update(dict.fromkeys(hits, float(ratio)))
         return named
 
+    def _start(self, host: TorchPruningHost) -> Progress:
+        """Nothing done: with the plan, or with what the rounds need."""
+        if self.order == "layers":
+            return Progress(self._plan(host))
+        fixed = self.ratios not in BY_SCORE or bool(self.target is None and self.pruning_ratio_dict)
+        return Progress({}, goal=self._plan(host) if fixed else {}, before=sizes(host))
+
+    def _pauses(
+        self,
+        host: TorchPruningHost,
+        progress: Progress,
+        callback: Callback,
+        checkpoint: Callable[[Progress], None] | None,
+    ) -> Iterator[Pause]:
+        """The algorithm in the order that was asked for."""
+        if self.order == "layers":
+            scorer = partial(self.score_layer, host)
+            return algorithm_1(host, scorer, progress, self.units_per_step, self.finetune, callback, checkpoint)
+        allocation = Rounds(host, progress, self.target, float(self.pruning_ratio), self.ratios, self.round_to)
+        return rounds_of(
+            host, RoundScorer(self, host, progress), allocation, progress, self.rounds, self.schedule, self.finetune,
+            callback, checkpoint,
+        )  # fmt: skip
+
     def run(
         self,
         progress: Progress | None = None,
         checkpoint: Callable[[Progress], None] | None = None,
         history: History | None = None,
     ) -> PruningOutcome:
-        """Algorithm 1: layer by layer in forward order, score, remove the least, fine-tune in between.
+        """Algorithm 1 (layer by layer in forward order), or rounds over all layers: score, remove, fine-tune.
 
         Args:
             progress: where to continue (see :func:`singe_plugin.prune`); None starts at the beginning.
@@ -399,17 +420,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         host = self.host()
         with all_or_nothing(self.model, self.finetune, self._all_trackers(), self.DG.axis_graph):
             if progress is None:
-                progress = Progress(self._plan(host))
+                progress = self._start(host)
             if not progress.finished:
-                prune_layers(
-                    host,
-                    lambda layer: self.score_layer(host, layer),
-                    progress,
-                    units_per_step=self.units_per_step,
-                    finetune=self.finetune,
-                    callback=callback,
-                    checkpoint=checkpoint,
-                )
+                tune(host, self._pauses(host, progress, callback, checkpoint), self.finetune, callback)
         after = count_params(self.model), count_macs(self.model, self.example_inputs)
         return PruningOutcome(
             self.model,

@@ -14,11 +14,14 @@ import torch.nn.functional as functional
 import torch_pruning as tp
 from torch import nn
 
+from singe_plugin.algorithm import Progress
 from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.objective import call_model, split_batch, to_device
 from singe_plugin.state import model_device, preserved
 
-__all__ = ["needs_data", "with_gradients"]
+from .host import TorchPruningHost
+
+__all__ = ["RoundScorer", "needs_data", "with_gradients"]
 
 _TAYLOR = tp.importance.GroupTaylorImportance
 _HESSIAN = tp.importance.GroupHessianImportance
@@ -55,6 +58,36 @@ def with_gradients(pruner: Any, importance: Any, batches: Iterable[Any] | None, 
             raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
         _PREPARE[next(kind for kind in _PREPARE if isinstance(importance, kind))](pruner, importance, ready)
         return score()
+
+
+class RoundScorer:
+    """One score per unit of a layer, where all layers are scored before anything is removed.
+
+    An importance that reads gradients gets them once for all layers.
+
+    Args:
+        pruner: whose importance and batches are used.
+        host: the layers.
+        progress: says when the scores are of yesterday.
+    """
+
+    def __init__(self, pruner: Any, host: TorchPruningHost, progress: Progress) -> None:
+        self.pruner, self.host, self.progress = pruner, host, progress
+        self._when: tuple[int, int] | None = None
+        self._scores: dict[str, Any] = {}
+
+    def __call__(self, layer: str) -> torch.Tensor:
+        pruner, importance, host = self.pruner, self.pruner.importance, self.host
+        if not needs_data(importance):
+            return torch.as_tensor(pruner.score_layer(host, layer))
+        now = (self.progress.next_layer, len(self.progress.removals))
+        if now != self._when:
+            names = [spec.name for spec in host.layers()]
+            self._scores = with_gradients(
+                pruner, importance, pruner.batches, lambda: {name: host.score(name, importance) for name in names}
+            )
+            self._when = now
+        return torch.as_tensor(self._scores[layer])
 
 
 def _loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Any:

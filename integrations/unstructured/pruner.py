@@ -18,7 +18,7 @@ from singe_plugin.events import Callback, Callbacks, History, LayerDone, RunEnde
 from singe_plugin.finetune import FineTune
 from singe_plugin.masks import fold_masks, masks_of
 from singe_plugin.objective import materialise
-from singe_plugin.rounds import check_rounds, rounds_of
+from singe_plugin.rounds import check_order, check_rounds, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device
 
@@ -31,9 +31,7 @@ from .host import WeightHost
 from .layers import WeightLayer, find_layers
 from .patterns import Pattern
 
-__all__ = ["ORDERS", "LayerSparsity", "SparseOutcome", "UnstructuredPruner"]
-
-ORDERS = ("rounds", "layers")
+__all__ = ["LayerSparsity", "SparseOutcome", "UnstructuredPruner"]
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,7 @@ class UnstructuredPruner:
         self.scoring = scoring_options(scoring, options)
         self.pattern = None if pattern is None else Pattern.parse(pattern)
         self.sparsity, self.scope, self.max_sparsity = check_amount(sparsity, scope, self.pattern, max_sparsity)
-        if order not in ORDERS:
-            raise ConfigError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
+        check_order(order)
         check_rounds(rounds, schedule)
         units_per_removal(units_per_step, 1)
         self.order, self.rounds, self.schedule, self.units_per_step = order, rounds, schedule, units_per_step

@@ -1,0 +1,250 @@
+"""Units removed in rounds over all layers: which go, how many, and that a run can be stopped in any round."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from click.testing import CliRunner
+from test_prune import assert_same_run, entwined
+from torch import Tensor, nn
+
+from singe_plugin import Callback, Result, SingeError, prune
+from singe_plugin.budget import CostModel, LayerSpec, Target, TensorCost, count_params, plan_removals
+from singe_plugin.cli import main
+from singe_plugin.errors import ConfigError
+from singe_plugin.integrations.torch_pruning import SInGEPruner
+
+from small_nets import Chain, Residual, StopAt, images
+
+BATCHES = images(2)
+
+
+class Norms:
+    """A torch-pruning importance: the L2 norm of the rows of all producers, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, group: Any) -> Tensor:
+        self.asked.append(group.axis_group.name)
+        rows = [m.weight.detach().flatten(1) for m in group.axis_group.writers.values()]
+        return sum(w.pow(2).sum(1) for w in rows) ** 0.5
+
+
+def pruner_of(model: nn.Module, importance: Any = None, **options: Any) -> SInGEPruner:
+    return SInGEPruner(model, BATCHES[0][0], importance or Norms(), batches=BATCHES, **options)
+
+
+def scores_of(model: nn.Module) -> dict[str, list[float]]:
+    """The norms, by hand."""
+    return {
+        name: m.weight.detach().double().flatten(1).norm(dim=1).tolist()
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+    }
+
+
+def cheapest(model: Chain, scores: dict[str, list[float]], kind: str, fraction: float) -> dict[str, int]:
+    """Take units one by one, the lowest score per cost first (costs of the unpruned model), until the target is met."""
+    widths = {name: len(values) for name, values in scores.items()}
+
+    def size(kept: dict[str, int]) -> int:
+        a, b, c = kept["conv1"], kept["conv2"], kept["conv3"]
+        weights, macs = (2 * a * 9, a * b * 9, b * c), 36
+        if kind == "macs":
+            return macs * sum(weights) + 3 * c
+        return sum(weights) + b + c + 2 * (a + b + c) + 3 * c + 3
+
+    whole = size(widths)
+    each = {n: whole - size({**widths, n: widths[n] - 1}) for n in widths}
+    ranked = sorted((s / each[n], n) for n, values in scores.items() for s in sorted(values)[:-1])
+    kept, gone = dict(widths), dict.fromkeys(widths, 0)
+    for _, name in ranked:
+        if 1 - size(kept) / whole >= fraction:
+            break
+        kept[name] -= 1
+        gone[name] += 1
+    return gone
+
+
+# --- which go, and how many --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratios", ["uniform", "block", {"conv1": 0.25, "conv3": 0.5}])
+def test_one_round_takes_the_lowest_of_the_intact_model(ratios: Any) -> None:
+    model = Chain()
+    scores = scores_of(model)
+    target = None if isinstance(ratios, dict) else "params=0.4"
+    plan = pruner_of(copy.deepcopy(model), ratios=ratios, target=target).plan()
+    before = copy.deepcopy(model)
+    pruner_of(model, ratios=ratios, target=target, order="rounds").run()
+    for name, values in scores.items():
+        order = sorted(range(len(values)), key=values.__getitem__)
+        kept = sorted(order[plan[name] :])
+        rows = before.get_submodule(name).weight[kept]
+        # the inputs follow the layer in front
+        assert model.get_submodule(name).out_channels == len(kept)
+        found = model.get_submodule(name).weight
+        assert found.flatten(1)[:, 0].shape == rows[:, 0, 0, 0].shape
+        if name == "conv1":
+            assert torch.equal(found, rows)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("seed", range(4))
+def test_units_are_worth_their_score_per_cost(kind: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Chain(widths=(32, 48, 32))
+    for module, scale in zip((model.conv1, model.conv2, model.conv3), torch.rand(3).tolist(), strict=True):
+        module.weight.data *= 0.5 + scale
+    expected = cheapest(model, scores_of(model), kind, 0.4)
+    counts = pruner_of(model, target=f"{kind}=0.4", ratios="per_cost").plan()
+    # the plan may move single units to come nearer to the target
+    assert max(abs(counts[name] - expected[name]) for name in expected) <= 2
+    assert abs(sum(counts.values()) - sum(expected.values())) <= 2
+
+
+def test_the_cost_of_a_unit_decides_between_equal_scores() -> None:
+    layers = [LayerSpec("dear", 10, "a"), LayerSpec("cheap", 10, "b")]
+    cost = CostModel(
+        (TensorCost((10, 90), ((0, "dear", 1),), 0.0), TensorCost((10, 10), ((0, "cheap", 1),), 0.0)), 0, 0
+    )
+    scores = {"dear": torch.linspace(1, 2, 10), "cheap": torch.linspace(1, 2, 10)}
+    assert plan_removals(layers, cost, Target("params", 0.45), "per_cost", scores=scores) == {"dear": 5, "cheap": 0}
+    assert plan_removals(layers, cost, Target("params", 0.5), "global", scores=scores) == {"dear": 5, "cheap": 5}
+
+
+@pytest.mark.parametrize("ratios", ["global", "per_cost", "uniform", "block"])
+@pytest.mark.parametrize("schedule", ["linear", "cubic"])
+@pytest.mark.parametrize("target", ["params=0.5", "macs=0.5"])
+def test_every_round_scores_the_model_as_it_is_and_the_target_is_met(ratios: str, schedule: str, target: str) -> None:
+    model, importance = Residual(16, 32), Norms()
+    pruner = pruner_of(model, importance, ratios=ratios, target=target, order="rounds", rounds=4, schedule=schedule)
+    sizes, layers = [count_params(model)], [group.name for group in pruner.layers]
+    importance.asked.clear()
+
+    class Rounds(Callback):
+        def on_round_done(self, event: Any) -> None:
+            sizes.append(count_params(model))
+
+    pruner.callbacks.append(Rounds())
+    outcome = pruner.run()
+    assert importance.asked[-4 * len(layers) :] == layers * 4
+    before, after = outcome.params if target.startswith("params") else outcome.macs
+    assert abs(1 - after / before - 0.5) <= 0.01
+    gone = [1 - size / sizes[0] for size in sizes]
+    assert gone == sorted(gone)
+    assert gone[1] < gone[-1]
+    if target == "params=0.5" and ratios in ("global", "per_cost"):
+        shares = [1 - (1 - r / 4) ** 3 if schedule == "cubic" else r / 4 for r in range(5)]
+        assert gone == pytest.approx([0.5 * share for share in shares], abs=0.02)
+    model(BATCHES[0][0])
+
+
+def test_a_ratio_of_the_units_without_a_target() -> None:
+    model = Residual(16, 32)
+    pruner = pruner_of(model, ratios="global", pruning_ratio=0.5, order="rounds", rounds=3)
+    units = sum(group.size for group in pruner.layers)
+    assert sum(pruner.run().plan.values()) == units // 2
+
+
+def test_the_largest_ratio_counts_from_the_unpruned_layer() -> None:
+    model = Chain(widths=(16, 16, 16))
+    model.conv1.weight.data *= 1e-3  # would go first
+    pruner = pruner_of(
+        model, ratios="per_cost", target="params=0.5", order="rounds", rounds=5, schedule="linear",
+        max_pruning_ratio=0.5,
+    )  # fmt: skip
+    pruner.run()
+    assert model.conv1.out_channels == 8
+    assert min(model.conv2.out_channels, model.conv3.out_channels) >= 8
+
+
+@pytest.mark.parametrize("kind", ["taylor", "hessian", "obdc"])
+def test_gradients_are_computed_once_a_round_and_are_those_of_every_layer_alone(kind: str) -> None:
+    importance = {
+        "taylor": tp.importance.TaylorImportance, "hessian": tp.importance.HessianImportance,
+        "obdc": lambda: tp.importance.OBDCImportance(num_classes=3),
+    }[kind]  # fmt: skip
+    model, passes, scored = Chain(), [], {}
+    alone = pruner_of(copy.deepcopy(model), importance(), target="params=0.4")
+    host = alone.host()
+    expected = {spec.name: alone.score_layer(host, spec.name) for spec in host.layers()}
+
+    class First(Callback):
+        def on_layer_scored(self, event: Any) -> None:
+            scored.setdefault(event.layer, torch.as_tensor(event.scores))
+
+        def on_removed(self, event: Any) -> None:
+            passes.append(0)
+
+    pruner = pruner_of(model, importance(), target="params=0.4", order="rounds", rounds=2, callbacks=[First()])
+    counting = model.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
+    pruner.run()
+    counting.remove()
+    assert {n: s.tolist() for n, s in scored.items()} == {n: pytest.approx(s.tolist()) for n, s in expected.items()}
+    assert sum(passes) == 2 * len(BATCHES)
+
+
+# --- a whole run -------------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, Any] = {"order": "rounds", "rounds": 3, "units_per_step": 1}
+
+
+@pytest.mark.parametrize("ratios", ["block", "per_cost"])
+@pytest.mark.parametrize("stop", [("round_done", 1), ("round_done", 2), ("finetune_step", 5), ("removed", 5)])
+def test_interrupted_in_a_round_and_resumed(ratios: str, stop: tuple[str, int], tmp_path: Path) -> None:
+    def run(folder: Path | None, **options: Any) -> Result:
+        torch.manual_seed(0)
+        return entwined(Chain(dropout=0.5), folder, ratios=ratios, **OPTIONS, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, callbacks=[StopAt(*stop)])
+    resumed, whole = run(tmp_path, resume=True), run(None)
+    assert_same_run(resumed, whole)
+    assert whole.removed_params == pytest.approx(0.5, abs=0.01)
+    assert [e["event"] for e in whole.history.rows].count("round_done") == 3
+
+
+def test_a_failed_round_undoes_all_of_them() -> None:
+    model = Chain()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="enough"):
+        prune(model, BATCHES, verify=False, nodes=2, finetune_steps=6, order="rounds", rounds=3,
+              callbacks=[StopAt("round_done", 2, RuntimeError("enough"))])  # fmt: skip
+    after = model.state_dict()
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"order": "both"}, {"rounds": 0}, {"rounds": 2.0}, {"schedule": "fast"}, {"ratios": "per_mac"}]
+)
+def test_options_that_mean_nothing(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
+        pruner_of(Chain(), **{"order": "rounds", **wrong})
+
+
+def test_a_target_out_of_reach_is_refused_before_anything_is_removed() -> None:
+    model = Chain()
+    pruner = pruner_of(model, ratios="per_cost", target="params=0.9", order="rounds", rounds=3, max_pruning_ratio=0.2)
+    with pytest.raises(SingeError, match="cannot be met within one point"):
+        pruner.run()
+    assert [m.out_channels for m in (model.conv1, model.conv2, model.conv3)] == [8, 12, 8]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    options = {"model": "resnet10t", "img-size": 32, "num-classes": 10, "in-chans": 1, "dataset": "digits",
+               "target": "params=0.3", "order": "rounds", "rounds": 2, "ratios": "per_cost", "finetune-steps": 0,
+               "criterion": "l2", "output": tmp_path}  # fmt: skip
+    words = ["prune", "--no-curves", "--json", *(f"--{name}={value}" for name, value in options.items())]
+    found = CliRunner().invoke(main, words)
+    assert found.exit_code == 0, found.output
+    used = json.loads(found.stdout)["options"]
+    assert (used["order"], used["rounds"], used["ratios"]) == ("rounds", 2, "per_cost")
