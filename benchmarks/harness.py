@@ -6,10 +6,12 @@ fine-tuning recipe and one budget. A row is identified by its :class:`Spec`; it 
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,37 @@ import torch_pruning as tp
 from torch.utils.data import DataLoader
 
 import singe_plugin
+from singe_plugin.budget import BY_SCORE
 from singe_plugin.data import evaluate
 from singe_plugin.integrations.torch_pruning import SInGEImportance
 
 from records import append, environment, peak_mb, read
 from settings import Setting
 
-__all__ = ["BASE", "OURS", "PAPER", "PEERS", "Spec", "compute", "run_rows"]
+__all__ = ["BASE", "DATA_FREE", "LAYERS", "OURS", "PAPER", "PEERS", "Spec", "compute", "run_rows"]
 
 PAPER = ("l1", "l2", "grad", "norm_grad", "sg", "ig")
 OURS = (*PAPER, "ig_abs")
-PEERS: dict[str, Callable[[int], Any]] = {
-    "random": lambda classes: tp.importance.RandomImportance(),
-    "magnitude_l1": lambda classes: tp.importance.MagnitudeImportance(p=1),
-    "magnitude_l2": lambda classes: tp.importance.MagnitudeImportance(p=2),
-    "bn_scale": lambda classes: tp.importance.BNScaleImportance(),
-    "lamp": lambda classes: tp.importance.LAMPImportance(),
-    "fpgm": lambda classes: tp.importance.FPGMImportance(),
-    "taylor": lambda classes: tp.importance.TaylorImportance(),
-    "hessian": lambda classes: tp.importance.HessianImportance(),
-    "obdc": lambda classes: tp.importance.OBDCImportance(num_classes=classes),
+PEERS: dict[str, Callable[..., Any]] = {
+    "random": tp.importance.RandomImportance,
+    "magnitude_l1": partial(tp.importance.MagnitudeImportance, p=1),
+    "magnitude_l2": partial(tp.importance.MagnitudeImportance, p=2),
+    "bn_scale": tp.importance.BNScaleImportance,
+    "lamp": tp.importance.LAMPImportance,
+    "fpgm": tp.importance.FPGMImportance,
+    "taylor": tp.importance.TaylorImportance,
+    "hessian": tp.importance.HessianImportance,
+    "obdc": tp.importance.OBDCImportance,
 }
 DATA_FREE = ("l1", "l2", "magnitude_l1", "magnitude_l2", "bn_scale", "lamp", "fpgm")  # no seed changes them
-BASE = {"units_per_step": "layer", "mu": 0.95}  # of every row; a row's options replace it
+# of every row; a row's options replace it
+BASE: dict[str, Any] = {"order": "rounds", "rounds": 4, "ratios": "per_cost", "mu": 0.95, "nodes": 3}
+# the paper's order: one layer after the other, each scored once; a ratio per block
+LAYERS: dict[str, Any] = {"order": "layers", "units_per_step": "layer", "ratios": "block"}
 OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
-OF_PRUNE = ("ratios", "units_per_step", "scoring_batch_size", "scoring_batch_count", "fold")
-FINETUNE_BATCH = 64
+OF_PRUNE = (
+    "ratios", "units_per_step", "order", "rounds", "schedule", "scoring_batch_size", "scoring_batch_count", "fold",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Spec:
         options: what differs from ``BASE``.
         split: ``"test"``, or ``"held_out"`` for choices.
         granularity: ``"channel"`` or ``"weight"``.
+        batch: of the fine-tuning; 0 where there is none.
     """
 
     network: str
@@ -70,6 +78,7 @@ class Spec:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     split: str = "test"
     granularity: str = "channel"
+    batch: int = 0
 
     @property
     def key(self) -> str:
@@ -89,10 +98,19 @@ class _Clock(singe_plugin.Callback):
 
 
 def importance_of(method: str, options: dict[str, Any], classes: int) -> Any:
-    """The importance that a method's name means."""
-    if method in PEERS:
-        return PEERS[method](classes)
-    return SInGEImportance(method, **{k: v for k, v in options.items() if k in OF_IMPORTANCE})
+    """The importance that a method's name means.
+
+    Torch-pruning takes the mean over the layers of a group and divides the scores by the group's mean; where units of
+    different layers are compared, this is the sum instead, not divided (it helps all of them; LAMP's own
+    normalisation is made for comparing, and stays).
+    """
+    if method not in PEERS:
+        return SInGEImportance(method, **{k: v for k, v in options.items() if k in OF_IMPORTANCE})
+    taken = inspect.signature(PEERS[method]).parameters
+    given: dict[str, Any] = {"num_classes": classes} if "num_classes" in taken else {}
+    if options["ratios"] in BY_SCORE and "normalizer" in taken and method != "lamp":
+        given |= {"normalizer": None, "group_reduction": "sum"}
+    return PEERS[method](**given)
 
 
 def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
@@ -108,16 +126,16 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
     row["tuned" if entwined else "pruned"] = _accuracy(spec, setting, result.model)
     if spec.steps and not entwined:
         torch.manual_seed(spec.seed)
-        finetune = finetuning(setting, spec.steps, "end")
+        finetune = finetuning(setting, spec, spec.steps, "end")
         finetune.prepare(result.model)
         finetune.run(result.model, spec.steps, singe_plugin.Callback())
         row["tuned"] = _accuracy(spec, setting, result.model)
     return row | {"pruning_seconds": pruned, "seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
 
 
-def finetuning(setting: Setting, steps: int, every: str) -> singe_plugin.FineTune:
-    """The recipe: the library's defaults with batches of 64."""
-    loader = DataLoader(setting.train, FINETUNE_BATCH, shuffle=True, drop_last=True)
+def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_plugin.FineTune:
+    """The recipe: the library's defaults."""
+    loader = DataLoader(setting.train, spec.batch or 1, shuffle=True, drop_last=True)
     return singe_plugin.FineTune(loader, steps, every)
 
 
@@ -127,7 +145,7 @@ def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[st
     entwined = spec.every != "post" and spec.steps > 0
     result = singe_plugin.prune(
         setting.make(), setting.train, target=f"params={spec.target}", importance=importance, seed=spec.seed,
-        finetune=finetuning(setting, spec.steps if entwined else 0, spec.every if entwined else "end"),
+        finetune=finetuning(setting, spec, spec.steps if entwined else 0, spec.every if entwined else "end"),
         callbacks=[clock], **{k: v for k, v in options.items() if k in OF_PRUNE},
     )  # fmt: skip
     passes = importance.options.passes if isinstance(importance, SInGEImportance) else None

@@ -10,13 +10,14 @@ Resumable: a row is never computed twice, whichever tables share it. Several pro
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness import DATA_FREE, OURS, PEERS, Spec, run_rows
+from harness import DATA_FREE, LAYERS, OURS, PEERS, Spec, run_rows
 from settings import load_setting
 
 HERE = Path(__file__).parent
@@ -26,77 +27,92 @@ PEER_TARGETS = (0.5, 0.75, 0.9)
 DEPTHWISE_TARGETS = (0.3, 0.4, 0.5)
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 WEIGHT_METHODS = ("l1", "norm_grad", "ig")
+CHOICE = 0.5  # where the ablation looks: beyond it nothing is left right after pruning
 
-# one choice at a time, on ResNet-56 with 75 % of the parameters gone; {} is the base
+# one choice at a time; {} is the base
 ABLATION: list[dict[str, Any]] = [
-    {}, {"units_per_step": 0.25}, {"units_per_step": 0.1}, {"objective": "logit"}, {"scoring_batch_size": 32},
-    {"scoring_batch_size": 256}, {"scoring_batch_count": 4}, {"group_reduction": "mean"}, {"group_reduction": "max"},
-    {"nodes": 3}, {"nodes": 8}, {"quadrature": "geometric"}, {"mu": 0.9}, {"mu": 0.8}, {"p": 1},
-    {"ratios": "uniform"}, {"ratios": "global"}, {"fold": True}, {"path": "neuron", "nodes": 3},
+    {}, {"rounds": 1}, {"rounds": 2}, {"rounds": 8}, {"schedule": "linear"}, {"ratios": "global"}, {"ratios": "block"},
+    {"ratios": "uniform"}, {**LAYERS}, {"nodes": 1}, {"nodes": 5}, {"quadrature": "geometric"}, {"mu": 0.9},
+    {"scoring_batch_size": 32}, {"scoring_batch_size": 256}, {"scoring_batch_count": 4}, {"objective": "logit"},
+    {"group_reduction": "mean"}, {"group_reduction": "max"}, {"p": 1}, {"fold": True}, {"path": "neuron"},
 ]  # fmt: skip
+CRITERIA = ("norm_grad", "sg", "ig", "ig_abs")
 
 
-def one_shot(network: str, seeds: list[int], steps: int) -> Iterator[Spec]:
-    """Table 1, right after pruning, and the peers."""
-    for seed in seeds:
-        for target in (0.3, 0.5, *TARGETS):
-            for method in (*OURS, *PEERS):
-                if seed == seeds[0] or method not in DATA_FREE:
-                    yield Spec(network, method, target, seed)
+@dataclass(frozen=True)
+class Wanted:
+    """What the command asks for."""
+
+    network: str
+    seeds: list[int]
+    steps: int
+    batch: int
 
 
-def tuned(network: str, seeds: list[int], steps: int) -> Iterator[Spec]:
-    """Table 1 and the peers after fine-tuning, the most telling target first."""
-    for target in (0.9, 0.75, 0.85, 0.5):
-        for seed in seeds:
-            for method in (*OURS, *PEERS):
-                yield Spec(network, method, target, seed, steps)
-
-
-def entwined(network: str, seeds: list[int], steps: int) -> Iterator[Spec]:
-    """Table 2."""
-    for target in (0.9, 0.85):
-        for seed in seeds:
-            for every in ("post", "layer", "removal"):
-                options = {"units_per_step": 0.25} if every == "removal" else {}
-                yield Spec(network, "ig", target, seed, steps, every, options)
-
-
-def weights(network: str, seeds: list[int], steps: int) -> Iterator[Spec]:
-    """Table 6's form: single weights, at once, all layers ranked together; and 2:4."""
-    for seed in seeds:
-        for method in WEIGHT_METHODS:
-            if seed != seeds[0] and method in DATA_FREE:
-                continue
-            for target in SPARSITIES:
-                yield Spec(network, method, target, seed, 0, "post", {"rounds": 1}, "test", "weight")
-            yield Spec(network, method, 0.5, seed, 0, "post", {"rounds": 1, "pattern": "2:4"}, "test", "weight")
-
-
-def depthwise(network: str, seeds: list[int], steps: int) -> Iterator[Spec]:
-    """Table 5's form, right after pruning and after fine-tuning."""
-    for target in reversed(DEPTHWISE_TARGETS):
-        for seed in seeds:
-            for method in (*OURS, *PEERS):
-                yield Spec(network, method, target, seed, steps)
-
-
-def ablation(network: str, seeds: list[int], steps: int) -> Iterator[Spec]:
-    """What the choices are worth, on held-out images."""
-    for seed in seeds:
-        for options in ABLATION:
-            yield Spec(network, "ig", 0.75, seed, steps, "post", options, "held_out")
-
-
-def baseline(network: str, seeds: list[int], steps: int) -> Iterator[Spec]:
+def baseline(w: Wanted) -> Iterator[Spec]:
     """The network as it is, on test and on held-out images."""
     for split in ("test", "held_out"):
-        yield Spec(network, "none", 0.0, 0, split=split)
+        yield Spec(w.network, "none", 0.0, 0, split=split)
 
 
-TABLES: dict[str, Callable[[str, list[int], int], Iterator[Spec]]] = {
-    "baseline": baseline, "one_shot": one_shot, "tuned": tuned, "entwined": entwined, "weights": weights,
-    "depthwise": depthwise, "ablation": ablation,
+def one_shot(w: Wanted, targets: Sequence[float] = (*PEER_TARGETS, 0.85), **options: Any) -> Iterator[Spec]:
+    """Every criterion right after pruning."""
+    for target in targets:
+        for seed in w.seeds:
+            for method in (*OURS, *PEERS):
+                if seed == w.seeds[0] or method not in DATA_FREE:
+                    yield Spec(w.network, method, target, seed, options=options)
+
+
+def paper_order(w: Wanted) -> Iterator[Spec]:
+    """The same, one layer after the other, as in the paper's Table 1."""
+    return one_shot(w, **LAYERS)
+
+
+def tuned(w: Wanted, targets: Sequence[float] = (0.9, 0.75, 0.5, 0.85)) -> Iterator[Spec]:
+    """Every criterion right after pruning and after fine-tuning, the most telling first."""
+    for target in targets:
+        for seed in w.seeds:
+            for method in ("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS):
+                yield Spec(w.network, method, target, seed, w.steps, batch=w.batch)
+
+
+def entwined(w: Wanted) -> Iterator[Spec]:
+    """Table 2, in the paper's order."""
+    for target in (0.9, 0.85):
+        for seed in w.seeds:
+            for every in ("post", "layer", "removal"):
+                options = {**LAYERS, "units_per_step": 0.25} if every == "removal" else LAYERS
+                yield Spec(w.network, "ig", target, seed, w.steps, every, options, batch=w.batch)
+
+
+def weights(w: Wanted) -> Iterator[Spec]:
+    """Table 6's form: single weights, at once, all layers ranked together; and 2:4."""
+    for target, pattern in [*((s, {}) for s in SPARSITIES), (0.5, {"pattern": "2:4"})]:
+        for seed in w.seeds:
+            for method in WEIGHT_METHODS:
+                if seed == w.seeds[0] or method not in DATA_FREE:
+                    options = {"rounds": 1, **pattern}
+                    yield Spec(w.network, method, target, seed, options=options, granularity="weight")
+
+
+def depthwise(w: Wanted) -> Iterator[Spec]:
+    """Table 5's form: right after pruning, and after fine-tuning."""
+    yield from tuned(w, tuple(reversed(DEPTHWISE_TARGETS)))
+
+
+def ablation(w: Wanted) -> Iterator[Spec]:
+    """What the choices are worth, on held-out images."""
+    for seed in w.seeds:
+        for method in CRITERIA:
+            yield Spec(w.network, method, CHOICE, seed, split="held_out")
+        for options in ABLATION:
+            yield Spec(w.network, "ig_abs", CHOICE, seed, options=options, split="held_out")
+
+
+TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
+    "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
+    "weights": weights, "depthwise": depthwise, "ablation": ablation,
 }  # fmt: skip
 
 
@@ -114,6 +130,7 @@ def main() -> None:
     run.add_argument("--every", nargs="+", choices=("post", "layer", "removal"), help="only these")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--steps", type=int, default=1000, help="of fine-tuning, where there is some")
+    run.add_argument("--batch", type=int, default=128, help="of the fine-tuning")
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--shard", default="0/1", help="this process's part of the rows: number/of how many")
     run.add_argument("--images", type=int, help="fewer test images, for a rehearsal; not for results")
@@ -127,8 +144,9 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     setting = load_setting(args.network, args.weights, args.data, args.images)
+    asked = Wanted(args.network, args.seeds, args.steps, args.batch)
     wanted = [
-        spec for table in args.tables for spec in TABLES[table](args.network, args.seeds, args.steps)
+        spec for table in args.tables for spec in TABLES[table](asked)
         if (not args.methods or spec.method in args.methods) and (not args.targets or spec.target in args.targets)
         and (not args.every or spec.every in args.every)
     ]  # fmt: skip

@@ -324,6 +324,8 @@ def _spreader(
 ) -> Callable[[float], Counts]:
     """A monotone function from one number (the level) to removals per layer."""
     if ratios in BY_SCORE:
+        if scores is None:
+            raise ConfigError(f"ratios={ratios!r} needs the scores of every layer")
         return _by_score(layers, scores, round_to)
     blocks = list(dict.fromkeys(layer.block for layer in layers))
     weight = dict.fromkeys(blocks, 1.0)
@@ -347,9 +349,7 @@ def _per_cost(layers: Sequence[LayerSpec], cost: CostModel, kind: str, scores: S
     return {layer.name: scores[layer.name] / each[layer.name] for layer in layers}
 
 
-def _by_score(layers: Sequence[LayerSpec], scores: Scores | None, round_to: int | None) -> Callable[[float], Counts]:
-    if scores is None:
-        raise ConfigError("ratios='global' and 'per_cost' need the scores of every layer")
+def _by_score(layers: Sequence[LayerSpec], scores: Scores, round_to: int | None) -> Callable[[float], Counts]:
     # equal scores (batch-norm scales that were never trained) are taken evenly from all layers
     ordered = sorted(
         (score, (position + 0.5) / layer.units, number)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
 from singe_plugin.budget import CostModel, LayerSpec, TensorCost, count_macs, count_macs_by_module, count_params
-from singe_plugin.errors import GroupError, ScoringError
+from singe_plugin.errors import GroupError, ScoringError, SingeError
 from singe_plugin.units import UnitGroup
 
 from .graph import AxisDependencyGraph, AxisGroup
@@ -99,12 +100,25 @@ class TorchPruningHost:
             undo.restore()
 
     def score(self, layer: str, importance: Any) -> Tensor | None:
-        """One score per unit from any torch-pruning importance."""
+        """One score per unit from any torch-pruning importance.
+
+        Raises:
+            ScoringError: if the importance fails, or gives something else than a score per channel.
+        """
         group = AxisGroup(self.graph, self._groups[layer])
         by_unit = getattr(importance, "score_units", None)
         if by_unit is not None:
             return by_unit(group, None)  # type: ignore[no-any-return]
-        return scores_per_unit(group, importance, importance(group))
+        try:
+            scores = importance(group)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
+                raise
+            raise ScoringError(
+                f"layer {layer!r}: {type(importance).__name__} failed with {type(error).__name__}: {error}; use "
+                "another importance or put the layer in ignored_layers"
+            ) from error
+        return scores_per_unit(group, importance, scores)
 
 
 def scores_per_unit(group: AxisGroup, importance: Any, scores: Any) -> Tensor:
