@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow backbones lint types doctest examples coverage clean
+.PHONY: demo test slow backbones tables lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ slow: $(STAMP)
 backbones: $(STAMP)
 	$(BIN)/python benchmarks/backbones.py run
 	$(BIN)/python benchmarks/backbones.py table
+
+# docs/results.md and its plots again, from the stored rows
+tables: $(STAMP)
+	$(BIN)/python benchmarks/tables.py write
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

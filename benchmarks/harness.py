@@ -161,7 +161,7 @@ def _weights(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str
         setting.make(), setting.train, criterion=spec.method, seed=spec.seed, finetune_steps=0, callbacks=[clock],
         **amount, **options,
     )  # fmt: skip
-    return result, {"masked": result.sparsity, "removed_macs": result.removed_macs}
+    return result, {"masked": result.weight_sparsity, "removed_macs": result.removed_macs}
 
 
 def _accuracy(spec: Spec, setting: Setting, model: Any) -> float:

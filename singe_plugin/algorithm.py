@@ -39,7 +39,7 @@ __all__ = [
     "Schedule",
     "Scorer",
     "algorithm_1",
-    "final_phase",
+    "finish",
     "lowest",
     "prune_layers",
     "remove",
@@ -295,11 +295,7 @@ def algorithm_1(
         progress.next_layer = index + 1
         if checkpoint is not None:
             checkpoint(progress)
-    yield from final_phase(schedule, progress, checkpoint, checkpoint_steps)
-    callback.on_run_end(RunEnded(count_params(host.model), time.perf_counter() - started))
-    progress.finished = True
-    if checkpoint is not None:
-        checkpoint(progress)
+    yield from finish(host, progress, schedule, callback, checkpoint, checkpoint_steps, started)
 
 
 @dataclass(frozen=True)
@@ -318,21 +314,30 @@ def _phases(
     return _Phases([sum(counts[:i]) for i in range(len(counts))], max(sum(counts), 1))
 
 
-def final_phase(
-    schedule: Schedule | None,
+def finish(
+    host: Host,
     progress: Progress,
+    schedule: Schedule | None,
+    callback: Callback,
     checkpoint: Callable[[Progress], None] | None,
     checkpoint_steps: int,
+    started: float,
 ) -> Iterator[Pause]:
-    """The fine-tuning after all removals, in pieces between which the state is written."""
-    if schedule is None or schedule.every != "end":
-        return
-    while progress.end_done < schedule.steps:
+    """What comes after all removals: fine-tuning in pieces between which the state is written, then the end of the run.
+
+    Args:
+        started: when the run began (``time.perf_counter()``).
+    """
+    while schedule is not None and schedule.every == "end" and progress.end_done < schedule.steps:
         steps = min(checkpoint_steps, schedule.steps - progress.end_done)
         yield Pause(steps, (progress.end_done, schedule.steps))
         progress.end_done += steps
         if checkpoint is not None:
             checkpoint(progress)
+    callback.on_run_end(RunEnded(count_params(host.model), time.perf_counter() - started))
+    progress.finished = True
+    if checkpoint is not None:
+        checkpoint(progress)
 
 
 def remove(host: Host, progress: Progress, layer: str, chosen: Tensor, callback: Callback) -> None:

@@ -13,7 +13,7 @@ from singe_plugin.errors import DataError
 from singe_plugin.objective import call_model, materialise, split_batch, to_device
 from singe_plugin.state import model_device, preserved
 
-__all__ = ["as_loader", "evaluate", "example_from", "scoring_batches"]
+__all__ = ["as_loader", "evaluate", "example_from", "few", "scoring_batches"]
 
 
 def as_loader(data: Any, batch_size: int, workers: int = 0, shuffle: bool = True, seed: int = 0) -> Iterable[Any]:
@@ -84,16 +84,17 @@ def _collate(data: Any, chunk: list[int]) -> Any:
 def example_from(batch: Any, device: torch.device, examples: int = 2) -> Any:
     """The inputs of the first few examples of a batch, for tracing."""
     inputs, _ = split_batch(batch)
-    return to_device(_first(inputs, examples), device)
+    return to_device(few(inputs, examples), device)
 
 
-def _first(value: Any, count: int) -> Any:
+def few(value: Any, count: int) -> Any:
+    """The first ``count`` examples of a batch, in tensors, lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return value[:count] if value.ndim else value
     if isinstance(value, dict):
-        return {k: _first(v, count) for k, v in value.items()}
+        return {k: few(v, count) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_first(v, count) for v in value)
+        return type(value)(few(v, count) for v in value)
     return value
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from singe_plugin.algorithm import Choice, Host, Pause, Progress, Schedule, Scorer, final_phase, lowest, remove, score
+from singe_plugin.algorithm import Choice, Host, Pause, Progress, Schedule, Scorer, finish, lowest, remove, score
 from singe_plugin.budget import count_params
 from singe_plugin.errors import ConfigError
-from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunEnded, RunStarted
+from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunStarted
 
 __all__ = ["COURSES", "ORDERS", "Allocation", "check_order", "check_rounds", "covered", "rounds_of"]
 
@@ -112,8 +112,4 @@ def rounds_of(
                 callback.on_layer_done(LayerDone(layer.name, index, len(layers), count_params(host.model)))
         if checkpoint is not None:
             checkpoint(progress)
-    yield from final_phase(schedule, progress, checkpoint, checkpoint_steps)
-    callback.on_run_end(RunEnded(count_params(host.model), time.perf_counter() - started))
-    progress.finished = True
-    if checkpoint is not None:
-        checkpoint(progress)
+    yield from finish(host, progress, schedule, callback, checkpoint, checkpoint_steps, started)

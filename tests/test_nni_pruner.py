@@ -208,7 +208,7 @@ def test_what_is_masked_once_stays_masked_and_the_goal_is_reached(kind: Any) -> 
     )  # fmt: skip
     seen: list[dict[str, Tensor]] = []
     update = pruner.update_masks
-    pruner.update_masks = lambda masks: (update(masks), seen.append(channel_masks(pruner.get_masks())))  # type: ignore
+    pruner.update_masks = lambda masks: (update(masks), seen.append(channel_masks(pruner.get_masks())))  # type: ignore[method-assign]
     kind(pruner, 1, 4).compress(4, None)
     assert len(seen) == 4
     for before, after in itertools.pairwise(seen):
@@ -338,7 +338,7 @@ def test_f_is_evaluated_on_the_latest_batches_with_the_users_own_step(steps: int
     pruner = SInGEPruner(model, CONVS, evaluator_of(model, Loop(pairs), lr=0.0, step=step), **options)
     metrics: list[Any] = []
     calculate = pruner._calculate_metrics
-    pruner._calculate_metrics = lambda data: metrics.append(calculate(data)) or metrics[-1]  # type: ignore
+    pruner._calculate_metrics = lambda data: metrics.append(calculate(data)) or metrics[-1]  # type: ignore[method-assign]
     pruner.compress()
     assert len(seen) == 3 * 2 * steps  # layers, nodes
     assert all(got is pair for got, pair in zip(seen[: 2 * steps : 2], pairs[-steps:], strict=True))

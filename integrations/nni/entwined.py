@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from singe_plugin.algorithm import Pause, Progress, algorithm_1
 from singe_plugin.budget import CostModel, LayerSpec, TensorCost
-from singe_plugin.errors import GroupError
 from singe_plugin.events import FinetuneStep
 from singe_plugin.finetune import phase_share
 from singe_plugin.units import UnitGroup, subgroup
@@ -34,11 +33,7 @@ class MaskHost:
     def __init__(self, pruner: SInGEPruner) -> None:
         self.pruner = pruner
         self.model: nn.Module = pruner.bound_model
-        self.pieces: dict[str, Piece] = {}
-        for piece in pruner.pieces:
-            if piece.name in self.pieces:
-                raise GroupError(f"two sets of units are called {piece.name!r}")
-            self.pieces[piece.name] = piece
+        self.pieces: dict[str, Piece] = {piece.name: piece for piece in pruner.pieces}
         self.kept = {name: pruner.alive(piece) for name, piece in self.pieces.items()}
 
     def layers(self) -> list[LayerSpec]:

@@ -56,8 +56,7 @@ def touched(graph: AxisGraph, holes: Holes) -> tuple[dict[Group, Tensor], dict[G
                 key = id(part.tensor), part.dim
                 if key not in lines:
                     lines[key] = line_of(~holes[key[0]], part.dim)
-                there = units_at(torch.ones_like(lines[key]), part.units, group.size)
-                mine = there & ~units_at(lines[key], part.units, group.size)
+                there, mine = _along(part, lines[key], group.size)
                 some[group] |= mine
                 if not part.reads:
                     all_of[group] &= mine | ~there
@@ -66,8 +65,13 @@ def touched(graph: AxisGraph, holes: Holes) -> tuple[dict[Group, Tensor], dict[G
 
 def masked_along(part: UnitSlice, holes: Holes, size: int) -> Tensor:
     """The units that a parameter has positions of, all of them masked: ``[N]`` bool."""
-    there = units_at(torch.ones(len(part.units), dtype=torch.bool), part.units, size)
-    return there & ~units_at(line_of(~holes[id(part.tensor)], part.dim), part.units, size)
+    return _along(part, line_of(~holes[id(part.tensor)], part.dim), size)[1]
+
+
+def _along(part: UnitSlice, line: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The units that a parameter has positions of, and those of them that are masked at all of these."""
+    there = units_at(torch.ones_like(line), part.units, size)
+    return there, there & ~units_at(line, part.units, size)
 
 
 def line_of(flags: Tensor, dim: int) -> Tensor:

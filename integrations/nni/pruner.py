@@ -17,16 +17,15 @@ from nni.compression.pruning.tools import active_sparse_targets_filter
 from nni.compression.utils.evaluator import LightningEvaluator
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import units_per_removal
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History, LayerScored
-from singe_plugin.finetune import SCHEDULES
-from singe_plugin.objective import ObjectiveLike, materialise, split_batch, to_device
+from singe_plugin.objective import ObjectiveLike, call_model, split_batch, to_device
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup, subgroup
 
+from .arguments import batches_of, check_schedule, check_without_evaluator
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
 from .pieces import Piece, build_pieces, followers_of, metric_shape
@@ -48,7 +47,6 @@ __all__ = ["SInGEPruner"]
 
 _logger = logging.getLogger("singe_plugin")
 _GONE = -1.0  # the metric of what is masked already: below every score
-_MODES = ("one_shot", "entwined")
 
 
 class SInGEPruner(Pruner):  # type: ignore[misc]
@@ -157,27 +155,10 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             group_reduction, None, unit_batch, amp, channels_last,
         )  # fmt: skip
         self._own_objective = objective is not None
-        for name, value in (("training_steps", training_steps), ("scoring_batches", scoring_batches)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name}={value!r} is not a number of steps; give a whole number >= 1")
-        if isinstance(keep_at_least, bool) or not isinstance(keep_at_least, int) or keep_at_least < 0:
-            raise ConfigError(f"keep_at_least={keep_at_least!r} is not a number of units; give a whole number >= 0")
-        if schedule not in _MODES:
-            raise ConfigError(f"unknown schedule {schedule!r}; choose one of {', '.join(_MODES)}")
-        units_per_removal(units_per_step, 1)
-        if every not in SCHEDULES:
-            raise ConfigError(f"unknown every {every!r}; choose one of {', '.join(SCHEDULES)}")
-        self.batches = None if batches is None else list(materialise(batches))
-        if self.batches is not None and not self.batches:
-            raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
-        if evaluator is None and (
-            schedule == "entwined" or (self.options.rule.needs_gradient and self.batches is None)
-        ):
-            raise ConfigError(
-                f"criterion {criterion!r} with schedule {schedule!r} needs an evaluator; give one of NNI's (the "
-                "batches of its training loop are scored on), or batches=[(inputs, targets), ...] for a one_shot "
-                "pruning without training, or criterion='l2'"
-            )
+        check_schedule(schedule, every, units_per_step, keep_at_least, training_steps, scoring_batches)
+        self.batches = batches_of(batches)
+        if evaluator is None:
+            check_without_evaluator(criterion, schedule, self.options.rule.needs_gradient, self.batches)
         if not self._own_objective and evaluator is not None:
             step_of(evaluator)  # says now if it cannot be used
         self.training_steps, self.schedule, self.every, self.units_per_step = (
@@ -496,11 +477,9 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             s for ts in self._target_spaces.values() for s in ts.values() if s.type is not TargetType.PARAMETER
         ]
         if open_spaces and self.graph is not None:
-            example = self.graph.inputs
-            args = example if isinstance(example, (tuple, list)) else () if isinstance(example, dict) else (example,)
             with preserved(self.bound_model):
                 self.bound_model.eval()
-                self.track_forward(*args, **(example if isinstance(example, dict) else {}))
+                call_model(self.track_forward, self.graph.inputs)
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         try:

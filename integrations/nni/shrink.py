@@ -21,6 +21,7 @@ from singe_plugin.artifact import Builder, Structure, describe_structure
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, remove_units
 from singe_plugin.axes.algebra import contains
 from singe_plugin.budget import count_macs, count_params
+from singe_plugin.data import few
 from singe_plugin.errors import ConfigError, GroupError
 from singe_plugin.events import History, Removed
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
@@ -28,7 +29,7 @@ from singe_plugin.state import preserved, train_mode_of
 
 from .holes import holes_of, masked_along, touched, with_units
 from .masks import checked_masks, fold_masks
-from .silence import Laboratory, few
+from .silence import Laboratory
 from .trials import Trials, change_of
 
 __all__ = ["ShrinkResult", "shrink", "shrink_with_report"]

@@ -19,13 +19,22 @@ from torch.overrides import TorchFunctionMode
 
 from singe_plugin.axes import AxisGraph, Group
 from singe_plugin.axes.algebra import labels
-from singe_plugin.axes.substitutes import NormsOfTheRest, Values, double_inputs, in_double, random_inputs
+from singe_plugin.axes.substitutes import (
+    NormsOfTheRest,
+    Values,
+    double_inputs,
+    in_double,
+    normal,
+    random_inputs,
+    uniform,
+)
+from singe_plugin.data import few
 from singe_plugin.objective import tensors_in
 from singe_plugin.state import caches_preserved, preserved
 
 from .holes import Holes, Units, line_of, slices_of, units_at
 
-__all__ = ["Laboratory", "OpenFunctions", "few"]
+__all__ = ["Laboratory", "OpenFunctions"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _DRAWS, _SLOPE = 3, 0.3
@@ -156,16 +165,16 @@ class Laboratory:
         drawn: list[tuple[Tensor, Tensor]] = []
         for name, buffer in model.named_buffers():
             if name.endswith("running_var"):
-                drawn.append((buffer, _uniform(buffer, generator)))
+                drawn.append((buffer, uniform(buffer, generator)))
             elif name.endswith("running_mean"):
-                drawn.append((buffer, 0.2 * _normal(buffer, generator)))
+                drawn.append((buffer, 0.2 * normal(buffer, generator)))
         for parameter in model.parameters():
             if not parameter.is_floating_point() or not parameter.ndim or not parameter.numel():
                 continue
             if parameter.numel() == max(parameter.shape):
-                value = _uniform(parameter, generator) * _normal(parameter, generator).sign()
+                value = uniform(parameter, generator) * normal(parameter, generator).sign()
             else:
-                value = _normal(parameter, generator) / (parameter.numel() / len(parameter)) ** 0.5
+                value = normal(parameter, generator) / (parameter.numel() / len(parameter)) ** 0.5
             drawn.append((parameter, value.masked_fill(holes[id(parameter)], 0.0)))
         with preserved(model):
             try:
@@ -203,7 +212,7 @@ class Laboratory:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             outputs = self._forward(self.noise(seed))
-            total: Any = sum((t * _normal(t, torch.Generator().manual_seed(seed))).sum() for t in outputs)
+            total: Any = sum((t * normal(t, torch.Generator().manual_seed(seed))).sum() for t in outputs)
             found = torch.autograd.grad(total, parameters, allow_unused=True)
         return {id(p): (g != 0) & (p.detach() != 0) for p, g in zip(parameters, found, strict=True) if g is not None}
 
@@ -273,17 +282,6 @@ class Laboratory:
         return heard if readers else torch.ones_like(heard)
 
 
-def few(inputs: Any, count: int) -> Any:
-    """The first examples of a batch."""
-    if isinstance(inputs, Tensor):
-        return inputs[:count] if inputs.ndim else inputs
-    if isinstance(inputs, Mapping):
-        return {k: few(v, count) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(few(v, count) for v in inputs)
-    return inputs
-
-
 def _is_image(inputs: Any) -> bool:
     return isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim == 4
 
@@ -310,7 +308,7 @@ def _channel_dim(layer: nn.Module, ndim: int) -> int:
 
 def _projected(x: Tensor, dim: int) -> Tensor:
     """A random projection of each channel: two that are equal bit for bit come from equal channels."""
-    probe = _uniform(x, torch.Generator().manual_seed(0))
+    probe = uniform(x, torch.Generator().manual_seed(0))
     return (x * probe).movedim(dim, 0).flatten(1).sum(1)
 
 
@@ -341,11 +339,3 @@ def _other_words(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         values.restore()
-
-
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.rand(like.shape, generator=generator) + 0.5).to(like)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)

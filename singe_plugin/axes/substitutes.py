@@ -25,8 +25,10 @@ __all__ = [
     "exchanged",
     "in_double",
     "masked",
+    "normal",
     "random_inputs",
     "randomised",
+    "uniform",
 ]
 
 
@@ -47,17 +49,17 @@ def randomised(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 if not buffer.is_floating_point():
                     continue
                 if name.endswith("running_var"):
-                    buffer.copy_(_uniform(buffer, generator))
+                    buffer.copy_(uniform(buffer, generator))
                 elif name.endswith("running_mean"):
-                    buffer.copy_(_normal(buffer, generator) * 0.2)
+                    buffer.copy_(normal(buffer, generator) * 0.2)
             for parameter, data in originals:
                 if not parameter.is_floating_point() or not data.numel():
                     continue
                 if parameter.ndim <= 1 or data.numel() == max(data.shape):
-                    sign = _uniform(data, generator) * torch.where(_normal(data, generator) > -1.0, 1.0, -1.0)
+                    sign = uniform(data, generator) * torch.where(normal(data, generator) > -1.0, 1.0, -1.0)
                     parameter.data = sign.to(data.dtype)
                 elif float(data.abs().max()) < 1e-3:
-                    parameter.data = _normal(data, generator) / max(data[0].numel(), 1) ** 0.5
+                    parameter.data = normal(data, generator) / max(data[0].numel(), 1) ** 0.5
             model.eval()
             yield
         finally:
@@ -65,11 +67,13 @@ def randomised(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 parameter.data = data
 
 
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers between 0.5 and 1.5, of a tensor's shape, type and device."""
     return (torch.rand(like.shape, generator=generator) + 0.5).to(like)
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers, of a tensor's shape, type and device."""
     return torch.randn(like.shape, generator=generator).to(like)
 
 
@@ -78,7 +82,7 @@ def random_inputs(inputs: Any, seed: int = 0) -> Any:
     if isinstance(inputs, Tensor):
         if not inputs.is_floating_point():
             return inputs
-        return _normal(inputs, torch.Generator().manual_seed(seed))
+        return normal(inputs, torch.Generator().manual_seed(seed))
     if isinstance(inputs, Mapping):
         return {k: random_inputs(v, seed + 1) for k, v in inputs.items()}
     if isinstance(inputs, (tuple, list)):

@@ -1,0 +1,172 @@
+"""The harness of the tables: rows are true, never computed twice, and the page shows what is stored."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from small_nets import Chain, images
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import results_page
+import tables
+
+import harness
+import records
+from harness import LAYERS, PEERS, Spec
+from settings import Setting
+
+
+def data(seed: int) -> TensorDataset:
+    batches = images(4, seed=seed)
+    return TensorDataset(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+
+
+@pytest.fixture
+def setting() -> Setting:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Chain(widths=(16, 24, 16)).eval()
+
+    return Setting("net", make, data(0), data(1), data(2), "noise", 3)
+
+
+def accuracy(model: nn.Module, dataset: Any) -> float:
+    x, y = dataset.tensors
+    return float((model.eval()(x).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize("method", [*harness.OURS, *PEERS])
+@pytest.mark.parametrize("options", [{}, LAYERS], ids=["rounds", "layers"])
+def test_every_method_meets_the_target_in_both_orders(method: str, options: dict[str, Any], setting: Setting) -> None:
+    row = harness.compute(Spec("net", method, 0.4, 0, options=options), setting)
+    assert row["removed_params"] == pytest.approx(0.4, abs=0.01)
+    assert 0 <= row["pruned"] <= 1
+    assert row["scorings"] == (3 if options else 12)
+    assert (row["passes_per_scoring"] is None) == (method in PEERS)
+
+
+def test_the_accuracies_are_those_of_the_split(setting: Setting) -> None:
+    for split, images_of in (("test", setting.test), ("held_out", setting.held_out)):
+        row = harness.compute(Spec("net", "none", 0.0, 0, split=split), setting)
+        assert row["pruned"] == pytest.approx(accuracy(setting.make(), images_of))
+
+
+@pytest.mark.parametrize("every", ["post", "layer", "removal"])
+def test_fine_tuning_takes_the_steps_that_were_asked_for(
+    every: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    step = harness.singe_plugin.FineTune._step
+    monkeypatch.setattr(harness.singe_plugin.FineTune, "_step", lambda *a: (steps.append(1), step(*a))[1])
+    row = harness.compute(Spec("net", "l2", 0.4, 0, 9, every, LAYERS, batch=8), setting)
+    assert len(steps) == 9
+    assert ("pruned" in row) == (every == "post")
+    assert "tuned" in row
+
+
+def test_single_weights(setting: Setting) -> None:
+    row = harness.compute(Spec("net", "ig", 0.8, 0, options={"rounds": 1}, granularity="weight"), setting)
+    assert row["masked"] == pytest.approx(0.8, abs=0.005)
+    pattern = Spec("net", "l1", 0.5, 0, options={"rounds": 1, "pattern": "2:4"}, granularity="weight")
+    assert harness.compute(pattern, setting)["masked"] == pytest.approx(0.5, abs=0.005)
+
+
+def test_a_row_is_computed_once_and_a_broken_line_is_not_one(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+    compute = harness.compute
+    monkeypatch.setattr(harness, "compute", lambda spec, s: (computed.append(spec.method), compute(spec, s))[1])
+    path = tmp_path / "rows.jsonl"
+    specs = [Spec("net", method, 0.4, 0) for method in ("l1", "l2", "l1")]
+    harness.run_rows(specs, setting, path)
+    assert computed == ["l1", "l2"]
+    path.write_text(path.read_text()[:-40])  # killed while writing
+    harness.run_rows(specs, setting, path)
+    assert computed == ["l1", "l2", "l2"]
+    rows = records.read(path)
+    assert [row["method"] for row in rows] == ["l1", "l2"]
+    assert {"commit", "command", "device", "versions", "seed", "seconds", "peak_mb", "data"} <= rows[0].keys()
+
+
+def test_an_error_is_a_row(setting: Setting, tmp_path: Path) -> None:
+    harness.run_rows([Spec("net", "l1", 0.999, 0)], setting, tmp_path / "rows.jsonl")
+    (row,) = records.read(tmp_path / "rows.jsonl")
+    assert row["error"].startswith("BudgetError: ")
+    assert results_page.cell([row], "pruned") == "BudgetError"
+
+
+def test_specs_that_compute_the_same_have_one_key() -> None:
+    asked = tables.Wanted("resnet56", [0, 1, 2], 1000, 128)
+    for name, specs in tables.TABLES.items():
+        keys = [spec.key for spec in specs(asked)]
+        assert keys, name
+        assert all(json.loads(key)["network"] == "resnet56" for key in keys)
+    shot = {spec.key for spec in tables.one_shot(asked)}
+    assert {json.loads(k)["method"] for k in shot} == {*harness.OURS, *PEERS}
+    assert len([k for k in shot if json.loads(k)["method"] == "l1"]) == 4  # reads no data: one seed
+    assert len([k for k in shot if json.loads(k)["method"] == "ig"]) == 12
+
+
+def row(method: str, target: float, seed: int, **found: Any) -> dict[str, Any]:
+    spec = Spec("resnet56", method, target, seed, **{k: found.pop(k) for k in ("steps", "options") if k in found})
+    about = {"data": "d", "device": "c", "versions": "v", "commit": "h"}
+    return {"key": spec.key, **harness.asdict(spec), **about, **found}
+
+
+def test_cells_are_means_and_deviations_of_the_stored_rows() -> None:
+    rows = results_page.Rows(
+        [row("ig", 0.75, seed, pruned=value) for seed, value in enumerate((0.5, 0.6, 0.7))]
+        + [row("ig", 0.75, 0, steps=1000, pruned=0.5, tuned=0.8), row("l1", 0.75, 0, pruned=0.25)]
+    )
+    assert results_page.cell(rows.at_once("resnet56", "ig", 0.75), "pruned") == "60.0 ± 10.0"
+    assert results_page.cell(rows.tuned("resnet56", "ig", 0.75, 1000), "tuned") == "80.0 (1 seed)"
+    assert results_page.one_shot_cell(rows.at_once("resnet56", "l1", 0.75), "l1") == "25.0"
+    assert results_page.cell(rows.at_once("resnet56", "sg", 0.75), "pruned") == "not run"
+    assert results_page.cell(rows.at_once("resnet56", "ig", 0.75, LAYERS), "pruned") == "not run"
+
+
+def test_the_lead_compares_what_has_three_seeds() -> None:
+    stored = [row("ig", 0.75, s, pruned=0.5) for s in range(3)] + [row("ig_abs", 0.75, 0, pruned=0.9)]
+    stored += [row("taylor", 0.75, s, pruned=0.3, options=LAYERS) for s in range(3)]
+    stored += [row("taylor", 0.75, s, pruned=0.2) for s in range(3)] + [row("lamp", 0.75, 0, pruned=0.25)]
+    (line,) = [text for text in results_page.lead(results_page.Rows(stored)).splitlines() if "resnet56" in text]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "resnet56", "-75%", "right after pruning", "IG: SInGE (Eq. 5), rounds", "50.0",
+        "TP Taylor, layers", "30.0", "+20.0",
+    ]  # fmt: skip
+
+
+def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "results.md"
+    parts = "\n".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->" for name in results_page.PARTS)
+    page.write_text(f"# Results\nkept\n{parts}\nend\n")
+    records.append(rows, row("none", 0.0, 0, pruned=0.9))
+    records.append(rows, row("ig", 0.75, 0, pruned=0.625))
+    results_page.write(rows, page)
+    text = page.read_text()
+    assert "kept" in text
+    assert "old" not in text
+    assert "62.5 (1 seed)" in text
+    assert "accuracy before pruning 90.00 %" in text
+    assert (tmp_path / "results_one_shot.svg").stat().st_size > 0
+    results_page.write(rows, page)
+    assert page.read_text() == text
+    page.write_text("# Results")
+    with pytest.raises(SystemExit, match="has no place for 'source'"):
+        results_page.write(rows, page)
+
+
+def test_the_page_in_the_repository_is_up_to_date(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text(results_page.PAGE.read_text())
+    results_page.write(tables.ROWS, page)
+    assert page.read_text() == results_page.PAGE.read_text()
