@@ -31,10 +31,10 @@ CHOICE = 0.5  # where the ablation looks: beyond it nothing is left right after 
 
 # one choice at a time; {} is the base
 ABLATION: list[dict[str, Any]] = [
-    {}, {"rounds": 1}, {"rounds": 2}, {"rounds": 8}, {"schedule": "linear"}, {"ratios": "global"}, {"ratios": "block"},
-    {"ratios": "uniform"}, {**LAYERS}, {"nodes": 1}, {"nodes": 5}, {"quadrature": "geometric"}, {"mu": 0.9},
-    {"scoring_batch_size": 32}, {"scoring_batch_size": 256}, {"scoring_batch_count": 4}, {"objective": "logit"},
-    {"group_reduction": "mean"}, {"group_reduction": "max"}, {"p": 1}, {"fold": True}, {"path": "neuron"},
+    {}, {**LAYERS}, {"ratios": "block"}, {"rounds": 1}, {"ratios": "global"}, {"nodes": 5}, {"rounds": 8},
+    {"scoring_batch_count": 4}, {"schedule": "linear"}, {"objective": "logit"}, {"group_reduction": "mean"},
+    {"nodes": 1}, {"scoring_batch_size": 32}, {"scoring_batch_size": 256}, {"mu": 0.9}, {"p": 1}, {"rounds": 2}, {"fold": True},
+    {"ratios": "uniform"}, {"group_reduction": "max"}, {"quadrature": "geometric"}, {"path": "neuron"},
 ]  # fmt: skip
 CRITERIA = ("norm_grad", "sg", "ig", "ig_abs")
 

@@ -60,6 +60,8 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
     """
     counter = FlopCounterMode(display=False)
     with preserved(model), torch.no_grad(), counter:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)  # the counter asks for the gradient function of what wants a gradient
         model.eval()
         call_model(model, example_inputs)
     root = type(model).__name__

@@ -309,3 +309,17 @@ def test_bad_plans() -> None:
             plan_removals(layers, cost, None, ratios, **options)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="no layer that can be pruned"):
         plan_removals([], cost, Target("params", 0.5))
+
+
+def test_macs_of_a_model_that_expands_a_parameter() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.norm, self.fc = nn.Parameter(torch.ones(1, 1, 4)), nn.Identity(), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.cat([self.norm(self.token.expand(len(x), -1, -1)), x], 1))
+
+    model = Token()
+    assert count_macs(model, torch.ones(2, 5, 4)) == 2 * 6 * 12
+    assert all(p.requires_grad for p in model.parameters())

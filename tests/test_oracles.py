@@ -285,3 +285,12 @@ def test_a_derangement_moves_every_unit(count: int) -> None:
     target = substitutes.derangement(count, torch.Generator().manual_seed(count))
     assert sorted(target) == list(range(count))
     assert all(here != there for here, there in enumerate(target))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["expected", "found", "both"])
+def test_what_is_no_number_is_never_equal(wrong: float, side: str) -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, wrong, 1.0])
+    expected, found = {"expected": (bad, good), "found": (good, bad), "both": (bad, bad)}[side]
+    assert oracles.relative_change([expected], [found]) == float("inf")
+    assert oracles.relative_change([good], [good * 1.5]) == 0.5

@@ -12,6 +12,7 @@ together are they taken apart.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,7 +50,7 @@ _SIDES = (96, 112, 128, 160, 192, 224, 256)  # image sizes that verification tri
 
 
 def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest change between two outputs, relative to the size of the first; inf if their shapes differ."""
+    """The largest change between two outputs, relative to the first's size; inf if shapes differ or it is no number."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
     worst = 0.0
@@ -57,7 +58,10 @@ def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         if x.is_floating_point() and x.numel():
             if not bool(torch.isfinite(y).all()):
                 return float("inf")
-            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)))
+            change = float((x - y).abs().max() / x.abs().max().clamp(min=1e-12))
+            if not math.isfinite(change):
+                return float("inf")
+            worst = max(worst, change)
     return worst
 
 
