@@ -171,10 +171,10 @@ def _accuracy(spec: Spec, setting: Setting, model: Any) -> float:
 
 def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
     """Compute the rows that are not stored yet, one after the other."""
-    specs = list({spec.key: spec for spec in specs}.values())
+    specs = list(specs)
     for number, spec in enumerate(specs):
         if spec.key in {row["key"] for row in read(path)}:
-            continue
+            continue  # read anew each time: other processes write too
         try:
             found = compute(spec, setting)
         except singe_plugin.SingeError as error:

@@ -160,7 +160,8 @@ def main() -> None:
         and (not args.every or spec.every in args.every)
     ]  # fmt: skip
     number, shards = (int(part) for part in args.shard.split("/"))
-    run_rows(wanted[number::shards], setting, args.rows)
+    different = list({spec.key: spec for spec in wanted}.values())
+    run_rows(different[number::shards], setting, args.rows)
 
 
 if __name__ == "__main__":
