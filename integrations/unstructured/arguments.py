@@ -12,20 +12,22 @@ from singe_plugin.scoring import ScoringOptions
 from .allocation import SCOPES, Scope
 from .patterns import Pattern
 
-__all__ = ["DEFAULT_SPARSITY", "check_amount", "scoring_options"]
+__all__ = ["DEFAULT_SPARSITY", "PAPER_MU", "check_amount", "scoring_options"]
 
 DEFAULT_SPARSITY = 0.9
 
+PAPER_MU = 0.8
+
 
 def scoring_options(scoring: ScoringOptions | None, options: Mapping[str, Any]) -> ScoringOptions:
-    """The options that were given, as an object or field by field."""
+    """The options that were given, as an object or field by field; mu is the paper's for single weights (§4.1)."""
     known = [field.name for field in fields(ScoringOptions)]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r}; options of the scoring are {', '.join(known)}")
     if scoring is not None and options:
         raise ConfigError(f"scoring and {next(iter(options))!r} were both given; put the option into scoring")
-    return scoring if scoring is not None else ScoringOptions(**options)
+    return scoring if scoring is not None else ScoringOptions(**{"mu": PAPER_MU, **options})
 
 
 def check_amount(

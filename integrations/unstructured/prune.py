@@ -23,6 +23,7 @@ from singe_plugin.scoring import ScoringOptions
 from ..staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from ..torch_pruning.host import block_of
 from .allocation import Scope
+from .arguments import PAPER_MU
 from .patterns import Pattern
 from .pruner import UnstructuredPruner
 
@@ -51,7 +52,7 @@ def prune_weights(
     finetune: FineTune | None = None,
     criterion: str = "ig",
     p: float = 2,
-    mu: float = 0.8,
+    mu: float = PAPER_MU,
     steps: int | None = None,
     quadrature: str = "gauss",
     nodes: int = 5,
