@@ -38,9 +38,11 @@ SCHEDULES = {"post": "after pruning", "layer": "entwined, per layer", "removal":
 
 
 def values(rows: Iterable[Row], stage: str) -> list[float]:
-    """The accuracies in percent, one a seed."""
-    by_seed = {row["seed"]: 100 * row[stage] for row in rows if stage in row}
-    return list(by_seed.values())
+    """The accuracies in percent, one a seed; of fine-tuning with different batches, those with the largest."""
+    found = [row for row in rows if stage in row]
+    if stage == "tuned":
+        found = [row for row in found if row["batch"] == max(other["batch"] for other in found)]
+    return list({row["seed"]: 100 * row[stage] for row in found}.values())
 
 
 def cell(rows: Sequence[Row], stage: str) -> str:
@@ -79,6 +81,11 @@ class Rows:
     def tuned(self, network: str, method: str, target: float, steps: int) -> list[Row]:
         """Those that were fine-tuned for so long, in rounds."""
         return [row for row in self.at_once(network, method, target) if row["steps"] == steps]
+
+    def between(self, network: str, method: str, target: float) -> list[Row]:
+        """Rows of eight rounds with fine-tuning between them."""
+        return self.of(network=network, method=method, target=target, every="layer", options={"rounds": 8},
+                       split="test", steps=1000)  # fmt: skip
 
 
 def by_target(rows: Rows, network: str, methods: Sequence[str], targets: Sequence[float], steps: int) -> str:
@@ -168,8 +175,10 @@ def peers(rows: Rows) -> str:
             line.append(one_shot_cell(rows.at_once("resnet56", method, target, LAYERS), method))
             line.append(one_shot_cell(rows.at_once("resnet56", method, target), method))
             line.append(cell(rows.tuned("resnet56", method, target, 1000), "tuned"))
+            line.append(cell(rows.between("resnet56", method, target), "tuned"))
         lines.append(line)
-    header = [f"-{t:.0%}, {what}" for t in (0.5, 0.75, 0.9) for what in ("layers", "rounds", "rounds, 1,000 steps")]
+    stages = ("layers", "rounds", "rounds, 1,000 steps after", "8 rounds, 1,000 steps between")
+    header = [f"-{t:.0%}: {stage}" for t in (0.5, 0.75, 0.9) for stage in stages]
     return markdown_table(["criterion", *header], lines)
 
 
@@ -191,8 +200,12 @@ def best(rows: Rows, network: str, methods: Iterable[str], target: float, stage:
     """The best mean of those with three seeds (one where no data is read), and whose it is."""
     found = []
     for method in methods:
-        for name, options in (("rounds", {}), ("layers", LAYERS)):
-            accuracies = values(rows.at_once(network, method, target, options), stage)
+        for name, mine in (
+            ("rounds", rows.at_once(network, method, target)),
+            ("8 rounds", rows.between(network, method, target)),
+            ("layers", rows.at_once(network, method, target, LAYERS)),
+        ):
+            accuracies = values(mine, stage)
             if len(accuracies) >= 3 or (accuracies and method in DATA_FREE and stage == "pruned"):
                 found.append((statistics.mean(accuracies), f"{NAMES[method]}, {name}"))
     return max(found, default=None)
@@ -243,11 +256,12 @@ def source(rows: Rows) -> str:
     for network in dict.fromkeys(row["network"] for row in rows.rows):
         mine = rows.of(network=network)
         said = {k: ", ".join(sorted({row[k] for row in mine})) for k in ("data", "device", "versions", "commit")}
+        batches = ", ".join(str(b) for b in sorted({row["batch"] for row in mine if row["steps"]}))
         base = baseline(rows, network)
         before = "not run" if base is None else f"{base:.2f} %"
         lines.append(
             f"- {network}: {len(mine)} rows, {said['data']}; accuracy before pruning {before}; {said['device']}; "
-            f"{said['versions']}; commits {said['commit']}"
+            f"{said['versions']}; commits {said['commit']}" + (f"; fine-tuning batches of {batches}" if batches else "")
         )
     return "\n".join(lines)
 

@@ -15,7 +15,6 @@ from .patterns import Pattern
 __all__ = ["DEFAULT_SPARSITY", "PAPER_MU", "check_amount", "scoring_options"]
 
 DEFAULT_SPARSITY = 0.9
-
 PAPER_MU = 0.8
 
 
