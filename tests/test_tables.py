@@ -116,8 +116,26 @@ def test_specs_that_compute_the_same_have_one_key() -> None:
     assert len([k for k in shot if json.loads(k)["method"] == "ig"]) == 12
 
 
+def test_processes_share_the_rows_without_computing_one_twice(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[list[str]] = []
+    monkeypatch.setattr(tables, "load_setting", lambda *a: setting)
+    monkeypatch.setattr(tables, "run_rows", lambda specs, s, path: parts.append([spec.key for spec in specs]))
+    for shard in ("0/1", "0/2", "1/2"):
+        words = ["tables.py", "run", "tuned", "one_shot", "--data", "x.npz", "--targets", "0.9", "--shard", shard]
+        monkeypatch.setattr(sys, "argv", words)
+        tables.main()
+    whole, first, second = parts
+    assert len(whole) == len(set(whole)) > 0
+    assert not set(first) & set(second)
+    assert set(first) | set(second) == set(whole)
+
+
 def row(method: str, target: float, seed: int, **found: Any) -> dict[str, Any]:
-    spec = Spec("resnet56", method, target, seed, **{k: found.pop(k) for k in ("steps", "options") if k in found})
+    spec = Spec(
+        "resnet56", method, target, seed, **{k: found.pop(k) for k in ("steps", "options", "batch") if k in found}
+    )
     about = {"data": "d", "device": "c", "versions": "v", "commit": "h"}
     return {"key": spec.key, **harness.asdict(spec), **about, **found}
 
@@ -132,6 +150,8 @@ def test_cells_are_means_and_deviations_of_the_stored_rows() -> None:
     assert results_page.one_shot_cell(rows.at_once("resnet56", "l1", 0.75), "l1") == "25.0"
     assert results_page.cell(rows.at_once("resnet56", "sg", 0.75), "pruned") == "not run"
     assert results_page.cell(rows.at_once("resnet56", "ig", 0.75, LAYERS), "pruned") == "not run"
+    batches = [row("ig", 0.75, 0, steps=1000, batch=batch, tuned=batch / 256) for batch in (128, 32)]
+    assert results_page.values(batches, "tuned") == [50.0]
 
 
 def test_the_lead_compares_what_has_three_seeds() -> None:

@@ -110,7 +110,7 @@ class UnstructuredPruner:
         callbacks: see :mod:`singe_plugin.events`; ``params`` in events counts what is not masked.
         example_inputs: for tracing and counting; by default two examples of the first batch.
         scoring: a ready :class:`~singe_plugin.ScoringOptions`; or give its fields:
-        **options: ``criterion``, ``p``, ``mu`` (0.8 as in the paper), ``steps``, ``quadrature``, ``nodes``, ``path``, ...
+        **options: ``criterion``, ``p``, ``mu`` (0.8 as in the paper), ``steps``, ``quadrature``, ``nodes``, ...
 
     Raises:
         ConfigError, DataError, TiedParameterError: naming the layer, the value and the remedy.
