@@ -212,7 +212,7 @@ def best(rows: Rows, network: str, methods: Iterable[str], target: float, stage:
 
 
 def cost(rows: Rows) -> str:
-    """The criterion's cost at -75 %: seconds of scoring, how often, and passes."""
+    """The criterion's cost: seconds of scoring, passes, and the multiply-adds that went along."""
     lines = []
     for method in (*OURS, *PEERS):
         found = [r for r in rows.at_once("resnet56", method, 0.75) if "scoring_seconds" in r]
@@ -220,8 +220,14 @@ def cost(rows: Rows) -> str:
             passes = found[0].get("passes_per_scoring")
             seconds = statistics.median(r["scoring_seconds"] for r in found)
             said = "at most one a round" if passes is None else f"{passes} a layer and round"
-            lines.append([NAMES[method], f"{seconds:.1f}", said])
-    return markdown_table(["criterion", "scoring in 4 rounds (s)", "forward and backward passes"], lines)
+            macs = []
+            for target in (0.75, 0.5):
+                gone = [r["removed_macs"] for r in rows.at_once("resnet56", method, target) if "removed_macs" in r]
+                macs.append(f"{statistics.mean(gone):.0%}" if gone else "not run")
+            lines.append([NAMES[method], f"{seconds:.1f}", said, *macs])
+    gone_at = ["MACs gone at -75%", "MACs gone at -50%"]
+    header = ["criterion", "scoring in 4 rounds (s)", "forward and backward passes", *gone_at]
+    return markdown_table(header, lines)
 
 
 def ablation(rows: Rows) -> str:
