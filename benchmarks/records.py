@@ -45,17 +45,26 @@ def command_line() -> str:
 
 def environment() -> dict[str, str]:
     """Command, commit, machine, device, threads and versions."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE, check=False
-    )
     cuda = torch.cuda.is_available()
     return {
         "command": command_line(),
-        "commit": git.stdout.strip(),
+        "commit": commit(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning", "timm")),
     }
+
+
+def commit() -> str:
+    """The commit, and whether the code differs from it; stored rows and the pages made of them may."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=HERE.parent, check=False
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def peak_mb() -> float:

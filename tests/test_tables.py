@@ -156,6 +156,7 @@ def test_cells_are_means_and_deviations_of_the_stored_rows() -> None:
 
 def test_the_lead_compares_what_has_three_seeds() -> None:
     stored = [row("ig", 0.75, s, pruned=0.5) for s in range(3)] + [row("ig_abs", 0.75, 0, pruned=0.9)]
+    stored += [row("l2", 0.75, 0, pruned=0.8), row("l2", 0.5, 0, pruned=0.8), row("lamp", 0.5, 0, pruned=0.7)]
     stored += [row("taylor", 0.75, s, pruned=0.3, options=LAYERS) for s in range(3)]
     stored += [row("taylor", 0.75, s, pruned=0.2) for s in range(3)] + [row("lamp", 0.75, 0, pruned=0.25)]
     (line,) = [text for text in results_page.lead(results_page.Rows(stored)).splitlines() if "resnet56" in text]
