@@ -31,7 +31,7 @@ CHOICE = 0.5  # where the ablation looks: beyond it nothing is left right after 
 
 # one choice at a time; {} is the base
 ABLATION: list[dict[str, Any]] = [
-    {}, {**LAYERS}, {"ratios": "block"}, {"rounds": 1}, {"ratios": "global"}, {"nodes": 5}, {"rounds": 8},
+    {"ratios": "block"}, {"rounds": 1}, {}, {**LAYERS}, {"ratios": "global"}, {"nodes": 5}, {"rounds": 8},
     {"scoring_batch_count": 4}, {"schedule": "linear"}, {"objective": "logit"}, {"group_reduction": "mean"},
     {"nodes": 1}, {"scoring_batch_size": 32}, {"scoring_batch_size": 256}, {"mu": 0.9}, {"p": 1}, {"rounds": 2},
     {"fold": True}, {"ratios": "uniform"}, {"group_reduction": "max"}, {"quadrature": "geometric"}, {"path": "neuron"},
@@ -112,10 +112,10 @@ def depthwise(w: Wanted) -> Iterator[Spec]:
 def ablation(w: Wanted) -> Iterator[Spec]:
     """What the choices are worth, on held-out images."""
     for seed in w.seeds:
-        for method in CRITERIA:
-            yield Spec(w.network, method, CHOICE, seed, split="held_out")
         for options in ABLATION:
             yield Spec(w.network, "ig_abs", CHOICE, seed, options=options, split="held_out")
+        for method in CRITERIA:
+            yield Spec(w.network, method, CHOICE, seed, split="held_out")
 
 
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
