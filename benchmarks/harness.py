@@ -155,7 +155,7 @@ def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[st
 
 
 def _weights(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:
-    options = {k: v for k, v in spec.options.items() if k not in BASE}
+    options = dict(spec.options)
     amount = {"pattern": options.pop("pattern")} if "pattern" in options else {"sparsity": spec.target}
     result = singe_plugin.prune_weights(
         setting.make(), setting.train, criterion=spec.method, seed=spec.seed, finetune_steps=0, callbacks=[clock],

@@ -75,6 +75,7 @@ def test_fine_tuning_takes_the_steps_that_were_asked_for(
 def test_single_weights(setting: Setting) -> None:
     row = harness.compute(Spec("net", "ig", 0.8, 0, options={"rounds": 1}, granularity="weight"), setting)
     assert row["masked"] == pytest.approx(0.8, abs=0.005)
+    assert row["scorings"] == 4  # one round of three convolutions and a head
     pattern = Spec("net", "l1", 0.5, 0, options={"rounds": 1, "pattern": "2:4"}, granularity="weight")
     assert harness.compute(pattern, setting)["masked"] == pytest.approx(0.5, abs=0.005)
 
