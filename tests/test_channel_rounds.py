@@ -192,6 +192,15 @@ def test_gradients_are_computed_once_a_round_and_are_those_of_every_layer_alone(
     assert sum(passes) == 2 * len(BATCHES)
 
 
+@pytest.mark.parametrize("order", ["rounds", "layers"])
+def test_an_importance_of_torch_pruning_that_fails_is_named(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tp.importance.FPGMImportance, "_normalize", lambda *a: [][1])
+    model = Chain()
+    with pytest.raises(SingeError, match=r"layer 'conv1': .*FPGM.*IndexError.*put the layer in ignored_layers"):
+        pruner_of(model, tp.importance.FPGMImportance(), target="params=0.4", order=order).run()
+    assert model.conv1.out_channels == 8
+
+
 # --- a whole run -------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, Any] = {"order": "rounds", "rounds": 3, "units_per_step": 1}

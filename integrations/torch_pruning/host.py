@@ -103,7 +103,8 @@ class TorchPruningHost:
         """One score per unit from any torch-pruning importance.
 
         Raises:
-            ScoringError: if the importance fails, or gives something else than a score per channel.
+            ScoringError: if one of torch-pruning's importances fails, or any gives something else than a score per
+                channel.
         """
         group = AxisGroup(self.graph, self._groups[layer])
         by_unit = getattr(importance, "score_units", None)
@@ -112,7 +113,8 @@ class TorchPruningHost:
         try:
             scores = importance(group)
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
+            theirs = type(importance).__module__.split(".")[0] == "torch_pruning"  # a user's own error passes as it is
+            if not theirs or isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
                 raise
             raise ScoringError(
                 f"layer {layer!r}: {type(importance).__name__} failed with {type(error).__name__}: {error}; use "
