@@ -109,7 +109,7 @@ def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress)
     saved = record["progress"]
     removals = [(layer, list(units)) for layer, units in saved["removals"]]
     names = ("plan", "next_layer", "alive", "end_done", "finished", "goal", "before")
-    return kind(removals=removals, **{name: saved[name] for name in names})
+    return kind(removals=removals, **{name: saved[name] for name in names if name in saved})
 
 
 def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, finetune: FineTune | None) -> None:

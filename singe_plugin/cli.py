@@ -230,7 +230,9 @@ def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
         instead = ", ".join(p.opts[0] for p in context.command.params if p.name in mine)
         raise click.UsageError(f"{flag} is not for --granularity {granularity}, which has {instead}")
     if granularity == "weight" and context.get_parameter_source("mu") is not ParameterSource.COMMANDLINE:
-        options["mu"] = 0.8  # the paper's, for single weights
+        from singe_plugin.integrations.unstructured.arguments import PAPER_MU
+
+        options["mu"] = PAPER_MU
     return {name: value for name, value in _decided(options).items() if name not in others}
 
 

@@ -26,6 +26,7 @@ __all__ = ["COURSES", "ORDERS", "Allocation", "check_order", "check_rounds", "co
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
 """``(scores of every layer, share of the way) -> units to remove now from each layer``."""
 
+ORDERS = ("rounds", "layers")
 COURSES: dict[str, Callable[[float], float]] = {
     "cubic": lambda done: 1 - (1 - done) ** 3,
     "linear": lambda done: done,
@@ -40,9 +41,6 @@ def covered(course: str, number: int, rounds: int) -> float:
         [0.578, 0.875, 0.984, 1.0]
     """
     return COURSES[course](number / rounds)
-
-
-ORDERS = ("rounds", "layers")
 
 
 def check_order(order: object) -> None:

@@ -342,7 +342,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ratios = self.ratios if isinstance(self.ratios, str) else self._named(self.ratios)
         if ratios in BY_SCORE:
             last = torch.tensor([math.inf])  # the last unit stays, whatever its score
-            scores = {spec.name: self.score_layer(host, spec.name) if spec.units > 1 else last for spec in specs}
+            scorer = RoundScorer(self, host, Progress({}))  # nothing is removed in between
+            scores = {spec.name: scorer(spec.name) if spec.units > 1 else last for spec in specs}
         if self.target is not None:
             return counts_for(host, self.target, ratios, self.round_to, scores)
         if self.pruning_ratio_dict:
