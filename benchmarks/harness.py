@@ -81,6 +81,11 @@ class Spec:
     batch: int = 0
 
     @property
+    def entwined(self) -> bool:
+        """Whether it is fine-tuned while it is pruned."""
+        return self.every != "post" and self.steps > 0
+
+    @property
     def key(self) -> str:
         """Equal for rows that compute the same."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -122,9 +127,8 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
     result, row = run(spec, setting, clock)
     pruned = time.perf_counter() - start
     row |= {"scoring_seconds": clock.seconds, "scorings": clock.times}
-    entwined = spec.every != "post" and spec.steps > 0
-    row["tuned" if entwined else "pruned"] = _accuracy(spec, setting, result.model)
-    if spec.steps and not entwined:
+    row["tuned" if spec.entwined else "pruned"] = _accuracy(spec, setting, result.model)
+    if spec.steps and not spec.entwined:
         torch.manual_seed(spec.seed)
         finetune = finetuning(setting, spec, spec.steps, "end")
         finetune.prepare(result.model)
@@ -142,10 +146,10 @@ def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_pl
 def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:
     options = BASE | spec.options
     importance = importance_of(spec.method, options, setting.classes)
-    entwined = spec.every != "post" and spec.steps > 0
+    during = (spec.steps, spec.every) if spec.entwined else (0, "end")
     result = singe_plugin.prune(
         setting.make(), setting.train, target=f"params={spec.target}", importance=importance, seed=spec.seed,
-        finetune=finetuning(setting, spec, spec.steps if entwined else 0, spec.every if entwined else "end"),
+        finetune=finetuning(setting, spec, *during),
         callbacks=[clock], **{k: v for k, v in options.items() if k in OF_PRUNE},
     )  # fmt: skip
     passes = importance.options.passes if isinstance(importance, SInGEImportance) else None
@@ -171,7 +175,7 @@ def _accuracy(spec: Spec, setting: Setting, model: Any) -> float:
 
 def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
     """Compute the rows that are not stored yet, one after the other."""
-    specs = list(specs)
+    specs, about = list(specs), environment()  # of the code that runs, whatever is committed meanwhile
     for number, spec in enumerate(specs):
         if spec.key in {row["key"] for row in read(path)}:
             continue  # read anew each time: other processes write too
@@ -179,7 +183,7 @@ def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
             found = compute(spec, setting)
         except singe_plugin.SingeError as error:
             found = {"error": f"{type(error).__name__}: {error}"}
-        append(path, {"key": spec.key, **asdict(spec), **found, "data": setting.data, **environment()})
+        append(path, {"key": spec.key, **asdict(spec), **found, "data": setting.data, **about})
         shown = {k: found[k] for k in ("removed_params", "pruned", "tuned", "error") if k in found}
         print(f"[{number + 1}/{len(specs)}] {spec.method} {spec.target:g} seed {spec.seed} {spec.steps} {spec.every} "
               f"{spec.options}: {shown} {found.get('seconds', 0):.0f} s", flush=True)  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from singe_plugin.datasets import data_config, load_splits, stratified_split
+from singe_plugin.integrations.staging import resolve_device
 
 from cifar_resnet import decode, resnet56
 
@@ -32,7 +33,7 @@ class Setting:
 
     Attributes:
         name: of the network.
-        make: a new copy, trained, in eval mode.
+        make: a new copy, trained, in eval mode, on the GPU if there is one.
         train: images to score and fine-tune on, augmented.
         held_out: training images for choices.
         test: for the tables.
@@ -106,7 +107,7 @@ def load_setting(name: str, weights: str | None, data: str, images: int | None =
         model = architecture(name, classes, small, pretrained=weights is None)
         if weights is not None:
             model.load_state_dict(load_file(weights))
-        return model.eval()
+        return model.eval().to(resolve_device(None))
 
     return Setting(name, make, train, held_out, test, text, classes)
 

@@ -22,7 +22,6 @@ from settings import load_setting
 
 HERE = Path(__file__).parent
 ROWS = HERE / "results" / "tables.jsonl"
-TARGETS = (0.75, 0.85, 0.9)
 PEER_TARGETS = (0.5, 0.75, 0.9)
 DEPTHWISE_TARGETS = (0.3, 0.4, 0.5)
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
@@ -36,6 +35,7 @@ ABLATION: list[dict[str, Any]] = [
     {"nodes": 1}, {"scoring_batch_size": 32}, {"scoring_batch_size": 256}, {"mu": 0.9}, {"p": 1}, {"rounds": 2},
     {"fold": True}, {"ratios": "uniform"}, {"group_reduction": "max"}, {"quadrature": "geometric"}, {"path": "neuron"},
 ]  # fmt: skip
+MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))
 CRITERIA = ("norm_grad", "sg", "ig", "ig_abs")
 
 
@@ -73,7 +73,7 @@ def tuned(w: Wanted, targets: Sequence[float] = (0.9, 0.75, 0.5, 0.85)) -> Itera
     """Every criterion right after pruning and after fine-tuning, the most telling first."""
     for target in targets:
         for seed in w.seeds:
-            for method in ("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS):
+            for method in MOST_TELLING_FIRST:
                 yield Spec(w.network, method, target, seed, w.steps, batch=w.batch)
 
 
@@ -90,7 +90,7 @@ def entwined_rounds(w: Wanted) -> Iterator[Spec]:
     """Eight rounds with an eighth of the fine-tuning after each."""
     for target in (0.9, 0.75, 0.5):
         for seed in w.seeds:
-            for method in ("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS):
+            for method in MOST_TELLING_FIRST:
                 yield Spec(w.network, method, target, seed, w.steps, "layer", {"rounds": 8}, batch=w.batch)
 
 

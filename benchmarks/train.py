@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import singe_plugin
 from singe_plugin.data import evaluate
+from singe_plugin.integrations.staging import resolve_device
 
 from records import environment, peak_mb
 from settings import architecture, load_setting
@@ -55,16 +56,15 @@ def main() -> None:
     torch.manual_seed(args.seed)
     setting = load_setting(args.network, None, args.data, args.images)
     sample, _ = setting.test[0]
-    model = architecture(args.network, 10, sample.shape[-1] <= 32)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device, memory_format=torch.channels_last)
+    model = architecture(args.network, setting.classes, sample.shape[-1] <= 32)
+    model.to(resolve_device(None), memory_format=torch.channels_last)
     loader = DataLoader(setting.train, args.batch, shuffle=True, drop_last=True, num_workers=args.workers)
     steps = args.epochs * len(loader)
     loop = singe_plugin.FineTune(
         loader, steps, "end", warmup=2 * len(loader), label_smoothing=0.0, clip_grad=None, channels_last=True,
         optimizer=lambda p: torch.optim.SGD(p, args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4),
     )  # fmt: skip
-    start = time.perf_counter()
+    start, about = time.perf_counter(), environment()
     loop.prepare(model)
     loop.run(model, steps, _Log(100))
     model.eval()
@@ -75,7 +75,7 @@ def main() -> None:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, args.out)
     record = {"network": args.network, "data": setting.data, "steps": steps, "seed": args.seed, **found,
-              "seconds": time.perf_counter() - start, "peak_mb": peak_mb(), **environment()}  # fmt: skip
+              "seconds": time.perf_counter() - start, "peak_mb": peak_mb(), **about}  # fmt: skip
     Path(f"{args.out}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 
