@@ -6,6 +6,7 @@ fine-tuning recipe and one budget. A row is identified by its :class:`Spec`; it 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import time
@@ -22,7 +23,9 @@ from torch.utils.data import DataLoader
 import singe_plugin
 from singe_plugin.budget import BY_SCORE
 from singe_plugin.data import evaluate
+from singe_plugin.folding import fold_batchnorm
 from singe_plugin.integrations.torch_pruning import SInGEImportance
+from singe_plugin.state import model_device
 
 from records import append, environment, peak_mb, read
 from settings import Setting
@@ -169,8 +172,11 @@ def _weights(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str
 
 
 def _accuracy(spec: Spec, setting: Setting, model: Any) -> float:
+    """Of a copy with its batch-norms folded: the same function to rounding, in about half the time on a CPU."""
     images = setting.test if spec.split == "test" else setting.held_out
-    return float(evaluate(model, DataLoader(images, 500)) or 0.0)
+    quick = copy.deepcopy(model)
+    fold_batchnorm(quick, images[0][0][None].to(model_device(model)))
+    return float(evaluate(quick.to(memory_format=torch.channels_last), DataLoader(images, 125)) or 0.0)
 
 
 def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:

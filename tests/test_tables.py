@@ -59,6 +59,19 @@ def test_the_accuracies_are_those_of_the_split(setting: Setting) -> None:
         assert row["pruned"] == pytest.approx(accuracy(setting.make(), images_of))
 
 
+def test_the_accuracy_is_that_of_the_model_with_its_norms(setting: Setting) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = setting.make()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                    nn.init.uniform_(tensor, 0.2, 2)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        assert harness._accuracy(Spec("net", "none", 0.0, 0), setting, model) == accuracy(model, setting.test)
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("every", ["post", "layer", "removal"])
 def test_fine_tuning_takes_the_steps_that_were_asked_for(
     every: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
