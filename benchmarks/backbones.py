@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from records import append, commit, read
+
 HERE = Path(__file__).parent
 MODELS, ROWS = HERE / "results" / "backbone_models.json", HERE / "results" / "backbones.jsonl"
 PAGE = HERE.parent / "docs" / "backbones.md"
@@ -73,10 +75,6 @@ def jobs() -> list[tuple[str, str]]:
     return [*first, *(("torchvision", name) for name in TORCHVISION), *rest]
 
 
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def one(source: str, name: str) -> dict[str, Any]:
     """Run the checks on one model, in this process."""
     sys.path.insert(0, str(HERE.parent / "tests"))
@@ -101,7 +99,7 @@ def one(source: str, name: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    done = set() if args.again else {(row["source"], row["model"]) for row in rows()}
+    done = set() if args.again else {(row["source"], row["model"]) for row in read(ROWS)}
     if args.again and not args.only:
         raise SystemExit("--again needs the names of the models to run again")
     todo = [job for job in jobs() if job not in done and (not args.only or any(o in job[1] for o in args.only))]
@@ -117,8 +115,7 @@ def run(args: argparse.Namespace) -> None:
         except subprocess.TimeoutExpired:
             row = failed(name, f"no answer in {args.limit} s")
         row |= {"source": source, "wall": round(time.perf_counter() - start, 1), **machine()}
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(ROWS, row)
         print(f"[{number + 1}/{len(todo)}] {name}: {verdict(row)} {row['wall']} s", flush=True)
 
 
@@ -127,9 +124,8 @@ def failed(name: str, text: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, 1 thread, CPU",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "timm", "torchvision", "torch-pruning")),
     }
@@ -146,7 +142,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 def table() -> None:
     """Write the rows into the page, between its two marks."""
-    found = {(row["source"], row["model"]): row for row in rows()}
+    found = {(row["source"], row["model"]): row for row in read(ROWS)}
     order = [job for job in jobs() if job in found]
     first = dict(reversed(jobs()))
     lines, counts = [], dict.fromkeys(("families", "right", "whole", "worth", "fast", "all"), 0)

@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from records import append, commit, read
+
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "results" / "nni_shrink.jsonl", HERE.parent / "docs" / "nni.md"
 MODELS = (
@@ -116,14 +118,10 @@ def one(name: str, method: str) -> dict[str, Any]:
     return row
 
 
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def run(limit: int, only: list[str]) -> None:
-    done = {(row["model"], row["method"]) for row in rows()}
+    done = {(row["model"], row["method"]) for row in read(ROWS)}
     jobs = [(m, k) for m in only or MODELS for k in METHODS if k != "ours_norms" or m in NORMS]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    now = commit()
     for name, method in [job for job in jobs if job not in done]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "one", name, method]
@@ -133,11 +131,10 @@ def run(limit: int, only: list[str]) -> None:
             row = json.loads(lines[-1]) if process.returncode == 0 else {"error": _last(process.stderr)}
         except subprocess.TimeoutExpired:
             row = {"error": f"no answer in {limit} s"}
-        row |= {"model": name, "method": method, "commit": commit.stdout.strip(),
+        row |= {"model": name, "method": method, "commit": now,
                 "machine": f"{platform.machine()}, 1 thread, CPU",
                 "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "timm", "nni"))}  # fmt: skip
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(ROWS, row)
         print(name, method, {k: v for k, v in row.items() if k not in ("machine", "versions")}, flush=True)
 
 
@@ -147,7 +144,7 @@ def _last(text: str) -> str:
 
 def table() -> None:
     """Write the rows into the page, between its two marks."""
-    found = {(row["model"], row["method"]): row for row in rows()}
+    found = {(row["model"], row["method"]): row for row in read(ROWS)}
     lines = ["| model | method | works | parameters left | difference from the masked model | seconds (one core) "
         "| more memory (MB) | still masked (layers) |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip

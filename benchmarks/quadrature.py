@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from singe_plugin.integrations.torch_pruning.groups import unit_group
 from singe_plugin.scoring import ScoringOptions, path_gradient_norms
 
 from cifar_resnet import decode, resnet56
+from records import commit
 
 RULES = [("gauss", 2), ("gauss", 3), ("gauss", 4), ("gauss", 5), ("gauss", 8)]
 
@@ -82,10 +82,9 @@ def main() -> None:
             f"| {criterion} | {key} | {key.split('-')[1]} | {sum(values) / len(values):.4f} | {min(values):.4f} | "
             f"{sum(share) / len(share):.3f} |"
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     head = {
         "command": "python benchmarks/quadrature.py " + " ".join("PATH" if "/" in a else a for a in sys.argv[1:]),
-        "commit": commit,
+        "commit": commit(),
         "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
         "seeds": args.seeds,
         "data": "JPEG CIFAR-10 (train), ResNet-56 adapted to it, 90.0 % top-1",

@@ -11,9 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-__all__ = ["append", "command_line", "environment", "peak_mb", "read"]
+__all__ = ["append", "command_line", "commit", "environment", "peak_mb", "read"]
 
 HERE = Path(__file__).parent
 
@@ -45,6 +43,8 @@ def command_line() -> str:
 
 def environment() -> dict[str, str]:
     """Command, commit, machine, device, threads and versions."""
+    import torch  # here: parents that only start processes and keep rows do without
+
     cuda = torch.cuda.is_available()
     return {
         "command": command_line(),
@@ -69,6 +69,8 @@ def commit() -> str:
 
 def peak_mb() -> float:
     """The most memory so far: of the device if there is one, else of the process."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
