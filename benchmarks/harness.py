@@ -11,7 +11,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,11 +179,22 @@ def _accuracy(spec: Spec, setting: Setting, model: Any) -> float:
     return float(evaluate(quick.to(memory_format=torch.channels_last), DataLoader(images, 125)) or 0.0)
 
 
+def done(rows: Iterable[dict[str, Any]]) -> set[str]:
+    """The keys of what needs no computing: the stored rows, and what those fine-tuned after pruning hold besides."""
+    names, keys = {f.name for f in fields(Spec)}, set()
+    for row in rows:
+        spec = Spec(**{name: row[name] for name in names})
+        keys.add(spec.key)
+        if not spec.entwined and ("pruned" in row or "error" in row):
+            keys.add(replace(spec, steps=0, batch=0).key)
+    return keys
+
+
 def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
     """Compute the rows that are not stored yet, one after the other."""
     specs, about = list(specs), environment()  # of the code that runs, whatever is committed meanwhile
     for number, spec in enumerate(specs):
-        if spec.key in {row["key"] for row in read(path)}:
+        if spec.key in done(read(path)):
             continue  # read anew each time: other processes write too
         try:
             found = compute(spec, setting)

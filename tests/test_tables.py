@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,25 @@ def test_a_row_is_computed_once_and_a_broken_line_is_not_one(
     rows = records.read(path)
     assert [row["method"] for row in rows] == ["l1", "l2"]
     assert {"commit", "command", "device", "versions", "seed", "seconds", "peak_mb", "data"} <= rows[0].keys()
+
+
+def test_right_after_pruning_is_in_the_row_that_goes_on(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    options = {"rounds": 2}
+    goes_on = Spec("net", "l2", 0.4, 0, 2, options=options, batch=8)
+    harness.run_rows([goes_on], setting, path)
+    alone = harness.compute(replace(goes_on, steps=0, batch=0), setting)
+    monkeypatch.setattr(harness, "compute", lambda spec, s: {"pruned": 0.0})
+    others = [replace(goes_on, steps=0, batch=0, **change) for change in ({"seed": 1}, {"options": {}})]
+    harness.run_rows([replace(goes_on, steps=0, batch=0), *others], setting, path)
+    rows = records.read(path)
+    assert [row["key"] for row in rows] == [spec.key for spec in (goes_on, *others)]
+    assert rows[0]["pruned"] == alone["pruned"]
+    entwined = Spec("net", "l2", 0.4, 0, 2, "layer", options, batch=8)
+    harness.run_rows([entwined, replace(entwined, steps=0, batch=0, every="post")], setting, tmp_path / "other.jsonl")
+    assert len(records.read(tmp_path / "other.jsonl")) == 2
 
 
 def test_an_error_is_a_row(setting: Setting, tmp_path: Path) -> None:
