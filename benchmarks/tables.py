@@ -128,6 +128,11 @@ def ablation(w: Wanted) -> Iterator[Spec]:
             for method in ("taylor", "ig"):
                 for options in ({}, MORE_DATA):
                     yield Spec(w.network, method, target, seed, options=options, split="held_out")
+
+
+def ablation_long(w: Wanted) -> Iterator[Spec]:
+    """The choices that take an hour or more of a core each."""
+    for seed in w.seeds:
         for options in LONG_ABLATION:
             yield Spec(w.network, "ig_abs", CHOICE, seed, options=options, split="held_out")
 
@@ -136,6 +141,7 @@ TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
     "entwined_rounds": entwined_rounds,
     "weights": weights, "depthwise": depthwise, "depthwise_one_shot": depthwise_one_shot, "ablation": ablation,
+    "ablation_long": ablation_long,
 }  # fmt: skip
 
 
