@@ -39,7 +39,7 @@ ABLATION: list[dict[str, Any]] = [
 LONG_ABLATION: list[dict[str, Any]] = [{"quadrature": "geometric"}, {"path": "neuron"}]  # 30 and 40 times the passes
 MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))
 CRITERIA = ("norm_grad", "sg", "ig", "ig_abs", "taylor")
-MORE_DATA: dict[str, Any] = {"scoring_batch_count": 4}  # the choice that helps most, for others than the base, too
+BATCHES = {"taylor": (1, 4, 16, 64), "ig": (1, 4)}  # scoring more data helps most; how much is a question of its cost
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,9 @@ def ablation(w: Wanted) -> Iterator[Spec]:
         for method in CRITERIA:
             yield Spec(w.network, method, CHOICE, seed, split="held_out")
         for target in (CHOICE, 0.75):
-            for method in ("taylor", "ig"):
-                for options in ({}, MORE_DATA):
+            for method, counts in BATCHES.items():
+                for count in counts:
+                    options = {} if count == 1 else {"scoring_batch_count": count}
                     yield Spec(w.network, method, target, seed, options=options, split="held_out")
 
 
