@@ -39,7 +39,12 @@ ABLATION: list[dict[str, Any]] = [
 LONG_ABLATION: list[dict[str, Any]] = [{"quadrature": "geometric"}, {"path": "neuron"}]  # 30 and 40 times the passes
 MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))
 CRITERIA = ("norm_grad", "sg", "ig", "ig_abs", "taylor")
-BATCHES = {"taylor": (1, 4, 16, 64), "ig": (1, 4)}  # scoring more data helps most; how much is a question of its cost
+# scoring more data helps most; how much is a question of its cost
+MORE_DATA: list[tuple[str, dict[str, Any]]] = [
+    ("taylor", {}), ("taylor", {"scoring_batch_count": 4}), ("taylor", {"scoring_batch_count": 16}),
+    ("taylor", {"scoring_batch_count": 64}), ("ig", {}), ("ig", {"scoring_batch_count": 4}),
+    ("ig", {"nodes": 1, "scoring_batch_count": 4}), ("ig_abs", {"nodes": 1, "scoring_batch_count": 4}),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,8 @@ def ablation(w: Wanted) -> Iterator[Spec]:
         for method in CRITERIA:
             yield Spec(w.network, method, CHOICE, seed, split="held_out")
         for target in (CHOICE, 0.75):
-            for method, counts in BATCHES.items():
-                for count in counts:
-                    options = {} if count == 1 else {"scoring_batch_count": count}
-                    yield Spec(w.network, method, target, seed, options=options, split="held_out")
+            for method, options in MORE_DATA:
+                yield Spec(w.network, method, target, seed, options=options, split="held_out")
 
 
 def ablation_long(w: Wanted) -> Iterator[Spec]:
