@@ -44,6 +44,7 @@ MORE_DATA: list[tuple[str, dict[str, Any]]] = [
     ("taylor", {}), ("taylor", {"scoring_batch_count": 4}), ("taylor", {"scoring_batch_count": 16}),
     ("ig", {}), ("ig", {"scoring_batch_count": 4}),
     ("ig", {"nodes": 1, "scoring_batch_count": 4}), ("ig_abs", {"nodes": 1, "scoring_batch_count": 4}),
+    ("ig_abs", {"nodes": 1, "scoring_batch_size": 16, "scoring_batch_count": 16}),
 ]  # fmt: skip
 
 
