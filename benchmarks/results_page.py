@@ -10,7 +10,7 @@ from typing import Any
 
 from singe_plugin.report import Curves, markdown_table
 
-from harness import DATA_FREE, LAYERS, OURS, PEERS
+from harness import DATA_FREE, LAYERS, MORE_DATA, OURS, PEERS
 from records import read
 
 HERE = Path(__file__).parent
@@ -34,6 +34,7 @@ PAPER_TABLE_2 = {  # Table 2: (target, schedule, steps)
     (0.9, "post", 1000): "77.2", (0.9, "layer", 1000): "85.38", (0.9, "post", 2000): "80.89",
     (0.9, "layer", 2000): "87.52", (0.9, "post", 5000): "86.39", (0.9, "layer", 5000): "90.02",
 }  # fmt: skip
+NETWORKS = {"resnet56": (0.5, 0.75, 0.9), "mobilenetv2_035": (0.3, 0.4, 0.5)}
 INTEGRATED = ("sg", "ig", "ig_abs")
 SCHEDULES = {"post": "after pruning", "layer": "entwined, per layer", "removal": "entwined, per removal"}
 
@@ -183,10 +184,29 @@ def peers(rows: Rows) -> str:
     return markdown_table(["criterion", *header], lines)
 
 
+def more_data(rows: Rows) -> str:
+    """Scoring on one batch and on several: what it brings and what it costs."""
+    lines = []
+    for network, targets in NETWORKS.items():
+        for target in targets:
+            for method, options in MORE_DATA.items():
+                words = ", ".join(f"{k}={v}" for k, v in options.items())
+                line = [network, f"-{target:.0%}", f"{NAMES[method]}: {words}"]
+                seconds = []
+                for given in ({}, options):
+                    found = rows.at_once(network, method, target, given)
+                    line += [cell(found, "pruned"), cell([r for r in found if r["steps"] == 1000], "tuned")]
+                    took = [r["scoring_seconds"] for r in found if "scoring_seconds" in r]
+                    seconds.append(f"{statistics.median(took):.0f}" if took else "?")
+                lines.append([*line, " / ".join(seconds)])
+    header = [f"{data}{when}" for data in ("one batch", "more data") for when in ("", ", 1,000 steps")]
+    return markdown_table(["network", "parameters", "criterion", *header, "scoring (s)"], lines)
+
+
 def lead(rows: Rows) -> str:
     """The best integrated criterion against the best peer, each in its better setting, by mean over three seeds."""
     lines = []
-    for network, targets in (("resnet56", (0.5, 0.75, 0.9)), ("mobilenetv2_035", (0.3, 0.4, 0.5))):
+    for network, targets in NETWORKS.items():
         for target in targets:
             for stage, steps in (("pruned", 0), ("tuned", 1000)):
                 ours, others = (best(rows, network, methods, target, stage) for methods in (INTEGRATED, PEERS))
@@ -205,6 +225,7 @@ def best(rows: Rows, network: str, methods: Iterable[str], target: float, stage:
             ("rounds", rows.at_once(network, method, target)),
             ("8 rounds", rows.between(network, method, target)),
             ("layers", rows.at_once(network, method, target, LAYERS)),
+            ("more data", rows.at_once(network, method, target, MORE_DATA[method]) if method in MORE_DATA else []),
         ):
             accuracies = values(mine, stage)
             if len(accuracies) >= 3 or (accuracies and method in DATA_FREE and stage == "pruned"):
@@ -281,8 +302,8 @@ def source(rows: Rows) -> str:
 
 
 PARTS: dict[str, Callable[[Rows], str]] = {
-    "source": source, "lead": lead, "table 1": table_1, "rounds": rounds, "table 2": table_2, "table 3": table_3,
-    "weights": weights, "peers": peers, "cost": cost, "ablation": ablation, "depthwise": depthwise,
+    "source": source, "lead": lead, "more data": more_data, "table 1": table_1, "rounds": rounds, "table 2": table_2,
+    "table 3": table_3, "weights": weights, "peers": peers, "cost": cost, "ablation": ablation, "depthwise": depthwise,
 }  # fmt: skip
 
 

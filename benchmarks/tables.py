@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harness import DATA_FREE, LAYERS, OURS, PEERS, Spec, run_rows
+from harness import DATA_FREE, LAYERS, MORE_DATA, OURS, PEERS, Spec, run_rows
 from settings import load_setting
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ LONG_ABLATION: list[dict[str, Any]] = [{"quadrature": "geometric"}, {"path": "ne
 MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))
 CRITERIA = ("norm_grad", "sg", "ig", "ig_abs", "taylor")
 # scoring more data helps most; how much is a question of its cost
-MORE_DATA: list[tuple[str, dict[str, Any]]] = [
+DATA: list[tuple[str, dict[str, Any]]] = [
     ("taylor", {}), ("taylor", {"scoring_batch_count": 4}), ("taylor", {"scoring_batch_count": 16}),
     ("ig", {}), ("ig", {"scoring_batch_count": 4}),
     ("ig", {"nodes": 1, "scoring_batch_count": 4}), ("ig_abs", {"nodes": 1, "scoring_batch_count": 4}),
@@ -84,6 +84,19 @@ def tuned(w: Wanted, targets: Sequence[float] = (0.9, 0.75, 0.5, 0.85)) -> Itera
         for seed in w.seeds:
             for method in MOST_TELLING_FIRST:
                 yield Spec(w.network, method, target, seed, w.steps, batch=w.batch)
+
+
+def more_data(w: Wanted, steps: int = 0) -> Iterator[Spec]:
+    """The criteria that gain from more images, with as many as the ablation says."""
+    for target in (0.75, 0.5, 0.9, 0.3, 0.4):
+        for seed in w.seeds:
+            for method, options in MORE_DATA.items():
+                yield Spec(w.network, method, target, seed, steps, options=options, batch=w.batch if steps else 0)
+
+
+def more_data_tuned(w: Wanted) -> Iterator[Spec]:
+    """The same, and after fine-tuning."""
+    return more_data(w, w.steps)
 
 
 def entwined(w: Wanted) -> Iterator[Spec]:
@@ -131,7 +144,7 @@ def ablation(w: Wanted) -> Iterator[Spec]:
         for method in CRITERIA:
             yield Spec(w.network, method, CHOICE, seed, split="held_out")
         for target in (CHOICE, 0.75):
-            for method, options in MORE_DATA:
+            for method, options in DATA:
                 yield Spec(w.network, method, target, seed, options=options, split="held_out")
 
 
@@ -144,7 +157,7 @@ def ablation_long(w: Wanted) -> Iterator[Spec]:
 
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
-    "entwined_rounds": entwined_rounds,
+    "entwined_rounds": entwined_rounds, "more_data": more_data, "more_data_tuned": more_data_tuned,
     "weights": weights, "depthwise": depthwise, "depthwise_one_shot": depthwise_one_shot, "ablation": ablation,
     "ablation_long": ablation_long,
 }  # fmt: skip

@@ -200,6 +200,17 @@ def test_the_lead_compares_what_has_three_seeds() -> None:
     ]  # fmt: skip
 
 
+def test_more_data_counts_where_it_is_the_better_setting() -> None:
+    stored = [row("taylor", 0.75, s, pruned=0.2) for s in range(3)] + [row("ig", 0.75, s, pruned=0.5) for s in range(3)]
+    stored += [row("taylor", 0.75, s, pruned=0.3, options=harness.MORE_DATA["taylor"]) for s in range(3)]
+    rows = results_page.Rows(stored)
+    assert results_page.best(rows, "resnet56", PEERS, 0.75, "pruned") == (pytest.approx(30), "TP Taylor, more data")
+    (line,) = [text for text in results_page.more_data(rows).splitlines() if "75%" in text and "Taylor" in text]
+    assert [cell.strip() for cell in line.strip("|").split("|")][3:] == [
+        "20.0 ± 0.0", "not run", "30.0 ± 0.0", "not run", "? / ?",
+    ]  # fmt: skip
+
+
 def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
     rows, page = tmp_path / "rows.jsonl", tmp_path / "results.md"
     parts = "\n".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->" for name in results_page.PARTS)
