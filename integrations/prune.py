@@ -17,6 +17,7 @@ from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
+from singe_plugin.rounds import decided
 
 from .staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
@@ -36,10 +37,10 @@ def prune(
     finetune_every: str = "layer",
     lr: float = 0.01,
     finetune: FineTune | None = None,
-    ratios: str | Mapping[Any, float] = "block",
+    ratios: str | Mapping[Any, float] | None = None,
     units_per_step: int | float | str = 0.1,
     order: str = "layers",
-    rounds: int = 1,
+    rounds: int | None = None,
     schedule: str = "cubic",
     round_to: int | None = None,
     max_pruning_ratio: float = 0.95,
@@ -114,6 +115,7 @@ def prune(
         >>> result.before.params, result.after.params
         (114, 58)
     """
+    ratios, rounds = decided(order, ratios, rounds)
     options = described(locals(), _RECORDED)
     with staged(
         model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,

@@ -243,6 +243,7 @@ def plan_removals(
     scores: Scores | None = None,
     pruning_ratio: float | None = None,
     aim: float | None = None,
+    point: float = _POINT,
 ) -> Counts:
     """How many units to remove from each layer.
 
@@ -258,6 +259,7 @@ def plan_removals(
         scores: per layer, for ``"global"`` and ``"per_cost"``.
         pruning_ratio: the ratio of units when there is no target.
         aim: the fraction to aim at in place of the target's, to correct for costs the model does not know.
+        point: how far off is still met: a point of the whole is more than that of what is left of it.
 
     Returns:
         layer name -> number of units to remove.
@@ -271,7 +273,7 @@ def plan_removals(
     if isinstance(ratios, Mapping):
         counts = _from_dict(layers, ratios, round_to)
         if target is not None:
-            _check(cost, target, counts, "the given ratios remove", aim)
+            _check(cost, target, counts, "the given ratios remove", aim, point)
         return counts
     if ratios not in RATIOS:
         raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
@@ -292,14 +294,14 @@ def plan_removals(
             high = middle
     # with coarse steps the way from below and the way from above end in different places
     best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
-    _check(cost, target, best, "the nearest that these ratios reach is", aim)
+    _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
     return best
 
 
-def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: float | None) -> None:
+def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: float | None, point: float) -> None:
     reached = cost.removed_fraction(target.kind, counts)
     wanted = target.fraction if aim is None else aim
-    if abs(reached - wanted) > _POINT:
+    if abs(reached - wanted) > point:
         raise BudgetError(
             f"target {target.kind}={target.fraction:g} cannot be met within one point: {what} "
             f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to and max_pruning_ratio"

@@ -50,8 +50,8 @@ def _units_per_step(ctx: Any, param: Any, value: str) -> Any:
 def _one_of_or_ratios(known: Sequence[str]) -> Callable[[Any, Any, str], Any]:
     """One of some names, or ``name=ratio,name=ratio``; anything else is a usage error."""
 
-    def read(ctx: Any, param: Any, value: str) -> Any:
-        if value in known:
+    def read(ctx: Any, param: Any, value: str | None) -> Any:
+        if value is None or value in known:
             return value
         try:
             return {name.strip(): float(ratio) for name, ratio in (part.rsplit("=", 1) for part in value.split(","))}
@@ -114,11 +114,9 @@ _pruning = _stacked(
     click.option("--target", default="params=0.5", show_default=True, help="What to remove: params=X or macs=X."),
     click.option(
         "--ratios",
-        default="block",
-        show_default=True,
         callback=_one_of_or_ratios(RATIOS),
         metavar="|".join([*RATIOS, "NAME=RATIO,..."]),
-        help="How it is spread over layers.",
+        help="How it is spread over layers; by default block, in rounds per_cost.",
     ),
     click.option(
         "--units-per-step",
@@ -133,7 +131,7 @@ _pruning = _stacked(
         type=click.Choice(ORDERS),
         help="Layer after layer (default for units), or all in rounds (default for weights).",
     ),
-    click.option("--rounds", type=click.IntRange(1), help="1 is one-shot; by default 1 for units, 10 for weights."),
+    click.option("--rounds", type=click.IntRange(1), help="1 is one-shot; by default 4 for units, 10 for weights."),
     click.option("--schedule", default="cubic", show_default=True, type=click.Choice(list(COURSES)), help="Of rounds."),
     click.option("--round-to", type=click.IntRange(1), help="Keep multiples of this many channels."),
     click.option("--max-pruning-ratio", default=0.95, show_default=True, type=float, help="Of one layer."),
@@ -146,6 +144,13 @@ _pruning = _stacked(
     click.option("--path", default="layer", show_default=True, type=click.Choice(PATHS), help="What decays together."),
     click.option("--objective", default="loss", show_default=True, type=click.Choice(list(OBJECTIVES))),
     click.option("--group-reduction", default="sum", show_default=True, type=click.Choice(list(REDUCTIONS))),
+    click.option(
+        "--scoring-batch-count",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Batches that a scoring reads.",
+    ),
     click.option("--finetune-steps", default=1000, show_default=True, type=click.IntRange(0), help="In all."),
     click.option("--no-verify", is_flag=True, help="Trust torch-pruning's groups unchecked."),
 )
@@ -238,7 +243,7 @@ def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _decided(options: dict[str, Any]) -> dict[str, Any]:
     """Without those that the library decides."""
-    return {k: v for k, v in options.items() if not (k in ("order", "rounds") and v is None)}
+    return {k: v for k, v in options.items() if not (k in ("order", "ratios", "rounds") and v is None)}
 
 
 @main.command()

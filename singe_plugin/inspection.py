@@ -15,7 +15,7 @@ from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
 from singe_plugin.objective import to_device
 from singe_plugin.report import Curves, gradient_curves, markdown_table
-from singe_plugin.rounds import covered
+from singe_plugin.rounds import covered, decided
 from singe_plugin.scoring import ScoringOptions
 from singe_plugin.state import model_device
 
@@ -159,7 +159,8 @@ def inspect_model(
         ([('0', 8, 56)], 30)
     """
     scoring = scoring or ScoringOptions()
-    by_score = options.get("ratios") in BY_SCORE
+    ratios, options["rounds"] = decided(options.get("order", "layers"), options.get("ratios"), options.get("rounds"))
+    options["ratios"], by_score = ratios, ratios in BY_SCORE
     if by_score:
         options["ratios"] = "uniform"
     pruner = pruner_of(model, example_inputs, target=target, units_per_step=units_per_step, **options)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -21,12 +22,17 @@ from singe_plugin.budget import count_params
 from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunStarted
 
-__all__ = ["COURSES", "ORDERS", "Allocation", "check_order", "check_rounds", "covered", "rounds_of"]
+__all__ = [
+    "COURSES", "DEFAULTS", "ORDERS", "Allocation", "check_order", "check_rounds", "covered", "decided", "rounds_of",
+]  # fmt: skip
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
 """``(scores of every layer, share of the way) -> units to remove now from each layer``."""
 
 ORDERS = ("rounds", "layers")
+DEFAULTS: dict[str, tuple[str, int]] = {"layers": ("block", 1), "rounds": ("per_cost", 4)}
+"""Order -> ratios and rounds where none are given: the paper's, and what kept the most in docs/results.md."""
+
 COURSES: dict[str, Callable[[float], float]] = {
     "cubic": lambda done: 1 - (1 - done) ** 3,
     "linear": lambda done: done,
@@ -41,6 +47,18 @@ def covered(course: str, number: int, rounds: int) -> float:
         [0.578, 0.875, 0.984, 1.0]
     """
     return COURSES[course](number / rounds)
+
+
+def decided(order: str, ratios: Any, rounds: int | None) -> tuple[Any, int]:
+    """Ratios and number of rounds, where they are None by the order that units of layers go in.
+
+    Example:
+        >>> decided("rounds", None, None), decided("rounds", "global", 1), decided("layers", None, None)
+        (('per_cost', 4), ('global', 1), ('block', 1))
+    """
+    check_order(order)
+    default_ratios, default_rounds = DEFAULTS[order]
+    return default_ratios if ratios is None else ratios, default_rounds if rounds is None else rounds
 
 
 def check_order(order: object) -> None:

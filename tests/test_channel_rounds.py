@@ -18,6 +18,7 @@ from singe_plugin import Callback, Result, SingeError, prune
 from singe_plugin.budget import CostModel, LayerSpec, Target, TensorCost, count_params, plan_removals
 from singe_plugin.cli import main
 from singe_plugin.errors import ConfigError
+from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 
 from small_nets import Chain, Residual, StopAt, images
@@ -184,7 +185,9 @@ def test_gradients_are_computed_once_a_round_and_are_those_of_every_layer_alone(
         def on_removed(self, event: Any) -> None:
             passes.append(0)
 
-    pruner = pruner_of(model, importance(), target="params=0.4", order="rounds", rounds=2, callbacks=[First()])
+    pruner = pruner_of(
+        model, importance(), target="params=0.4", ratios="block", order="rounds", rounds=2, callbacks=[First()]
+    )
     counting = model.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
     pruner.run()
     counting.remove()
@@ -232,12 +235,42 @@ def test_a_failed_round_undoes_all_of_them() -> None:
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+def test_the_order_decides_ratios_and_rounds_that_are_not_given() -> None:
+    def same(given: dict[str, Any], meant: dict[str, Any]) -> None:
+        net = Chain()
+        results = [
+            prune(copy.deepcopy(net), BATCHES, nodes=2, finetune_steps=0, verify=False, **how) for how in (given, meant)
+        ]
+        assert_same_run(*results)
+        assert all(results[0].options[name] == value for name, value in meant.items())
+
+    same({"order": "rounds"}, {"order": "rounds", "ratios": "per_cost", "rounds": 4})
+    same({"order": "rounds", "ratios": "global"}, {"order": "rounds", "ratios": "global", "rounds": 4})
+    same({}, {"order": "layers", "ratios": "block", "rounds": 1})
+
+
+def test_inspect_counts_with_the_ratios_and_rounds_of_the_order() -> None:
+    def cost(**how: Any) -> Any:
+        return inspect_model(Chain(), BATCHES[0][0], target="params=0.4", finetune_steps=0, **how).cost
+
+    assert cost(order="rounds") == cost(order="rounds", ratios="per_cost", rounds=4) is not None
+    assert cost() == cost(order="layers", ratios="block") != cost(order="rounds")
+
+
 @pytest.mark.parametrize(
     "wrong", [{"order": "both"}, {"rounds": 0}, {"rounds": 2.0}, {"schedule": "fast"}, {"ratios": "per_mac"}]
 )
 def test_options_that_mean_nothing(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
         pruner_of(Chain(), **{"order": "rounds", **wrong})
+
+
+def test_a_point_is_one_of_the_whole_and_not_of_what_is_left() -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        result = prune(Chain(), BATCHES, nodes=1, finetune_steps=0, verify=False, order="rounds", rounds=3,
+                       target="params=0.4")  # fmt: skip
+        assert result.removed_params == pytest.approx(0.4, abs=0.01)
 
 
 def test_a_target_out_of_reach_is_refused_before_anything_is_removed() -> None:
@@ -250,10 +283,11 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_removed() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     options = {"model": "resnet10t", "img-size": 32, "num-classes": 10, "in-chans": 1, "dataset": "digits",
-               "target": "params=0.3", "order": "rounds", "rounds": 2, "ratios": "per_cost", "finetune-steps": 0,
+               "target": "params=0.3", "order": "rounds", "rounds": 2, "finetune-steps": 0, "scoring-batch-count": 3,
                "criterion": "l2", "output": tmp_path}  # fmt: skip
     words = ["prune", "--no-curves", "--json", *(f"--{name}={value}" for name, value in options.items())]
     found = CliRunner().invoke(main, words)
     assert found.exit_code == 0, found.output
     used = json.loads(found.stdout)["options"]
     assert (used["order"], used["rounds"], used["ratios"]) == ("rounds", 2, "per_cost")
+    assert used["scoring_batch_count"] == 3

@@ -37,6 +37,7 @@ def counts_for(
     round_to: int | None = None,
     scores: Scores | None = None,
     specs: list[LayerSpec] | None = None,
+    point: float = 0.01,
 ) -> Counts:
     """How many units to remove from each layer; units are really removed to see what is reached, and put back.
 
@@ -45,6 +46,7 @@ def counts_for(
         target: the fraction of what is there now.
         ratios, round_to, scores: see :func:`~singe_plugin.budget.plan_removals`.
         specs: the layers, if their largest ratios are not the host's.
+        point: how far off is still met; a point of the whole model is more of what is left of it.
 
     Raises:
         BudgetError: if the target cannot be met within one point, with the nearest that can.
@@ -52,10 +54,10 @@ def counts_for(
     specs, costs, aim, nearest = specs or host.layers(), host.costs(), None, math.inf
     before = sizes(host)
     for _ in range(6):
-        counts = plan_removals(specs, costs, target, ratios, round_to, scores, aim=aim)
+        counts = plan_removals(specs, costs, target, ratios, round_to, scores, aim=aim, point=point)
         reached = 1 - host.trial(counts)[target.kind] / before[target.kind]
         nearest = min(nearest, reached, key=lambda r: abs(r - target.fraction))
-        if abs(reached - target.fraction) <= 0.01:
+        if abs(reached - target.fraction) <= point:
             return counts
         aim = (target.fraction if aim is None else aim) + target.fraction - reached
         if not 0 < aim < 1:
@@ -108,14 +110,26 @@ class Rounds:
         fraction = 1 - (1 - self.target.fraction * share) * first[kind] / now[kind]
         if fraction <= 0:
             return {}
-        try:
-            return counts_for(self.host, Target(kind, fraction), self.ratios, self.round_to, scores, specs)
-        except BudgetError:
-            if share < 1:
-                return {}  # too small a step for whole units; a later round makes up for it
-            if now[kind] < first[kind] and abs(1 - now[kind] / first[kind] - self.target.fraction) <= 0.01:
-                return {}
-            raise
+        left, reached = Target(kind, fraction), 1 - now[kind] / first[kind]
+        points = [0.01]
+        if share == 1 and reached:
+            points.append(0.01 * first[kind] / now[kind])  # if not close to what is left to go, then to the whole
+        for point in points:
+            try:
+                return counts_for(self.host, left, self.ratios, self.round_to, scores, specs, point)
+            except BudgetError as error:
+                failure = error
+        if share < 1:
+            return {}  # too small a step for whole units; a later round makes up for it
+        if not reached:
+            raise failure
+        if abs(reached - self.target.fraction) <= 0.01:
+            return {}
+        raise BudgetError(
+            f"target {kind}={self.target.fraction:g} cannot be met within one point: {kind}={reached:.4f} is reached, "
+            "and no whole units of what is left lead closer; choose that, prune more layers, or relax round_to and "
+            "max_pruning_ratio"
+        ) from failure
 
     def _spec(self, spec: LayerSpec) -> LayerSpec:
         """The layer with its largest ratio in terms of the units that it has now."""

@@ -20,7 +20,7 @@ from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.objective import materialise
-from singe_plugin.rounds import check_order, check_rounds, rounds_of
+from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from ..checks import check_parts
@@ -78,13 +78,14 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         target: for ``run``: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``; None removes
             ``pruning_ratio`` of each layer's units.
         ratios: how it is spread: ``"uniform"``, ``"block"`` (one ratio per block, §3.3), ``"global"`` (by score),
-            ``"per_cost"`` (by score per parameter or MAC) or ``{layer or block name: ratio}``.
+            ``"per_cost"`` (by score per parameter or MAC) or ``{layer or block name: ratio}``. None is ``"block"``
+            for layers one after the other and ``"per_cost"`` for rounds.
         units_per_step: removals between two scorings: 1 is Algorithm 1; a number, a fraction of the layer inside
             ]0, 1[, or ``"layer"``.
         order: of ``run``: ``"layers"`` is Algorithm 1, one layer after the other; ``"rounds"`` scores all layers, then
             removes units of all of them.
-        rounds, schedule: how many rounds (1 scores the intact model only), and how fast the target is approached over
-            them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
+        rounds, schedule: how many rounds (None is 4; 1 scores the intact model only), and how fast the target is
+            approached over them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
         finetune: a :class:`~singe_plugin.FineTune`, or None.
         callbacks: see :mod:`singe_plugin.events`.
         batches: data for importances that need gradients but cannot be bound (Taylor, Hessian, OBD-C).
@@ -115,10 +116,10 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         importance: Callable[..., Any],
         *args: Any,
         target: str | Target | None = None,
-        ratios: str | Mapping[Any, float] = "block",
+        ratios: str | Mapping[Any, float] | None = None,
         units_per_step: int | float | str = 1,
         order: str = "layers",
-        rounds: int = 1,
+        rounds: int | None = None,
         schedule: str = "cubic",
         finetune: FineTune | None = None,
         callbacks: Iterable[Callback] = (),
@@ -130,9 +131,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> None:
         check_arguments(model, example_inputs, importance)
         self.target = None if target is None else Target.parse(target)
+        ratios, rounds = decided(order, ratios, rounds)
         self.ratios = check_ratios(ratios)
         units_per_removal(units_per_step, 1)
-        check_order(order)
         check_rounds(rounds, schedule)
         self.order, self.rounds, self.schedule = order, rounds, schedule
         options = base_options(args, kwargs)
