@@ -153,6 +153,8 @@ def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_pl
 
 def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:
     options = BASE | spec.options
+    if options["order"] == "layers":
+        del options["rounds"]
     importance = importance_of(spec.method, options, setting.classes)
     during = (spec.steps, spec.every) if spec.entwined else (0, "end")
     result = singe_plugin.prune(

@@ -17,7 +17,7 @@ from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
-from singe_plugin.rounds import decided
+from singe_plugin.rounds import UNITS_PER_STEP, decided
 
 from .staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
@@ -38,8 +38,8 @@ def prune(
     lr: float = 0.01,
     finetune: FineTune | None = None,
     ratios: str | Mapping[Any, float] | None = None,
-    units_per_step: int | float | str = 0.1,
-    order: str = "layers",
+    units_per_step: int | float | str | None = None,
+    order: str | None = None,
     rounds: int | None = None,
     schedule: str = "cubic",
     round_to: int | None = None,
@@ -74,7 +74,11 @@ def prune(
     resume: bool = False,
     builder: Builder | None = None,
 ) -> Result:
-    """Prune a trained model with SInGE and entwined fine-tuning (Algorithm 1).
+    """Prune a trained model with SInGE and entwined fine-tuning.
+
+    Units of all layers go in rounds, ranked by score per parameter (or MAC): what kept the most on a trained ResNet-56
+    (docs/results.md). ``order="layers"``, or a number of ``units_per_step``, is the paper's Algorithm 1, one layer
+    after the other.
 
     Args:
         model: changed in place (it is also ``result.model``); back on its device and in its modes afterwards.
@@ -83,8 +87,8 @@ def prune(
         target: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``.
         finetune_steps, finetune_every, lr: see :class:`~singe_plugin.FineTune`; or give a ready one as ``finetune``.
         ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, ignored_layers, verify: see
-            :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. The default removes a tenth of a layer
-            between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
+            :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. With ``order="layers"`` a tenth of a layer
+            goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
         criterion, p, mu, steps, quadrature, nodes, path, objective, group_reduction: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEImportance`; or give any torch-pruning importance.
         scoring_batch_size, scoring_batch_count: how much data every scoring reads, drawn once (64 and 1 in the paper).
@@ -97,7 +101,8 @@ def prune(
         fold: fold batch-norm for good first, as in the paper's experiments.
         latency: measure the latency before and after.
         callbacks, progress: see :mod:`singe_plugin.events`; ``progress`` shows a bar.
-        out_dir: a folder for the checkpoint, written after every layer.
+        out_dir: a folder for the checkpoint, written after every round (with ``order="layers"``: every layer), and
+            while it is fine-tuned at the end.
         resume: continue from the checkpoint in ``out_dir``, if there is one; ``model`` must be the unpruned model.
         builder: how to build the unpruned architecture, for saving; inferred for plain timm models.
 
@@ -115,7 +120,8 @@ def prune(
         >>> result.before.params, result.after.params
         (114, 58)
     """
-    ratios, rounds = decided(order, ratios, rounds)
+    order, ratios, rounds = decided(order, ratios, rounds, units_per_step)
+    units_per_step = UNITS_PER_STEP if units_per_step is None else units_per_step
     options = described(locals(), _RECORDED)
     with staged(
         model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,

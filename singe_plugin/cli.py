@@ -35,8 +35,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _SCORING = ("criterion", "p", "mu", "steps", "quadrature", "nodes", "path", "objective", "group_reduction")
 
 
-def _units_per_step(ctx: Any, param: Any, value: str) -> Any:
+def _units_per_step(ctx: Any, param: Any, value: str | None) -> Any:
     """A number of units, a fraction of the layer, or ``layer``; anything else is a usage error."""
+    if value is None:
+        return None
     try:
         number: Any = value if value == "layer" else int(value) if value.isdigit() else float(value)
         units_per_removal(number, 100)
@@ -120,16 +122,14 @@ _pruning = _stacked(
     ),
     click.option(
         "--units-per-step",
-        default="0.1",
-        show_default=True,
         callback=_units_per_step,
         metavar="N|FRACTION|layer",
-        help="How many units go between two scorings.",
+        help="How many units go between two scorings, layer after layer; by default 0.1.",
     ),
     click.option(
         "--order",
         type=click.Choice(ORDERS),
-        help="Layer after layer (default for units), or all in rounds (default for weights).",
+        help="All layers in rounds (default), or one after the other: Algorithm 1.",
     ),
     click.option("--rounds", type=click.IntRange(1), help="1 is one-shot; by default 4 for units, 10 for weights."),
     click.option("--schedule", default="cubic", show_default=True, type=click.Choice(list(COURSES)), help="Of rounds."),
@@ -243,7 +243,9 @@ def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _decided(options: dict[str, Any]) -> dict[str, Any]:
     """Without those that the library decides."""
-    return {k: v for k, v in options.items() if not (k in ("order", "ratios", "rounds") and v is None)}
+    return {
+        k: v for k, v in options.items() if not (k in ("order", "ratios", "rounds", "units_per_step") and v is None)
+    }
 
 
 @main.command()

@@ -44,7 +44,6 @@ class DemoSettings:
         train_steps, lr: of the training from scratch (SGD, one-cycle schedule, batches of 64).
         targets: fractions of the parameters to remove.
         finetune_steps, finetune_lr: of the entwined fine-tuning.
-        units_per_step: the fraction of a layer removed between two scorings.
         nodes: of the quadrature.
     """
 
@@ -55,13 +54,12 @@ class DemoSettings:
     targets: tuple[float, ...] = (0.5, 0.75)
     finetune_steps: int = 120
     finetune_lr: float = 0.02
-    units_per_step: float = 0.25
     nodes: int = 5
 
     @classmethod
     def quick(cls) -> DemoSettings:
         """A few seconds' worth, for tests: the accuracies mean nothing."""
-        return cls(16, (8, 16, 24, 32), 40, 0.1, (0.5,), 10, 0.02, 0.5, 3)
+        return cls(16, (8, 16, 24, 32), 40, 0.1, (0.5,), 10, 0.02, 3)
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ def _prune_both(
         model = copy.deepcopy(network)
         pruned: Result = prune(
             model, splits.train, target=f"params={target}", finetune_steps=steps,
-            lr=settings.finetune_lr, units_per_step=settings.units_per_step, criterion=METHODS[method] or "ig",
+            lr=settings.finetune_lr, criterion=METHODS[method] or "ig",
             importance=_taylor() if METHODS[method] is None else None, nodes=settings.nodes,
             val_data=_validation(splits), seed=seed, builder=builder, device="cpu", verify=verify,
         )  # fmt: skip
@@ -254,7 +252,8 @@ def _prune_both(
 def _taylor() -> Any:
     import torch_pruning
 
-    return torch_pruning.importance.GroupTaylorImportance()
+    # units of different layers are compared, so the scores are not divided by the group's mean
+    return torch_pruning.importance.GroupTaylorImportance(group_reduction="sum", normalizer=None)
 
 
 def latencies(networks: Sequence[nn.Module], splits: Splits, rounds: int = 3) -> list[float]:

@@ -15,7 +15,7 @@ from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
 from singe_plugin.objective import to_device
 from singe_plugin.report import Curves, gradient_curves, markdown_table
-from singe_plugin.rounds import covered, decided
+from singe_plugin.rounds import UNITS_PER_STEP, covered, decided
 from singe_plugin.scoring import ScoringOptions
 from singe_plugin.state import model_device
 
@@ -133,7 +133,7 @@ def inspect_model(
     model: nn.Module,
     example_inputs: Any,
     target: str = "params=0.5",
-    units_per_step: int | float | str = 0.1,
+    units_per_step: int | float | str | None = None,
     scoring: ScoringOptions | None = None,
     scoring_batch_count: int = 1,
     finetune_steps: int = 1000,
@@ -154,12 +154,15 @@ def inspect_model(
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> import torch
-        >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.48", units_per_step=1, finetune_steps=10)
+        >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.48", order="layers",
+        ...                       units_per_step=1, finetune_steps=10)
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 30)
     """
     scoring = scoring or ScoringOptions()
-    ratios, options["rounds"] = decided(options.get("order", "layers"), options.get("ratios"), options.get("rounds"))
+    given = (options.get(name) for name in ("order", "ratios", "rounds"))
+    options["order"], ratios, options["rounds"] = decided(*given, units_per_step)
+    units_per_step = UNITS_PER_STEP if units_per_step is None else units_per_step
     options["ratios"], by_score = ratios, ratios in BY_SCORE
     if by_score:
         options["ratios"] = "uniform"

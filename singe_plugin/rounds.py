@@ -23,7 +23,8 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunStarted
 
 __all__ = [
-    "COURSES", "DEFAULTS", "ORDERS", "Allocation", "check_order", "check_rounds", "covered", "decided", "rounds_of",
+    "COURSES", "DEFAULTS", "ORDERS", "UNITS_PER_STEP", "Allocation", "check_order", "check_rounds", "covered",
+    "decided", "rounds_of",
 ]  # fmt: skip
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
@@ -32,6 +33,9 @@ Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
 ORDERS = ("rounds", "layers")
 DEFAULTS: dict[str, tuple[str, int]] = {"layers": ("block", 1), "rounds": ("per_cost", 4)}
 """Order -> ratios and rounds where none are given: the paper's, and what kept the most in docs/results.md."""
+
+UNITS_PER_STEP = 0.1
+"""Of a layer, between two scorings, where layers go one after the other and nothing else is given."""
 
 COURSES: dict[str, Callable[[float], float]] = {
     "cubic": lambda done: 1 - (1 - done) ** 3,
@@ -49,16 +53,29 @@ def covered(course: str, number: int, rounds: int) -> float:
     return COURSES[course](number / rounds)
 
 
-def decided(order: str, ratios: Any, rounds: int | None) -> tuple[Any, int]:
-    """Ratios and number of rounds, where they are None by the order that units of layers go in.
+def decided(order: str | None, ratios: Any, rounds: int | None, units_per_step: Any = None) -> tuple[str, Any, int]:
+    """Order, ratios and number of rounds, where they are None.
+
+    The order is Algorithm 1's where a number of units between two scorings is given, which only that has; else rounds.
+
+    Raises:
+        ConfigError: for an unknown order, or for what only the other one has.
 
     Example:
-        >>> decided("rounds", None, None), decided("rounds", "global", 1), decided("layers", None, None)
-        (('per_cost', 4), ('global', 1), ('block', 1))
+        >>> decided(None, None, None), decided("rounds", "global", 1), decided(None, None, None, units_per_step=1)
+        (('rounds', 'per_cost', 4), ('rounds', 'global', 1), ('layers', 'block', 1))
     """
+    if order is None:
+        order = "rounds" if units_per_step is None else "layers"
     check_order(order)
+    if order == "rounds" and units_per_step is not None:
+        raise ConfigError(
+            f"units_per_step={units_per_step!r} is for order='layers' (Algorithm 1); leave it out, or give that order"
+        )
+    if order == "layers" and rounds not in (None, 1):
+        raise ConfigError(f"rounds={rounds!r} is for order='rounds'; leave it out, or give that order")
     default_ratios, default_rounds = DEFAULTS[order]
-    return default_ratios if ratios is None else ratios, default_rounds if rounds is None else rounds
+    return order, default_ratios if ratios is None else ratios, default_rounds if rounds is None else rounds
 
 
 def check_order(order: object) -> None:

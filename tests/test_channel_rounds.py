@@ -144,7 +144,11 @@ def test_every_round_scores_the_model_as_it_is_and_the_target_is_met(ratios: str
     assert gone[1] < gone[-1]
     if target == "params=0.5" and ratios in ("global", "per_cost"):
         shares = [1 - (1 - r / 4) ** 3 if schedule == "cubic" else r / 4 for r in range(5)]
-        assert gone == pytest.approx([0.5 * share for share in shares], abs=0.02)
+        # the last rounds of the cubic course leave less to go than a few units of so small a network: one does it all
+        far = [number for number, share in enumerate(shares) if 0.5 * (1 - share) > 0.1]
+        assert [gone[number] for number in (*far, 4)] == pytest.approx(
+            [0.5 * shares[number] for number in (*far, 4)], abs=0.02
+        )
     model(BATCHES[0][0])
 
 
@@ -206,7 +210,7 @@ def test_an_importance_of_torch_pruning_that_fails_is_named(order: str, monkeypa
 
 # --- a whole run -------------------------------------------------------------------------------------------------
 
-OPTIONS: dict[str, Any] = {"order": "rounds", "rounds": 3, "units_per_step": 1}
+OPTIONS: dict[str, Any] = {"order": "rounds", "rounds": 3, "units_per_step": None}
 
 
 @pytest.mark.parametrize("ratios", ["block", "per_cost"])
@@ -246,7 +250,9 @@ def test_the_order_decides_ratios_and_rounds_that_are_not_given() -> None:
 
     same({"order": "rounds"}, {"order": "rounds", "ratios": "per_cost", "rounds": 4})
     same({"order": "rounds", "ratios": "global"}, {"order": "rounds", "ratios": "global", "rounds": 4})
-    same({}, {"order": "layers", "ratios": "block", "rounds": 1})
+    same({"order": "layers"}, {"order": "layers", "ratios": "block", "rounds": 1})
+    same({}, {"order": "rounds"})
+    same({"units_per_step": 0.2}, {"order": "layers", "units_per_step": 0.2})
 
 
 def test_inspect_counts_with_the_ratios_and_rounds_of_the_order() -> None:
@@ -254,7 +260,7 @@ def test_inspect_counts_with_the_ratios_and_rounds_of_the_order() -> None:
         return inspect_model(Chain(), BATCHES[0][0], target="params=0.4", finetune_steps=0, **how).cost
 
     assert cost(order="rounds") == cost(order="rounds", ratios="per_cost", rounds=4) is not None
-    assert cost() == cost(order="layers", ratios="block") != cost(order="rounds")
+    assert cost(order="layers") == cost(order="layers", ratios="block") != cost()
 
 
 @pytest.mark.parametrize(
@@ -271,6 +277,30 @@ def test_a_point_is_one_of_the_whole_and_not_of_what_is_left() -> None:
         result = prune(Chain(), BATCHES, nodes=1, finetune_steps=0, verify=False, order="rounds", rounds=3,
                        target="params=0.4")  # fmt: skip
         assert result.removed_params == pytest.approx(0.4, abs=0.01)
+
+
+def test_what_only_the_other_order_has_is_refused() -> None:
+    for wrong, said in (
+        ({"order": "rounds", "units_per_step": 1}, "units_per_step=1 is for order='layers'"),
+        ({"order": "layers", "rounds": 4}, "rounds=4 is for order='rounds'"),
+        ({"units_per_step": 1, "rounds": 2}, "rounds=2 is for order='rounds'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            prune(Chain(), BATCHES, **wrong)
+        with pytest.raises(ConfigError, match=said):
+            inspect_model(Chain(), BATCHES[0][0], **wrong)
+    with pytest.raises(ConfigError, match="rounds=4 is for order='rounds'"):
+        pruner_of(Chain(), order="layers", rounds=4)
+
+
+@pytest.mark.parametrize("rounds", [4, 6])
+@pytest.mark.parametrize("net", [Chain, Residual])
+def test_whole_units_of_a_small_network_meet_the_target_in_rounds(net: Any, rounds: int) -> None:
+    for target in (0.3, 0.45, 0.5, 0.7):
+        torch.manual_seed(0)
+        result = prune(net(), BATCHES, criterion="l2", finetune_steps=0, verify=False, rounds=rounds,
+                       target=f"params={target}")  # fmt: skip
+        assert result.removed_params == pytest.approx(target, abs=0.01)
 
 
 def test_a_target_out_of_reach_is_refused_before_anything_is_removed() -> None:

