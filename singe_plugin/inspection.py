@@ -160,8 +160,8 @@ def inspect_model(
         ([('0', 8, 56)], 30)
     """
     scoring = scoring or ScoringOptions()
-    given = (options.get(name) for name in ("order", "ratios", "rounds"))
-    options["order"], ratios, options["rounds"] = decided(*given, units_per_step)
+    order, ratios, rounds = (options.get(name) for name in ("order", "ratios", "rounds"))
+    options["order"], ratios, options["rounds"] = decided(order, ratios, rounds, units_per_step)
     units_per_step = UNITS_PER_STEP if units_per_step is None else units_per_step
     options["ratios"], by_score = ratios, ratios in BY_SCORE
     if by_score:
