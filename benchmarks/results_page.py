@@ -255,7 +255,7 @@ def cost(rows: Rows) -> str:
 def ablation(rows: Rows) -> str:
     """One choice a line, on held-out images."""
     found = rows.of(network="resnet56", split="held_out", granularity="channel")
-    found = [row for row in found if row["method"] != "none"]
+    found = sorted((row for row in found if row["method"] != "none"), key=lambda r: (r["method"], bool(r["options"])))
     seeds, lines = {row["seed"] for row in found}, []
     for name in dict.fromkeys(option_name(row) for row in found):
         mine = [row for row in found if option_name(row) == name]
