@@ -30,7 +30,10 @@ from singe_plugin.state import model_device
 from records import append, environment, peak_mb, read
 from settings import Setting
 
-__all__ = ["BASE", "DATA_FREE", "LAYERS", "MORE_DATA", "OURS", "PAPER", "PEERS", "Spec", "compute", "run_rows"]
+__all__ = [
+    "BASE", "DATA_FREE", "DEPTHWISE_TARGETS", "LAYERS", "MORE_DATA", "NETWORKS", "OURS", "PAPER", "PEERS",
+    "PEER_TARGETS", "Spec", "compute", "run_rows",
+]  # fmt: skip
 
 PAPER = ("l1", "l2", "grad", "norm_grad", "sg", "ig")
 OURS = (*PAPER, "ig_abs")
@@ -46,6 +49,9 @@ PEERS: dict[str, Callable[..., Any]] = {
     "obdc": tp.importance.OBDCImportance,
 }
 DATA_FREE = ("l1", "l2", "magnitude_l1", "magnitude_l2", "bn_scale", "lamp", "fpgm")  # no seed changes them
+PEER_TARGETS = (0.5, 0.75, 0.9)
+DEPTHWISE_TARGETS = (0.3, 0.4, 0.5)
+NETWORKS = {"resnet56": PEER_TARGETS, "mobilenetv2_035": DEPTHWISE_TARGETS}
 # of every row; a row's options replace it
 BASE: dict[str, Any] = {"order": "rounds", "rounds": 4, "ratios": "per_cost", "mu": 0.95, "nodes": 3}
 # the paper's order: one layer after the other, each scored once; a ratio per block

@@ -10,7 +10,7 @@ from typing import Any
 
 from singe_plugin.report import Curves, markdown_table
 
-from harness import DATA_FREE, LAYERS, MORE_DATA, OURS, PEERS
+from harness import DATA_FREE, DEPTHWISE_TARGETS, LAYERS, MORE_DATA, NETWORKS, OURS, PEER_TARGETS, PEERS
 from records import read
 
 HERE = Path(__file__).parent
@@ -34,7 +34,6 @@ PAPER_TABLE_2 = {  # Table 2: (target, schedule, steps)
     (0.9, "post", 1000): "77.2", (0.9, "layer", 1000): "85.38", (0.9, "post", 2000): "80.89",
     (0.9, "layer", 2000): "87.52", (0.9, "post", 5000): "86.39", (0.9, "layer", 5000): "90.02",
 }  # fmt: skip
-NETWORKS = {"resnet56": (0.5, 0.75, 0.9), "mobilenetv2_035": (0.3, 0.4, 0.5)}
 INTEGRATED = ("sg", "ig", "ig_abs")
 SCHEDULES = {"post": "after pruning", "layer": "entwined, per layer", "removal": "entwined, per removal"}
 
@@ -173,14 +172,14 @@ def peers(rows: Rows) -> str:
     lines = []
     for method in (*OURS, *PEERS):
         line = [NAMES[method]]
-        for target in (0.5, 0.75, 0.9):
+        for target in PEER_TARGETS:
             line.append(one_shot_cell(rows.at_once("resnet56", method, target, LAYERS), method))
             line.append(one_shot_cell(rows.at_once("resnet56", method, target), method))
             line.append(cell(rows.tuned("resnet56", method, target, 1000), "tuned"))
             line.append(cell(rows.between("resnet56", method, target), "tuned"))
         lines.append(line)
     stages = ("layers", "rounds", "rounds, 1,000 steps after", "8 rounds, 1,000 steps between")
-    header = [f"-{t:.0%}: {stage}" for t in (0.5, 0.75, 0.9) for stage in stages]
+    header = [f"-{t:.0%}: {stage}" for t in PEER_TARGETS for stage in stages]
     return markdown_table(["criterion", *header], lines)
 
 
@@ -277,7 +276,7 @@ def option_name(row: Row) -> str:
 
 
 def depthwise(rows: Rows) -> str:
-    return by_target(rows, "mobilenetv2_035", (*OURS, *PEERS), (0.3, 0.4, 0.5), 1000)
+    return by_target(rows, "mobilenetv2_035", (*OURS, *PEERS), DEPTHWISE_TARGETS, 1000)
 
 
 def baseline(rows: Rows, network: str) -> float | None:

@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 
-from harness import DATA_FREE, LAYERS, MORE_DATA, OURS, PEERS, Spec, run_rows
+from harness import DATA_FREE, DEPTHWISE_TARGETS, LAYERS, MORE_DATA, NETWORKS, OURS, PEER_TARGETS, PEERS, Spec, run_rows
 from settings import load_setting
 
 HERE = Path(__file__).parent
 ROWS = HERE / "results" / "tables.jsonl"
-PEER_TARGETS = (0.5, 0.75, 0.9)
-DEPTHWISE_TARGETS = (0.3, 0.4, 0.5)
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 WEIGHT_METHODS = ("l1", "norm_grad", "ig")
 CHOICE = 0.5  # where the ablation looks: beyond it nothing is left right after pruning
@@ -88,7 +86,7 @@ def tuned(w: Wanted, targets: Sequence[float] = (0.9, 0.75, 0.5, 0.85)) -> Itera
 
 def more_data(w: Wanted, steps: int = 0) -> Iterator[Spec]:
     """The criteria that gain from more images, with as many as the ablation says."""
-    for target in (0.75, 0.5, 0.9, 0.3, 0.4):
+    for target in NETWORKS.get(w.network, PEER_TARGETS):
         for seed in w.seeds:
             for method, options in MORE_DATA.items():
                 yield Spec(w.network, method, target, seed, steps, options=options, batch=w.batch if steps else 0)

@@ -17,7 +17,7 @@ from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
-from singe_plugin.rounds import UNITS_PER_STEP, decided
+from singe_plugin.rounds import decided
 
 from .staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
@@ -120,8 +120,7 @@ def prune(
         >>> result.before.params, result.after.params
         (114, 58)
     """
-    order, ratios, rounds = decided(order, ratios, rounds, units_per_step)
-    units_per_step = UNITS_PER_STEP if units_per_step is None else units_per_step
+    order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step)
     options = described(locals(), _RECORDED)
     with staged(
         model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,

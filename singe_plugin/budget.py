@@ -39,7 +39,7 @@ __all__ = [
 
 BY_SCORE = ("global", "per_cost")
 RATIOS = ("uniform", "block", *BY_SCORE)
-_POINT = 0.01
+POINT = 0.01
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 
@@ -243,7 +243,7 @@ def plan_removals(
     scores: Scores | None = None,
     pruning_ratio: float | None = None,
     aim: float | None = None,
-    point: float = _POINT,
+    point: float = POINT,
 ) -> Counts:
     """How many units to remove from each layer.
 
@@ -388,7 +388,7 @@ def _refine(
     def search(start: Counts, width: int, patience: int) -> Counts:
         best, beam, followed, left = start, [start], {tuple(start.values())}, patience
         for _ in range(4 * len(layers)):
-            if miss(best) < _POINT / 20 or not left:
+            if miss(best) < POINT / 20 or not left:
                 break
             fresh = {tuple(c.values()): c for b in beam for c in _moves(layers, b, round_to)}
             ranked = sorted((miss(fresh[key]), key) for key in fresh.keys() - followed)[:width]
@@ -401,7 +401,7 @@ def _refine(
         return best
 
     best = min((search(start, 1, 1) for start in starts), key=miss)
-    if miss(best) > _POINT:
+    if miss(best) > POINT:
         best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
     return dict(best)
 

@@ -15,7 +15,7 @@ from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
 from singe_plugin.objective import to_device
 from singe_plugin.report import Curves, gradient_curves, markdown_table
-from singe_plugin.rounds import UNITS_PER_STEP, covered, decided
+from singe_plugin.rounds import covered, decided
 from singe_plugin.scoring import ScoringOptions
 from singe_plugin.state import model_device
 
@@ -137,6 +137,9 @@ def inspect_model(
     scoring: ScoringOptions | None = None,
     scoring_batch_count: int = 1,
     finetune_steps: int = 1000,
+    ratios: Any = None,
+    order: str | None = None,
+    rounds: int | None = None,
     **options: Any,
 ) -> Inspection:
     """Look at a model's groups and at what pruning it would cost; nothing is removed.
@@ -147,9 +150,9 @@ def inspect_model(
         target, units_per_step, finetune_steps: of the run whose cost is wanted.
         scoring: how units would be scored.
         scoring_batch_count: batches per scoring.
-        options: further arguments of ``SInGEPruner`` (``ratios``, ``order``, ``rounds``, ``round_to``, ...).
-            Ratios by score need scores; the cost is then that of ``"uniform"``, plus one scoring of every layer where
-            the layers are pruned one after the other.
+        ratios, order, rounds: as in :func:`singe_plugin.prune`. Ratios by score need scores; the cost is then that of
+            ``"uniform"``, plus one scoring of every layer where the layers are pruned one after the other.
+        options: further arguments of ``SInGEPruner`` (``round_to``, ...).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -160,13 +163,12 @@ def inspect_model(
         ([('0', 8, 56)], 30)
     """
     scoring = scoring or ScoringOptions()
-    order, ratios, rounds = (options.get(name) for name in ("order", "ratios", "rounds"))
-    options["order"], ratios, options["rounds"] = decided(order, ratios, rounds, units_per_step)
-    units_per_step = UNITS_PER_STEP if units_per_step is None else units_per_step
-    options["ratios"], by_score = ratios, ratios in BY_SCORE
-    if by_score:
-        options["ratios"] = "uniform"
-    pruner = pruner_of(model, example_inputs, target=target, units_per_step=units_per_step, **options)
+    order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step)
+    by_score = ratios in BY_SCORE
+    pruner = pruner_of(
+        model, example_inputs, target=target, units_per_step=units_per_step, order=order, rounds=rounds,
+        ratios="uniform" if by_score else ratios, **options,
+    )  # fmt: skip
     rows: list[GroupRow] = []
     cost, problem = None, None
     try:

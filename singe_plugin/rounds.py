@@ -23,8 +23,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunStarted
 
 __all__ = [
-    "COURSES", "DEFAULTS", "ORDERS", "UNITS_PER_STEP", "Allocation", "check_order", "check_rounds", "covered",
-    "decided", "rounds_of",
+    "COURSES", "DEFAULTS", "ORDERS", "Allocation", "check_order", "check_rounds", "covered", "decided", "rounds_of",
 ]  # fmt: skip
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
@@ -53,8 +52,10 @@ def covered(course: str, number: int, rounds: int) -> float:
     return COURSES[course](number / rounds)
 
 
-def decided(order: str | None, ratios: Any, rounds: int | None, units_per_step: Any = None) -> tuple[str, Any, int]:
-    """Order, ratios and number of rounds, where they are None.
+def decided(
+    order: str | None, ratios: Any, rounds: int | None, units_per_step: Any = None
+) -> tuple[str, Any, int, Any]:
+    """Order, ratios, number of rounds and units between two scorings, where they are None.
 
     The order is Algorithm 1's where a number of units between two scorings is given, which only that has; else rounds.
 
@@ -62,8 +63,8 @@ def decided(order: str | None, ratios: Any, rounds: int | None, units_per_step: 
         ConfigError: for an unknown order, or for what only the other one has.
 
     Example:
-        >>> decided(None, None, None), decided("rounds", "global", 1), decided(None, None, None, units_per_step=1)
-        (('rounds', 'per_cost', 4), ('rounds', 'global', 1), ('layers', 'block', 1))
+        >>> decided(None, None, None), decided("layers", "global", None), decided(None, None, None, units_per_step=1)
+        (('rounds', 'per_cost', 4, 0.1), ('layers', 'global', 1, 0.1), ('layers', 'block', 1, 1))
     """
     if order is None:
         order = "rounds" if units_per_step is None else "layers"
@@ -75,7 +76,12 @@ def decided(order: str | None, ratios: Any, rounds: int | None, units_per_step: 
     if order == "layers" and rounds not in (None, 1):
         raise ConfigError(f"rounds={rounds!r} is for order='rounds'; leave it out, or give that order")
     default_ratios, default_rounds = DEFAULTS[order]
-    return order, default_ratios if ratios is None else ratios, default_rounds if rounds is None else rounds
+    return (
+        order,
+        default_ratios if ratios is None else ratios,
+        default_rounds if rounds is None else rounds,
+        UNITS_PER_STEP if units_per_step is None else units_per_step,
+    )
 
 
 def check_order(order: object) -> None:

@@ -125,7 +125,7 @@ def test_the_cost_of_a_unit_decides_between_equal_scores() -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cubic"])
 @pytest.mark.parametrize("target", ["params=0.5", "macs=0.5"])
 def test_every_round_scores_the_model_as_it_is_and_the_target_is_met(ratios: str, schedule: str, target: str) -> None:
-    model, importance = Residual(16, 32), Norms()
+    model, importance = Residual(96, 512), Norms()  # units so small that the last round of the cubic course has some
     pruner = pruner_of(model, importance, ratios=ratios, target=target, order="rounds", rounds=4, schedule=schedule)
     sizes, layers = [count_params(model)], [group.name for group in pruner.layers]
     importance.asked.clear()
@@ -144,11 +144,7 @@ def test_every_round_scores_the_model_as_it_is_and_the_target_is_met(ratios: str
     assert gone[1] < gone[-1]
     if target == "params=0.5" and ratios in ("global", "per_cost"):
         shares = [1 - (1 - r / 4) ** 3 if schedule == "cubic" else r / 4 for r in range(5)]
-        # the last rounds of the cubic course leave less to go than a few units of so small a network: one does it all
-        far = [number for number, share in enumerate(shares) if 0.5 * (1 - share) > 0.1]
-        assert [gone[number] for number in (*far, 4)] == pytest.approx(
-            [0.5 * shares[number] for number in (*far, 4)], abs=0.02
-        )
+        assert gone == pytest.approx([0.5 * share for share in shares], abs=0.02)
     model(BATCHES[0][0])
 
 

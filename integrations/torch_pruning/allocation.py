@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from singe_plugin.algorithm import Progress
-from singe_plugin.budget import LayerSpec, Target, count_macs, count_params, plan_removals
+from singe_plugin.budget import POINT, CostModel, LayerSpec, Target, count_macs, count_params, plan_removals
 from singe_plugin.errors import BudgetError
 
 from .host import TorchPruningHost
@@ -36,8 +35,6 @@ def counts_for(
     ratios: str | Mapping[str, float],
     round_to: int | None = None,
     scores: Scores | None = None,
-    specs: list[LayerSpec] | None = None,
-    point: float = 0.01,
 ) -> Counts:
     """How many units to remove from each layer; units are really removed to see what is reached, and put back.
 
@@ -45,26 +42,45 @@ def counts_for(
         host: the layers and their cost.
         target: the fraction of what is there now.
         ratios, round_to, scores: see :func:`~singe_plugin.budget.plan_removals`.
-        specs: the layers, if their largest ratios are not the host's.
-        point: how far off is still met; a point of the whole model is more of what is left of it.
 
     Raises:
         BudgetError: if the target cannot be met within one point, with the nearest that can.
     """
-    specs, costs, aim, nearest = specs or host.layers(), host.costs(), None, math.inf
-    before = sizes(host)
+    before = sizes(host)[target.kind]
+    return _nearest(host, target, ratios, round_to, scores, host.layers(), host.costs(), before, POINT)
+
+
+def _nearest(
+    host: TorchPruningHost,
+    target: Target,
+    ratios: str | Mapping[str, float],
+    round_to: int | None,
+    scores: Scores | None,
+    specs: list[LayerSpec],
+    costs: CostModel,
+    before: int,
+    point: float,
+) -> Counts:
+    """As :func:`counts_for`, given what the host says: within a point, or else the best that is within ``point``."""
+    aim, tried = target.fraction, []
     for _ in range(6):
-        counts = plan_removals(specs, costs, target, ratios, round_to, scores, aim=aim, point=point)
-        reached = 1 - host.trial(counts)[target.kind] / before[target.kind]
-        nearest = min(nearest, reached, key=lambda r: abs(r - target.fraction))
-        if abs(reached - target.fraction) <= point:
-            return counts
-        aim = (target.fraction if aim is None else aim) + target.fraction - reached
-        if not 0 < aim < 1:
+        try:
+            counts = plan_removals(specs, costs, target, ratios, round_to, scores, aim=aim, point=point)
+        except BudgetError:
+            if not tried:
+                raise
             break
+        reached = 1 - host.trial(counts)[target.kind] / before
+        tried.append((abs(reached - target.fraction), reached, counts))
+        aim += target.fraction - reached
+        if tried[-1][0] <= POINT or not 0 < aim < 1:
+            break
+    miss, reached, counts = min(tried, key=lambda one: one[0])
+    if miss <= point:
+        return counts
     raise BudgetError(
         f"target {target.kind}={target.fraction:g} cannot be met within one point: the nearest that was reached is "
-        f"{target.kind}={nearest:.4f}; choose that, or relax round_to and max_pruning_ratio"
+        f"{target.kind}={reached:.4f}; choose that, or relax round_to and max_pruning_ratio"
     )
 
 
@@ -102,47 +118,42 @@ class Rounds:
         removed = self.progress.plan
         if self.progress.goal:
             return {name: round(count * share) - removed.get(name, 0) for name, count in self.progress.goal.items()}
-        specs, now, first = [self._spec(spec) for spec in self.host.layers()], sizes(self.host), self.progress.before
+        specs, costs = [self._spec(spec) for spec in self.host.layers()], self.host.costs()
+        now, first = sizes(self.host), self.progress.before
         if self.target is None:
             ratio = 1 - (1 - self.pruning_ratio * share) * first["units"] / now["units"]
-            return plan_removals(specs, self.host.costs(), None, self.ratios, self.round_to, scores, max(ratio, 0.0))
-        kind = self.target.kind
-        fraction = 1 - (1 - self.target.fraction * share) * first[kind] / now[kind]
-        if fraction <= 0 or (share < 1 and self._too_near(specs, self.target.fraction * (1 - share) * first[kind])):
+            return plan_removals(specs, costs, None, self.ratios, self.round_to, scores, max(ratio, 0.0))
+        kind, whole = self.target.kind, self.target.fraction
+        reached, fraction = 1 - now[kind] / first[kind], 1 - (1 - whole * share) * first[kind] / now[kind]
+        if fraction <= 0 or (share < 1 and whole * (1 - share) * first[kind] < few_units(specs, costs, kind)):
             return {}
-        left, reached = Target(kind, fraction), 1 - now[kind] / first[kind]
-        points = [0.01]
-        if share == 1 and reached:
-            points.append(0.01 * first[kind] / now[kind])  # if not close to what is left to go, then to the whole
-        for point in points:
-            try:
-                return counts_for(self.host, left, self.ratios, self.round_to, scores, specs, point)
-            except BudgetError as error:
-                failure = error
-        if share < 1:
-            return {}  # too small a step for whole units; a later round makes up for it
-        if not reached:
-            raise failure
-        if abs(reached - self.target.fraction) <= 0.01:
-            return {}
-        raise BudgetError(
-            f"target {kind}={self.target.fraction:g} cannot be met within one point: {kind}={reached:.4f} is reached, "
-            "and no whole units of what is left lead closer; choose that, prune more layers, or relax round_to and "
-            "max_pruning_ratio"
-        ) from failure
-
-    def _too_near(self, specs: list[LayerSpec], left: float) -> bool:
-        """Whether so little would be left to go that the last round could not choose: less than a few small units.
-
-        Where units are a good part of the model, one unit too many or too few may miss the target.
-        """
-        assert self.target is not None
-        costs, kind = self.host.costs(), self.target.kind
-        whole = costs.cost(kind, {})
-        units = [whole - costs.cost(kind, {spec.name: 1}) for spec in specs if spec.units > 1]
-        return left < 6 * min(units, default=0.0)
+        point = POINT if share < 1 else POINT * first[kind] / now[kind]  # of the whole, in terms of what is left
+        left = Target(kind, fraction)
+        try:
+            return _nearest(self.host, left, self.ratios, self.round_to, scores, specs, costs, now[kind], point)
+        except BudgetError as error:
+            if share < 1:
+                return {}  # too small a step for whole units; a later round makes up for it
+            if not reached:
+                raise
+            if abs(reached - whole) <= POINT:
+                return {}
+            raise BudgetError(
+                f"target {kind}={whole:g} cannot be met within one point: {kind}={reached:.4f} is reached, and no "
+                "whole units of what is left lead closer; choose that, prune more layers, or relax round_to and "
+                "max_pruning_ratio"
+            ) from error
 
     def _spec(self, spec: LayerSpec) -> LayerSpec:
         """The layer with its largest ratio in terms of the units that it has now."""
         first = spec.units + self.progress.plan.get(spec.name, 0)
         return replace(spec, max_ratio=max(0.0, 1 - (1 - spec.max_ratio) * first / spec.units))
+
+
+def few_units(specs: list[LayerSpec], costs: CostModel, kind: str) -> float:
+    """What a few of the cheapest units cost: a round that left less to go would leave the last one no choice.
+
+    Where units are a good part of the model, one too many or too few may miss the target.
+    """
+    whole = costs.cost(kind, {})
+    return 6 * min((whole - costs.cost(kind, {spec.name: 1}) for spec in specs if spec.units > 1), default=0.0)

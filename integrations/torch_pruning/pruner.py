@@ -131,7 +131,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> None:
         check_arguments(model, example_inputs, importance)
         self.target = None if target is None else Target.parse(target)
-        order, ratios, rounds = decided(order, ratios, rounds)
+        order, ratios, rounds, _ = decided(order, ratios, rounds)
         self.ratios = check_ratios(ratios)
         units_per_removal(units_per_step, 1)
         check_rounds(rounds, schedule)
