@@ -62,7 +62,8 @@ def _nearest(
     point: float,
 ) -> Counts:
     """As :func:`counts_for`, given what the host says: within a point, or else the best that is within ``point``."""
-    aim, tried = target.fraction, []
+    aim = target.fraction
+    tried: list[tuple[float, float, Counts]] = []  # how far off, what was reached, by what
     for _ in range(6):
         try:
             counts = plan_removals(specs, costs, target, ratios, round_to, scores, aim=aim, point=point)
