@@ -33,6 +33,7 @@ ABLATION: list[dict[str, Any]] = [
     {"nodes": 1}, {"scoring_batch_size": 32}, {"scoring_batch_size": 256}, {"mu": 0.9}, {"p": 1}, {"rounds": 2},
     {"fold": True}, {"ratios": "uniform"}, {"group_reduction": "max"},
     {"scoring_batch_size": 16, "scoring_batch_count": 4}, {"nodes": 1, "scoring_batch_count": 3},
+    {"steps": 13},  # walks half of the way
 ]  # fmt: skip
 LONG_ABLATION: list[dict[str, Any]] = [{"quadrature": "geometric"}, {"path": "neuron"}]  # 30 and 40 times the passes
 MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))

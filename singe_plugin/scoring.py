@@ -45,7 +45,7 @@ class ScoringOptions:
     Attributes:
         criterion: a name of :mod:`singe_plugin.criteria`.
         p: the norms' degree, at least 1 (``l1`` and ``l2`` have their own).
-        mu, steps: the path of Eq. 5 (see :mod:`singe_plugin.path`).
+        mu, steps: the path of Eq. 5, steps None to zero (see :mod:`singe_plugin.path`).
         quadrature, nodes: the rule over it.
         path: ``"layer"`` decays all units of the group together, ``"neuron"`` each alone (Eq. 4 to the letter).
         objective: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``.

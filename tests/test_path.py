@@ -47,14 +47,17 @@ def test_the_geometric_rule_is_the_sum_of_the_paper(mu: float, steps: int | None
     assert path.nodes == last + 1
 
 
+@pytest.mark.parametrize("steps", [6, 44, None])
 @pytest.mark.parametrize("nodes", [1, 2, 3, 5, 12])
-def test_gauss_is_exact_for_polynomials_in_u(nodes: int) -> None:
-    path = decay_path(0.9, 44, "gauss", nodes)
+def test_gauss_is_exact_for_polynomials_in_u(nodes: int, steps: int | None) -> None:
+    path = decay_path(0.9, steps, "gauss", nodes)
     mass = sum(0.9**s for s in range(45))
     for degree in range(2 * nodes):
-        # what is summed is w * u * h(u), which stands for mass * integral of h over [0, 1]
+        # what is summed is w * u * h(u), which stands for mass * integral of h over [0, 1], or, with S given, for the
+        # integral over [mu^(S+1), 1] over 1 - mu
         got = (path.weights * path.scales * path.scales**degree).sum().item()
-        assert got == pytest.approx(mass / (degree + 1), rel=1e-9)
+        integral = mass if steps is None else (1 - 0.9 ** ((steps + 1) * (degree + 1))) / 0.1
+        assert got == pytest.approx(integral / (degree + 1), rel=1e-9)
     assert path.scales.tolist() == sorted(path.scales.tolist(), reverse=True)
     assert path.scales.min() > 0
     assert path.scales.max() < 1
@@ -72,9 +75,26 @@ def test_gauss_over_s_is_exact_for_polynomials_in_s(nodes: int) -> None:
 
 def test_gauss_nodes_are_those_of_numpy() -> None:
     points, shares = np.polynomial.legendre.leggauss(4)
-    path = decay_path(0.5, 2, "gauss", 4)
-    np.testing.assert_allclose(sorted(path.scales.tolist()), (points + 1) / 2)
-    np.testing.assert_allclose((path.weights * path.scales).flip(0).numpy(), shares / 2 * 1.75)
+    for steps, end in ((2, 0.5**3), (None, 0.0)):  # a given S stops at mu^(S+1), as the sum does
+        path = decay_path(0.5, steps, "gauss", 4)
+        mass = 1.75 if steps else 2 - 0.5 ** brute_force_steps(0.5, 0.01)
+        np.testing.assert_allclose(sorted(path.scales.tolist()), end + (1 - end) * (points + 1) / 2)
+        np.testing.assert_allclose((path.weights * path.scales).flip(0).numpy(), shares / 2 * mass)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 20, 200])
+def test_gauss_stops_where_the_sum_stops(steps: int) -> None:
+    """The sum is a left Riemann sum in u with intervals of (1 - mu) mu^s: fine ones are the integral."""
+
+    def total(path: Any) -> float:
+        return float((path.weights * path.scales * torch.exp(-3 * path.scales)).sum())
+
+    path = decay_path(0.98, steps, "gauss", 8)
+    fine = 0.98 ** (torch.arange(100 * (steps + 1), dtype=torch.float64) / 100)  # the same interval, 100 times finer
+    truth = float((fine * (1 - 0.98**0.01) * torch.exp(-3 * fine)).sum()) / 0.02
+    assert total(path) == pytest.approx(truth, rel=1e-3)
+    assert total(path) == pytest.approx(total(decay_path(0.98, steps, "geometric")), rel=0.04)
+    assert total(path.refined()) == pytest.approx(total(path), rel=1e-9)
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -164,9 +164,9 @@ def test_gauss_converges_to_the_integral(criterion: str) -> None:
     options = ScoringOptions(criterion=criterion, mu=0.9, steps=40, quadrature="gauss")
     # a very fine trapezoid of the same integral, from the measured curve
     count = 251
-    grid = torch.linspace(0, 1, count, dtype=torch.float64)
+    grid = torch.linspace(0.9**41 if criterion == "ig" else 0, 1, count, dtype=torch.float64)
     scales = grid if criterion == "ig" else 0.9 ** (40 * grid)
-    mass = (1 - 0.9**41) / 0.1 if criterion == "ig" else 41.0
+    mass = 1 / 0.1 if criterion == "ig" else 41.0
     dense = replace(decay_path(steps=1), scales=scales, weights=torch.ones_like(scales))
     (stats,) = scoring._walk(case.model, case.group, case.batches[:1], options, dense)
     truth = sum(
