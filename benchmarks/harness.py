@@ -32,7 +32,7 @@ from settings import Setting
 
 __all__ = [
     "BASE", "DATA_FREE", "DEPTHWISE_TARGETS", "LAYERS", "MORE_DATA", "NETWORKS", "OURS", "PAPER", "PEERS",
-    "PEER_TARGETS", "Spec", "compute", "run_rows",
+    "PEER_TARGETS", "UNITS_OF", "WIDTHS_OF", "Spec", "compute", "run_rows",
 ]  # fmt: skip
 
 PAPER = ("l1", "l2", "grad", "norm_grad", "sg", "ig")
@@ -61,6 +61,7 @@ MORE_DATA: dict[str, dict[str, Any]] = {
     "ig_abs": {"nodes": 1, "scoring_batch_count": 4},
     "taylor": {"scoring_batch_count": 4},
 }
+WIDTHS_OF, UNITS_OF = ("taylor", "ig_abs"), ("taylor", "ig_abs", "random")  # crossed
 OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
 OF_PRUNE = (
     "ratios", "units_per_step", "order", "rounds", "schedule", "scoring_batch_size", "scoring_batch_count", "fold",
@@ -77,7 +78,8 @@ class Spec:
         target: the fraction of the parameters (of the single weights) that goes.
         seed: of the scoring batch and everything else random.
         steps, every: fine-tuning; ``"post"`` is after pruning, the others are entwined.
-        options: what differs from ``BASE``.
+        options: what differs from ``BASE``; ``widths_of`` names a method that decides how many units of each layer go,
+            so that this row's only decides which ones.
         split: ``"test"``, or ``"held_out"`` for choices.
         granularity: ``"channel"`` or ``"weight"``.
         batch: of the fine-tuning; 0 where there is none.
@@ -120,14 +122,15 @@ def importance_of(method: str, options: dict[str, Any], classes: int) -> Any:
     """The importance that a method's name means.
 
     Torch-pruning takes the mean over the layers of a group and divides the scores by the group's mean; where units of
-    different layers are compared, this is the sum instead, not divided (it helps all of them; LAMP's own
-    normalisation is made for comparing, and stays).
+    different layers are compared, or the widths come from that, this is the sum instead, not divided (it helps all of
+    them; LAMP's own normalisation is made for comparing, and stays).
     """
     if method not in PEERS:
         return SInGEImportance(method, **{k: v for k, v in options.items() if k in OF_IMPORTANCE})
     taken = inspect.signature(PEERS[method]).parameters
     given: dict[str, Any] = {"num_classes": classes} if "num_classes" in taken else {}
-    if options["ratios"] in BY_SCORE and "normalizer" in taken and method != "lamp":
+    compared = options["ratios"] in BY_SCORE or "widths_of" in options
+    if compared and "normalizer" in taken and method != "lamp":
         given |= {"normalizer": None, "group_reduction": "sum"}
     return PEERS[method](**given)
 
@@ -159,8 +162,15 @@ def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_pl
 
 def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:
     options = BASE | spec.options
+    if "widths_of" in options:
+        first, _ = _pruned(replace(spec, method=options["widths_of"], steps=0, batch=0), setting, options, _Clock())
+        options["ratios"] = {row.name: 1 - row.units_after / row.units_before for row in first.layers}
+    return _pruned(spec, setting, options, clock)
+
+
+def _pruned(spec: Spec, setting: Setting, options: dict[str, Any], clock: _Clock) -> tuple[Any, dict[str, Any]]:
     if options["order"] == "layers":
-        del options["rounds"]
+        options = {k: v for k, v in options.items() if k != "rounds"}
     importance = importance_of(spec.method, options, setting.classes)
     during = (spec.steps, spec.every) if spec.entwined else (0, "end")
     result = singe_plugin.prune(

@@ -10,7 +10,18 @@ from typing import Any
 
 from singe_plugin.report import Curves, markdown_table
 
-from harness import DATA_FREE, DEPTHWISE_TARGETS, LAYERS, MORE_DATA, NETWORKS, OURS, PEER_TARGETS, PEERS
+from harness import (
+    DATA_FREE,
+    DEPTHWISE_TARGETS,
+    LAYERS,
+    MORE_DATA,
+    NETWORKS,
+    OURS,
+    PEER_TARGETS,
+    PEERS,
+    UNITS_OF,
+    WIDTHS_OF,
+)
 from records import read
 
 HERE = Path(__file__).parent
@@ -202,6 +213,21 @@ def more_data(rows: Rows) -> str:
     return markdown_table(["network", "parameters", "criterion", *header, "scoring (s)"], lines)
 
 
+def widths(rows: Rows) -> str:
+    """How many units of each layer one criterion removes, and which ones another."""
+    lines = []
+    for target in (0.9, 0.75):
+        for other in WIDTHS_OF:
+            line = [f"-{target:.0%}", NAMES[other]]
+            for method in UNITS_OF:
+                options = {} if method == other else {"widths_of": other}
+                found = rows.at_once("resnet56", method, target, options)
+                line += [cell(found, "pruned"), cell([r for r in found if r["steps"] == 1000], "tuned")]
+            lines.append(line)
+    header = [f"units of {NAMES[method]}{when}" for method in UNITS_OF for when in ("", ", 1,000 steps")]
+    return markdown_table(["parameters", "widths of", *header], lines)
+
+
 def lead(rows: Rows) -> str:
     """The best integrated criterion against the best peer, each in its better setting, by mean over three seeds."""
     lines = []
@@ -303,6 +329,7 @@ def source(rows: Rows) -> str:
 PARTS: dict[str, Callable[[Rows], str]] = {
     "source": source, "lead": lead, "more data": more_data, "table 1": table_1, "rounds": rounds, "table 2": table_2,
     "table 3": table_3, "weights": weights, "peers": peers, "cost": cost, "ablation": ablation, "depthwise": depthwise,
+    "widths": widths,
 }  # fmt: skip
 
 

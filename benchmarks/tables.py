@@ -17,7 +17,20 @@ from typing import Any
 
 import torch
 
-from harness import DATA_FREE, DEPTHWISE_TARGETS, LAYERS, MORE_DATA, NETWORKS, OURS, PEER_TARGETS, PEERS, Spec, run_rows
+from harness import (
+    DATA_FREE,
+    DEPTHWISE_TARGETS,
+    LAYERS,
+    MORE_DATA,
+    NETWORKS,
+    OURS,
+    PEER_TARGETS,
+    PEERS,
+    UNITS_OF,
+    WIDTHS_OF,
+    Spec,
+    run_rows,
+)
 from settings import load_setting
 
 HERE = Path(__file__).parent
@@ -115,6 +128,16 @@ def entwined_rounds(w: Wanted) -> Iterator[Spec]:
                 yield Spec(w.network, method, target, seed, w.steps, "layer", {"rounds": 8}, batch=w.batch)
 
 
+def widths(w: Wanted) -> Iterator[Spec]:
+    """The same widths, but other units: what the choice of units is worth once something is fine-tuned."""
+    for target in (0.9, 0.75):
+        for seed in w.seeds:
+            for other in WIDTHS_OF:
+                for method in UNITS_OF:
+                    options = {} if method == other else {"widths_of": other}
+                    yield Spec(w.network, method, target, seed, w.steps, options=options, batch=w.batch)
+
+
 def weights(w: Wanted) -> Iterator[Spec]:
     """Table 6's form: single weights, at once, all layers ranked together; and 2:4."""
     for target, pattern in [*((s, {}) for s in SPARSITIES), (0.5, {"pattern": "2:4"})]:
@@ -157,8 +180,8 @@ def ablation_long(w: Wanted) -> Iterator[Spec]:
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
     "entwined_rounds": entwined_rounds, "more_data": more_data, "more_data_tuned": more_data_tuned,
-    "weights": weights, "depthwise": depthwise, "depthwise_one_shot": depthwise_one_shot, "ablation": ablation,
-    "ablation_long": ablation_long,
+    "widths": widths, "weights": weights, "depthwise": depthwise, "depthwise_one_shot": depthwise_one_shot,
+    "ablation": ablation, "ablation_long": ablation_long,
 }  # fmt: skip
 
 

@@ -54,6 +54,22 @@ def test_every_method_meets_the_target_in_both_orders(method: str, options: dict
     assert (row["passes_per_scoring"] is None) == (method in PEERS)
 
 
+def test_the_widths_of_another_method_are_its_widths(setting: Setting) -> None:
+    """Ranked by score, each method has widths of its own; with ``widths_of`` the other's."""
+    clock = harness._Clock()
+    own, theirs, crossed = (
+        harness._channels(Spec("net", method, 0.4, 0, options=options), setting, clock)[0]
+        for method, options in (("l2", {}), ("taylor", {}), ("l2", {"widths_of": "taylor"}))
+    )
+    assert [row.units_after for row in crossed.layers] == [row.units_after for row in theirs.layers]
+    assert [row.units_after for row in crossed.layers] != [row.units_after for row in own.layers]
+    chosen, others = (
+        {(row["layer"], unit) for row in result.history.rows if row["event"] == "removed" for unit in row["units"]}
+        for result in (crossed, theirs)
+    )
+    assert chosen != others  # l2's choice all the same
+
+
 def test_the_accuracies_are_those_of_the_split(setting: Setting) -> None:
     for split, images_of in (("test", setting.test), ("held_out", setting.held_out)):
         row = harness.compute(Spec("net", "none", 0.0, 0, split=split), setting)
