@@ -167,14 +167,18 @@ def table_3(rows: Rows) -> str:
 
 def weights(rows: Rows) -> str:
     columns = [(0.8, None), (0.9, None), (0.95, None), (0.98, None), (0.5, "2:4")]
+    names = {"l1": "magnitude, global", "norm_grad": "magnitude x gradient", "ig": "IG: SInGE"}
     lines = []
-    for method in ("l1", "norm_grad", "ig"):
-        line = [{"l1": "magnitude, global", "norm_grad": "magnitude x gradient", "ig": "IG: SInGE"}[method]]
-        for target, pattern in columns:
-            found = [r for r in rows.of(method=method, target=target, granularity="weight")
-                     if r["options"].get("pattern") == pattern]  # fmt: skip
-            line.append(one_shot_cell(found, method))
-        lines.append(line)
+    for count in (1, 4):
+        for method, name in names.items():
+            if count == 4 and method in DATA_FREE:
+                continue  # magnitudes do not change between rounds
+            line = [name if count == 1 else f"{name}, {count} rounds"]
+            for target, pattern in columns:
+                found = [r for r in rows.of(method=method, target=target, granularity="weight")
+                         if r["options"].get("pattern") == pattern and r["options"]["rounds"] == count]  # fmt: skip
+                line.append("-" if pattern and count == 4 else one_shot_cell(found, method))
+            lines.append(line)
     return markdown_table(["criterion", *[p or f"{t:.0%} masked" for t, p in columns]], lines)
 
 

@@ -184,7 +184,11 @@ def test_processes_share_the_rows_without_computing_one_twice(
 
 def row(method: str, target: float, seed: int, **found: Any) -> dict[str, Any]:
     spec = Spec(
-        "resnet56", method, target, seed, **{k: found.pop(k) for k in ("steps", "options", "batch") if k in found}
+        "resnet56",
+        method,
+        target,
+        seed,
+        **{k: found.pop(k) for k in ("steps", "options", "batch", "granularity") if k in found},
     )
     about = {"data": "d", "device": "c", "versions": "v", "commit": "h"}
     return {"key": spec.key, **harness.asdict(spec), **about, **found}
@@ -222,9 +226,32 @@ def test_more_data_counts_where_it_is_the_better_setting() -> None:
     rows = results_page.Rows(stored)
     assert results_page.best(rows, "resnet56", PEERS, 0.75, "pruned") == (pytest.approx(30), "TP Taylor, more data")
     (line,) = [text for text in results_page.more_data(rows).splitlines() if "75%" in text and "Taylor" in text]
-    assert [cell.strip() for cell in line.strip("|").split("|")][3:] == [
-        "20.0 ± 0.0", "not run", "30.0 ± 0.0", "not run", "? / ?",
-    ]  # fmt: skip
+    assert cells(line)[3:] == ["20.0 ± 0.0", "not run", "30.0 ± 0.0", "not run", "? / ?"]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_single_weights_at_once_and_in_rounds_are_different_lines() -> None:
+    def masked(method: str, rounds: int, value: float, **pattern: str) -> dict[str, Any]:
+        options = {"rounds": rounds, **pattern}
+        return row(method, 0.5 if pattern else 0.8, 0, pruned=value, options=options, granularity="weight")
+
+    stored = [masked("l1", 1, 0.1), masked("ig", 1, 0.2), masked("ig", 4, 0.3), masked("ig", 1, 0.4, pattern="2:4")]
+    lines = {cells(line)[0]: cells(line)[1:] for line in results_page.weights(results_page.Rows(stored)).splitlines()}
+    nothing = ["not run"] * 3
+    assert lines["magnitude, global"] == ["10.0", *nothing, "not run"]
+    assert lines["IG: SInGE"] == ["20.0 (1 seed)", *nothing, "40.0 (1 seed)"]
+    assert lines["IG: SInGE, 4 rounds"] == ["30.0 (1 seed)", *nothing, "-"]
+
+
+def test_the_widths_of_one_criterion_and_the_units_of_another() -> None:
+    stored = [row("taylor", 0.9, 0, steps=1000, pruned=0.1, tuned=0.6)]
+    stored += [row("random", 0.9, 0, steps=1000, pruned=0.2, tuned=0.5, options={"widths_of": "taylor"})]
+    line = next(t for t in results_page.widths(results_page.Rows(stored)).splitlines() if "-90%" in t)
+    one = "{:.1f} (1 seed)".format
+    assert cells(line) == ["-90%", "TP Taylor", one(10), one(60), "not run", "not run", one(20), one(50)]
 
 
 def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
