@@ -149,9 +149,16 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
         torch.manual_seed(spec.seed)
         finetune = finetuning(setting, spec, spec.steps, "end")
         finetune.prepare(result.model)
-        finetune.run(result.model, spec.steps, singe_plugin.Callback())
-        row["tuned"] = _accuracy(spec, setting, result.model)
+        try:
+            finetune.run(result.model, spec.steps, singe_plugin.Callback())
+            row["tuned"] = _accuracy(spec, setting, result.model)
+        except singe_plugin.SingeError as error:  # what was measured before stays
+            row["error"] = _text(error)
     return row | {"pruning_seconds": pruned, "seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_plugin.FineTune:
@@ -222,7 +229,7 @@ def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
         try:
             found = compute(spec, setting)
         except singe_plugin.SingeError as error:
-            found = {"error": f"{type(error).__name__}: {error}"}
+            found = {"error": _text(error)}
         append(path, {"key": spec.key, **asdict(spec), **found, "data": setting.data, **about})
         shown = {k: found[k] for k in ("removed_params", "pruned", "tuned", "error") if k in found}
         print(f"[{number + 1}/{len(specs)}] {spec.method} {spec.target:g} seed {spec.seed} {spec.steps} {spec.every} "

@@ -45,6 +45,7 @@ PAPER_TABLE_2 = {  # Table 2: (target, schedule, steps)
     (0.9, "post", 1000): "77.2", (0.9, "layer", 1000): "85.38", (0.9, "post", 2000): "80.89",
     (0.9, "layer", 2000): "87.52", (0.9, "post", 5000): "86.39", (0.9, "layer", 5000): "90.02",
 }  # fmt: skip
+PEER_PASSES = {"taylor": "1 a round", "hessian": "1 forward a round, backward 1 an image", "obdc": "1 a round"}
 INTEGRATED = ("sg", "ig", "ig_abs")
 SCHEDULES = {"post": "after pruning", "layer": "entwined, per layer", "removal": "entwined, per removal"}
 
@@ -175,8 +176,9 @@ def weights(rows: Rows) -> str:
                 continue  # magnitudes do not change between rounds
             line = [name if count == 1 else f"{name}, {count} rounds"]
             for target, pattern in columns:
-                found = [r for r in rows.of(method=method, target=target, granularity="weight")
-                         if r["options"].get("pattern") == pattern and r["options"]["rounds"] == count]  # fmt: skip
+                found = [r for r in rows.of(network="resnet56", method=method, target=target, split="test",
+                                            granularity="weight")
+                         if r["options"].get("pattern") == pattern and r["options"].get("rounds") == count]  # fmt: skip
                 line.append("-" if pattern and count == 4 else one_shot_cell(found, method))
             lines.append(line)
     return markdown_table(["criterion", *[p or f"{t:.0%} masked" for t, p in columns]], lines)
@@ -256,7 +258,7 @@ def best(rows: Rows, network: str, methods: Iterable[str], target: float, stage:
             ("layers", rows.at_once(network, method, target, LAYERS)),
             ("more data", rows.at_once(network, method, target, MORE_DATA[method]) if method in MORE_DATA else []),
         ):
-            accuracies = values(mine, stage)
+            accuracies = values([r for r in mine if stage == "pruned" or r["steps"] == 1000], stage)
             if len(accuracies) >= 3 or (accuracies and method in DATA_FREE and stage == "pruned"):
                 found.append((statistics.mean(accuracies), f"{NAMES[method]}, {name}"))
     return max(found, default=None)
@@ -270,7 +272,7 @@ def cost(rows: Rows) -> str:
         if found:
             passes = found[0].get("passes_per_scoring")
             seconds = statistics.median(r["scoring_seconds"] for r in found)
-            said = "at most one a round" if passes is None else f"{passes} a layer and round"
+            said = PEER_PASSES.get(method, "none") if passes is None else f"{passes} a layer and round"
             macs = []
             for target in (0.9, 0.75, 0.5):
                 gone = [r["removed_macs"] for r in rows.at_once("resnet56", method, target) if "removed_macs" in r]

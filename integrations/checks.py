@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune
 
-__all__ = ["check_model", "check_parts"]
+__all__ = ["check_model", "check_parts", "parts_of"]
 
 
 def check_model(model: Any) -> None:
@@ -23,6 +23,17 @@ def check_model(model: Any) -> None:
         raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
+
+
+def parts_of(model: nn.Module, given: Any) -> list[Any]:
+    """``ignored_layers`` as a list, names replaced by their modules; :class:`ConfigError` if it is no list."""
+    given = () if given is None else given
+    if isinstance(given, (str, nn.Module, torch.Tensor)) or not isinstance(given, Iterable):
+        raise ConfigError(
+            f"ignored_layers must be a list of modules, names or parameters, got {given!r}; put it in a list"
+        )
+    by_name = dict(model.named_modules())
+    return [by_name.get(part, part) if isinstance(part, str) else part for part in given]
 
 
 def check_parts(model: nn.Module, finetune: Any, callbacks: Sequence[Any], ignored: Sequence[Any]) -> None:
@@ -36,5 +47,6 @@ def check_parts(model: nn.Module, finetune: Any, callbacks: Sequence[Any], ignor
     for layer in ignored:
         if id(layer) not in own:
             raise ConfigError(
-                f"ignored_layers: {layer!r} is no module or parameter of the model; give the objects, e.g. [model.fc]"
+                f"ignored_layers: {layer!r} is no module or parameter of the model; give objects of it, e.g. "
+                "[model.fc], or names of modules"
             )

@@ -44,7 +44,7 @@ def prune(
     schedule: str = "cubic",
     round_to: int | None = None,
     max_pruning_ratio: float = 0.95,
-    ignored_layers: Iterable[nn.Module] = (),
+    ignored_layers: Iterable[nn.Module | str] = (),
     criterion: str = "ig",
     p: float = 2,
     mu: float = 0.9,
@@ -84,18 +84,21 @@ def prune(
         model: changed in place (it is also ``result.model``); back on its device and in its modes afterwards.
         data: a dataset, a DataLoader, or a list of batches ``(inputs, targets)``. Example inputs, scoring batches
             and fine-tuning batches are taken from it.
-        target: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``.
+        target: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``. With a ratio per layer give None, or
+            what the ratios come to; with other ratios None removes half of the units.
         finetune_steps, finetune_every, lr: see :class:`~singe_plugin.FineTune`; or give a ready one as ``finetune``.
         ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, ignored_layers, verify: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. With ``order="layers"`` a tenth of a layer
             goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
         criterion, p, mu, steps, quadrature, nodes, path, objective, group_reduction: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEImportance`; or give any torch-pruning importance.
-        scoring_batch_size, scoring_batch_count: how much data every scoring reads, drawn once (64 and 1 in the paper).
+        scoring_batch_size, scoring_batch_count: how much of a dataset every scoring reads, drawn once (64 and 1 in the
+            paper); the batches of a loader or list are taken as they are.
         batch_size, workers: of the loaders made from datasets.
         val_data: dataset or batches for the accuracy before and after; None measures none.
         example_inputs: in the place of two examples from the data.
-        amp, channels_last: mixed precision and memory format, for scoring and fine-tuning.
+        amp, channels_last: mixed precision and memory format, for scoring and fine-tuning. Without ``amp``, scoring is
+            in full precision, and fine-tuning on CUDA in bf16 (``finetune=FineTune(..., amp=None)`` switches that off).
         device: where to run; None is CUDA when there is one.
         seed: of everything random; the caller's random state is left alone.
         fold: fold batch-norm for good first, as in the paper's experiments.
@@ -141,7 +144,7 @@ def prune(
             model, stage.example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
             order=order, rounds=rounds, schedule=schedule, finetune=finetune,
             callbacks=callbacks_of(callbacks, progress), batches=stage.batches, verify=verify, round_to=round_to,
-            max_pruning_ratio=max_pruning_ratio, ignored_layers=list(ignored_layers),
+            max_pruning_ratio=max_pruning_ratio, ignored_layers=ignored_layers,
         )  # fmt: skip
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
         return _run(pruner, stage, pairs, latency, checkpoint, resume, options)

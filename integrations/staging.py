@@ -145,6 +145,8 @@ def fine_tuning(
 
 def callbacks_of(given: Iterable[Callback], progress: bool) -> list[Callback]:
     """The callbacks of a run: the user's, a progress bar on request, and the log."""
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"callbacks must be a list of singe_plugin.Callback objects, got {given!r}")
     return [*given, *([ProgressBar()] if progress else []), LogCallback()]
 
 

@@ -273,7 +273,7 @@ def plan_removals(
     if isinstance(ratios, Mapping):
         counts = _from_dict(layers, ratios, round_to)
         if target is not None:
-            _check(cost, target, counts, "the given ratios remove", aim, point)
+            _check(cost, target, counts, "the given ratios (which need no target, target=None) remove", aim, point)
         return counts
     if ratios not in RATIOS:
         raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")

@@ -76,7 +76,7 @@ class Singe(click.Group):
             ctx.exit(1)
         except KeyboardInterrupt:
             resume = ctx.invoked_subcommand == "prune"
-            hint = "; the same command with --resume continues after the last finished layer" if resume else ""
+            hint = "; the same command with --resume continues after the last finished round or layer" if resume else ""
             click.echo(f"interrupted{hint}", err=True)
             ctx.exit(130)
 
@@ -98,7 +98,7 @@ _model = _stacked(
     click.option("--in-chans", type=click.Choice(["1", "3"]), help="Channels of the images."),
     click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="More for timm.create_model; repeatable."),
     click.option("--img-size", type=click.IntRange(1), help="Image size; by default the model's (digits: 32)."),
-    click.option("--device", help="cpu, cuda, ...; by default CUDA when there is one."),
+    click.option("--device", help="cpu, cuda, ...; by default CUDA when there is one (inspect: cpu)."),
     click.option("--seed", default=0, show_default=True, help="Of everything random."),
 )
 _data = _stacked(
@@ -108,12 +108,17 @@ _data = _stacked(
     click.option("--no-aug", is_flag=True, help="No training augmentation."),
     click.option("-b", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Of fine-tuning."),
     click.option("-j", "--workers", default=0, show_default=True, type=click.IntRange(0), help="Loader processes."),
-    click.option("--amp", is_flag=True, help="Mixed precision."),
+    click.option("--amp", is_flag=True, help="Mixed precision in scoring too (fine-tuning on CUDA: always)."),
     click.option("--amp-dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16"])),
     click.option("--channels-last", is_flag=True, help="Channels-last memory format."),
 )
 _pruning = _stacked(
-    click.option("--target", default="params=0.5", show_default=True, help="What to remove: params=X or macs=X."),
+    click.option(
+        "--target",
+        default="params=0.5",
+        show_default=True,
+        help="What to remove: params=X, macs=X, or none: what a ratio per layer says (the default with such).",
+    ),
     click.option(
         "--ratios",
         callback=_one_of_or_ratios(RATIOS),
@@ -137,8 +142,8 @@ _pruning = _stacked(
     click.option("--max-pruning-ratio", default=0.95, show_default=True, type=float, help="Of one layer."),
     click.option("--criterion", default="ig", show_default=True, type=click.Choice(list(CRITERIA))),
     click.option("-p", "--norm", "p", default=2.0, show_default=True, type=float, help="Degree of the norms."),
-    click.option("--mu", default=0.9, show_default=True, type=float, help="Decay rate of the path."),
-    click.option("--steps", type=click.IntRange(0), help="S; by default down to 1 % of the weights."),
+    click.option("--mu", default=0.9, show_default=True, type=float, help="Decay rate of the path (weights: 0.8)."),
+    click.option("--steps", type=click.IntRange(0), help="S; by default down to 1 % of the weights (gauss: to zero)."),
     click.option("--quadrature", default="gauss", show_default=True, type=click.Choice(QUADRATURES)),
     click.option("--nodes", default=5, show_default=True, type=click.IntRange(1), help="Of the gauss quadrature."),
     click.option("--path", default="layer", show_default=True, type=click.Choice(PATHS), help="What decays together."),
@@ -152,7 +157,7 @@ _pruning = _stacked(
         help="Batches that a scoring reads.",
     ),
     click.option("--finetune-steps", default=1000, show_default=True, type=click.IntRange(0), help="In all."),
-    click.option("--no-verify", is_flag=True, help="Trust torch-pruning's groups unchecked."),
+    click.option("--no-verify", is_flag=True, help="Skip the two oracles that check the groups."),
 )
 _SCOPES = ("global", "layer")
 _weights = _stacked(
@@ -242,7 +247,10 @@ def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decided(options: dict[str, Any]) -> dict[str, Any]:
-    """Without those that the library decides."""
+    """Without those that the library decides; no target where ratios per layer say what goes."""
+    given = click.get_current_context().get_parameter_source("target") is ParameterSource.COMMANDLINE
+    if options["target"].lower() == "none" or (isinstance(options["ratios"], dict) and not given):
+        options["target"] = None
     return {
         k: v for k, v in options.items() if not (k in ("order", "ratios", "rounds", "units_per_step") and v is None)
     }

@@ -107,11 +107,15 @@ class Inspection:
         if self.left_whole:
             parts.append("left whole:\n" + "\n".join(f"  {k}: {v}" for k, v in self.left_whole.items()))
         if self.cost is None:
-            parts.append(f"no cost for {self.options['target']}: {self.problem}")
+            parts.append(f"no cost for {self.options['target'] or 'no target'}: {self.problem}")
         else:
-            cost = self.cost
+            cost, options = self.cost, self.options
+            how = f"{options['rounds']} rounds"
+            if options["order"] == "layers":
+                how = f"one layer after the other, units_per_step={options['units_per_step']}"
+            by = f"ratios={options['ratios']}" + (", counted as uniform" if options["ratios"] in BY_SCORE else "")
             parts.append(
-                f"{self.options['target']} with units_per_step={self.options['units_per_step']}: "
+                f"{options['target'] or 'no target'} in {how}, {by}: "
                 f"{cost.units_removed} units removed, {cost.scorings} scorings of {cost.passes_per_scoring} passes"
                 f"{' per unit' if self.options['path'] == 'neuron' else ''} "
                 f"= {cost.scoring_passes} forward and backward passes, plus {cost.finetune_passes} fine-tuning steps: "
@@ -132,7 +136,7 @@ def pruner_of(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
 def inspect_model(
     model: nn.Module,
     example_inputs: Any,
-    target: str = "params=0.5",
+    target: str | None = "params=0.5",
     units_per_step: int | float | str | None = None,
     scoring: ScoringOptions | None = None,
     scoring_batch_count: int = 1,
@@ -186,6 +190,9 @@ def inspect_model(
         problem = str(error)
     shown = {
         "target": target,
+        "order": order,
+        "rounds": rounds,
+        "ratios": ratios,
         "units_per_step": units_per_step,
         "criterion": scoring.criterion,
         "quadrature": scoring.quadrature,

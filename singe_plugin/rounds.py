@@ -17,7 +17,19 @@ from typing import Any
 
 from torch import Tensor
 
-from singe_plugin.algorithm import Choice, Host, Pause, Progress, Schedule, Scorer, finish, lowest, remove, score
+from singe_plugin.algorithm import (
+    Choice,
+    Host,
+    Pause,
+    Progress,
+    Schedule,
+    Scorer,
+    finish,
+    lowest,
+    remove,
+    score,
+    units_per_removal,
+)
 from singe_plugin.budget import count_params
 from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunStarted
@@ -53,18 +65,23 @@ def covered(course: str, number: int, rounds: int) -> float:
 
 
 def decided(
-    order: str | None, ratios: Any, rounds: int | None, units_per_step: Any = None
+    order: str | None,
+    ratios: Any,
+    rounds: int | None,
+    units_per_step: Any = None,
+    default_rounds: int = DEFAULTS["rounds"][1],
+    default_units: int | float = UNITS_PER_STEP,
 ) -> tuple[str, Any, int, Any]:
     """Order, ratios, number of rounds and units between two scorings, where they are None.
 
     The order is Algorithm 1's where a number of units between two scorings is given, which only that has; else rounds.
 
     Raises:
-        ConfigError: for an unknown order, or for what only the other one has.
+        ConfigError: for an unknown order, for what only the other one has, or a number of units that is none.
 
     Example:
         >>> decided(None, None, None), decided("layers", "global", None), decided(None, None, None, units_per_step=1)
-        (('rounds', 'per_cost', 4, 0.1), ('layers', 'global', 1, 0.1), ('layers', 'block', 1, 1))
+        (('rounds', 'per_cost', 4, None), ('layers', 'global', 1, 0.1), ('layers', 'block', 1, 1))
     """
     if order is None:
         order = "rounds" if units_per_step is None else "layers"
@@ -75,12 +92,16 @@ def decided(
         )
     if order == "layers" and rounds not in (None, 1):
         raise ConfigError(f"rounds={rounds!r} is for order='rounds'; leave it out, or give that order")
-    default_ratios, default_rounds = DEFAULTS[order]
+    default_ratios = DEFAULTS[order][0]
+    if order == "layers":
+        units_per_step = default_units if units_per_step is None else units_per_step
+        units_per_removal(units_per_step, 1)
+        default_rounds = DEFAULTS[order][1]
     return (
         order,
         default_ratios if ratios is None else ratios,
         default_rounds if rounds is None else rounds,
-        UNITS_PER_STEP if units_per_step is None else units_per_step,
+        units_per_step,
     )
 
 

@@ -144,6 +144,19 @@ def test_inspect_neuron_path_and_text() -> None:
     assert "fine-tuning steps" in text
 
 
+def test_ratios_per_layer_need_no_target() -> None:
+    """Nor does a target that is none of the ratios' business get in their way."""
+    found = json.loads(singe("inspect", *MODEL, "--ratios", "layer1.0.conv1=0.5", "--json").stdout)
+    assert found["cost"] is not None, found["problem"]
+    (units,) = [g["units"] for g in found["groups"] if g["name"] == "layer1.0.conv1"]
+    assert found["cost"]["units_removed"] == units // 2
+    assert found["options"]["target"] is None
+    both = singe("inspect", *MODEL, "--ratios", "layer1.0.conv1=0.5", "--target", "params=0.5", "--json")
+    assert "target=None" in json.loads(both.stdout)["problem"]
+    text = singe("inspect", *MODEL, "--target", "none", "--ratios", "layer1.0.conv1=0.5", "--rounds", "3").stdout
+    assert "no target in 3 rounds, ratios={'layer1.0.conv1': 0.5}:" in text
+
+
 def test_inspect_says_what_cannot_be_reached() -> None:
     result = singe("inspect", *MODEL, "--target", "params=0.99", "--max-pruning-ratio", "0.3", "--json")
     assert result.exit_code == 0

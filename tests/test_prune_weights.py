@@ -23,7 +23,8 @@ from singe_plugin.integrations.unstructured import Pattern
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_values, images
 
 BATCHES = images(4)
-FAST: dict[str, Any] = {"nodes": 2, "rounds": 3, "finetune_steps": 9, "units_per_step": 0.4}
+FAST: dict[str, Any] = {"nodes": 2, "finetune_steps": 9}
+ORDERS: dict[str, dict[str, Any]] = {"rounds": {"rounds": 3}, "layers": {"units_per_step": 0.4}}
 
 
 def chain(**options: Any) -> Chain:
@@ -47,7 +48,9 @@ def test_the_result_is_true_for_every_form_of_data(form: str) -> None:
         "mappings": [{"x": x, "labels": y} for x, y in BATCHES],
     }
     model = chain().train()
-    result = prune_weights(model, forms[form], val_data=forms[form], sparsity=0.7, ignored_layers=["fc"], **FAST)
+    result = prune_weights(
+        model, forms[form], val_data=forms[form], sparsity=0.7, ignored_layers=["fc"], rounds=3, **FAST
+    )
     assert result.model is model
     assert model.training
     assert not any("parametrizations" in name for name, _ in model.named_modules())
@@ -91,7 +94,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(every: str, order: str, tmp
     def run(folder: Path | None, **options: Any) -> Result:
         loader = DataLoader(Pairs(BATCHES, noise=0.1), batch_size=8, shuffle=True)
         tuning = FineTune(loader, steps, every, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
-        settings = FAST | {"nodes": 1, "finetune": tuning, "order": order, "sparsity": 0.8, "pattern": "2:4"}
+        settings = FAST | ORDERS[order] | {"nodes": 1, "finetune": tuning, "sparsity": 0.8, "pattern": "2:4"}
         return prune_weights(chain(dropout=0.5), BATCHES, out_dir=folder, **settings, **options)
 
     whole = run(None)
@@ -112,9 +115,18 @@ def test_an_interrupted_run_resumes_to_the_same_bits(every: str, order: str, tmp
 
 
 def test_two_runs_are_the_same() -> None:
-    assert_same_run(
-        prune_weights(chain(), BATCHES, sparsity=0.7, **FAST), prune_weights(chain(), BATCHES, sparsity=0.7, **FAST)
-    )
+    one, other = (prune_weights(chain(), BATCHES, sparsity=0.7, rounds=3, **FAST) for _ in range(2))
+    assert_same_run(one, other)
+
+
+def test_what_is_not_said_is_ten_rounds_and_units_per_step_means_the_other_order() -> None:
+    decided = {name: prune_weights(chain(), BATCHES, **FAST, **given).options for name, given in {
+        "nothing": {}, "units": {"units_per_step": 0.5}, "order": {"order": "layers"},
+    }.items()}  # fmt: skip
+    named = ("order", "rounds", "units_per_step")
+    assert [decided["nothing"][name] for name in named] == ["rounds", 10, None]
+    assert [decided["units"][name] for name in named] == ["layers", 1, 0.5]
+    assert [decided["order"][name] for name in named] == ["layers", 1, 0.1]
 
 
 @pytest.mark.parametrize("place", [("removed", 5), ("finetune_step", 4), ("run_end", 1)])
@@ -122,7 +134,7 @@ def test_a_failure_leaves_the_model_as_it_was(place: tuple[str, int]) -> None:
     model = chain().train()
     trace = Trace(model)
     with pytest.raises(ValueError, match="mine"):
-        prune_weights(model, BATCHES, callbacks=[StopAt(*place, ValueError("mine"))], fold=True, **FAST)
+        prune_weights(model, BATCHES, callbacks=[StopAt(*place, ValueError("mine"))], fold=True, rounds=3, **FAST)
     trace.assert_unchanged()
     for options in ({"sparsity": 2.0}, {"pattern": "5:7"}, {"rounds": 0}, {"criterion": "magic"}, {"seed": -1}):
         with pytest.raises(ConfigError):
@@ -135,7 +147,8 @@ def test_a_failure_leaves_the_model_as_it_was(place: tuple[str, int]) -> None:
 MODEL = ["--model", "resnet18", "--in-chans", "1", "--num-classes", "10", "--img-size", "16"]
 MODEL += ["--model-kwargs", "layers=[1, 1, 1, 1]", "--model-kwargs", "channels=[8, 8, 16, 16]"]
 MODEL += ["--model-kwargs", "stem_type=deep", "--model-kwargs", "stem_width=4", "--device", "cpu"]
-WEIGHT = ["prune", *MODEL, "--granularity", "weight", "--nodes", "2", "--rounds", "2", "--finetune-steps", "4"]
+WEIGHT = ["prune", *MODEL, "--granularity", "weight", "--nodes", "2", "--finetune-steps", "4"]
+ROUNDS = ["--rounds", "2"]
 
 
 def singe(*arguments: Any) -> Any:
@@ -143,7 +156,7 @@ def singe(*arguments: Any) -> Any:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    result = singe(*WEIGHT, "--sparsity", "0.9", "--ignore", "fc", "--json", "--output", tmp_path)
+    result = singe(*WEIGHT, *ROUNDS, "--sparsity", "0.9", "--ignore", "fc", "--json", "--output", tmp_path)
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["weight_sparsity"] == pytest.approx(0.9, abs=1e-3)
@@ -168,7 +181,9 @@ def test_patterns_and_scopes_on_the_command_line(tmp_path: Path) -> None:
     said = json.loads(one.stdout)
     assert said["weight_sparsity"] == 0.5
     assert (said["options"]["mu"], said["options"]["order"]) == (0.9, "layers")
-    two = singe(*WEIGHT, "--scope", "layer1=0.5,fc=0.9", "--schedule", "linear", "--json", "--output", tmp_path / "b")
+    two = singe(
+        *WEIGHT, *ROUNDS, "--scope", "layer1=0.5,fc=0.9", "--schedule", "linear", "--json", "--output", tmp_path / "b"
+    )
     assert {row["block"] for row in json.loads(two.stdout)["layers"]} == {"layer1.0", "fc"}
     wrong = singe(*WEIGHT, "--sparsity", "1.5", "--quiet", "--output", tmp_path / "c")
     assert (wrong.exit_code, wrong.stdout) == (1, "")

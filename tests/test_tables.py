@@ -154,6 +154,16 @@ def test_an_error_is_a_row(setting: Setting, tmp_path: Path) -> None:
     assert results_page.cell([row], "pruned") == "BudgetError"
 
 
+def test_what_was_measured_before_the_fine_tuning_failed_stays(setting: Setting, tmp_path: Path) -> None:
+    setting.train.tensors[0].fill_(torch.inf)
+    path = tmp_path / "rows.jsonl"
+    harness.run_rows([Spec("net", "l1", 0.4, 0, steps=3, batch=4)], setting, path)
+    (row,) = records.read(path)
+    assert row["pruned"] == harness.compute(Spec("net", "l1", 0.4, 0), setting)["pruned"]
+    assert row["error"].startswith("DataError: the fine-tuning loss is")
+    assert "tuned" not in row
+
+
 def test_specs_that_compute_the_same_have_one_key() -> None:
     asked = tables.Wanted("resnet56", [0, 1, 2], 1000, 128)
     for name, specs in tables.TABLES.items():
@@ -218,6 +228,14 @@ def test_the_lead_compares_what_has_three_seeds() -> None:
         "resnet56", "-75%", "right after pruning", "IG: SInGE (Eq. 5), rounds", "50.0",
         "TP Taylor, layers", "30.0", "+20.0",
     ]  # fmt: skip
+
+
+def test_the_lead_does_not_mix_lengths_of_fine_tuning() -> None:
+    stored = [row("ig", 0.9, s, steps=1000, pruned=0.1, tuned=0.5) for s in range(3)]
+    stored += [row("ig", 0.9, s, steps=5000, pruned=0.1, tuned=0.9) for s in range(3)]
+    assert results_page.best(results_page.Rows(stored), "resnet56", ["ig"], 0.9, "tuned") == (
+        pytest.approx(50), "IG: SInGE (Eq. 5), rounds",
+    )  # fmt: skip
 
 
 def test_more_data_counts_where_it_is_the_better_setting() -> None:

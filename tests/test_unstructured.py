@@ -156,7 +156,14 @@ def test_counts_are_exact(sparsity: float, order: str, rounds: int) -> None:
         net = chain()
         sizes = {name: net.get_submodule(name).weight.numel() for name in NAMES}
         outcome = UnstructuredPruner(
-            net, BATCHES[:1], sparsity=sparsity, scope=scope, order=order, rounds=rounds, nodes=1
+            net,
+            BATCHES[:1],
+            sparsity=sparsity,
+            scope=scope,
+            order=order,
+            rounds=rounds if order == "rounds" else None,
+            units_per_step=1 / rounds if order == "layers" and rounds > 1 else None,
+            nodes=1,
         ).run()
         masked = {layer.name: layer.weights - layer.nonzero for layer in outcome.layers}
         if scope == "global":
@@ -196,6 +203,26 @@ def test_a_model_that_is_masked_already_goes_on_from_there() -> None:
         assert torch.equal(mask, one_go.masks[name])
     assert UnstructuredPruner(net, BATCHES, sparsity=0.3).run().masks.keys() == second.masks.keys()
     assert_masks(second, {name: masks_of(net)[f"{name}.weight"] for name in NAMES})  # nothing comes back
+
+
+@pytest.mark.parametrize(
+    ("options", "dense", "why"),
+    [
+        ({"scope": {"conv1": 0.5, "conv2": 0.0, "fc": 0.25}}, {"conv2", "conv3"}, "scope gives it no sparsity"),
+        ({"scope": {"conv1": 0.5, "conv2": 0.5, "fc": 0.5}, "pattern": "2:4"}, {"conv1", "conv3"}, "input channels"),
+    ],
+    ids=["ratio zero", "no fit"],
+)
+def test_a_scope_may_name_layers_that_stay_whole(options: dict[str, Any], dense: set[str], why: str) -> None:
+    net = chain()
+    outcome = UnstructuredPruner(net, BATCHES, criterion="l1", **options).run()
+    assert {row.name: row.nonzero for row in outcome.layers} == {
+        name: round(net.get_submodule(name).weight.numel() * (1 - options["scope"][name]))
+        for name in NAMES
+        if name not in dense
+    }
+    assert all(name in outcome.left_whole for name in dense)
+    assert any(why in outcome.left_whole[name] for name in dense)
 
 
 def test_max_sparsity() -> None:

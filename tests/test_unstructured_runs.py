@@ -113,7 +113,8 @@ def test_a_failure_anywhere_is_rolled_back(place: str, count: int, order: str, m
     tuning = FineTune(BATCHES, 9, optimizer=optimizer, scheduler=scheduler, ema=ema)
     trace, averages, types = Trace(net, optimizer), values_of(ema), [type(m) for m in net.modules()]
     pruner = UnstructuredPruner(
-        net, BATCHES, sparsity=0.7, order=order, rounds=3, units_per_step=0.3, finetune=tuning, nodes=1,
+        net, BATCHES, sparsity=0.7, finetune=tuning, nodes=1,
+        **({"rounds": 3} if order == "rounds" else {"units_per_step": 0.3}),
         callbacks=[StopAt(place, count, ValueError("mine"))],
     )  # fmt: skip
     with pytest.raises(ValueError, match="mine"):
@@ -123,6 +124,24 @@ def test_a_failure_anywhere_is_rolled_back(place: str, count: int, order: str, m
     assert [type(m) for m in net.modules()] == types
     pruner.callbacks = []
     assert pruner.run().sparsity == pytest.approx(0.7, abs=2e-3)
+
+
+def test_a_second_run_that_fails_leaves_a_pruner_that_works() -> None:
+    """Masks were on before the failing run, so what was counted in it is not of the masks that come back."""
+    net = chain()
+    pruner = UnstructuredPruner(net, BATCHES, sparsity=0.5, rounds=3, nodes=1)
+    pruner.run()
+    before = {name: mask.clone() for name, mask in masks_of(net).items()}
+    pruner.sparsity, pruner.callbacks = 0.8, [StopAt("round_done", 2, ValueError("mine"))]
+    with pytest.raises(ValueError, match="mine"):
+        pruner.run()
+    assert all(torch.equal(mask, before[name]) for name, mask in masks_of(net).items())
+    pruner.callbacks = []
+    outcome = pruner.run()
+    assert outcome.sparsity == pytest.approx(0.8, abs=2e-3)
+    assert sum(int((~mask).sum()) for mask in outcome.masks.values()) == round(
+        0.8 * sum(mask.numel() for mask in outcome.masks.values())
+    )
 
 
 def test_frozen_weights_are_masked_and_stay_frozen() -> None:
@@ -172,6 +191,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rounds": ({"rounds": 0}, "rounds=0 is not a number of rounds; give a whole number >= 1"),
     "schedule": ({"schedule": "square"}, "unknown schedule 'square'; choose one of cubic, linear"),
     "units_per_step": ({"units_per_step": 0}, "units_per_step=0 is not a number of units"),
+    "units in rounds": ({"order": "rounds", "units_per_step": 7}, "units_per_step=7 is for order='layers'"),
+    "rounds of layers": ({"order": "layers", "rounds": 5}, "rounds=5 is for order='rounds'"),
     "layers": ({"layers": ["conv9"]}, "layers: 'conv9' is no module of the model"),
     "layer types": ({"layers": ["bn1"]}, "layers names no convolution or linear layer"),
     "one layer": ({"layers": "conv1"}, "layers must be a list of modules or names, got 'conv1'"),

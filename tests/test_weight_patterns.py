@@ -80,8 +80,8 @@ def test_at_most_n_of_m_always(
     weight, start = layer.weight.detach().clone(), 1 - n / m
     sparsity = None if extra is None else start + extra * (1 - start)
     pruner = UnstructuredPruner(
-        net, batches, pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, rounds=rounds, order=order,
-        scope=scope, units_per_step=0.3,
+        net, batches, pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, order=order, scope=scope,
+        **({"rounds": rounds} if order == "rounds" else {"units_per_step": 0.3}),
     )  # fmt: skip
     mask = pruner.run().masks["layer.weight"]
     blocks = literal_blocks(layer, m)

@@ -13,7 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import Pause, Progress, algorithm_1, tune, units_per_removal
+from singe_plugin.algorithm import Pause, Progress, algorithm_1, tune
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
 from singe_plugin.budget import BY_SCORE, Target, count_macs, count_params, plan_removals
 from singe_plugin.errors import BudgetError, ConfigError, DataError
@@ -23,7 +23,7 @@ from singe_plugin.objective import materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
-from ..checks import check_parts
+from ..checks import check_parts, parts_of
 from ..rollback import all_or_nothing
 from .allocation import Rounds, counts_for, sizes
 from .arguments import base_options, check_arguments, check_ratios, forward_of
@@ -74,21 +74,22 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     Args:
         model: the model; it stays in its train/eval mode and on its device.
         example_inputs: a tensor, a tuple of arguments or a dict of keywords.
-        importance: any torch-pruning importance; a :class:`SInGEImportance` must be bound to data.
+        importance: any torch-pruning importance; a :class:`SInGEImportance` is bound to data, or gets ``batches``.
         target: for ``run``: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``; None removes
             ``pruning_ratio`` of each layer's units.
         ratios: how it is spread: ``"uniform"``, ``"block"`` (one ratio per block, §3.3), ``"global"`` (by score),
             ``"per_cost"`` (by score per parameter or MAC) or ``{layer or block name: ratio}``. None is ``"block"``
             for layers one after the other and ``"per_cost"`` for rounds.
-        units_per_step: removals between two scorings: 1 is Algorithm 1; a number, a fraction of the layer inside
-            ]0, 1[, or ``"layer"``.
+        units_per_step: removals between two scorings with ``order="layers"``: None or 1 is Algorithm 1 to the letter; a
+            number, a fraction of the layer inside ]0, 1[, or ``"layer"``.
         order: of ``run``: ``"layers"`` is Algorithm 1, one layer after the other; ``"rounds"`` scores all layers, then
             removes units of all of them.
         rounds, schedule: how many rounds (None is 4; 1 scores the intact model only), and how fast the target is
             approached over them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
         finetune: a :class:`~singe_plugin.FineTune`, or None.
         callbacks: see :mod:`singe_plugin.events`.
-        batches: data for importances that need gradients but cannot be bound (Taylor, Hessian, OBD-C).
+        batches: data for importances that need gradients: torch-pruning's (Taylor, Hessian, OBD-C), and a
+            :class:`SInGEImportance` that is not bound yet.
         optimizer: an optimizer to cut along (besides FineTune's).
         ema: an averaged copy to cut along (besides FineTune's).
         verify: run the oracles.
@@ -117,7 +118,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         *args: Any,
         target: str | Target | None = None,
         ratios: str | Mapping[Any, float] | None = None,
-        units_per_step: int | float | str = 1,
+        units_per_step: int | float | str | None = None,
         order: str = "layers",
         rounds: int | None = None,
         schedule: str = "cubic",
@@ -131,13 +132,13 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> None:
         check_arguments(model, example_inputs, importance)
         self.target = None if target is None else Target.parse(target)
-        order, ratios, rounds, _ = decided(order, ratios, rounds)
+        order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step, default_units=1)
         self.ratios = check_ratios(ratios)
-        units_per_removal(units_per_step, 1)
         check_rounds(rounds, schedule)
         self.order, self.rounds, self.schedule = order, rounds, schedule
         options = base_options(args, kwargs)
-        check_parts(model, finetune, callbacks := list(callbacks), list(options["ignored_layers"] or ()))
+        options["ignored_layers"] = parts_of(model, options["ignored_layers"])
+        check_parts(model, finetune, callbacks := list(callbacks), options["ignored_layers"])
         self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, callbacks
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
@@ -161,7 +162,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ):  # fmt: skip
             setattr(self, name, options[name])
         self.root_module_types = list(options["root_module_types"])
-        given = list(options["ignored_layers"] or ())
+        given = options["ignored_layers"]
         self.ignored_layers = [m for part in given if isinstance(part, nn.Module) for m in part.modules()]
         self.ignored_params = [part for part in given if isinstance(part, nn.Parameter)]
         self.current_step = 0
@@ -406,7 +407,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         Args:
             progress: where to continue (see :func:`singe_plugin.prune`); None starts at the beginning.
-            checkpoint: called with the progress after every layer.
+            checkpoint: called with the progress after every layer or round.
             history: to continue; None starts a new one.
 
         Raises:

@@ -12,9 +12,10 @@ from singe_plugin.scoring import ScoringOptions
 from .allocation import SCOPES, Scope
 from .patterns import Pattern
 
-__all__ = ["DEFAULT_SPARSITY", "PAPER_MU", "check_amount", "scoring_options"]
+__all__ = ["DEFAULT_ROUNDS", "DEFAULT_SPARSITY", "PAPER_MU", "check_amount", "scoring_options"]
 
 DEFAULT_SPARSITY = 0.9
+DEFAULT_ROUNDS = 10
 PAPER_MU = 0.8
 
 

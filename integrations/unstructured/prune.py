@@ -18,12 +18,13 @@ from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
+from singe_plugin.rounds import decided
 from singe_plugin.scoring import ScoringOptions
 
 from ..staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from ..torch_pruning.host import block_of
 from .allocation import Scope
-from .arguments import PAPER_MU
+from .arguments import DEFAULT_ROUNDS, PAPER_MU
 from .patterns import Pattern
 from .pruner import UnstructuredPruner
 
@@ -41,10 +42,10 @@ def prune_weights(
     pattern: str | tuple[int, int] | Pattern | None = None,
     layers: Iterable[nn.Module | str] | None = None,
     ignored_layers: Iterable[nn.Module | str] = (),
-    order: str = "rounds",
-    rounds: int = 10,
+    order: str | None = None,
+    rounds: int | None = None,
     schedule: str = "cubic",
-    units_per_step: int | float | str = 0.1,
+    units_per_step: int | float | str | None = None,
     max_sparsity: float = 1.0,
     finetune_steps: int = 1000,
     finetune_every: str = "layer",
@@ -85,7 +86,7 @@ def prune_weights(
         model, data: see :func:`singe_plugin.prune`, as for everything that is not named here.
         sparsity, scope, pattern, layers, ignored_layers, order, schedule, units_per_step, max_sparsity: see
             :class:`UnstructuredPruner`. The layers that are ignored are dense in the result.
-        rounds: between two rounds all layers are scored again and fine-tuned; 1 is one-shot.
+        rounds: between two rounds all layers are scored again and fine-tuned; 1 is one-shot, None is 10.
         mu: of the path; the paper's for single weights (§4.1).
         fold: fold *batch-norm* for good first, as in the paper's experiments.
 
@@ -99,6 +100,7 @@ def prune_weights(
         >>> result.after.params, result.after.nonzero, result.after.macs, result.after.effective_macs
         (114, 42, 96, 24)
     """
+    order, _, rounds, units_per_step = decided(order, None, rounds, units_per_step, DEFAULT_ROUNDS)
     options = described(locals(), _RECORDED) | {"granularity": "weight"}
     with staged(
         model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import CountedProgress, Progress, algorithm_1, score, tune, units_per_removal
+from singe_plugin.algorithm import CountedProgress, Progress, algorithm_1, score, tune
 from singe_plugin.axes import Trackers
 from singe_plugin.budget import count_macs_by_module, count_params
 from singe_plugin.data import example_from
@@ -18,7 +18,7 @@ from singe_plugin.events import Callback, Callbacks, History, LayerDone, RunEnde
 from singe_plugin.finetune import FineTune
 from singe_plugin.masks import fold_masks, masks_of
 from singe_plugin.objective import materialise
-from singe_plugin.rounds import check_order, check_rounds, rounds_of
+from singe_plugin.rounds import check_rounds, decided, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device
 
@@ -101,10 +101,11 @@ class UnstructuredPruner:
             :mod:`.patterns`), chosen by score inside each block. Layers that it does not fit are left whole.
         layers, ignored_layers: modules or names, with what is inside of them.
         order: ``"rounds"`` scores all layers, then masks in all of them; ``"layers"`` is Algorithm 1, one layer after
-            the other.
-        rounds, schedule: how many rounds, and how the sparsity grows over them: ``"cubic"`` or ``"linear"``.
-        units_per_step: with ``order="layers"``, how many weights of a layer go between two scorings: a number, a
-            fraction inside ]0, 1[, or ``"layer"``.
+            the other. None is rounds, or Algorithm 1 where ``units_per_step`` is given.
+        rounds, schedule: how many rounds (1; 10 in :func:`prune_weights`), and how the sparsity grows over them:
+            ``"cubic"`` or ``"linear"``.
+        units_per_step: how many weights of a layer go between two scorings of Algorithm 1: a number, a fraction inside
+            ]0, 1[ (0.1), or ``"layer"``.
         max_sparsity: the largest fraction of one layer that goes; at least one weight stays.
         finetune: a :class:`~singe_plugin.FineTune`, or None; ``every`` is a removal (a round), a layer or the end.
         callbacks: see :mod:`singe_plugin.events`; ``params`` in events counts what is not masked.
@@ -138,10 +139,10 @@ class UnstructuredPruner:
         pattern: str | tuple[int, int] | Pattern | None = None,
         layers: Iterable[nn.Module | str] | None = None,
         ignored_layers: Iterable[nn.Module | str] = (),
-        order: str = "rounds",
-        rounds: int = 1,
+        order: str | None = None,
+        rounds: int | None = None,
         schedule: str = "cubic",
-        units_per_step: int | float | str = 0.1,
+        units_per_step: int | float | str | None = None,
         max_sparsity: float = 1.0,
         finetune: FineTune | None = None,
         callbacks: Iterable[Callback] = (),
@@ -155,9 +156,8 @@ class UnstructuredPruner:
         self.scoring = scoring_options(scoring, options)
         self.pattern = None if pattern is None else Pattern.parse(pattern)
         self.sparsity, self.scope, self.max_sparsity = check_amount(sparsity, scope, self.pattern, max_sparsity)
-        check_order(order)
+        order, _, rounds, units_per_step = decided(order, None, rounds, units_per_step, 1)
         check_rounds(rounds, schedule)
-        units_per_removal(units_per_step, 1)
         self.order, self.rounds, self.schedule, self.units_per_step = order, rounds, schedule, units_per_step
         self.batches = None if batches is None else list(materialise(batches))
         if self.batches == [] or (self.batches is None and self.scoring.rule.needs_gradient):
@@ -169,6 +169,7 @@ class UnstructuredPruner:
             example_inputs = example_from(self.batches[0], model_device(model))
         self.example_inputs = example_inputs
         found, self.left_whole = find_layers(model, layers, ignored_layers, example_inputs)
+        self.ratios: dict[str, float] = {}  # of a scope with a ratio per layer: those of the layers that are pruned
         self.layers = self._fitting(found)
         self._host: WeightHost | None = None
 
@@ -178,6 +179,7 @@ class UnstructuredPruner:
         if not isinstance(self.scope, str):
             ratios = layer_ratios([layer.name for layer in found], self.scope)
             why |= {name: "scope gives it no sparsity" for name, ratio in ratios.items() if ratio == 0}
+            self.ratios = {name: ratio for name, ratio in ratios.items() if not why.get(name)}
         self.left_whole |= {name: reason for name, reason in why.items() if reason}
         left = [layer for layer in found if not why.get(layer.name)]
         if not left:
@@ -215,12 +217,16 @@ class UnstructuredPruner:
         history = history or History()
         if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
-        with all_or_nothing(self.model, self.finetune, self._trackers()):
-            host = self.host()
-            callback = _Unmasked(host, [history, *self.callbacks])
-            progress = CountedProgress({}) if progress is None else progress
-            if not progress.finished:
-                self._prune(host, progress, callback, checkpoint)
+        try:
+            with all_or_nothing(self.model, self.finetune, self._trackers()):
+                host = self.host()
+                callback = _Unmasked(host, [history, *self.callbacks])
+                progress = CountedProgress({}) if progress is None else progress
+                if not progress.finished:
+                    self._prune(host, progress, callback, checkpoint)
+        except BaseException:
+            self._host = None  # what it has counted is of the masks before they were rolled back
+            raise
         return self._outcome(host, progress, history)
 
     def _prune(
@@ -232,7 +238,8 @@ class UnstructuredPruner:
     ) -> None:
         """In the order that was asked for."""
         removed = progress.plan if self.order == "rounds" else {}
-        allocation = Allocation(host, self.sparsity, self.scope, self.pattern, self.max_sparsity, removed)
+        scope = self.scope if isinstance(self.scope, str) else self.ratios
+        allocation = Allocation(host, self.sparsity, scope, self.pattern, self.max_sparsity, removed)
         scorer = partial(self.score_layer, host)
         if self.order == "rounds":
             pauses = rounds_of(
