@@ -188,11 +188,12 @@ def inspect_model(
         cost = _cost(alive, sum(plan.values()), scoring, scoring_batch_count, finetune_steps)
     except BudgetError as error:
         problem = str(error)
+    names = {module: name for name, module in model.named_modules()}
     shown = {
         "target": target,
         "order": order,
         "rounds": rounds,
-        "ratios": ratios,
+        "ratios": ratios if isinstance(ratios, str) else {names.get(key, key): ratio for key, ratio in ratios.items()},
         "units_per_step": units_per_step,
         "criterion": scoring.criterion,
         "quadrature": scoring.quadrature,

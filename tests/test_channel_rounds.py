@@ -317,3 +317,12 @@ def test_the_command(tmp_path: Path) -> None:
     used = json.loads(found.stdout)["options"]
     assert (used["order"], used["rounds"], used["ratios"]) == ("rounds", 2, "per_cost")
     assert used["scoring_batch_count"] == 3
+
+
+def test_what_is_inspected_is_plain_values() -> None:
+    """Ratios may be given by module; what is shown of them has names."""
+    net = Chain()
+    found = inspect_model(net, BATCHES[0][0], target=None, ratios={net.conv2: 0.5}, finetune_steps=0)
+    shown = json.loads(json.dumps(found.as_dict()))
+    assert shown["options"]["ratios"] == {"conv2": 0.5}
+    assert shown["cost"]["units_removed"] == net.conv2.out_channels // 2
