@@ -31,8 +31,8 @@ from records import append, environment, peak_mb, read
 from settings import Setting
 
 __all__ = [
-    "BASE", "DATA_FREE", "DEPTHWISE_TARGETS", "LAYERS", "MORE_DATA", "NETWORKS", "OURS", "PAPER", "PEERS",
-    "PEER_TARGETS", "UNITS_OF", "WIDTHS_OF", "Spec", "compute", "run_rows",
+    "BASE", "CROSSED", "DATA_FREE", "DEPTHWISE_TARGETS", "LAYERS", "MORE_DATA", "NETWORKS", "OURS", "PAPER", "PEERS",
+    "PEER_TARGETS", "Spec", "compute", "run_rows",
 ]  # fmt: skip
 
 PAPER = ("l1", "l2", "grad", "norm_grad", "sg", "ig")
@@ -61,7 +61,11 @@ MORE_DATA: dict[str, dict[str, Any]] = {
     "ig_abs": {"nodes": 1, "scoring_batch_count": 4},
     "taylor": {"scoring_batch_count": 4},
 }
-WIDTHS_OF, UNITS_OF = ("taylor", "ig_abs"), ("taylor", "ig_abs", "random")  # crossed
+# whose widths -> whose units -> the options of such a row
+CROSSED: dict[str, dict[str, dict[str, Any]]] = {
+    other: {method: {} if method == other else {"widths_of": other} for method in ("taylor", "ig_abs", "random")}
+    for other in ("taylor", "ig_abs")
+}
 OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
 OF_PRUNE = (
     "ratios", "units_per_step", "order", "rounds", "schedule", "scoring_batch_size", "scoring_batch_count", "fold",

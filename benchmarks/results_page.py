@@ -10,18 +10,7 @@ from typing import Any
 
 from singe_plugin.report import Curves, markdown_table
 
-from harness import (
-    DATA_FREE,
-    DEPTHWISE_TARGETS,
-    LAYERS,
-    MORE_DATA,
-    NETWORKS,
-    OURS,
-    PEER_TARGETS,
-    PEERS,
-    UNITS_OF,
-    WIDTHS_OF,
-)
+from harness import CROSSED, DATA_FREE, DEPTHWISE_TARGETS, LAYERS, MORE_DATA, NETWORKS, OURS, PEER_TARGETS, PEERS
 from records import read
 
 HERE = Path(__file__).parent
@@ -223,14 +212,13 @@ def widths(rows: Rows) -> str:
     """How many units of each layer one criterion removes, and which ones another."""
     lines = []
     for target in (0.9, 0.75):
-        for other in WIDTHS_OF:
+        for other, units in CROSSED.items():
             line = [f"-{target:.0%}", NAMES[other]]
-            for method in UNITS_OF:
-                options = {} if method == other else {"widths_of": other}
+            for method, options in units.items():
                 found = rows.at_once("resnet56", method, target, options)
                 line += [cell(found, "pruned"), cell([r for r in found if r["steps"] == 1000], "tuned")]
             lines.append(line)
-    header = [f"units of {NAMES[method]}{when}" for method in UNITS_OF for when in ("", ", 1,000 steps")]
+    header = [f"units of {NAMES[method]}{when}" for method in units for when in ("", ", 1,000 steps")]
     return markdown_table(["parameters", "widths of", *header], lines)
 
 

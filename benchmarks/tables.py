@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from harness import (
+    CROSSED,
     DATA_FREE,
     DEPTHWISE_TARGETS,
     LAYERS,
@@ -26,8 +27,6 @@ from harness import (
     OURS,
     PEER_TARGETS,
     PEERS,
-    UNITS_OF,
-    WIDTHS_OF,
     Spec,
     run_rows,
 )
@@ -132,9 +131,8 @@ def widths(w: Wanted) -> Iterator[Spec]:
     """The same widths, but other units: what the choice of units is worth once something is fine-tuned."""
     for target in (0.9, 0.75):
         for seed in w.seeds:
-            for other in WIDTHS_OF:
-                for method in UNITS_OF:
-                    options = {} if method == other else {"widths_of": other}
+            for units in CROSSED.values():
+                for method, options in units.items():
                     yield Spec(w.network, method, target, seed, w.steps, options=options, batch=w.batch)
 
 

@@ -25,14 +25,12 @@ def check_model(model: Any) -> None:
         raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
 
 
-def parts_of(model: nn.Module, given: Any) -> list[Any]:
-    """``ignored_layers`` as a list, names replaced by their modules; :class:`ConfigError` if it is no list."""
+def parts_of(model: nn.Module, given: Any, what: str = "ignored_layers") -> list[Any]:
+    """What was given as a list, names replaced by their modules; :class:`ConfigError` if it is no list."""
     given = () if given is None else given
     if isinstance(given, (str, nn.Module, torch.Tensor)) or not isinstance(given, Iterable):
-        raise ConfigError(
-            f"ignored_layers must be a list of modules, names or parameters, got {given!r}; put it in a list"
-        )
-    by_name = dict(model.named_modules())
+        raise ConfigError(f"{what} must be a list of modules or names, got {given!r}; put it in a list")
+    by_name = dict(model.named_modules(remove_duplicate=False))
     return [by_name.get(part, part) if isinstance(part, str) else part for part in given]
 
 

@@ -35,7 +35,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunStarted
 
 __all__ = [
-    "COURSES", "DEFAULTS", "ORDERS", "Allocation", "check_order", "check_rounds", "covered", "decided", "rounds_of",
+    "COURSES", "DEFAULTS", "ORDERS", "Allocation", "check_rounds", "covered", "decided", "rounds_of",
 ]  # fmt: skip
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
@@ -85,7 +85,8 @@ def decided(
     """
     if order is None:
         order = "rounds" if units_per_step is None else "layers"
-    check_order(order)
+    if order not in ORDERS:
+        raise ConfigError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
     if order == "rounds" and units_per_step is not None:
         raise ConfigError(
             f"units_per_step={units_per_step!r} is for order='layers' (Algorithm 1); leave it out, or give that order"
@@ -103,12 +104,6 @@ def decided(
         default_rounds if rounds is None else rounds,
         units_per_step,
     )
-
-
-def check_order(order: object) -> None:
-    """Raise :class:`ConfigError` for an order of pruning that there is not."""
-    if order not in ORDERS:
-        raise ConfigError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
 
 
 def check_rounds(rounds: object, course: object) -> None:

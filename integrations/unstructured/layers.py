@@ -20,6 +20,8 @@ from singe_plugin.objective import call_model, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, tied_parameters
 
+from ..checks import parts_of
+
 __all__ = ["WeightLayer", "find_layers"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -136,16 +138,12 @@ def find_layers(
 
 def _inside(model: nn.Module, given: Iterable[nn.Module | str], what: str) -> set[nn.Module]:
     """The modules that are meant, with everything inside of them."""
-    by_name = dict(model.named_modules(remove_duplicate=False))
-    own = set(by_name.values())
+    own = set(model.modules())
     found: set[nn.Module] = set()
-    if isinstance(given, (str, nn.Module)):
-        raise ConfigError(f"{what} must be a list of modules or names, got {given!r}; put it in a list")
-    for part in given:
-        module = by_name.get(part) if isinstance(part, str) else part
+    for module in parts_of(model, given, what):
         if not isinstance(module, nn.Module) or module not in own:
             raise ConfigError(
-                f"{what}: {part!r} is no module of the model; give modules, or names as in model.named_modules()"
+                f"{what}: {module!r} is no module of the model; give modules, or names as in model.named_modules()"
             )
         found.update(module.modules())
     if what == "layers" and not any(isinstance(m, _LAYERS) for m in found):
