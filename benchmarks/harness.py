@@ -68,7 +68,8 @@ CROSSED: dict[str, dict[str, dict[str, Any]]] = {
 }
 OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
 OF_PRUNE = (
-    "ratios", "units_per_step", "order", "rounds", "schedule", "scoring_batch_size", "scoring_batch_count", "fold",
+    "ratios", "units_per_step", "order", "rounds", "schedule", "max_pruning_ratio", "scoring_batch_size",
+    "scoring_batch_count", "fold",
 )  # fmt: skip
 
 

@@ -273,7 +273,7 @@ def cost(rows: Rows) -> str:
 
 def ablation(rows: Rows) -> str:
     """One choice a line, on held-out images."""
-    found = rows.of(network="resnet56", split="held_out", granularity="channel")
+    found = rows.of(network="resnet56", split="held_out", granularity="channel", steps=0)
     found = sorted((row for row in found if row["method"] != "none"), key=lambda r: (r["method"], bool(r["options"])))
     seeds, lines = {row["seed"] for row in found}, []
     for name in dict.fromkeys(option_name(row) for row in found):
@@ -287,6 +287,17 @@ def ablation(rows: Rows) -> str:
         lines.append([*line, f"{statistics.median(seconds):.0f}" if seconds else ""])
     table = markdown_table(["choice", "top-1 at -50%", "top-1 at -75%", "scoring at -50% (s)"], lines)
     return f"All of one seed.\n\n{table}" if len(seeds) == 1 else table
+
+
+def ablation_tuned(rows: Rows) -> str:
+    """One choice a line, before and after fine-tuning, on held-out images."""
+    found = rows.of(network="resnet56", split="held_out", granularity="channel", steps=1000, target=0.9)
+    lines = []
+    for name in sorted({option_name(row) for row in found}):
+        mine = [row for row in found if option_name(row) == name]
+        gone = statistics.mean(row["removed_macs"] for row in mine)
+        lines.append([name, cell(mine, "pruned"), cell(mine, "tuned"), f"{gone:.0%}"])
+    return markdown_table(["choice", "top-1 at -90%", "top-1 at -90%, 1,000 steps", "MACs gone"], lines)
 
 
 def option_name(row: Row) -> str:
@@ -323,7 +334,7 @@ def source(rows: Rows) -> str:
 PARTS: dict[str, Callable[[Rows], str]] = {
     "source": source, "lead": lead, "more data": more_data, "table 1": table_1, "rounds": rounds, "table 2": table_2,
     "table 3": table_3, "weights": weights, "peers": peers, "cost": cost, "ablation": ablation, "depthwise": depthwise,
-    "widths": widths,
+    "widths": widths, "ablation tuned": ablation_tuned,
 }  # fmt: skip
 
 

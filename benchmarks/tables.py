@@ -49,6 +49,12 @@ ABLATION: list[dict[str, Any]] = [
 ]  # fmt: skip
 LONG_ABLATION: list[dict[str, Any]] = [{"quadrature": "geometric"}, {"path": "neuron"}]  # 30 and 40 times the passes
 MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))
+# what only fine-tuning shows, at 90 %: how small a layer may become, and ranks without costs
+TUNED_ABLATION: list[tuple[str, dict[str, Any]]] = [
+    (method, {**base, **options})
+    for options in ({"max_pruning_ratio": 1.0}, {}, {"max_pruning_ratio": 0.85}, {"ratios": "global"})
+    for method, base in (("ig_abs", {"nodes": 1}), ("taylor", {}))
+]
 CRITERIA = ("norm_grad", "sg", "ig", "ig_abs", "taylor")
 # scoring more data helps most; how much is a question of its cost
 DATA: list[tuple[str, dict[str, Any]]] = [
@@ -184,11 +190,19 @@ def ablation_long(w: Wanted) -> Iterator[Spec]:
             yield Spec(w.network, "ig_abs", CHOICE, seed, options=options, split="held_out")
 
 
+def ablation_tuned(w: Wanted) -> Iterator[Spec]:
+    """What choices are worth after fine-tuning, on held-out images."""
+    for seed in w.seeds:
+        for method, options in TUNED_ABLATION:
+            yield Spec(w.network, method, 0.9, seed, w.steps, options=options, split="held_out", batch=w.batch)
+
+
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
     "entwined_rounds": entwined_rounds, "more_data": more_data, "more_data_tuned": more_data_tuned,
     "widths": widths, "weights": weights, "weights_rounds": weights_rounds, "depthwise": depthwise,
     "depthwise_one_shot": depthwise_one_shot, "ablation": ablation, "ablation_long": ablation_long,
+    "ablation_tuned": ablation_tuned,
 }  # fmt: skip
 
 
