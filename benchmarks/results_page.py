@@ -232,12 +232,16 @@ def lead(rows: Rows) -> str:
                 if ours and others:
                     when = f"after {steps:,} steps" if steps else "right after pruning"
                     lines.append([network, f"-{target:.0%}", when, ours[1], f"{ours[0]:.1f}", others[1],
-                                  f"{others[0]:.1f}", f"{ours[0] - others[0]:+.1f}"])  # fmt: skip
-    return markdown_table(["network", "parameters", "when", "ours", "top-1", "best peer", "top-1", "lead"], lines)
+                                  f"{others[0]:.1f}", f"{ours[0] - others[0]:+.1f}",
+                                  f"{ours[2]:.0%} / {others[2]:.0%}"])  # fmt: skip
+    header = ["network", "parameters", "when", "ours", "top-1", "best peer", "top-1", "lead", "MACs gone"]
+    return markdown_table(header, lines)
 
 
-def best(rows: Rows, network: str, methods: Iterable[str], target: float, stage: str) -> tuple[float, str] | None:
-    """The best mean of those with three seeds (one where no data is read), and whose it is."""
+def best(
+    rows: Rows, network: str, methods: Iterable[str], target: float, stage: str
+) -> tuple[float, str, float] | None:
+    """The best mean of those with three seeds (one where no data is read), whose it is, and the MACs that went."""
     found = []
     for method in methods:
         for name, mine in (
@@ -246,9 +250,11 @@ def best(rows: Rows, network: str, methods: Iterable[str], target: float, stage:
             ("layers", rows.at_once(network, method, target, LAYERS)),
             ("more data", rows.at_once(network, method, target, MORE_DATA[method]) if method in MORE_DATA else []),
         ):
-            accuracies = values([r for r in mine if stage == "pruned" or r["steps"] == 1000], stage)
+            measured = [row for row in mine if stage in row and (stage == "pruned" or row["steps"] == 1000)]
+            accuracies = values(measured, stage)
             if len(accuracies) >= 3 or (accuracies and method in DATA_FREE and stage == "pruned"):
-                found.append((statistics.mean(accuracies), f"{NAMES[method]}, {name}"))
+                macs = statistics.mean(row["removed_macs"] for row in measured)
+                found.append((statistics.mean(accuracies), f"{NAMES[method]}, {name}", macs))
     return max(found, default=None)
 
 

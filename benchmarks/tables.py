@@ -41,13 +41,17 @@ CHOICE = 0.5  # where the ablation looks: beyond it nothing is left right after 
 # one choice at a time; {} is the base
 ABLATION: list[dict[str, Any]] = [
     {"ratios": "block"}, {"rounds": 1}, {}, {**LAYERS}, {"ratios": "global"}, {"nodes": 5}, {"rounds": 8},
-    {"scoring_batch_count": 4}, {"schedule": "linear"}, {"objective": "logit"}, {"group_reduction": "mean"},
+    {**LAYERS, "units_per_step": 0.25}, {"scoring_batch_count": 4}, {"schedule": "linear"}, {"objective": "logit"},
+    {"group_reduction": "mean"},
     {"nodes": 1}, {"scoring_batch_size": 32}, {"scoring_batch_size": 256}, {"mu": 0.9}, {"p": 1}, {"rounds": 2},
     {"fold": True}, {"ratios": "uniform"}, {"group_reduction": "max"},
     {"scoring_batch_size": 16, "scoring_batch_count": 4}, {"nodes": 1, "scoring_batch_count": 3},
     {"steps": 13},  # walks half of the way
 ]  # fmt: skip
-LONG_ABLATION: list[dict[str, Any]] = [{"quadrature": "geometric"}, {"path": "neuron"}]  # 30 and 40 times the passes
+# 30 and 40 times the passes, so with fewer images, and their base
+LONG_ABLATION: list[dict[str, Any]] = [
+    {"scoring_batch_size": 16, **options} for options in ({}, {"quadrature": "geometric"}, {"path": "neuron"})
+]
 MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))
 # what only fine-tuning shows, at 90 %: how small a layer may become, and ranks without costs
 TUNED_ABLATION: list[tuple[str, dict[str, Any]]] = [
@@ -184,7 +188,7 @@ def ablation(w: Wanted) -> Iterator[Spec]:
 
 
 def ablation_long(w: Wanted) -> Iterator[Spec]:
-    """The choices that take an hour or more of a core each."""
+    """The choices that take half an hour or more of a core each."""
     for seed in w.seeds:
         for options in LONG_ABLATION:
             yield Spec(w.network, "ig_abs", CHOICE, seed, options=options, split="held_out")

@@ -201,7 +201,7 @@ def row(method: str, target: float, seed: int, **found: Any) -> dict[str, Any]:
         **{k: found.pop(k) for k in ("steps", "options", "batch", "granularity") if k in found},
     )
     about = {"data": "d", "device": "c", "versions": "v", "commit": "h"}
-    return {"key": spec.key, **harness.asdict(spec), **about, **found}
+    return {"key": spec.key, **harness.asdict(spec), "removed_macs": 0.4, **about, **found}
 
 
 def test_cells_are_means_and_deviations_of_the_stored_rows() -> None:
@@ -221,20 +221,20 @@ def test_cells_are_means_and_deviations_of_the_stored_rows() -> None:
 def test_the_lead_compares_what_has_three_seeds() -> None:
     stored = [row("ig", 0.75, s, pruned=0.5) for s in range(3)] + [row("ig_abs", 0.75, 0, pruned=0.9)]
     stored += [row("l2", 0.75, 0, pruned=0.8), row("l2", 0.5, 0, pruned=0.8), row("lamp", 0.5, 0, pruned=0.7)]
-    stored += [row("taylor", 0.75, s, pruned=0.3, options=LAYERS) for s in range(3)]
+    stored += [row("taylor", 0.75, s, pruned=0.3, options=LAYERS, removed_macs=s / 10) for s in range(3)]
     stored += [row("taylor", 0.75, s, pruned=0.2) for s in range(3)] + [row("lamp", 0.75, 0, pruned=0.25)]
     (line,) = [text for text in results_page.lead(results_page.Rows(stored)).splitlines() if "resnet56" in text]
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "resnet56", "-75%", "right after pruning", "IG: SInGE (Eq. 5), rounds", "50.0",
-        "TP Taylor, layers", "30.0", "+20.0",
+        "TP Taylor, layers", "30.0", "+20.0", "40% / 10%",
     ]  # fmt: skip
 
 
 def test_the_lead_does_not_mix_lengths_of_fine_tuning() -> None:
     stored = [row("ig", 0.9, s, steps=1000, pruned=0.1, tuned=0.5) for s in range(3)]
-    stored += [row("ig", 0.9, s, steps=5000, pruned=0.1, tuned=0.9) for s in range(3)]
+    stored += [row("ig", 0.9, s, steps=5000, pruned=0.1, tuned=0.9, removed_macs=0.7) for s in range(3)]
     assert results_page.best(results_page.Rows(stored), "resnet56", ["ig"], 0.9, "tuned") == (
-        pytest.approx(50), "IG: SInGE (Eq. 5), rounds",
+        pytest.approx(50), "IG: SInGE (Eq. 5), rounds", pytest.approx(0.4),
     )  # fmt: skip
 
 
@@ -242,9 +242,27 @@ def test_more_data_counts_where_it_is_the_better_setting() -> None:
     stored = [row("taylor", 0.75, s, pruned=0.2) for s in range(3)] + [row("ig", 0.75, s, pruned=0.5) for s in range(3)]
     stored += [row("taylor", 0.75, s, pruned=0.3, options=harness.MORE_DATA["taylor"]) for s in range(3)]
     rows = results_page.Rows(stored)
-    assert results_page.best(rows, "resnet56", PEERS, 0.75, "pruned") == (pytest.approx(30), "TP Taylor, more data")
+    found = results_page.best(rows, "resnet56", PEERS, 0.75, "pruned")
+    assert found == (pytest.approx(30), "TP Taylor, more data", pytest.approx(0.4))
     (line,) = [text for text in results_page.more_data(rows).splitlines() if "75%" in text and "Taylor" in text]
     assert cells(line)[3:] == ["20.0 ± 0.0", "not run", "30.0 ± 0.0", "not run", "? / ?"]
+
+
+def test_the_tuned_ablation_is_apart_from_the_one_right_after_pruning() -> None:
+    def held_out(steps: int, target: float, **found: Any) -> dict[str, Any]:
+        return row("taylor", target, 0, steps=steps, **found) | {"split": "held_out"}
+
+    cap = {"max_pruning_ratio": 1.0}
+    rows = results_page.Rows(
+        [
+            held_out(0, 0.5, pruned=0.5), held_out(1000, 0.9, pruned=0.2, tuned=0.6, options=cap, removed_macs=0.8),
+            held_out(20, 0.9, pruned=0.2, tuned=0.1, options=cap),
+        ]
+    )  # fmt: skip
+    (tuned,) = [cells(line) for line in results_page.ablation_tuned(rows).splitlines() if "taylor" in line]
+    assert tuned == ["taylor: max_pruning_ratio=1.0", "20.0 (1 seed)", "60.0 (1 seed)", "80%"]
+    (before,) = [cells(line) for line in results_page.ablation(rows).splitlines() if "taylor" in line]
+    assert before[:2] == ["taylor: base", "50.0"]
 
 
 def cells(line: str) -> list[str]:
