@@ -144,7 +144,8 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
     """Run one row: what was removed, the accuracies, the cost of scoring, times and memory."""
     start, clock = time.perf_counter(), _Clock()
     if spec.method == "none":
-        return {"pruned": _accuracy(spec, setting, setting.make()), "seconds": time.perf_counter() - start}
+        found = {"pruned": _accuracy(spec, setting, setting.make())}
+        return found | {"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
     run = _weights if spec.granularity == "weight" else _channels
     result, row = run(spec, setting, clock)
     pruned = time.perf_counter() - start
@@ -231,11 +232,13 @@ def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
     for number, spec in enumerate(specs):
         if spec.key in done(read(path)):
             continue  # read anew each time: other processes write too
+        start = time.perf_counter()
         try:
             found = compute(spec, setting)
         except singe_plugin.SingeError as error:
-            found = {"error": _text(error)}
-        append(path, {"key": spec.key, **asdict(spec), **found, "data": setting.data, **about})
+            found = {"error": _text(error), "seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
+        about_data = {"data": setting.data, "weights": setting.weights}
+        append(path, {"key": spec.key, **asdict(spec), **found, **about_data, **about})
         shown = {k: found[k] for k in ("removed_params", "pruned", "tuned", "error") if k in found}
         print(f"[{number + 1}/{len(specs)}] {spec.method} {spec.target:g} seed {spec.seed} {spec.steps} {spec.every} "
               f"{spec.options}: {shown} {found.get('seconds', 0):.0f} s", flush=True)  # fmt: skip

@@ -328,11 +328,14 @@ def source(rows: Rows) -> str:
         mine = rows.of(network=network)
         said = {k: ", ".join(sorted({row[k] for row in mine})) for k in ("data", "device", "versions", "commit")}
         batches = ", ".join(str(b) for b in sorted({row["batch"] for row in mine if row["steps"]}))
+        weights = ", ".join(sorted({row["weights"] for row in mine if row.get("weights")}))  # older rows do not say
         base = baseline(rows, network)
         before = "not run" if base is None else f"{base:.2f} %"
         lines.append(
             f"- {network}: {len(mine)} rows, {said['data']}; accuracy before pruning {before}; {said['device']}; "
-            f"{said['versions']}; commits {said['commit']}" + (f"; fine-tuning batches of {batches}" if batches else "")
+            f"{said['versions']}; commits {said['commit']}"
+            + (f"; fine-tuning batches of {batches}" if batches else "")
+            + (f"; weights {weights}" if weights else "")
         )
     return "\n".join(lines)
 

@@ -7,8 +7,10 @@ CIFAR-10 (``torch/cifar10:FOLDER``) or a folder of classes (``FOLDER/train`` and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -39,6 +41,7 @@ class Setting:
         test: for the tables.
         data: what the images are, in words.
         classes: how many.
+        weights: which ones, in words: the file's name and the start of its SHA-256.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Setting:
     test: Dataset[Any]
     data: str
     classes: int
+    weights: str = ""
 
 
 class Augmented(Dataset[Any]):
@@ -109,7 +113,14 @@ def load_setting(name: str, weights: str | None, data: str, images: int | None =
             model.load_state_dict(load_file(weights))
         return model.eval().to(resolve_device(None))
 
-    return Setting(name, make, train, held_out, test, text, classes)
+    return Setting(name, make, train, held_out, test, text, classes, fingerprint(weights))
+
+
+def fingerprint(weights: str | None) -> str:
+    """A file of weights in words, so that rows of two networks are not taken for those of one."""
+    if weights is None:
+        return "timm's"
+    return f"{Path(weights).name} (SHA-256 {hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]})"
 
 
 def _targets(dataset: Any) -> list[int]:

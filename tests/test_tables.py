@@ -125,7 +125,8 @@ def test_a_row_is_computed_once_and_a_broken_line_is_not_one(
     assert computed == ["l1", "l2", "l2"]
     rows = records.read(path)
     assert [row["method"] for row in rows] == ["l1", "l2"]
-    assert {"commit", "command", "device", "versions", "seed", "seconds", "peak_mb", "data"} <= rows[0].keys()
+    about = {"commit", "command", "device", "versions", "seed", "seconds", "peak_mb", "data", "weights"}
+    assert about <= rows[0].keys()
 
 
 def test_right_after_pruning_is_in_the_row_that_goes_on(
@@ -151,6 +152,8 @@ def test_an_error_is_a_row(setting: Setting, tmp_path: Path) -> None:
     harness.run_rows([Spec("net", "l1", 0.999, 0)], setting, tmp_path / "rows.jsonl")
     (row,) = records.read(tmp_path / "rows.jsonl")
     assert row["error"].startswith("BudgetError: ")
+    assert row["seconds"] > 0
+    assert row["peak_mb"] > 0
     assert results_page.cell([row], "pruned") == "BudgetError"
 
 
