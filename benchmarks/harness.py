@@ -53,11 +53,14 @@ PEER_TARGETS = (0.5, 0.75, 0.9)
 DEPTHWISE_TARGETS = (0.3, 0.4, 0.5)
 NETWORKS = {"resnet56": PEER_TARGETS, "mobilenetv2_035": DEPTHWISE_TARGETS}
 # of every row; a row's options replace it
-BASE: dict[str, Any] = {"order": "rounds", "rounds": 4, "ratios": "per_cost", "mu": 0.95, "nodes": 3}
+BASE: dict[str, Any] = {
+    "order": "rounds", "rounds": 4, "ratios": "per_cost", "mu": 0.95, "nodes": 3, "scoring_batch_count": 1,
+}  # fmt: skip
 # the paper's order: one layer after the other, each scored once; a ratio per block
 LAYERS: dict[str, Any] = {"order": "layers", "units_per_step": "layer", "ratios": "block"}
 # what the ablation chose on held-out images for the criteria that gain from more data
 MORE_DATA: dict[str, dict[str, Any]] = {
+    "ig": {"nodes": 1, "scoring_batch_count": 4},
     "ig_abs": {"nodes": 1, "scoring_batch_count": 4},
     "taylor": {"scoring_batch_count": 4},
 }
