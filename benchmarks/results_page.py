@@ -61,8 +61,8 @@ def cell(rows: Sequence[Row], stage: str) -> str:
 
 def one_shot_cell(rows: Sequence[Row], method: str) -> str:
     """As :func:`cell`; a criterion that reads no data has one value."""
-    text = cell(rows, "pruned")
-    return text.replace(" (1 seed)", "") if method in DATA_FREE else text
+    found = values(rows, "pruned")
+    return f"{found[0]:.1f}" if method in DATA_FREE and len(set(found)) == 1 else cell(rows, "pruned")
 
 
 class Rows:

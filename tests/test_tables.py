@@ -215,6 +215,9 @@ def test_cells_are_means_and_deviations_of_the_stored_rows() -> None:
     assert results_page.cell(rows.at_once("resnet56", "ig", 0.75), "pruned") == "60.0 ± 10.0"
     assert results_page.cell(rows.tuned("resnet56", "ig", 0.75, 1000), "tuned") == "80.0 (1 seed)"
     assert results_page.one_shot_cell(rows.at_once("resnet56", "l1", 0.75), "l1") == "25.0"
+    again = [row("l1", 0.75, seed, steps=1000, pruned=0.25, tuned=0.5) for seed in range(3)]
+    assert results_page.one_shot_cell(again, "l1") == "25.0"
+    assert results_page.one_shot_cell(again, "ig") == "25.0 ± 0.0"
     assert results_page.cell(rows.at_once("resnet56", "sg", 0.75), "pruned") == "not run"
     assert results_page.cell(rows.at_once("resnet56", "ig", 0.75, LAYERS), "pruned") == "not run"
     batches = [row("ig", 0.75, 0, steps=1000, batch=batch, tuned=batch / 256) for batch in (128, 32)]
