@@ -17,7 +17,7 @@ from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
-from singe_plugin.rounds import decided
+from singe_plugin.rounds import decided, scored_on
 
 from .staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
@@ -50,13 +50,13 @@ def prune(
     mu: float = 0.9,
     steps: int | None = None,
     quadrature: str = "gauss",
-    nodes: int = 5,
+    nodes: int | None = None,
     path: str = "layer",
     objective: ObjectiveLike = "loss",
     group_reduction: str = "sum",
     importance: Callable[..., Any] | None = None,
     scoring_batch_size: int = 64,
-    scoring_batch_count: int = 1,
+    scoring_batch_count: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
     val_data: Any = None,
@@ -92,8 +92,10 @@ def prune(
             goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
         criterion, p, mu, steps, quadrature, nodes, path, objective, group_reduction: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEImportance`; or give any torch-pruning importance.
+            ``nodes`` is 1 in rounds and 5 with ``order="layers"``, if not given.
         scoring_batch_size, scoring_batch_count: how much of a dataset every scoring reads, drawn once (64 and 1 in the
-            paper); the batches of a loader or list are taken as they are.
+            paper, and 1 here with ``order="layers"``; 4 in rounds); the batches of a loader or list are taken as they
+            are. Each takes ``nodes`` passes a layer.
         batch_size, workers: of the loaders made from datasets.
         val_data: dataset or batches for the accuracy before and after; None measures none.
         example_inputs: in the place of two examples from the data.
@@ -124,6 +126,7 @@ def prune(
         (114, 58)
     """
     order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step)
+    nodes, scoring_batch_count = scored_on(order, nodes, scoring_batch_count)
     options = described(locals(), _RECORDED)
     with staged(
         model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,

@@ -26,7 +26,7 @@ from singe_plugin.models import parse_pairs
 from singe_plugin.objective import OBJECTIVES
 from singe_plugin.path import QUADRATURES
 from singe_plugin.reduction import REDUCTIONS
-from singe_plugin.rounds import COURSES, ORDERS
+from singe_plugin.rounds import COURSES, ORDERS, decided, scored_on
 from singe_plugin.scoring import PATHS, ScoringOptions
 
 __all__ = ["main"]
@@ -145,16 +145,16 @@ _pruning = _stacked(
     click.option("--mu", default=0.9, show_default=True, type=float, help="Decay rate of the path (weights: 0.8)."),
     click.option("--steps", type=click.IntRange(0), help="S; by default down to 1 % of the weights (gauss: to zero)."),
     click.option("--quadrature", default="gauss", show_default=True, type=click.Choice(QUADRATURES)),
-    click.option("--nodes", default=5, show_default=True, type=click.IntRange(1), help="Of the gauss quadrature."),
+    click.option(
+        "--nodes", type=click.IntRange(1), help="Of the gauss quadrature; by default 1 in rounds of units, else 5."
+    ),
     click.option("--path", default="layer", show_default=True, type=click.Choice(PATHS), help="What decays together."),
     click.option("--objective", default="loss", show_default=True, type=click.Choice(list(OBJECTIVES))),
     click.option("--group-reduction", default="sum", show_default=True, type=click.Choice(list(REDUCTIONS))),
     click.option(
         "--scoring-batch-count",
-        default=1,
-        show_default=True,
         type=click.IntRange(1),
-        help="Batches that a scoring reads.",
+        help="Batches that a scoring reads; by default 4 in rounds of units, else 1.",
     ),
     click.option("--finetune-steps", default=1000, show_default=True, type=click.IntRange(0), help="In all."),
     click.option("--no-verify", is_flag=True, help="Skip the two oracles that check the groups."),
@@ -174,6 +174,7 @@ _weights = _stacked(
     click.option("--max-sparsity", default=1.0, show_default=True, type=float, help="Of one layer."),
     click.option("--ignore", "ignored_layers", multiple=True, metavar="NAME", help="Layer to leave dense; repeatable."),
 )
+_DECIDED = ("order", "ratios", "rounds", "units_per_step")
 _OF_WEIGHTS = ("sparsity", "scope", "pattern", "max_sparsity", "ignored_layers")
 _OF_UNITS = ("target", "ratios", "round_to", "max_pruning_ratio", "group_reduction", "no_verify")
 _output = _stacked(
@@ -251,9 +252,7 @@ def _decided(options: dict[str, Any]) -> dict[str, Any]:
     given = click.get_current_context().get_parameter_source("target") is ParameterSource.COMMANDLINE
     if options["target"].lower() == "none" or (isinstance(options["ratios"], dict) and not given):
         options["target"] = None
-    return {
-        k: v for k, v in options.items() if not (k in ("order", "ratios", "rounds", "units_per_step") and v is None)
-    }
+    return {k: v for k, v in options.items() if not (k in (*_DECIDED, "nodes", "scoring_batch_count") and v is None)}
 
 
 @main.command()
@@ -307,6 +306,9 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
         model = _model_options(options)
         options.pop("seed")
         options["verify"] = not options.pop("no_verify")
+        order, *_ = decided(*(options[key] for key in _DECIDED))
+        options["nodes"], count = scored_on(order, options["nodes"], options["scoring_batch_count"])
+        options["scoring_batch_count"] = count
         scoring = ScoringOptions(**{key: options.pop(key) for key in _SCORING})
         found, values = run_inspect(model, options.pop("img_size"), scoring, options.pop("device"), **_decided(options))
     text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"

@@ -44,7 +44,6 @@ class DemoSettings:
         train_steps, lr: of the training from scratch (SGD, one-cycle schedule, batches of 64).
         targets: fractions of the parameters to remove.
         finetune_steps, finetune_lr: of the entwined fine-tuning.
-        nodes: of the quadrature.
     """
 
     img_size: int = 24
@@ -54,12 +53,11 @@ class DemoSettings:
     targets: tuple[float, ...] = (0.5, 0.75)
     finetune_steps: int = 120
     finetune_lr: float = 0.02
-    nodes: int = 5
 
     @classmethod
     def quick(cls) -> DemoSettings:
         """A few seconds' worth, for tests: the accuracies mean nothing."""
-        return cls(16, (8, 16, 24, 32), 40, 0.1, (0.5,), 10, 0.02, 3)
+        return cls(16, (8, 16, 24, 32), 40, 0.1, (0.5,), 10, 0.02)
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ def _prune_both(
         pruned: Result = prune(
             model, splits.train, target=f"params={target}", finetune_steps=steps,
             lr=settings.finetune_lr, criterion=METHODS[method] or "ig",
-            importance=_taylor() if METHODS[method] is None else None, nodes=settings.nodes,
+            importance=_taylor() if METHODS[method] is None else None,
             val_data=_validation(splits), seed=seed, builder=builder, device="cpu", verify=verify,
         )  # fmt: skip
         return pruned

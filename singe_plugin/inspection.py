@@ -15,7 +15,7 @@ from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
 from singe_plugin.objective import to_device
 from singe_plugin.report import Curves, gradient_curves, markdown_table
-from singe_plugin.rounds import covered, decided
+from singe_plugin.rounds import covered, decided, scored_on
 from singe_plugin.scoring import ScoringOptions
 from singe_plugin.state import model_device
 
@@ -139,7 +139,7 @@ def inspect_model(
     target: str | None = "params=0.5",
     units_per_step: int | float | str | None = None,
     scoring: ScoringOptions | None = None,
-    scoring_batch_count: int = 1,
+    scoring_batch_count: int | None = None,
     finetune_steps: int = 1000,
     ratios: Any = None,
     order: str | None = None,
@@ -152,8 +152,8 @@ def inspect_model(
         model: left as it was.
         example_inputs: a batch to trace with; its first dimension is the number of examples.
         target, units_per_step, finetune_steps: of the run whose cost is wanted.
-        scoring: how units would be scored.
-        scoring_batch_count: batches per scoring.
+        scoring: how units would be scored; None as :func:`singe_plugin.prune` does.
+        scoring_batch_count: batches per scoring; None as :func:`singe_plugin.prune` takes.
         ratios, order, rounds: as in :func:`singe_plugin.prune`. Ratios by score need scores; the cost is then that of
             ``"uniform"``, plus one scoring of every layer where the layers are pruned one after the other.
         options: further arguments of ``SInGEPruner`` (``round_to``, ...).
@@ -166,8 +166,9 @@ def inspect_model(
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 30)
     """
-    scoring = scoring or ScoringOptions()
     order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step)
+    nodes, scoring_batch_count = scored_on(order, None, scoring_batch_count)
+    scoring = scoring or ScoringOptions(nodes=nodes)
     by_score = ratios in BY_SCORE
     pruner = pruner_of(
         model, example_inputs, target=target, units_per_step=units_per_step, order=order, rounds=rounds,

@@ -35,7 +35,8 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LayerDone, LayerScored, RoundDone, RunStarted
 
 __all__ = [
-    "COURSES", "DEFAULTS", "ORDERS", "Allocation", "check_rounds", "covered", "decided", "rounds_of",
+    "COURSES", "DEFAULTS", "ORDERS", "SCORED_ON", "Allocation", "check_rounds", "covered", "decided", "rounds_of",
+    "scored_on",
 ]  # fmt: skip
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
@@ -44,6 +45,10 @@ Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
 ORDERS = ("rounds", "layers")
 DEFAULTS: dict[str, tuple[str, int]] = {"layers": ("block", 1), "rounds": ("per_cost", 4)}
 """Order -> ratios and rounds where none are given: the paper's, and what kept the most in docs/results.md."""
+
+SCORED_ON: dict[str, tuple[int, int]] = {"layers": (5, 1), "rounds": (1, 4)}
+"""Order -> nodes of the quadrature and batches where none are given. In rounds images are worth more than nodes, and
+one node on four batches costs less than five on one (docs/results.md, more data); the paper scores on one batch."""
 
 UNITS_PER_STEP = 0.1
 """Of a layer, between two scorings, where layers go one after the other and nothing else is given."""
@@ -104,6 +109,17 @@ def decided(
         default_rounds if rounds is None else rounds,
         units_per_step,
     )
+
+
+def scored_on(order: str, nodes: int | None, batches: int | None) -> tuple[int, int]:
+    """Nodes of the quadrature and number of scoring batches, where they are None: see ``SCORED_ON``.
+
+    Example:
+        >>> scored_on("rounds", None, None), scored_on("layers", None, None), scored_on("rounds", 3, 1)
+        ((1, 4), (5, 1), (3, 1))
+    """
+    default_nodes, default_batches = SCORED_ON[order]
+    return default_nodes if nodes is None else nodes, default_batches if batches is None else batches
 
 
 def check_rounds(rounds: object, course: object) -> None:

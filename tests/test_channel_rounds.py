@@ -20,6 +20,7 @@ from singe_plugin.cli import main
 from singe_plugin.errors import ConfigError
 from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
+from singe_plugin.scoring import ScoringOptions
 
 from small_nets import Chain, Residual, StopAt, images
 
@@ -317,6 +318,41 @@ def test_the_command(tmp_path: Path) -> None:
     used = json.loads(found.stdout)["options"]
     assert (used["order"], used["rounds"], used["ratios"]) == ("rounds", 2, "per_cost")
     assert used["scoring_batch_count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "count"),
+    [({}, 1, 4), ({"order": "layers"}, 5, 1), ({"units_per_step": 2}, 5, 1), ({"nodes": 3}, 3, 4),
+     ({"scoring_batch_count": 2}, 1, 2)],
+)  # fmt: skip
+def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count: int) -> None:
+    """By the passes that are made: one for every node, batch and scoring of a layer."""
+    batches = images(6)
+    model, passes = Chain(), []
+    model.conv3.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
+    result = prune(model, batches, target="params=0.3", finetune_steps=0, verify=False, **given)
+    scorings = len(result.history.select("layer_scored"))
+    assert sum(passes) == nodes * count * scorings > 0
+    assert (result.options["nodes"], result.options["scoring_batch_count"]) == (nodes, count)
+    found = inspect_model(Chain(), batches[0][0], target="params=0.3", finetune_steps=0, **_as_inspected(given))
+    assert found.cost is not None
+    assert found.cost.scoring_passes == nodes * count * found.cost.scorings
+
+
+def _as_inspected(given: dict[str, Any]) -> dict[str, Any]:
+    """Of ``prune``'s options those of ``inspect_model``."""
+    return {k: v for k, v in given.items() if k != "nodes"} | (
+        {"scoring": ScoringOptions(nodes=given["nodes"])} if "nodes" in given else {}
+    )
+
+
+def test_the_command_scores_as_the_library_does() -> None:
+    for words, per_scoring in (([], 4), (["--order", "layers"], 5), (["--nodes", "2"], 8),
+                               (["--scoring-batch-count", "3"], 3)):  # fmt: skip
+        found = CliRunner().invoke(main, ["inspect", "--model", "resnet10t", "--img-size", "32", "--json", *words])
+        assert found.exit_code == 0, found.output
+        cost = json.loads(found.stdout)["cost"]
+        assert cost["scoring_passes"] == per_scoring * cost["scorings"]
 
 
 def test_what_is_inspected_is_plain_values() -> None:
