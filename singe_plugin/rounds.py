@@ -48,7 +48,8 @@ DEFAULTS: dict[str, tuple[str, int]] = {"layers": ("block", 1), "rounds": ("per_
 
 SCORED_ON: dict[str, tuple[int, int]] = {"layers": (5, 1), "rounds": (1, 4)}
 """Order -> nodes of the quadrature and batches where none are given. In rounds images are worth more than nodes, and
-one node on four batches is fewer passes than five on one (docs/results.md, more data); the paper scores on one batch."""
+one node on four batches is fewer passes than five on one (docs/results.md, more data). The paper scores on one batch.
+"""
 
 UNITS_PER_STEP = 0.1
 """Of a layer, between two scorings, where layers go one after the other and nothing else is given."""
