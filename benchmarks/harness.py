@@ -144,11 +144,10 @@ def importance_of(method: str, options: dict[str, Any], classes: int) -> Any:
 
 
 def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
-    """Run one row: what was removed, the accuracies, the cost of scoring, times and memory."""
+    """Run one row: what was removed, the accuracies, the cost of scoring and of pruning."""
     start, clock = time.perf_counter(), _Clock()
     if spec.method == "none":
-        found = {"pruned": _accuracy(spec, setting, setting.make())}
-        return found | {"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
+        return {"pruned": _accuracy(spec, setting, setting.make())}
     run = _weights if spec.granularity == "weight" else _channels
     result, row = run(spec, setting, clock)
     pruned = time.perf_counter() - start
@@ -163,7 +162,7 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
             row["tuned"] = _accuracy(spec, setting, result.model)
         except singe_plugin.SingeError as error:  # what was measured before stays
             row["error"] = _text(error)
-    return row | {"pruning_seconds": pruned, "seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
+    return row | {"pruning_seconds": pruned}
 
 
 def _text(error: Exception) -> str:
@@ -231,7 +230,9 @@ def done(rows: Iterable[dict[str, Any]]) -> set[str]:
 
 def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
     """Compute the rows that are not stored yet, one after the other."""
-    specs, about = list(specs), environment()  # of the code that runs, whatever is committed meanwhile
+    specs = list(specs)
+    # environment: of the code that runs, whatever is committed meanwhile
+    about = {"data": setting.data, "weights": setting.weights, **environment()}
     for number, spec in enumerate(specs):
         if spec.key in done(read(path)):
             continue  # read anew each time: other processes write too
@@ -239,9 +240,9 @@ def run_rows(specs: Iterable[Spec], setting: Setting, path: Path) -> None:
         try:
             found = compute(spec, setting)
         except singe_plugin.SingeError as error:
-            found = {"error": _text(error), "seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
-        about_data = {"data": setting.data, "weights": setting.weights}
-        append(path, {"key": spec.key, **asdict(spec), **found, **about_data, **about})
+            found = {"error": _text(error)}
+        found |= {"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
+        append(path, {"key": spec.key, **asdict(spec), **found, **about})
         shown = {k: found[k] for k in ("removed_params", "pruned", "tuned", "error") if k in found}
         print(f"[{number + 1}/{len(specs)}] {spec.method} {spec.target:g} seed {spec.seed} {spec.steps} {spec.every} "
-              f"{spec.options}: {shown} {found.get('seconds', 0):.0f} s", flush=True)  # fmt: skip
+              f"{spec.options}: {shown} {found['seconds']:.0f} s", flush=True)  # fmt: skip

@@ -269,12 +269,17 @@ def cost(rows: Rows) -> str:
             said = PEER_PASSES.get(method, "none") if passes is None else f"{passes} a layer and round"
             macs = []
             for target in (0.9, 0.75, 0.5):
-                gone = [r["removed_macs"] for r in rows.at_once("resnet56", method, target) if "removed_macs" in r]
-                macs.append(f"{statistics.mean(gone):.0%}" if gone else "not run")
+                macs.append(macs_gone(rows.at_once("resnet56", method, target)))
             lines.append([NAMES[method], f"{seconds:.1f}", said, *macs])
     gone_at = [f"MACs gone at -{target:.0%}" for target in (0.9, 0.75, 0.5)]
     header = ["criterion", "scoring in 4 rounds (s)", "forward and backward passes", *gone_at]
     return markdown_table(header, lines)
+
+
+def macs_gone(rows: Iterable[Row]) -> str:
+    """The mean share of the multiply-adds; a row that failed has none."""
+    gone = [row["removed_macs"] for row in rows if "removed_macs" in row]
+    return f"{statistics.mean(gone):.0%}" if gone else "not run"
 
 
 def ablation(rows: Rows) -> str:
@@ -301,8 +306,7 @@ def ablation_tuned(rows: Rows) -> str:
     lines = []
     for name in sorted({option_name(row) for row in found}):
         mine = [row for row in found if option_name(row) == name]
-        gone = statistics.mean(row["removed_macs"] for row in mine)
-        lines.append([name, cell(mine, "pruned"), cell(mine, "tuned"), f"{gone:.0%}"])
+        lines.append([name, cell(mine, "pruned"), cell(mine, "tuned"), macs_gone(mine)])
     return markdown_table(["choice", "top-1 at -90%", "top-1 at -90%, 1,000 steps", "MACs gone"], lines)
 
 

@@ -307,8 +307,7 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
         options.pop("seed")
         options["verify"] = not options.pop("no_verify")
         order, *_ = decided(*(options[key] for key in _DECIDED))
-        options["nodes"], count = scored_on(order, options["nodes"], options["scoring_batch_count"])
-        options["scoring_batch_count"] = count
+        options["nodes"], _ = scored_on(order, options["nodes"], None)  # how many batches, the inspection decides
         scoring = ScoringOptions(**{key: options.pop(key) for key in _SCORING})
         found, values = run_inspect(model, options.pop("img_size"), scoring, options.pop("device"), **_decided(options))
     text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"
