@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow backbones tables lint types doctest examples coverage clean
+.PHONY: demo test gpu slow backbones tables lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto
+
+# what runs on a CUDA device against what runs on the CPU; skipped without one
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 # thousands of generated networks
 slow: $(STAMP)

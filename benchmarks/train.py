@@ -23,7 +23,7 @@ from singe_plugin.data import evaluate
 from singe_plugin.integrations.staging import resolve_device
 
 from records import environment, peak_mb
-from settings import architecture, load_setting
+from settings import architecture, fingerprint, load_setting
 
 
 class _Log(singe_plugin.Callback):
@@ -74,8 +74,9 @@ def main() -> None:
     }
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, args.out)
-    record = {"network": args.network, "data": setting.data, "steps": steps, "seed": args.seed, **found,
-              "seconds": time.perf_counter() - start, "peak_mb": peak_mb(), **about}  # fmt: skip
+    record = {"network": args.network, "data": setting.data, "steps": steps, "seed": args.seed,
+              "weights": fingerprint(args.out), **found, "seconds": time.perf_counter() - start,
+              "peak_mb": peak_mb(), **about}  # fmt: skip
     Path(f"{args.out}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 

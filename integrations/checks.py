@@ -23,6 +23,22 @@ def check_model(model: Any) -> None:
         raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
+    check_devices(model)
+
+
+def check_devices(model: nn.Module) -> None:
+    """Raise :class:`ConfigError` unless all parameters and buffers are on one device, and new tensors on the CPU."""
+    if (usual := torch.get_default_device()).type != "cpu":
+        raise ConfigError(
+            f"torch.set_default_device({str(usual)!r}) is in force, and what is counted here belongs on the CPU; call "
+            "this inside `with torch.device('cpu'):`"
+        )
+    first: dict[torch.device, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        first.setdefault(tensor.device, name)
+    if len(first) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
+        raise ConfigError(f"the model is spread over several devices ({places}); move it to one, as model.to('cuda:0')")
 
 
 def parts_of(model: nn.Module, given: Any, what: str = "ignored_layers") -> list[Any]:

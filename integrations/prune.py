@@ -100,8 +100,9 @@ def prune(
         val_data: dataset or batches for the accuracy before and after; None measures none.
         example_inputs: in the place of two examples from the data.
         amp, channels_last: mixed precision and memory format, for scoring and fine-tuning. Without ``amp``, scoring is
-            in full precision, and fine-tuning on CUDA in bf16 (``finetune=FineTune(..., amp=None)`` switches that off).
-        device: where to run; None is CUDA when there is one.
+            in full precision (or as a surrounding ``torch.autocast`` has it), and fine-tuning on CUDA in bf16
+            (``finetune=FineTune(..., amp=None)`` switches that off).
+        device: where to run; None is where the model is, or CUDA if that is the CPU and there is one.
         seed: of everything random; the caller's random state is left alone.
         fold: fold batch-norm for good first, as in the paper's experiments.
         latency: measure the latency before and after.
@@ -132,6 +133,7 @@ def prune(
         model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,
         scoring_batch_size=scoring_batch_size, scoring_batch_count=scoring_batch_count, batch_size=batch_size,
         workers=workers, builder=builder, out_dir=out_dir, resume=resume,
+        finetune=finetune,
     ) as stage:  # fmt: skip
         pairs = list(fold_batchnorm(model, stage.example).folded) if fold else []
         if importance is None:

@@ -20,9 +20,11 @@ from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.finetune import FineTune, loader_generators
-from singe_plugin.objective import tensors_in
+from singe_plugin.objective import tensors_in, to_device
 from singe_plugin.result import Metrics
 from singe_plugin.state import RngState, model_device
+
+from .checks import check_devices
 
 __all__ = [
     "Stage",
@@ -76,8 +78,11 @@ def staged(
     builder: Builder | None,
     out_dir: str | Path | None,
     resume: bool,
+    finetune: Any = None,
 ) -> Iterator[Stage]:
     """Move the model, seed, draw the batches; afterwards put device and random states back.
+
+    What ``finetune`` brings along, the state of an optimizer and an averaged copy, goes where the model goes.
 
     If the block fails, the model is rolled back too.
 
@@ -91,21 +96,30 @@ def staged(
     sizes = {"scoring_batch_size": scoring_batch_size, "scoring_batch_count": scoring_batch_count}
     check_counts(1, **sizes, batch_size=batch_size)
     check_counts(0, seed=seed, workers=workers)
-    home, where = model_device(model), resolve_device(device)
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ConfigError("the model is on the meta device and has no values; load its weights first")
+    check_devices(model)
+    if any(t.is_meta for t in tensors_in(example_inputs)):
+        raise ConfigError(
+            "example_inputs are on meta and have no values; move them to the model's device, or leave them out"
+        )
+    home = model_device(model)
+    where = resolve_device(device, home)
+    tuned = finetune if isinstance(finetune, FineTune) else None
     if out_dir is not None:
         check_out_dir(out_dir)
     if builder is not None:
         builder.check(model)
+    if where.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # it has random states from then on
     rng = RngState.capture()
     generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
     try:
         seed_everything(seed)
-        model.to(where)
+        _move(model, tuned, where)
         loader = as_loader(data, batch_size, workers, True, seed)
         batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
-        example = example_from(batches[0], where) if example_inputs is None else example_inputs
+        example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
         validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
         builder = builder if builder is not None else Builder.infer(model)
         stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
@@ -116,10 +130,20 @@ def staged(
             rollback.restore()
             raise
     finally:
-        model.to(home)
+        _move(model, tuned, home)
         rng.restore()
         for generator, state in generators:
             generator.set_state(state)
+
+
+def _move(model: nn.Module, finetune: FineTune | None, device: torch.device) -> None:
+    """A model to a device, and what is trained along with it."""
+    start = model_device(model)
+    model.to(device)
+    if finetune is not None:
+        finetune.follow()
+        if isinstance(finetune.ema, nn.Module) and model_device(finetune.ema) == start:
+            finetune.ema.to(device)
 
 
 def fine_tuning(
@@ -157,13 +181,15 @@ def check_counts(least: int, **values: Any) -> None:
             raise ConfigError(f"{name}={value!r} is not a count; give a whole number >= {least}")
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on; None is CUDA when there is one.
+def resolve_device(device: str | torch.device | None, home: torch.device | None = None) -> torch.device:
+    """The device to run on; None is where the model is (``home``), or CUDA if that is the CPU and there is one.
 
     Raises:
         ConfigError: if there is no such device.
     """
     if device is None:
+        if home is not None and home.type != "cpu":
+            return home
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.objective import call_model
@@ -43,6 +43,14 @@ POINT = 0.01
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+# PyTorch counts what CUDA runs for attention, but not what a CPU does
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 def count_params(model: nn.Module) -> int:
     """The number of parameters; a shared one counts once.
 
@@ -58,7 +66,7 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
 
     Counted with ``torch.utils.flop_counter`` in eval mode, for the batch that is given.
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     with preserved(model), torch.no_grad(), counter:
         for parameter in model.parameters():
             parameter.requires_grad_(False)  # the counter asks for the gradient function of what wants a gradient

@@ -23,7 +23,7 @@ from singe_plugin.algorithm import Progress
 from singe_plugin.artifact import named_tensors, write_atomically
 from singe_plugin.errors import ArtifactError
 from singe_plugin.events import History
-from singe_plugin.finetune import FineTune
+from singe_plugin.finetune import FineTune, beside
 from singe_plugin.state import RngState
 
 __all__ = ["CHECKPOINT", "read_checkpoint", "restore_run", "write_checkpoint"]
@@ -193,6 +193,7 @@ def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, finetune: Fine
     parameters = dict(model.named_parameters())
     for optimizer in finetune.optimizers:
         optimizer.state.clear()
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, plain in record["state"].items():
             parameter = parameters[name]
             state = {}
@@ -201,7 +202,7 @@ def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, finetune: Fine
                     state[key] = entry["value"]
                 else:
                     value = tensors[f"optimizer.{name}.{key}"].clone()
-                    state[key] = value.to(parameter.device) if value.shape == parameter.shape else value
+                    state[key] = beside(parameter, key, value, groups[id(parameter)])
             optimizer.state[parameter] = state
         for live, saved in zip(optimizer.param_groups, record["groups"], strict=True):
             live.update({k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in saved.items()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.events import Callback, FinetuneStep
-from singe_plugin.objective import Objective, call_model, materialise, split_batch, to_device
-from singe_plugin.state import RngState, model_device, train_mode_of
+from singe_plugin.objective import Objective, call_model, check_classes, materialise, split_batch, to_device
+from singe_plugin.state import RngState, casts_forgotten, model_device, train_mode_of
 
-__all__ = ["SCHEDULES", "BatchStream", "FineTune", "loader_generators", "phase_share"]
+__all__ = ["SCHEDULES", "BatchStream", "FineTune", "beside", "loader_generators", "phase_share"]
 
 SCHEDULES = ("removal", "layer", "end")
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
@@ -92,6 +92,15 @@ def loader_generators(batches: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
+def beside(parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
+    """A value of an optimizer's state where its step expects it: beside the parameter, but counts on the CPU.
+
+    Only optimizers that are fused or captured in a graph count on the parameter's device.
+    """
+    counted = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return value if counted or not isinstance(value, Tensor) else value.to(parameter.device)
+
+
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:
     """The ids of the parameters that an optimizer updates."""
     return {id(p) for g in optimizer.param_groups for p in g["params"]}
@@ -132,7 +141,7 @@ class FineTune:
         label_smoothing: of the default loss.
         loss: ``(outputs, targets) -> scalar`` in place of the default loss.
         clip_grad: the largest gradient norm, or None.
-        amp: None, ``"bf16"``, ``"fp16"`` or ``"auto"`` (bf16 on CUDA, nothing elsewhere).
+        amp: None, ``"bf16"``, ``"fp16"`` or ``"auto"`` (bf16 on CUDA cards that compute in it, nothing elsewhere).
         ema: an averaged copy of the model, cut along with it; with an ``update`` method it is updated every step.
         channels_last: convert image batches to that memory format.
         step_fn: ``(model, batch) -> loss`` in place of the forward pass and the loss; called in train mode.
@@ -232,6 +241,14 @@ class FineTune:
         if self._precision(model_device(model)) == torch.float16:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
 
+    def follow(self) -> None:
+        """Bring the optimizer's state to where the parameters are; after the model was moved to another device."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {})
+                    state.update({k: beside(parameter, k, v, group) for k, v in state.items()})
+
     def rewinder(self) -> Callable[[], None]:
         """A function that puts the step count, the scheduler and the loader back to where they are now."""
         done, stream = self.done, self.stream.position()
@@ -267,7 +284,7 @@ class FineTune:
         modes = train_mode_of(model)
         model.train()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), casts_forgotten():
                 for step in range(steps):
                     loss, lr = self._step(model, (begun + step) / length)
                     self.done += 1
@@ -325,15 +342,19 @@ class FineTune:
                 raise DataError(
                     f"the model returns {type(outputs).__name__}, not logits; give FineTune(loss=...) or step_fn"
                 )
+            if not targets.is_floating_point():
+                check_classes(targets, outputs)
             return functional.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
-        except SingeError:
+        except (SingeError, torch.cuda.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise DataError(f"fine-tuning step {self.done + 1} failed with {type(error).__name__}: {error}") from error
 
     def _precision(self, device: torch.device) -> torch.dtype | None:
         if self.amp == "auto":
-            return torch.bfloat16 if device.type == "cuda" else None
+            if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+                return None
+            return torch.bfloat16
         return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
 
     def _set_lr(self, share: float) -> float:

@@ -75,7 +75,7 @@ def create_model(
         options["num_classes"] = num_classes
     if in_chans is not None:
         options["in_chans"] = in_chans
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # it is made on the CPU
         torch.manual_seed(seed)
         try:
             model = timm.create_model(name, pretrained=pretrained, **options)

@@ -15,6 +15,7 @@ __all__ = [
     "Objective",
     "ObjectiveLike",
     "call_model",
+    "check_classes",
     "cross_entropy",
     "get_objective",
     "split_batch",
@@ -41,7 +42,10 @@ def cross_entropy(outputs: Any, targets: Any) -> Tensor:
         tensor(0.6931)
     """
     logits = _logits(outputs, "loss")
-    return functional.cross_entropy(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
+    if targets.is_floating_point():
+        return functional.cross_entropy(logits, targets.to(logits.dtype))
+    check_classes(targets, logits)
+    return functional.cross_entropy(logits, targets)
 
 
 def true_class_logit(outputs: Any, targets: Any) -> Tensor:
@@ -60,7 +64,31 @@ def true_class_logit(outputs: Any, targets: Any) -> Tensor:
     if targets.is_floating_point():
         expected: Tensor = (logits * targets).sum(1).mean()
         return expected
+    check_classes(targets, logits, ignored=None)
     return logits.gather(1, targets.unsqueeze(1)).mean()
+
+
+def check_classes(targets: Tensor, logits: Tensor, ignored: int | None = -100) -> None:
+    """Raise ``IndexError``, as PyTorch does on the CPU, for a class that the logits ``[B, C, ...]`` do not have.
+
+    CUDA would only say so later, and refuse everything from then on. Who calls it adds the layer and the batch.
+
+    Example:
+        >>> import torch
+        >>> check_classes(torch.tensor([0, 3]), torch.zeros(2, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        IndexError: Target 3 is out of bounds: the model has 3 classes, 0 to 2; ...
+    """
+    classes = logits.shape[1] if logits.ndim > 1 else logits.numel()
+    outside = (targets < 0) | (targets >= classes)
+    if ignored is not None:
+        outside &= targets != ignored
+    if bool(outside.any()):
+        raise IndexError(
+            f"Target {int(targets[outside][0])} is out of bounds: the model has {classes} classes, 0 to {classes - 1}; "
+            "check the labels, or make the model with more classes"
+        )
 
 
 def _logits(outputs: Any, name: str) -> Tensor:
@@ -160,17 +188,22 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def to_device(value: Any, device: torch.device, channels_last: bool = False) -> Any:
     """Move every tensor in a nested batch to ``device``; 4-D float images to ``channels_last`` on request.
 
+    Of other objects, those with a method ``to`` are moved by it.
+
     Example:
         >>> import torch
         >>> to_device((torch.zeros(1), {"y": 2}), torch.device("cpu"))
         (tensor([0.]), {'y': 2})
     """
     if isinstance(value, Tensor):
+        later = device.type != "cpu"  # what goes to the CPU is read as soon as this returns
         if channels_last and value.ndim == 4 and value.is_floating_point():
-            return value.to(device, non_blocking=True, memory_format=torch.channels_last)
-        return value.to(device, non_blocking=True)
+            return value.to(device, non_blocking=later, memory_format=torch.channels_last)
+        return value.to(device, non_blocking=later)
     if isinstance(value, Mapping):
         return {k: to_device(v, device, channels_last) for k, v in value.items()}
+    if callable(move := getattr(value, "to", None)):  # a batch of graphs, a packed sequence
+        return move(device)
     if isinstance(value, (tuple, list)):
         moved = [to_device(v, device, channels_last) for v in value]
         if hasattr(value, "_fields"):  # a named tuple

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RngState", "caches_preserved", "forget_caches", "model_device", "preserved", "train_mode_of"]
+__all__ = [
+    "RngState", "caches_preserved", "casts_forgotten", "forget_caches", "model_device", "native_rnns", "preserved",
+    "train_mode_of",
+]  # fmt: skip
 
 HOOK_DICTS = (
     "_forward_hooks",
@@ -59,8 +62,8 @@ class RngState:
     def restore(self) -> None:
         """Put the generators back to the captured states."""
         torch.set_rng_state(self.torch_cpu)
-        if self.torch_cuda:
-            torch.cuda.set_rng_state_all(self.torch_cuda)
+        for number, state in enumerate(self.torch_cuda[: torch.cuda.device_count()]):  # a run may go on with fewer
+            torch.cuda.set_rng_state(state, number)
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
@@ -146,6 +149,68 @@ def _is_cache(value: Any) -> bool:
 
 
 @contextmanager
+def casts_forgotten() -> Iterator[None]:
+    """Keep no casts of parameters in here, and none that were made before or in here afterwards.
+
+    Autocast keeps the casts of parameters until its outermost context is left. Where their values change in place, in
+    a context that somebody else has entered, every later forward pass would see the first values.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> with torch.autocast("cpu", torch.bfloat16), casts_forgotten():
+        ...     for value in (1.0, 2.0):
+        ...         _ = torch.nn.init.constant_(layer.weight, value)
+        ...         print(layer(torch.ones(1)).item())
+        1.0
+        2.0
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def native_rnns(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers run without cuDNN in here, which differentiates them in train mode only.
+
+    Its operator also hides what PyTorch's own show: which gates belong to which unit.
+
+    Example:
+        >>> layer = torch.nn.LSTM(2, 3)
+        >>> handle = layer.register_forward_hook(lambda *_: print(torch.backends.cudnn.enabled))
+        >>> with native_rnns(layer):
+        ...     _ = layer(torch.zeros(1, 1, 2))
+        False
+    """
+    before: list[bool] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        before.append(torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        torch.backends.cudnn.enabled = before.pop()
+
+    handles = []
+    enabled = torch.backends.cudnn.enabled
+    try:
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        torch.backends.cudnn.enabled = enabled
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put ``model`` back bit for bit on leaving, however the block is left.
 
@@ -169,7 +234,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     requires_grad = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     try:
-        with caches_preserved(model):
+        with caches_preserved(model), casts_forgotten():
             yield
     finally:
         for module, parameters, buffers, hooks in tables:

@@ -168,15 +168,15 @@ class Walker:
         while True:
             try:
                 value = self._value(self.model)
+                if not bool(torch.isfinite(value)):
+                    raise self._not_finite("F", scale)
+                if not value.requires_grad:
+                    raise self._detached()
+                found = torch.autograd.grad(value * self.loss_scale, leaves, allow_unused=True)
             except (SingeError, torch.cuda.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise self._failed(error) from error
-            if not bool(torch.isfinite(value)):
-                raise self._not_finite("F", scale)
-            if not value.requires_grad:
-                raise self._detached()
-            found = torch.autograd.grad(value * self.loss_scale, leaves, allow_unused=True)
             unscaled = [g if g is None or self.loss_scale == 1.0 else g / self.loss_scale for g in found]
             grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, unscaled, strict=True)]
             if all(bool(torch.isfinite(g).all()) for g in grads):

@@ -17,6 +17,7 @@ from singe_plugin.axes.substitutes import derangement
 from singe_plugin.axes.trace import Trace, _Operators
 from singe_plugin.objective import call_model
 
+from cuda_cells import gru_cell, lstm_cell
 from references import Net
 
 Operator = Callable[..., Any]
@@ -116,6 +117,13 @@ OPERATORS: dict[str, Operator] = {
     "global pool": lambda x, **_: functional.adaptive_avg_pool2d(x, 1),
     "interpolate": lambda x, **_: functional.interpolate(x, scale_factor=2, mode="bilinear"),
     "lstm": lambda x, **_: nn.LSTM(8, 3).requires_grad_(False)(x[0])[0],
+    "lstm: a step on CUDA": lambda x, y, **_: torch.cat(lstm_cell(x[0].flatten(1), y[0].flatten(1), x[0, :, 0])[:2]),
+    "lstm: with biases": lambda x, y, w, **_: lstm_cell(
+        x[0].flatten(1), y[0].flatten(1), x[1, :, 0], x[0, 0].flatten(), y[1, 1].flatten()
+    )[0],
+    "gru: a step on CUDA": lambda x, y, **_: gru_cell(
+        x[0, :, :3].flatten(1), y[0, :, :3].flatten(1), x[1, :, 0], x[0, 0, :3].flatten()
+    )[0],
     "no rule": lambda x, **_: torch.fft.fft(x, dim=1).real,
 }  # fmt: skip
 
@@ -125,6 +133,7 @@ FREE = {  # that a rule keeps the axes that it could keep: the sizes of the leav
     "attention": {2, 6, 4, 8}, "layer norm": {2, 6, 4, 8}, "mean": {2, 6, 4, 8}, "pixel_unshuffle": {2, 6},
     "im2col": {2, 6}, "group norm": {3, 2, 4, 8}, "max pool": {2, 6}, "roll": {2, 6}, "expand": {2, 6, 4, 8},
     "repeat": {2, 6, 4, 8}, "index": {2, 6, 8}, "no rule": set(), "split": {3, 4, 8, 2}, "lstm": {4},
+    "lstm: a step on CUDA": {6, 8},
 }  # fmt: skip
 
 

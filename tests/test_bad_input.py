@@ -299,7 +299,7 @@ CASES = [
     Case("prune one ignored", pruning(ignored_layers=nn.ReLU()), ConfigError, ("ReLU()", "put it in a list")),
     Case("prune callbacks", pruning(callbacks=3), ConfigError, ("callbacks must be a list", "got 3")),
     Case("prune max ratio", pruning(max_pruning_ratio=2), ConfigError, ("max_pruning_ratio=2", r"\]0, 1\]")),
-    Case("prune examples", pruning(example_inputs=X.to("meta")), ConfigError, ("on meta", "move one")),
+    Case("prune examples", pruning(example_inputs=X.to("meta")), ConfigError, ("on meta", "leave them out")),
     Case("prune resume", pruning(resume=True), ConfigError, ("resume=True", "out_dir")),
     Case("prune out_dir", pruning(out_dir=__file__), ArtifactError, ("test_bad_input.py", "output folder")),
     Case(

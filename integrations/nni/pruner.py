@@ -273,7 +273,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
                     "(or the evaluator a dummy_input), or coupled=False to rank every layer by itself"
                 )
             return None
-        graph = AxisGraph(model, example)
+        graph = AxisGraph(model, to_device(example, model_device(model)))
         for name, reason in (verify_groups(graph) if verify and self.coupled else {}).items():
             graph.drop(name, reason)
         return graph

@@ -24,8 +24,9 @@ from singe_plugin.budget import count_macs, count_params
 from singe_plugin.data import few
 from singe_plugin.errors import ConfigError, GroupError
 from singe_plugin.events import History, Removed
+from singe_plugin.objective import to_device
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
-from singe_plugin.state import preserved, train_mode_of
+from singe_plugin.state import model_device, preserved, train_mode_of
 
 from .holes import holes_of, masked_along, touched, with_units
 from .masks import checked_masks, fold_masks
@@ -141,7 +142,8 @@ class _Shrinker:
     ) -> None:  # fmt: skip
         self.model, self.allow_constants, self.allow_norms, self.tolerance = model, constants, norms, tolerance
         self.before = Structure.of(model)
-        self.graph, self.example = _traced(model, dummy)  # of the values of all parameters
+        # of the values of all parameters
+        self.graph, self.example = _traced(model, to_device(dummy, model_device(model)))
         fold_masks(model, masks)
         self.twin = _mask_twin(model, masks)
         self.trackers = Trackers(emas=[self.twin])
@@ -190,6 +192,8 @@ class _Shrinker:
             self.model.requires_grad_(False)  # PyTorch's counter trips over views of parameters that want gradients
             try:
                 macs = count_macs(self.model, few(self.example, 1))
+            except torch.cuda.OutOfMemoryError:
+                raise
             except Exception:
                 macs = count_macs(self.model, self.example)
         return Metrics(count_params(self.model), macs)

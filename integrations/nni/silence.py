@@ -30,7 +30,7 @@ from singe_plugin.axes.substitutes import (
 )
 from singe_plugin.data import few
 from singe_plugin.objective import tensors_in
-from singe_plugin.state import caches_preserved, preserved
+from singe_plugin.state import caches_preserved, native_rnns, preserved
 
 from .holes import Holes, Units, line_of, slices_of, units_at
 
@@ -94,6 +94,8 @@ class Laboratory:
         example = few(example, 1) if _is_image(example) else example
         try:
             start = self.run(example)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception:  # something in the model insists on single precision
             self.double = False
             start = self.run(example)
@@ -109,6 +111,8 @@ class Laboratory:
         try:
             with NormsOfTheRest(self.graph, {}) as watch:
                 made = self.run(inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception:
             return None
         usable = self.as_traced(watch) and all(bool(t.isfinite().all()) for t in made)
@@ -137,7 +141,7 @@ class Laboratory:
     def running(self) -> Iterator[None]:
         """The model in eval mode, and in double precision if it can."""
         model = self.graph.model
-        with preserved(model), ExitStack() as stack, torch.no_grad():
+        with preserved(model), native_rnns(model), ExitStack() as stack, torch.no_grad():
             model.eval()
             for parameter in model.parameters():
                 parameter.grad = None  # it would pin the type
@@ -192,6 +196,8 @@ class Laboratory:
             with self.drawn(holes, seed), self.running():
                 try:
                     moving = self._moving(seed, norms)
+                except torch.cuda.OutOfMemoryError:
+                    raise
                 except Exception as error:
                     self.trouble = f"its gradient cannot be taken ({type(error).__name__}: {error})"
                     return {g: torch.zeros_like(units) for g, units in found.items()}
@@ -233,6 +239,8 @@ class Laboratory:
                         one = self._seen(first, _projected)
                     with _other_words(self.graph.model), self.running():
                         other = self._seen(second, _projected)
+                except torch.cuda.OutOfMemoryError:
+                    raise
                 except Exception:  # the model takes no other inputs
                     one, other = {}, {}
             differ = {

@@ -78,6 +78,8 @@ class Trials:
                     made = self._removed(gone, functions, own)
                 except SingeError as error:
                     return str(error)
+                except torch.cuda.OutOfMemoryError:
+                    raise
                 except Exception as error:
                     return f"the forward pass fails without them ({type(error).__name__}: {error})"
             limit = self.tolerance if self.lab.double else max(self.tolerance, _SINGLE if own else _SINGLE_DRAWN)

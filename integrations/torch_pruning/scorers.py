@@ -16,8 +16,8 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.objective import call_model, split_batch, to_device
-from singe_plugin.state import model_device, preserved
+from singe_plugin.objective import call_model, check_classes, split_batch, to_device
+from singe_plugin.state import model_device, native_rnns, preserved
 
 from .host import TorchPruningHost
 
@@ -48,7 +48,7 @@ def with_gradients(pruner: Any, importance: Any, batches: Iterable[Any] | None, 
             "SInGEPruner(batches=...)"
         )
     model: nn.Module = pruner.model
-    with preserved(model), torch.enable_grad():
+    with preserved(model), native_rnns(model), torch.enable_grad():
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -96,6 +96,8 @@ def _loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Any:
         outputs = call_model(model, inputs)
         if not isinstance(outputs, torch.Tensor):
             raise ScoringError(f"the model returns {type(outputs).__name__}, not logits; only SInGE takes an objective")
+        if not targets.is_floating_point():
+            check_classes(targets, outputs)
         return functional.cross_entropy(outputs, targets, reduction=reduction)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):

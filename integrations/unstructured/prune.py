@@ -20,6 +20,7 @@ from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
 from singe_plugin.rounds import decided
 from singe_plugin.scoring import ScoringOptions
+from singe_plugin.state import model_device
 
 from ..staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
 from ..torch_pruning.host import block_of
@@ -106,6 +107,7 @@ def prune_weights(
         model, data, val_data=val_data, example_inputs=example_inputs, device=device, seed=seed,
         scoring_batch_size=scoring_batch_size, scoring_batch_count=scoring_batch_count, batch_size=batch_size,
         workers=workers, builder=builder, out_dir=out_dir, resume=resume,
+        finetune=finetune,
     ) as stage:  # fmt: skip
         pairs = list(fold_batchnorm(model, stage.example).folded) if fold else []
         scoring = ScoringOptions(
@@ -121,7 +123,9 @@ def prune_weights(
             example_inputs=stage.example, scoring=scoring,
         )  # fmt: skip
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
-        return _run(pruner, stage, pairs, latency, checkpoint, resume, options)
+        result = _run(pruner, stage, pairs, latency, checkpoint, resume, options)
+    result.weight_masks = {name: mask.to(model_device(model)) for name, mask in result.weight_masks.items()}
+    return result
 
 
 _RECORDED = frozenset(

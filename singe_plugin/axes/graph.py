@@ -150,7 +150,7 @@ class AxisGraph:
         self._unit_groups: dict[Group, UnitGroup] = {}
         try:
             self.trace: Trace = self._traced()
-        except SingeError:
+        except (SingeError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
             raise GroupError(
@@ -181,6 +181,8 @@ class AxisGraph:
                 try:
                     small = inputs[:2, :, :side, :side].contiguous()
                     found = trace(self.model, small, self.forward)
+                except torch.cuda.OutOfMemoryError:
+                    raise
                 except Exception:  # not a size for this model
                     continue
                 self.inputs = small
@@ -199,6 +201,8 @@ class AxisGraph:
 
         try:
             more = trace(self.model, self.inputs, both)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception:  # it cannot be run so: what is not read stays as it is
             more = self.trace
         if len(more.unread()) < len(self.trace.unread()):

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, SingeError
 from singe_plugin.objective import tensors_in
-from singe_plugin.state import caches_preserved
+from singe_plugin.state import caches_preserved, native_rnns
 
 from .graph import AxisGraph, Group
 from .removal import Snapshot, remove_units
@@ -103,6 +103,8 @@ class _Bench:
                 moved = self.run()
         except SingeError as error:
             return str(error)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             return f"the forward pass fails when its units are permuted ({type(error).__name__}: {error})"
         change = relative_change(self.base, moved)
@@ -126,6 +128,8 @@ class _Bench:
                 expected = self.run()
         except SingeError as error:
             return str(error)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             return f"the forward pass fails when its units are masked ({type(error).__name__}: {error})"
         undo = Snapshot(self.graph.model, self.graph)
@@ -138,6 +142,8 @@ class _Bench:
             removed = self.run()
         except SingeError as error:
             return str(error)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             return f"the forward pass fails when its units are removed ({type(error).__name__}: {error})"
         finally:
@@ -250,6 +256,8 @@ def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
     """The groups whose units hardly change the output: a mistake in them could not be seen."""
     try:
         effect = _effects(bench)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception:  # the model cannot be differentiated: look at each group alone
         return [group for group in groups if _masked_effect(bench, group) < _FELT * bench.tolerance]
     silent = []
@@ -269,7 +277,7 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
     """``|gradient x parameter|`` of a random projection of the outputs, relative to it, by the parameter's id."""
     model = bench.graph.model
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    with torch.enable_grad(), caches_preserved(model):
+    with torch.enable_grad(), caches_preserved(model), native_rnns(model):
         bench.graph.trace.forget()
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -331,6 +339,8 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
             graph.trace.forget()
             with watch:
                 return list(tensors_in(graph.forward(graph.model, inputs))), watch
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from singe_plugin.objective import call_model, tensors_in
-from singe_plugin.state import preserved
+from singe_plugin.state import native_rnns, preserved
 
 from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, unify
 from .sizes import link_sizes
@@ -375,6 +375,8 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
     if filled:
         try:
             return _trace(model, inputs, filled, forward)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception:  # then they are no caches: the forward pass does not fill them
             return _trace(model, inputs, [], forward)
     return _trace(model, inputs, [], forward)
@@ -393,6 +395,7 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
 
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
+        stack.enter_context(native_rnns(model))
         stack.enter_context(torch.no_grad())
         model.eval()
         state = Trace(model, caches=list(emptied))

@@ -126,3 +126,19 @@ def _lstm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         t.set(result, [*(opaque(t, s) for s in result.shape[:-1]), hidden])
     for extra in tensors_in(out[3:]):
         t.set(extra, [opaque(t, s) for s in extra.shape])
+
+
+@rule("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
+def _cell(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """One step on CUDA without cuDNN: ``(gates of the input, gates of the state, state, biases)``."""
+    batch, hidden = t.of(args[2])
+    for number, gates in enumerate(a for a in (*args[:2], *args[3:]) if isinstance(a, Tensor)):
+        axes = t.of(gates)
+        kind, units = split(axes[-1], [size_of(axes[-1]) // size_of(hidden), size_of(hidden)], t.why)
+        t.fix(kind)
+        t.unify(hidden, units)
+        if number < 2:
+            t.unify(batch, axes[0])
+    for result in tensors_in(out):
+        same = result.shape == args[2].shape  # else what the backward pass needs
+        t.set(result, [batch, hidden] if same else [opaque(t, s) for s in result.shape])
