@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 ROWS = HERE / "results" / "tables.jsonl"
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 WEIGHT_METHODS = ("l1", "norm_grad", "ig")
-CHOICE = 0.5  # where the ablation looks: beyond it nothing is left right after pruning
+CHOICES = (0.5, 0.75)  # where the ablation looks: beyond it nothing is left right after pruning
 
 # one choice at a time; {} is the base
 ABLATION: list[dict[str, Any]] = [
@@ -178,11 +178,11 @@ def depthwise_one_shot(w: Wanted) -> Iterator[Spec]:
 def ablation(w: Wanted) -> Iterator[Spec]:
     """What the choices are worth, on held-out images."""
     for seed in w.seeds:
-        for options in ABLATION:
-            yield Spec(w.network, "ig_abs", CHOICE, seed, options=options, split="held_out")
-        for method in CRITERIA:
-            yield Spec(w.network, method, CHOICE, seed, split="held_out")
-        for target in (CHOICE, 0.75):
+        for target in CHOICES:
+            for options in ABLATION:
+                yield Spec(w.network, "ig_abs", target, seed, options=options, split="held_out")
+            for method in CRITERIA:
+                yield Spec(w.network, method, target, seed, split="held_out")
             for method, options in DATA:
                 yield Spec(w.network, method, target, seed, options=options, split="held_out")
 
@@ -190,8 +190,9 @@ def ablation(w: Wanted) -> Iterator[Spec]:
 def ablation_long(w: Wanted) -> Iterator[Spec]:
     """The choices that take half an hour or more of a core each."""
     for seed in w.seeds:
-        for options in LONG_ABLATION:
-            yield Spec(w.network, "ig_abs", CHOICE, seed, options=options, split="held_out")
+        for target in CHOICES:
+            for options in LONG_ABLATION:
+                yield Spec(w.network, "ig_abs", target, seed, options=options, split="held_out")
 
 
 def ablation_tuned(w: Wanted) -> Iterator[Spec]:
