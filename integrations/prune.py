@@ -102,7 +102,7 @@ def prune(
         amp, channels_last: mixed precision and memory format, for scoring and fine-tuning. Without ``amp``, scoring is
             in full precision (or as a surrounding ``torch.autocast`` has it), and fine-tuning on CUDA in bf16
             (``finetune=FineTune(..., amp=None)`` switches that off).
-        device: where to run; None is where the model is, or CUDA if that is the CPU and there is one.
+        device: where to run; None is the CUDA device that the model is on, else CUDA when there is one, else the CPU.
         seed: of everything random; the caller's random state is left alone.
         fold: fold batch-norm for good first, as in the paper's experiments.
         latency: measure the latency before and after.

@@ -182,13 +182,13 @@ def check_counts(least: int, **values: Any) -> None:
 
 
 def resolve_device(device: str | torch.device | None, home: torch.device | None = None) -> torch.device:
-    """The device to run on; None is where the model is (``home``), or CUDA if that is the CPU and there is one.
+    """The device to run on; None is the CUDA device that the model is on (``home``), else CUDA when there is one.
 
     Raises:
         ConfigError: if there is no such device.
     """
     if device is None:
-        if home is not None and home.type != "cpu":
+        if home is not None and home.type == "cuda":
             return home
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

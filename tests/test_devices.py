@@ -119,9 +119,10 @@ def test_a_batch_that_can_move_itself_is_moved() -> None:
 # --- where things are -------------------------------------------------------------------------------------------
 
 
-def test_a_model_stays_on_an_accelerator_that_it_is_on() -> None:
+def test_a_model_stays_on_the_cuda_device_that_it_is_on() -> None:
     assert resolve_device(None, torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert resolve_device(None, torch.device("cpu")) == resolve_device(None)
+    assert resolve_device(None, torch.device("mps")) == resolve_device(None)  # it has no double precision
     assert resolve_device("cpu", torch.device("cuda", 1)) == torch.device("cpu")
 
 
@@ -309,6 +310,10 @@ def test_labels_out_of_range_are_found_before_the_device_sees_them() -> None:
     loop = FineTune(batches, 1)
     loop.prepare(model)
     with pytest.raises(DataError, match=said):
+        loop.run(model, 1, Callback())
+    loop = FineTune([(x, y.tolist()) for x, y in batches], 1)
+    loop.prepare(model)
+    with pytest.raises(DataError, match="step 1 failed with TypeError"):
         loop.run(model, 1, Callback())
     ignored = [(batches[0][0], torch.tensor([0, 1, 2, -100, 0, 0, 0, 0]))]
     kept = [(x[y >= 0], y[y >= 0]) for x, y in ignored]
