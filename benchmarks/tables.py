@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 ROWS = HERE / "results" / "tables.jsonl"
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 WEIGHT_METHODS = ("l1", "norm_grad", "ig")
-CHOICES = (0.5, 0.75)  # where the ablation looks: beyond it nothing is left right after pruning
+CHOICES = (0.5, 0.75)  # where the ablation looks: beyond them nothing is left right after pruning
 
 # one choice at a time; {} is the base
 ABLATION: list[dict[str, Any]] = [
@@ -167,7 +167,7 @@ def weights_rounds(w: Wanted) -> Iterator[Spec]:
 
 def depthwise(w: Wanted) -> Iterator[Spec]:
     """Table 5's form: right after pruning, and after fine-tuning."""
-    yield from tuned(w, (0.5, 0.75, 0.9, 0.4, 0.3))
+    yield from tuned(w, (*PEER_TARGETS, 0.4, 0.3))
 
 
 def depthwise_one_shot(w: Wanted) -> Iterator[Spec]:
@@ -188,7 +188,7 @@ def ablation(w: Wanted) -> Iterator[Spec]:
 
 
 def ablation_long(w: Wanted) -> Iterator[Spec]:
-    """The choices that take half an hour or more of a core each."""
+    """The choices that take ten minutes of a core and more each."""
     for seed in w.seeds:
         for target in CHOICES:
             for options in LONG_ABLATION:

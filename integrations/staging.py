@@ -105,7 +105,6 @@ def staged(
         )
     home = model_device(model)
     where = resolve_device(device, home)
-    tuned = finetune if isinstance(finetune, FineTune) else None
     if out_dir is not None:
         check_out_dir(out_dir)
     if builder is not None:
@@ -116,7 +115,7 @@ def staged(
     generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
     try:
         seed_everything(seed)
-        _move(model, tuned, where)
+        _move(model, finetune, where)
         loader = as_loader(data, batch_size, workers, True, seed)
         batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
         example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
@@ -130,17 +129,17 @@ def staged(
             rollback.restore()
             raise
     finally:
-        _move(model, tuned, home)
+        _move(model, finetune, home)
         rng.restore()
         for generator, state in generators:
             generator.set_state(state)
 
 
-def _move(model: nn.Module, finetune: FineTune | None, device: torch.device) -> None:
+def _move(model: nn.Module, finetune: Any, device: torch.device) -> None:
     """A model to a device, and what is trained along with it."""
     start = model_device(model)
     model.to(device)
-    if finetune is not None:
+    if isinstance(finetune, FineTune):
         finetune.follow()
         if isinstance(finetune.ema, nn.Module) and model_device(finetune.ema) == start:
             finetune.ema.to(device)

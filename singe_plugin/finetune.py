@@ -342,8 +342,7 @@ class FineTune:
                 raise DataError(
                     f"the model returns {type(outputs).__name__}, not logits; give FineTune(loss=...) or step_fn"
                 )
-            if isinstance(targets, Tensor) and not targets.is_floating_point():
-                check_classes(targets, outputs)
+            check_classes(targets, outputs)
             return functional.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise

@@ -42,10 +42,8 @@ def cross_entropy(outputs: Any, targets: Any) -> Tensor:
         tensor(0.6931)
     """
     logits = _logits(outputs, "loss")
-    if targets.is_floating_point():
-        return functional.cross_entropy(logits, targets.to(logits.dtype))
     check_classes(targets, logits)
-    return functional.cross_entropy(logits, targets)
+    return functional.cross_entropy(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
 
 
 def true_class_logit(outputs: Any, targets: Any) -> Tensor:
@@ -68,10 +66,11 @@ def true_class_logit(outputs: Any, targets: Any) -> Tensor:
     return logits.gather(1, targets.unsqueeze(1)).mean()
 
 
-def check_classes(targets: Tensor, logits: Tensor, ignored: int | None = -100) -> None:
+def check_classes(targets: Any, logits: Tensor, ignored: int | None = -100) -> None:
     """Raise ``IndexError``, as PyTorch does on the CPU, for a class that the logits ``[B, C, ...]`` do not have.
 
     CUDA would only say so later, and refuse everything from then on. Who calls it adds the layer and the batch.
+    Targets that are no class indices are left to the loss.
 
     Example:
         >>> import torch
@@ -80,6 +79,8 @@ def check_classes(targets: Tensor, logits: Tensor, ignored: int | None = -100) -
         ...
         IndexError: Target 3 is out of bounds: the model has 3 classes, 0 to 2; ...
     """
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return
     classes = logits.shape[1] if logits.ndim > 1 else logits.numel()
     outside = (targets < 0) | (targets >= classes)
     if ignored is not None:

@@ -187,17 +187,15 @@ def native_rnns(model: nn.Module) -> Iterator[None]:
         ...     _ = layer(torch.zeros(1, 1, 2))
         False
     """
-    before: list[bool] = []
+    enabled = torch.backends.cudnn.enabled
 
     def enter(module: nn.Module, _: Any) -> None:
-        before.append(torch.backends.cudnn.enabled)
         torch.backends.cudnn.enabled = False
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
-        torch.backends.cudnn.enabled = before.pop()
+        torch.backends.cudnn.enabled = enabled
 
     handles = []
-    enabled = torch.backends.cudnn.enabled
     try:
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
@@ -207,7 +205,7 @@ def native_rnns(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        torch.backends.cudnn.enabled = enabled
+        torch.backends.cudnn.enabled = enabled  # hooks are not called on an interrupt
 
 
 @contextmanager

@@ -90,6 +90,18 @@ class Grouped(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
+class Recurrent(nn.Module):
+    """A layer in front of a recurrent one, and a head on its last step."""
+
+    def __init__(self, kind: type[nn.RNNBase], width: int, hidden: int) -> None:
+        super().__init__()
+        self.stem, self.cells = nn.Linear(4, width), kind(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(self.stem(x))[0][:, -1])
+
+
 def mlp(width: int = 16) -> nn.Sequential:
     """Two hidden layers: the fastest thing that can be pruned."""
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, CLASSES))
@@ -110,6 +122,11 @@ def vectors(count: int = 2, examples: int = 8, seed: int = 0) -> list[tuple[Tens
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(examples, 4, generator=generator) for _ in range(count)]
     return [(x, x[:, :CLASSES].argmax(1)) for x in inputs]
+
+
+def sequences() -> list[tuple[Tensor, Tensor]]:
+    """The vectors, each five times in a row."""
+    return [(x[:, None].repeat(1, 5, 1), y) for x, y in vectors()]
 
 
 class Pairs(torch.utils.data.Dataset[tuple[Tensor, int]]):

@@ -22,7 +22,7 @@ from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.scoring import ScoringOptions, score_units
 
 from references import CASES, Net, get_case
-from small_nets import Chain, StopAt, Trace, assert_same_values, images, values_of, vectors
+from small_nets import Chain, Recurrent, StopAt, Trace, assert_same_values, images, sequences, values_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,14 +76,11 @@ def test_scores_are_those_of_the_cpu(name: str, path: str) -> None:
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_are_pruned_as_on_the_cpu(kind: type[nn.RNNBase]) -> None:
-    def made() -> Net:
+    def made() -> nn.Module:
         torch.manual_seed(0)
-        return Net(
-            lambda m, x: m.head(m.cells(m.stem(x))[0][:, -1]),
-            stem=nn.Linear(4, 32), cells=kind(32, 24, batch_first=True), head=nn.Linear(24, 3),
-        ).eval()  # fmt: skip
+        return Recurrent(kind, 32, 24).eval()
 
-    batches = [(x[:, None].repeat(1, 5, 1), y) for x, y in vectors(2)]
+    batches = sequences()
     on_cpu, on_cuda = AxisGraph(made(), batches[0][0]), AxisGraph(made().to(CUDA), batches[0][0].to(CUDA))
     assert list(on_cuda.groups) == list(on_cpu.groups)
     assert verify_groups(on_cuda) == verify_groups(on_cpu)

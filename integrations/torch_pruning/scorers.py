@@ -96,8 +96,7 @@ def _loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Any:
         outputs = call_model(model, inputs)
         if not isinstance(outputs, torch.Tensor):
             raise ScoringError(f"the model returns {type(outputs).__name__}, not logits; only SInGE takes an objective")
-        if isinstance(targets, torch.Tensor) and not targets.is_floating_point():
-            check_classes(targets, outputs)
+        check_classes(targets, outputs)
         return functional.cross_entropy(outputs, targets, reduction=reduction)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
