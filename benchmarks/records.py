@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -56,13 +57,18 @@ def environment() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit, and whether the code differs from it; stored rows and the pages made of them may."""
+    """The commit, and whether the code differs from it; stored rows and the pages made of them may.
+
+    A copy without the repository's history is told its commit: ``BENCHMARK_COMMIT=$(git rev-parse --short HEAD)``.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], capture_output=True, text=True, cwd=HERE.parent, check=False
         ).stdout.strip()
 
+    if not git("rev-parse", "--short", "HEAD"):
+        return os.environ.get("BENCHMARK_COMMIT", "unknown")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 

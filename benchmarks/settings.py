@@ -1,8 +1,9 @@
 """Trained networks and their images, for the benchmarks.
 
 A network is ``resnet56`` (``cifar_resnet.py``) or any timm name; a timm network that sees 32 x 32 images gets a stem of
-stride 1. Its weights are a safetensors file, or timm's own. Images are an ``.npz`` of JPEG files, torchvision's
-CIFAR-10 (``torch/cifar10:FOLDER``) or a folder of classes (``FOLDER/train`` and ``FOLDER/val``, as ImageNet's).
+stride 1. ``NAME_converged`` is the same network with weights of its own, trained for longer. Its weights are a
+safetensors file, or timm's own. Images are an ``.npz`` of JPEG files, torchvision's CIFAR-10
+(``torch/cifar10:FOLDER``) or a folder of classes (``FOLDER/train`` and ``FOLDER/val``, as ImageNet's).
 """
 
 from __future__ import annotations
@@ -64,13 +65,22 @@ class Augmented(Dataset[Any]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        top, left, flip = torch.randint(0, 18, (3,)).tolist()
-        image = self.padded[index, :, top % 9 : top % 9 + self.size, left % 9 : left % 9 + self.size]
-        return (image.flip(-1) if flip < 9 else image), self.labels[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """A loader's batch at once; the same draws as one after the other."""
+        drawn = torch.randint(0, 18, (len(indices), 3)).tolist()
+        padded, size = self.padded.numpy(), self.size
+        images = torch.empty(len(indices), padded.shape[1], size, size)
+        for image, index, (top, left, flip) in zip(images.numpy(), indices, drawn, strict=True):
+            cut = padded[index, :, top % 9 : top % 9 + size, left % 9 : left % 9 + size]
+            image[:] = cut[..., ::-1] if flip < 9 else cut
+        return list(zip(images, self.labels[torch.tensor(indices)], strict=True))
 
 
 def architecture(name: str, classes: int, small_images: bool, pretrained: bool = False) -> nn.Module:
     """The network before its weights are loaded."""
+    name = name.removesuffix("_converged")
     if name == "resnet56":
         return resnet56()
     model = timm.create_model(name, num_classes=classes, pretrained=pretrained)

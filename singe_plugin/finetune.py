@@ -303,9 +303,10 @@ class FineTune:
         precision = self._precision(device)
         with torch.autocast(device.type, dtype=precision) if precision else nullcontext():
             loss = self._loss(model, batch)
-        if not bool(torch.isfinite(loss)):
+        value = float(loss.detach())  # here: read at the end, it would wait for the backward pass and the optimizer
+        if not math.isfinite(value):
             raise DataError(
-                f"the fine-tuning loss is {loss.item()} at step {self.done + 1} of {self.steps}; lower lr "
+                f"the fine-tuning loss is {value} at step {self.done + 1} of {self.steps}; lower lr "
                 f"(now {lr:g}), check the batches, or set amp=None"
             )
         scaler = self.scaler
@@ -325,7 +326,7 @@ class FineTune:
         update = getattr(self.ema, "update", None)
         if callable(update):
             update(model)
-        return float(loss.detach()), lr
+        return value, lr
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         if self.step_fn is not None:
