@@ -51,6 +51,10 @@ class GraphedLoss:
     @staticmethod
     def _captured(model: nn.Module, images: Tensor) -> Any:
         """The model's graph; what warming up does to the running statistics is undone."""
+        # capturing makes the nodes that add up gradients on a stream of its own, which is as it should be
+        quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if quiet is not None:
+            quiet(False)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         device = images.device.type
         # inside a graph a cast that was kept would belong to the graph before

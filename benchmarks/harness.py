@@ -52,10 +52,7 @@ PEERS: dict[str, Callable[..., Any]] = {
 DATA_FREE = ("l1", "l2", "magnitude_l1", "magnitude_l2", "bn_scale", "lamp", "fpgm")  # no seed changes them
 PEER_TARGETS = (0.5, 0.75, 0.9)
 DEPTHWISE_TARGETS = (0.3, 0.4, 0.5, 0.75, 0.9)  # the paper's Table 5, and the peers'
-NETWORKS = {
-    "resnet56_converged": PEER_TARGETS, "resnet56": PEER_TARGETS,
-    "mobilenetv2_035_converged": DEPTHWISE_TARGETS, "mobilenetv2_035": DEPTHWISE_TARGETS,
-}  # fmt: skip
+NETWORKS = {"resnet56": PEER_TARGETS, "resnet56_converged": PEER_TARGETS, "mobilenetv2_035": DEPTHWISE_TARGETS}
 # of every row; a row's options replace it
 BASE: dict[str, Any] = {
     "order": "rounds", "rounds": 4, "ratios": "per_cost", "mu": 0.95, "nodes": 3, "scoring_batch_count": 1,
@@ -174,9 +171,10 @@ def _text(error: Exception) -> str:
 
 
 def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_plugin.FineTune:
-    """The recipe: the library's defaults; on a GPU with the loss as a graph."""
+    """The recipe: the library's defaults; on a GPU with the loss as a graph, images in channels-last."""
     loader = DataLoader(setting.train, spec.batch or 1, shuffle=True, drop_last=True)
-    return singe_plugin.FineTune(loader, steps, every, step_fn=graphed_loss())
+    graph = graphed_loss()
+    return singe_plugin.FineTune(loader, steps, every, step_fn=graph, channels_last=graph is not None)
 
 
 def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:

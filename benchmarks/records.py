@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
 def commit() -> str:
     """The commit, and whether the code differs from it; stored rows and the pages made of them may.
 
-    A copy without the repository's history is told its commit: ``BENCHMARK_COMMIT=$(git rev-parse --short HEAD)``.
+    A copy of the files without their history is told: ``BENCHMARK_COMMIT=$(git rev-parse --short HEAD)``.
     """
 
     def git(*words: str) -> str:
@@ -67,8 +67,9 @@ def commit() -> str:
             ["git", *words], capture_output=True, text=True, cwd=HERE.parent, check=False
         ).stdout.strip()
 
-    if not git("rev-parse", "--short", "HEAD"):
-        return os.environ.get("BENCHMARK_COMMIT", "unknown")
+    told = os.environ.get("BENCHMARK_COMMIT")
+    if told:
+        return told
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 

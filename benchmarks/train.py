@@ -2,7 +2,7 @@
 
     python benchmarks/train.py --network mobilenetv2_035 --data cifar10_jpeg.npz --epochs 12 --out mobilenet.safetensors
 
-SGD with Nesterov momentum 0.9, weight decay 1e-4, batches of 128, cosine with two epochs of warm-up; on a GPU in
+SGD with Nesterov momentum 0.9, cosine with two epochs of warm-up, from random weights or ``--start``; on a GPU in
 mixed precision (``--amp none`` without) and with the loss as a graph. The 5,000 held-out training images are not
 trained on. Writes ``OUT`` and ``OUT.json`` (how, and the accuracy).
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import singe_plugin
@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--weight-decay", type=float, default=1e-4)
+    parser.add_argument("--start", help="a safetensors file to go on from")
     parser.add_argument("--amp", choices=("auto", "bf16", "none"), default="auto")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--workers", type=int, default=0)
@@ -61,6 +63,8 @@ def main() -> None:
     setting = load_setting(args.network, None, args.data, args.images)
     sample, _ = setting.test[0]
     model = architecture(args.network, setting.classes, sample.shape[-1] <= 32)
+    if args.start:
+        model.load_state_dict(load_file(args.start))
     model.to(resolve_device(None))
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -69,7 +73,7 @@ def main() -> None:
     loop = singe_plugin.FineTune(
         loader, steps, "end", warmup=2 * len(loader), label_smoothing=0.0, clip_grad=None,
         channels_last=args.channels_last, amp=None if args.amp == "none" else args.amp, step_fn=graphed_loss(0.0),
-        optimizer=lambda p: torch.optim.SGD(p, args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4),
+        optimizer=lambda p: torch.optim.SGD(p, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay),
     )  # fmt: skip
     start, about = time.perf_counter(), environment()
     loop.prepare(model)
@@ -82,8 +86,8 @@ def main() -> None:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, args.out)
     record = {"network": args.network, "data": setting.data, "steps": steps, "seed": args.seed,
-              "weights": fingerprint(args.out), **found, "seconds": time.perf_counter() - start,
-              "peak_mb": peak_mb(), **about}  # fmt: skip
+              "start": fingerprint(args.start) if args.start else None, "weights": fingerprint(args.out), **found,
+              "seconds": time.perf_counter() - start, "peak_mb": peak_mb(), **about}  # fmt: skip
     Path(f"{args.out}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 

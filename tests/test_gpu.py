@@ -173,10 +173,11 @@ def test_mixed_precision_and_memory_format() -> None:
 
 
 def test_the_random_states_are_left_alone() -> None:
+    model, data = chain(), images(2)  # this seeds, too
     torch.cuda.manual_seed_all(11)
     before, numbers = torch.cuda.get_rng_state(0), torch.rand(3, device=CUDA)
     torch.cuda.set_rng_state(before, 0)
-    prune(chain(), images(2), target="params=0.4", finetune_steps=2, verify=False)
+    prune(model, data, target="params=0.4", finetune_steps=2, verify=False)
     assert torch.equal(torch.cuda.get_rng_state(0), before)
     assert torch.equal(torch.rand(3, device=CUDA), numbers)
 
