@@ -6,6 +6,7 @@ them as the device to run them. The numbers are those of the same step launched 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -44,8 +45,12 @@ class GraphedLoss:
         images, targets = batch
         state = (tuple((p.data_ptr(), p.shape) for p in (*model.parameters(), *model.buffers())), images.shape)
         if state != self.of:
-            self.net = None  # the old graph goes first
-            self.of, self.net = state, self._captured(model, images)
+            self.of, self.net = state, None  # the old graph goes first
+            try:
+                self.net = self._captured(model, images)
+            except RuntimeError as error:
+                warnings.warn(f"no graph, kernels one by one: {error}", stacklevel=2)
+                self.net = model
         return functional.cross_entropy(self.net(images), targets, label_smoothing=self.label_smoothing)
 
     @staticmethod
