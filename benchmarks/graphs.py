@@ -1,7 +1,7 @@
 """Fine-tuning steps of small networks on a GPU without their launches: forward and backward pass as one CUDA graph.
 
-A step of a narrow ResNet-56 is a thousand kernels of a few microseconds, and Python takes five times as long to launch
-them as the device to run them. The numbers are those of the same step launched one by one, to rounding.
+A step of a narrow ResNet-56 is a thousand kernels of a few microseconds each, and launching them one by one takes
+longer than running them. The numbers are those of the same step launched one by one, to rounding.
 """
 
 from __future__ import annotations

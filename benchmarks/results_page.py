@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,28 +35,49 @@ PAPER_TABLE_2 = {  # Table 2: (target, schedule, steps)
     (0.9, "post", 1000): "77.2", (0.9, "layer", 1000): "85.38", (0.9, "post", 2000): "80.89",
     (0.9, "layer", 2000): "87.52", (0.9, "post", 5000): "86.39", (0.9, "layer", 5000): "90.02",
 }  # fmt: skip
+PAPER_BATCH = 128  # §4.1: of the fine-tuning
 PEER_PASSES = {"taylor": "1 a round", "hessian": "1 forward a round, backward 1 an image", "obdc": "1 a round"}
 INTEGRATED = ("sg", "ig", "ig_abs")
 SCHEDULES = {"post": "after pruning", "layer": "entwined, per layer", "removal": "entwined, per removal"}
 
 
-def values(rows: Iterable[Row], stage: str) -> list[float]:
-    """The accuracies in percent, one a seed; of fine-tuning with different batches, those with the largest."""
-    found = [row for row in rows if stage in row]
-    if stage == "tuned":
-        found = [row for row in found if row["batch"] == max(other["batch"] for other in found)]
-    return list({row["seed"]: 100 * row[stage] for row in found}.values())
+def measured(rows: Iterable[Row], stage: str, batch: int | None = None) -> list[Row]:
+    """One row a seed: the first that was stored; of fine-tuning in one batch size, the one with the most seeds.
+
+    Args:
+        rows: of one criterion, target and setting.
+        stage: ``"pruned"`` or ``"tuned"``.
+        batch: only fine-tuning with this one.
+    """
+    found: dict[int, dict[int, Row]] = {}
+    for row in rows:
+        if stage in row:
+            found.setdefault(row["batch"] if stage == "tuned" else 0, {}).setdefault(row["seed"], row)
+    if stage == "tuned" and batch is not None:
+        return list(found.get(batch, {}).values())
+    most = max(found, key=lambda size: (len(found[size]), size), default=None)
+    return [] if most is None else list(found[most].values())
+
+
+def values(rows: Iterable[Row], stage: str, batch: int | None = None) -> list[float]:
+    """The accuracies in percent, one a seed."""
+    return [100 * row[stage] for row in measured(rows, stage, batch)]
 
 
 def cell(rows: Sequence[Row], stage: str) -> str:
-    """Mean and standard deviation over the seeds; the number of seeds if it is not three."""
+    """Mean and standard deviation over the seeds; their number if it is not three; the batch if it is not the paper's.
+
+    A row whose fine-tuning failed is an error there, not before.
+    """
     found = values(rows, stage)
     if not found:
         failed = [row["error"] for row in rows if "error" in row]
         return failed[0].split(":")[0] if failed else "not run"
+    batch = measured(rows, stage)[0]["batch"] if stage == "tuned" else 0
+    end = f", b{batch}" if batch not in (0, PAPER_BATCH) else ""
     if len(found) == 1:
-        return f"{found[0]:.1f} (1 seed)"
-    count = "" if len(found) == 3 else f" ({len(found)} seeds)"
+        return f"{found[0]:.1f} (1 seed{end})"
+    count = f" ({len(found)} seeds{end})" if len(found) != 3 else f" ({end[2:]})" if end else ""
     return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}{count}"
 
 
@@ -201,8 +223,8 @@ def more_data(rows: Rows) -> str:
                 for given in ({}, options):
                     found = rows.at_once(network, method, target, given)
                     line += [cell(found, "pruned"), cell([r for r in found if r["steps"] == 1000], "tuned")]
-                    took = [r["scoring_seconds"] for r in found if "scoring_seconds" in r]
-                    seconds.append(f"{statistics.median(took):.0f}" if took else "?")
+                    took = scoring_seconds(found)
+                    seconds.append(f"{took:.0f}" if took is not None else "?")
                 lines.append([*line, " / ".join(seconds)])
     header = [f"{data}{when}" for data in ("one batch", "more data") for when in ("", ", 1,000 steps")]
     return markdown_table(["network", "parameters", "criterion", *header, "scoring (s)"], lines)
@@ -227,10 +249,10 @@ def lead(rows: Rows) -> str:
     lines = []
     for network, targets in NETWORKS.items():
         for target in targets:
-            for stage, steps in (("pruned", 0), ("tuned", 1000)):
-                ours, others = (best(rows, network, methods, target, stage) for methods in (INTEGRATED, PEERS))
+            for stage, batch in (("pruned", None), ("tuned", PAPER_BATCH), ("tuned", 32)):
+                ours, others = (best(rows, network, methods, target, stage, batch) for methods in (INTEGRATED, PEERS))
                 if ours and others:
-                    when = f"after {steps:,} steps" if steps else "right after pruning"
+                    when = f"after 1,000 steps of {batch}" if batch else "right after pruning"
                     lines.append([network, f"-{target:.0%}", when, ours[1], f"{ours[0]:.1f}", others[1],
                                   f"{others[0]:.1f}", f"{ours[0] - others[0]:+.1f}",
                                   f"{ours[2]:.0%} / {others[2]:.0%}"])  # fmt: skip
@@ -239,7 +261,7 @@ def lead(rows: Rows) -> str:
 
 
 def best(
-    rows: Rows, network: str, methods: Iterable[str], target: float, stage: str
+    rows: Rows, network: str, methods: Iterable[str], target: float, stage: str, batch: int | None = None
 ) -> tuple[float, str, float] | None:
     """The best mean of those with three seeds (one where no data is read), whose it is, and the MACs that went."""
     found = []
@@ -250,11 +272,11 @@ def best(
             ("layers", rows.at_once(network, method, target, LAYERS)),
             ("more data", rows.at_once(network, method, target, MORE_DATA[method]) if method in MORE_DATA else []),
         ):
-            measured = [row for row in mine if stage in row and (stage == "pruned" or row["steps"] == 1000)]
-            accuracies = values(measured, stage)
-            if len(accuracies) >= 3 or (accuracies and method in DATA_FREE and stage == "pruned"):
-                macs = statistics.mean(row["removed_macs"] for row in measured)
-                found.append((statistics.mean(accuracies), f"{NAMES[method]}, {name}", macs))
+            of_length = [row for row in mine if stage == "pruned" or row["steps"] == 1000]
+            seen = measured(of_length, stage, batch)
+            if len(seen) >= 3 or (seen and method in DATA_FREE and stage == "pruned"):
+                macs = statistics.mean(row["removed_macs"] for row in seen)
+                found.append((statistics.mean(100 * row[stage] for row in seen), f"{NAMES[method]}, {name}", macs))
     return max(found, default=None)
 
 
@@ -262,10 +284,10 @@ def cost(rows: Rows) -> str:
     """The criterion's cost: seconds of scoring, passes, and the multiply-adds that went along."""
     lines = []
     for method in (*OURS, *PEERS):
-        found = [r for r in rows.at_once("resnet56", method, 0.75) if "scoring_seconds" in r]
-        if found:
+        found = rows.at_once("resnet56", method, 0.75)
+        seconds = scoring_seconds(found)
+        if seconds is not None:
             passes = found[0].get("passes_per_scoring")
-            seconds = statistics.median(r["scoring_seconds"] for r in found)
             said = PEER_PASSES.get(method, "none") if passes is None else f"{passes} a layer and round"
             macs = []
             for target in (0.9, 0.75, 0.5):
@@ -274,6 +296,12 @@ def cost(rows: Rows) -> str:
     gone_at = [f"MACs gone at -{target:.0%}" for target in (0.9, 0.75, 0.5)]
     header = ["criterion", "scoring in 4 rounds (s)", "forward and backward passes", *gone_at]
     return markdown_table(header, lines)
+
+
+def scoring_seconds(rows: Iterable[Row]) -> float | None:
+    """The median on a core of its own; the rows of a GPU shared it with twenty others."""
+    found = [row["scoring_seconds"] for row in rows if "scoring_seconds" in row and row["device"][:3] == "CPU"]
+    return statistics.median(found) if found else None
 
 
 def macs_gone(rows: Iterable[Row]) -> str:
@@ -325,6 +353,21 @@ def baseline(rows: Rows, network: str) -> float | None:
     return found[0] if found else None
 
 
+def networks(rows: Rows) -> str:
+    """How the networks that were trained here were trained, by their records beside the rows."""
+    lines = []
+    for path in (HERE / "results" / f"{network}.json" for network in NETWORKS):
+        if not path.exists():
+            continue  # it was not trained here
+        found = json.loads(path.read_text())
+        start = found.get("start") or "random weights"
+        lines.append([found["network"], found["weights"], start, f"{found['steps']:,}", f"{100 * found['test']:.2f}",
+                      f"{100 * found['held_out']:.2f}", f"{found['seconds']:.0f}", found["device"],
+                      f"`{found['command']}`"])  # fmt: skip
+    header = ["network", "weights", "from", "steps", "test top-1", "held-out top-1", "seconds", "device", "command"]
+    return markdown_table(header, lines)
+
+
 def source(rows: Rows) -> str:
     """Where the rows come from."""
     lines = []
@@ -345,9 +388,9 @@ def source(rows: Rows) -> str:
 
 
 PARTS: dict[str, Callable[[Rows], str]] = {
-    "source": source, "lead": lead, "more data": more_data, "table 1": table_1, "rounds": rounds, "table 2": table_2,
-    "table 3": table_3, "weights": weights, "peers": peers, "cost": cost, "ablation": ablation, "depthwise": depthwise,
-    "widths": widths, "ablation tuned": ablation_tuned,
+    "source": source, "networks": networks, "lead": lead, "more data": more_data, "table 1": table_1,
+    "rounds": rounds, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers, "cost": cost,
+    "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned,
 }  # fmt: skip
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """On a machine with a GPU, too, a test runs on the CPU that its references run on, unless it is marked ``gpu``."""
+    if item.get_closest_marker("gpu") is not None:
+        return (yield)
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

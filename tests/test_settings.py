@@ -62,6 +62,20 @@ def test_jpeg_images_are_split_and_normalised(jpegs: Path) -> None:
             assert label == (first + position) % 3
 
 
+def test_a_batch_of_crops_is_what_its_images_are_one_by_one() -> None:
+    images = settings.Augmented(torch.randn(20, 3, 32, 32), torch.arange(20))
+    torch.manual_seed(1)
+    together = images.__getitems__([3, 19, 0, 3])
+    torch.manual_seed(1)
+    for index, (image, label) in zip([3, 19, 0, 3], together, strict=True):
+        top, left, flip = torch.randint(0, 18, (3,)).tolist()
+        cut = images.padded[index, :, top % 9 : top % 9 + 32, left % 9 : left % 9 + 32]
+        assert torch.equal(image, cut.flip(-1) if flip < 9 else cut)
+        assert label == index
+    torch.manual_seed(1)
+    assert all(torch.equal(images[i][0], image) for i, (image, _) in zip([3, 19, 0, 3], together, strict=True))
+
+
 def test_a_network_has_the_weights_of_its_file_and_the_row_says_which(jpegs: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     state = cifar_resnet.resnet56().state_dict()

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import results_page
 import tables
 
+import singe_plugin
+
 import harness
 import records
 from harness import LAYERS, PEERS, Spec
@@ -220,8 +222,78 @@ def test_cells_are_means_and_deviations_of_the_stored_rows() -> None:
     assert results_page.one_shot_cell(again, "ig") == "25.0 ± 0.0"
     assert results_page.cell(rows.at_once("resnet56", "sg", 0.75), "pruned") == "not run"
     assert results_page.cell(rows.at_once("resnet56", "ig", 0.75, LAYERS), "pruned") == "not run"
-    batches = [row("ig", 0.75, 0, steps=1000, batch=batch, tuned=batch / 256) for batch in (128, 32)]
-    assert results_page.values(batches, "tuned") == [50.0]
+
+
+def test_a_cell_has_one_batch_size_and_says_which() -> None:
+    def tuned(batch: int, *seeds: int) -> list[dict[str, Any]]:
+        return [row("ig", 0.75, s, steps=1000, batch=batch, pruned=0.1, tuned=batch / 256) for s in seeds]
+
+    assert results_page.cell(tuned(128, 0) + tuned(32, 0), "tuned") == "50.0 (1 seed)"
+    assert results_page.cell(tuned(128, 0) + tuned(32, 0, 1, 2), "tuned") == "12.5 ± 0.0 (b32)"
+    assert results_page.cell(tuned(128, 0, 1) + tuned(32, 0), "tuned") == "50.0 ± 0.0 (2 seeds)"
+    assert results_page.cell(tuned(32, 0, 1), "tuned") == "12.5 ± 0.0 (2 seeds, b32)"
+    assert results_page.cell(tuned(32, 0), "tuned") == "12.5 (1 seed, b32)"
+    assert results_page.values(tuned(128, 0) + tuned(32, 0, 1, 2), "tuned", 128) == [50.0]
+    assert results_page.values(tuned(128, 0), "tuned", 32) == []
+    again = [row("ig", 0.75, 0, pruned=0.2), *tuned(128, 0)]
+    assert results_page.values(again, "pruned") == [20.0]  # of a seed the first row
+
+
+def test_the_lead_does_not_mix_batches() -> None:
+    def tuned(method: str, batch: int, value: float) -> list[dict[str, Any]]:
+        return [row(method, 0.75, s, steps=1000, batch=batch, pruned=0.1, tuned=value) for s in range(3)]
+
+    stored = tuned("ig", 128, 0.8) + tuned("taylor", 32, 0.9) + tuned("taylor", 128, 0.75)
+    lines = results_page.lead(results_page.Rows(stored)).splitlines()
+    (line,) = [cells(text) for text in lines if "1,000" in text]
+    assert (line[2], line[4], line[6]) == ("after 1,000 steps of 128", "80.0", "75.0")
+
+
+def test_seconds_are_those_of_a_core_alone() -> None:
+    taken = ((9.0, "NVIDIA H200"), (3.0, "CPU, 1 thread(s)"), (5.0, "CPU, 1 thread(s)"))
+    rows = [row("ig", 0.75, 0, pruned=0.5, scoring_seconds=t) | {"device": d} for t, d in taken]
+    assert results_page.scoring_seconds(rows) == 4.0
+    assert results_page.scoring_seconds(rows[:1]) is None
+
+
+def test_the_networks_that_were_trained_here_are_listed() -> None:
+    text = results_page.networks(results_page.Rows([]))
+    for network in ("mobilenetv2_035", "resnet56_converged"):
+        record = json.loads((results_page.HERE / "results" / f"{network}.json").read_text())
+        (line,) = [cells(t) for t in text.splitlines() if cells(t)[0] == network]
+        assert line[4] == f"{100 * record['test']:.2f}"
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
+    assert records.environment()["commit"] == "abc1234"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_a_graphed_step_is_a_step(amp: str | None) -> None:
+    """Before and after units are gone, with the running statistics of the norms."""
+    from graphs import GraphedLoss
+
+    def trained(graph: GraphedLoss | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model, losses = Chain(widths=(16, 24, 16)).eval().cuda(), []
+
+        class Losses(singe_plugin.Callback):
+            def on_finetune_step(self, event: Any) -> None:
+                losses.append(event.loss)
+
+        finetune = singe_plugin.FineTune(images(4), 12, "layer", amp=amp, step_fn=graph)
+        singe_plugin.prune(
+            model, images(4), target="params=0.4", criterion="l1", finetune=finetune, verify=False,
+            callbacks=[Losses()],
+        )  # fmt: skip
+        return losses, {k: v.cpu() for k, v in model.state_dict().items()}
+
+    (losses, values), (expected_losses, expected) = trained(GraphedLoss()), trained(None)
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+    torch.testing.assert_close(values, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_the_lead_compares_what_has_three_seeds() -> None:
