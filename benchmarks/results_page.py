@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,22 @@ def values(rows: Iterable[Row], stage: str, batch: int | None = None) -> list[fl
     return [100 * row[stage] for row in measured(rows, stage, batch)]
 
 
-def cell(rows: Sequence[Row], stage: str) -> str:
+def common_batch(cells: Iterable[Iterable[Row]]) -> int:
+    """The batch size of fine-tuning that most of some cells have; the larger one of two."""
+    found = Counter(batch for rows in cells for batch in {row["batch"] for row in rows if "tuned" in row})
+    return max(found, key=lambda batch: (found[batch], batch), default=PAPER_BATCH)
+
+
+def cell(rows: Sequence[Row], stage: str, batch: int | None = None) -> str:
     """Mean and standard deviation over the seeds; their number if it is not three; the batch if it is not the paper's.
 
     A row whose fine-tuning failed is an error there, not before.
     """
-    found = values(rows, stage)
+    found = values(rows, stage, batch)
     if not found:
         failed = [row["error"] for row in rows if "error" in row]
         return failed[0].split(":")[0] if failed else "not run"
-    batch = measured(rows, stage)[0]["batch"] if stage == "tuned" else 0
+    batch = measured(rows, stage, batch)[0]["batch"] if stage == "tuned" else 0
     end = f", b{batch}" if batch not in (0, PAPER_BATCH) else ""
     if len(found) == 1:
         return f"{found[0]:.1f} (1 seed{end})"
@@ -165,16 +172,16 @@ def table_3(rows: Rows) -> str:
     base = baseline(rows, "resnet56")
     lines = []
     for method in (*OURS, *PEERS):
-        found = {t: values(rows.tuned("resnet56", method, t, 1000), "tuned") for t in (0.5, 0.75, 0.85, 0.9)}
-        found = {t: v for t, v in found.items() if v}
+        found = {t: rows.tuned("resnet56", method, t, 1000) for t in (0.2, 0.3, 0.4, 0.5, 0.75, 0.85, 0.9)}
+        found = {t: mine for t, mine in found.items() if values(mine, "tuned")}
         if base is None or not found:
             continue
-        line = [NAMES[method], ", ".join(f"-{t:.0%}" for t in found)]
+        line = [NAMES[method], ", ".join(f"-{t:.0%}: {cell(mine, 'tuned')}" for t, mine in found.items())]
         for drop in (0, 2):
-            reached = [t for t, v in found.items() if statistics.mean(v) >= base - drop]
+            reached = [t for t, mine in found.items() if statistics.mean(values(mine, "tuned")) >= base - drop]
             line.append(f"-{max(reached):.0%}" if reached else "none of these")
         lines.append(line)
-    return markdown_table(["criterion", "targets run", "baseline - 0", "baseline - 2 points"], lines)
+    return markdown_table(["criterion", "what was run", "baseline - 0", "baseline - 2 points"], lines)
 
 
 def weights(rows: Rows) -> str:
@@ -232,15 +239,21 @@ def more_data(rows: Rows) -> str:
 
 def widths(rows: Rows) -> str:
     """How many units of each layer one criterion removes, and which ones another."""
+    found = {
+        (target, other): [rows.at_once("resnet56", method, target, options) for method, options in units.items()]
+        for target in (0.9, 0.75)
+        for other, units in CROSSED.items()
+    }
+    tuned = {key: [[r for r in mine if r["steps"] == 1000] for mine in cells] for key, cells in found.items()}
+    batch = common_batch([mine for cells in tuned.values() for mine in cells])
     lines = []
-    for target in (0.9, 0.75):
-        for other, units in CROSSED.items():
-            line = [f"-{target:.0%}", NAMES[other]]
-            for method, options in units.items():
-                found = rows.at_once("resnet56", method, target, options)
-                line += [cell(found, "pruned"), cell([r for r in found if r["steps"] == 1000], "tuned")]
-            lines.append(line)
-    header = [f"units of {NAMES[method]}{when}" for method in units for when in ("", ", 1,000 steps")]
+    for (target, other), cells in found.items():
+        line = [f"-{target:.0%}", NAMES[other]]
+        for pruned, after in zip(cells, tuned[target, other], strict=True):
+            line += [cell(pruned, "pruned"), cell(after, "tuned", batch)]
+        lines.append(line)
+    methods = next(iter(CROSSED.values()))
+    header = [f"units of {NAMES[method]}{when}" for method in methods for when in ("", ", 1,000 steps")]
     return markdown_table(["parameters", "widths of", *header], lines)
 
 

@@ -53,6 +53,7 @@ LONG_ABLATION: list[dict[str, Any]] = [
     {"scoring_batch_size": 16, **options} for options in ({}, {"quadrature": "geometric"}, {"path": "neuron"})
 ]
 MOST_TELLING_FIRST = tuple(dict.fromkeys(("ig_abs", "taylor", "l2", "ig", "random", *OURS, *PEERS)))
+SMALL_CUTS = (0.3, 0.4, 0.2)
 LEADING = ("ig_abs", "taylor", "magnitude_l2", "l2", "ig")
 # what only fine-tuning shows, at 90 %: how small a layer may become, and ranks without costs
 TUNED_ABLATION: list[tuple[str, dict[str, Any]]] = [
@@ -111,6 +112,11 @@ def tuned(w: Wanted, targets: Sequence[float] = (0.9, 0.75, 0.5, 0.85)) -> Itera
 def leading(w: Wanted) -> Iterator[Spec]:
     """Of these the criteria that the table of leads is about."""
     return (spec for spec in tuned(w, (0.75, 0.9, 0.5)) if spec.method in LEADING)
+
+
+def small_cuts(w: Wanted) -> Iterator[Spec]:
+    """Of these, where little is removed, for Table 3."""
+    return (spec for spec in tuned(w, SMALL_CUTS) if spec.method in LEADING)
 
 
 def paper_order_tuned(w: Wanted) -> Iterator[Spec]:
@@ -225,6 +231,7 @@ def ablation_tuned(w: Wanted) -> Iterator[Spec]:
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
     "entwined_long": entwined_long, "leading": leading, "paper_order_tuned": paper_order_tuned,
+    "small_cuts": small_cuts,
     "entwined_rounds": entwined_rounds, "more_data": more_data, "more_data_tuned": more_data_tuned, "widths": widths,
     "weights": weights, "weights_rounds": weights_rounds, "depthwise": depthwise,
     "depthwise_one_shot": depthwise_one_shot, "ablation": ablation, "ablation_long": ablation_long,
