@@ -12,7 +12,19 @@ from typing import Any
 
 from singe_plugin.report import Curves, markdown_table
 
-from harness import CROSSED, DATA_FREE, DEPTHWISE_TARGETS, LAYERS, MORE_DATA, NETWORKS, OURS, PEER_TARGETS, PEERS
+from harness import (
+    CROSSED,
+    DATA_FREE,
+    DEPTHWISE_TARGETS,
+    LAYERS,
+    MORE_DATA,
+    NETWORKS,
+    OURS,
+    PEER_TARGETS,
+    PEERS,
+    RATED,
+    RATES,
+)
 from records import read
 
 HERE = Path(__file__).parent
@@ -344,11 +356,25 @@ def ablation(rows: Rows) -> str:
 def ablation_tuned(rows: Rows) -> str:
     """One choice a line, before and after fine-tuning, on held-out images."""
     found = rows.of(network="resnet56", split="held_out", granularity="channel", steps=1000, target=0.9)
+    found = [row for row in found if "lr" not in row["options"]]
     lines = []
     for name in sorted({option_name(row) for row in found}):
         mine = [row for row in found if option_name(row) == name]
         lines.append([name, cell(mine, "pruned"), cell(mine, "tuned"), macs_gone(mine)])
     return markdown_table(["choice", "top-1 at -90%", "top-1 at -90%, 1,000 steps", "MACs gone"], lines)
+
+
+def rates(rows: Rows) -> str:
+    """Learning rates of the fine-tuning, on held-out images; the default is 0.01."""
+    lines = []
+    for name, (method, every, options) in RATED.items():
+        line = [f"{NAMES[method]}, {'entwined, per layer' if name == 'entwined' else name}"]
+        for lr in RATES:
+            found = rows.of(network="resnet56", split="held_out", method=method, every=every, steps=1000,
+                            options={**options, "lr": lr})  # fmt: skip
+            line.append(cell(found, "tuned"))
+        lines.append(line)
+    return markdown_table(["-90%, 1,000 steps", *[f"lr {lr:g}" for lr in RATES]], lines)
 
 
 def option_name(row: Row) -> str:
@@ -403,7 +429,7 @@ def source(rows: Rows) -> str:
 PARTS: dict[str, Callable[[Rows], str]] = {
     "source": source, "networks": networks, "lead": lead, "more data": more_data, "table 1": table_1,
     "rounds": rounds, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers, "cost": cost,
-    "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned,
+    "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned, "rates": rates,
 }  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from harness import (
     OURS,
     PEER_TARGETS,
     PEERS,
+    RATED,
+    RATES,
     Spec,
     run_rows,
 )
@@ -228,6 +230,16 @@ def ablation_tuned(w: Wanted) -> Iterator[Spec]:
             yield Spec(w.network, method, 0.9, seed, w.steps, options=options, split="held_out", batch=w.batch)
 
 
+def rates(w: Wanted) -> Iterator[Spec]:
+    """The learning rate of the fine-tuning, on held-out images."""
+    for seed in w.seeds:
+        for lr in RATES:
+            for method, every, options in RATED.values():
+                yield Spec(
+                    w.network, method, 0.9, seed, w.steps, every, {**options, "lr": lr}, "held_out", batch=w.batch
+                )
+
+
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
     "entwined_long": entwined_long, "leading": leading, "paper_order_tuned": paper_order_tuned,
@@ -235,7 +247,7 @@ TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "entwined_rounds": entwined_rounds, "more_data": more_data, "more_data_tuned": more_data_tuned, "widths": widths,
     "weights": weights, "weights_rounds": weights_rounds, "depthwise": depthwise,
     "depthwise_one_shot": depthwise_one_shot, "ablation": ablation, "ablation_long": ablation_long,
-    "ablation_tuned": ablation_tuned,
+    "ablation_tuned": ablation_tuned, "rates": rates,
 }  # fmt: skip
 
 
