@@ -392,6 +392,25 @@ def baseline(rows: Rows, network: str) -> float | None:
     return found[0] if found else None
 
 
+def devices(rows: Rows) -> str:
+    """The same rows on the CPU and on a GPU: how far apart they are right after pruning."""
+    pairs: dict[tuple[str, float, bool], dict[str, dict[bool, float]]] = {}
+    for row in rows.of(split="test", granularity="channel", every="post"):
+        if "pruned" in row and row["method"] != "none":
+            group = (row["network"], row["target"], row["method"] in DATA_FREE)
+            same = json.dumps([row["method"], row["options"], row["seed"]], sort_keys=True)
+            pairs.setdefault(group, {}).setdefault(same, {}).setdefault(row["device"][:3] == "CPU", 100 * row["pruned"])
+    lines = []
+    for (network, target, data_free), found in sorted(pairs.items()):
+        apart = [abs(both[True] - both[False]) for both in found.values() if len(both) == 2]
+        if apart:
+            reads = "magnitudes" if data_free else "gradients"
+            lines.append([network, f"-{target:.0%}", reads, str(len(apart)), f"{statistics.mean(apart):.1f}",
+                          f"{max(apart):.1f}"])  # fmt: skip
+    header = ["network", "parameters", "criteria of", "rows on both", "points apart: mean", "largest"]
+    return markdown_table(header, lines)
+
+
 def networks(rows: Rows) -> str:
     """How the networks that were trained here were trained, by their records beside the rows."""
     lines = []
@@ -427,7 +446,8 @@ def source(rows: Rows) -> str:
 
 
 PARTS: dict[str, Callable[[Rows], str]] = {
-    "source": source, "networks": networks, "lead": lead, "more data": more_data, "table 1": table_1,
+    "source": source, "networks": networks, "devices": devices, "lead": lead, "more data": more_data,
+    "table 1": table_1,
     "rounds": rounds, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers, "cost": cost,
     "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned, "rates": rates,
 }  # fmt: skip

@@ -261,6 +261,16 @@ def test_seconds_are_those_of_a_core_alone() -> None:
     assert results_page.scoring_seconds(rows[:1]) is None
 
 
+def test_the_same_row_on_two_devices() -> None:
+    def on(device: str, seed: int, value: float, method: str = "ig") -> dict[str, Any]:
+        return row(method, 0.5, seed, pruned=value) | {"device": device}
+
+    stored = [on("CPU, 1 thread(s)", 0, 0.5), on("NVIDIA H200", 0, 0.6), on("CPU, 1 thread(s)", 1, 0.5)]
+    stored += [on("NVIDIA H200", 1, 0.48), on("NVIDIA H200", 2, 0.9), on("CPU, 1 thread(s)", 2, 0.9, "taylor")]
+    (line,) = [cells(text) for text in results_page.devices(results_page.Rows(stored)).splitlines() if "-50%" in text]
+    assert line == ["resnet56", "-50%", "gradients", "2", "6.0", "10.0"]
+
+
 def test_the_networks_that_were_trained_here_are_listed() -> None:
     text = results_page.networks(results_page.Rows([]))
     for network in ("mobilenetv2_035", "resnet56_converged"):
