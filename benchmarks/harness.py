@@ -32,8 +32,8 @@ from records import append, environment, peak_mb, read
 from settings import Setting
 
 __all__ = [
-    "BASE", "CROSSED", "DATA_FREE", "DEPTHWISE_TARGETS", "LAYERS", "MORE_DATA", "NETWORKS", "OURS", "PAPER", "PEERS",
-    "PEER_TARGETS", "RATED", "RATES", "Spec", "compute", "run_rows",
+    "BASE", "CROSSED", "DATA_FREE", "DEPTHWISE_TARGETS", "HIGHER_RATE", "LAYERS", "MORE_DATA", "NETWORKS", "OURS",
+    "PAPER", "PEERS", "PEER_TARGETS", "RATE", "RATED", "RATES", "Spec", "compute", "run_rows",
 ]  # fmt: skip
 
 PAPER = ("l1", "l2", "grad", "norm_grad", "sg", "ig")
@@ -70,6 +70,7 @@ CROSSED: dict[str, dict[str, dict[str, Any]]] = {
     other: {method: {} if method == other else {"widths_of": other} for method in ("taylor", "ig_abs", "random")}
     for other in ("taylor", "ig_abs")
 }
+RATE, HIGHER_RATE = 0.01, 0.03  # of the fine-tuning, where nothing is said; and what the ablation of rates says
 # whose pruning, and fine-tuned when, for the learning rates
 RATES = (0.003, 0.01, 0.03, 0.1)
 RATED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -93,7 +94,7 @@ class Spec:
         seed: of the scoring batch and everything else random.
         steps, every: fine-tuning; ``"post"`` is after pruning, the others are entwined.
         options: what differs from ``BASE``; ``widths_of`` names a method that decides how many units of each layer go,
-            so that this row's only decides which ones; ``lr`` is the fine-tuning's learning rate.
+            so that this row's only decides which ones; ``lr`` is the fine-tuning's learning rate, ``RATE`` by default.
         split: ``"test"``, or ``"held_out"`` for choices.
         granularity: ``"channel"`` or ``"weight"``.
         batch: of the fine-tuning; 0 where there is none.
@@ -178,8 +179,8 @@ def _text(error: Exception) -> str:
 def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_plugin.FineTune:
     """The recipe: the library's defaults, but for ``lr``; on a GPU with the loss as a graph, in channels-last."""
     loader = DataLoader(setting.train, spec.batch or 1, shuffle=True, drop_last=True)
-    graph, rate = graphed_loss(), {k: v for k, v in spec.options.items() if k == "lr"}
-    return singe_plugin.FineTune(loader, steps, every, step_fn=graph, channels_last=graph is not None, **rate)
+    graph, rate = graphed_loss(), spec.options.get("lr", RATE)
+    return singe_plugin.FineTune(loader, steps, every, lr=rate, step_fn=graph, channels_last=graph is not None)
 
 
 def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:

@@ -21,6 +21,7 @@ from harness import (
     CROSSED,
     DATA_FREE,
     DEPTHWISE_TARGETS,
+    HIGHER_RATE,
     LAYERS,
     MORE_DATA,
     NETWORKS,
@@ -240,6 +241,17 @@ def rates(w: Wanted) -> Iterator[Spec]:
                 )
 
 
+def higher_rate(w: Wanted) -> Iterator[Spec]:
+    """The leads, and entwined against after pruning, at the learning rate that :func:`rates` says."""
+    for target in (0.9, 0.75):
+        for seed in w.seeds:
+            for method in ("ig_abs", "taylor", "magnitude_l2"):
+                options = {**(MORE_DATA[method] if method == "ig_abs" else {}), "lr": HIGHER_RATE}
+                yield Spec(w.network, method, target, seed, w.steps, options=options, batch=w.batch)
+            for every in ("post", "layer") if target == 0.9 else ():
+                yield Spec(w.network, "ig", target, seed, w.steps, every, {**LAYERS, "lr": HIGHER_RATE}, batch=w.batch)
+
+
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
     "entwined_long": entwined_long, "leading": leading, "paper_order_tuned": paper_order_tuned,
@@ -247,7 +259,7 @@ TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "entwined_rounds": entwined_rounds, "more_data": more_data, "more_data_tuned": more_data_tuned, "widths": widths,
     "weights": weights, "weights_rounds": weights_rounds, "depthwise": depthwise,
     "depthwise_one_shot": depthwise_one_shot, "ablation": ablation, "ablation_long": ablation_long,
-    "ablation_tuned": ablation_tuned, "rates": rates,
+    "ablation_tuned": ablation_tuned, "rates": rates, "higher_rate": higher_rate,
 }  # fmt: skip
 
 

@@ -104,9 +104,9 @@ def test_fine_tuning_takes_the_steps_that_were_asked_for(
     assert "tuned" in row
 
 
-def test_the_learning_rate_is_the_librarys_or_the_one_given(setting: Setting) -> None:
+def test_the_learning_rate_is_that_of_all_rows_or_the_one_given(setting: Setting) -> None:
     asked = (harness.finetuning(setting, Spec("net", "l1", 0.4, 0, options=o), 1, "end") for o in ({}, {"lr": 0.03}))
-    assert [finetune.lr for finetune in asked] == [singe_plugin.FineTune([]).lr, 0.03]
+    assert [finetune.lr for finetune in asked] == [harness.RATE, 0.03]
 
 
 def test_single_weights(setting: Setting) -> None:
