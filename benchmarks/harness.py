@@ -71,10 +71,11 @@ CROSSED: dict[str, dict[str, dict[str, Any]]] = {
     for other in ("taylor", "ig_abs")
 }
 RATE, HIGHER_RATE = 0.01, 0.03  # of the fine-tuning, where nothing is said; and what the ablation of rates says
-# whose pruning, and fine-tuned when, for the learning rates
-RATES = (0.003, 0.01, 0.03, 0.1)
-RATED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "rounds": ("magnitude_l2", "post", {}), "layers": ("ig", "post", LAYERS), "entwined": ("ig", "layer", LAYERS),
+# what is fine-tuned for the learning rates: whose pruning, to which target, and fine-tuned when
+RATES = (0.01, 0.03, 0.1, 0.003)
+RATED: dict[str, tuple[str, float, str, dict[str, Any]]] = {
+    "rounds": ("magnitude_l2", 0.9, "post", {}), "layers": ("ig", 0.9, "post", LAYERS),
+    "layers, entwined": ("ig", 0.9, "layer", LAYERS), "rounds, less": ("magnitude_l2", 0.5, "post", {}),
 }  # fmt: skip
 OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
 OF_PRUNE = (

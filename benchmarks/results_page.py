@@ -16,12 +16,14 @@ from harness import (
     CROSSED,
     DATA_FREE,
     DEPTHWISE_TARGETS,
+    HIGHER_RATE,
     LAYERS,
     MORE_DATA,
     NETWORKS,
     OURS,
     PEER_TARGETS,
     PEERS,
+    RATE,
     RATED,
     RATES,
 )
@@ -365,16 +367,36 @@ def ablation_tuned(rows: Rows) -> str:
 
 
 def rates(rows: Rows) -> str:
-    """Learning rates of the fine-tuning, on held-out images; the default is 0.01."""
+    """Learning rates of the fine-tuning, on held-out images."""
     lines = []
-    for name, (method, every, options) in RATED.items():
-        line = [f"{NAMES[method]}, {'entwined, per layer' if name == 'entwined' else name}"]
-        for lr in RATES:
-            found = rows.of(network="resnet56", split="held_out", method=method, every=every, steps=1000,
+    for name, (method, target, every, options) in RATED.items():
+        line = [f"{NAMES[method]}, {name.removesuffix(', less')}", f"-{target:.0%}"]
+        for lr in sorted(RATES):
+            found = rows.of(network="resnet56", split="held_out", method=method, target=target, every=every, steps=1000,
                             options={**options, "lr": lr})  # fmt: skip
             line.append(cell(found, "tuned"))
         lines.append(line)
-    return markdown_table(["-90%, 1,000 steps", *[f"lr {lr:g}" for lr in RATES]], lines)
+    return markdown_table(["1,000 steps", "parameters", *[f"lr {lr:g}" for lr in sorted(RATES)]], lines)
+
+
+def higher_rate(rows: Rows) -> str:
+    """The leads, and entwined against after pruning, at two learning rates; one batch size."""
+    asked: list[tuple[str, float, str, str, dict[str, Any]]] = [
+        (method, target, "post", "rounds", MORE_DATA[method] if method == "ig_abs" else {})
+        for target in (0.75, 0.9) for method in ("ig_abs", "taylor", "magnitude_l2")
+    ]  # fmt: skip
+    asked += [("ig", 0.9, every, f"layers, {SCHEDULES[every]}", LAYERS) for every in ("post", "layer")]
+    found = [
+        [rows.of(network="resnet56", split="test", granularity="channel", method=method, target=target, every=every,
+                 steps=1000, options=options | rate) for rate in ({}, {"lr": HIGHER_RATE})]
+        for method, target, every, _, options in asked
+    ]  # fmt: skip
+    batch = common_batch([higher for _, higher in found])
+    lines = [
+        [f"-{target:.0%}", NAMES[method], how, *[cell(mine, "tuned", batch) for mine in both]]
+        for (method, target, _, how, _), both in zip(asked, found, strict=True)
+    ]
+    return markdown_table(["parameters", "criterion", "how", f"lr {RATE:g}", f"lr {HIGHER_RATE:g}"], lines)
 
 
 def option_name(row: Row) -> str:
@@ -450,6 +472,7 @@ PARTS: dict[str, Callable[[Rows], str]] = {
     "table 1": table_1,
     "rounds": rounds, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers, "cost": cost,
     "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned, "rates": rates,
+    "higher rate": higher_rate,
 }  # fmt: skip
 
 
