@@ -235,10 +235,9 @@ def rates(w: Wanted) -> Iterator[Spec]:
     """The learning rate of the fine-tuning, on held-out images."""
     for seed in w.seeds:
         for lr in RATES:
-            for method, every, options in RATED.values():
-                yield Spec(
-                    w.network, method, 0.9, seed, w.steps, every, {**options, "lr": lr}, "held_out", batch=w.batch
-                )
+            for method, target, every, options in RATED.values():
+                given = {**options, "lr": lr}
+                yield Spec(w.network, method, target, seed, w.steps, every, given, "held_out", batch=w.batch)
 
 
 def higher_rate(w: Wanted) -> Iterator[Spec]:

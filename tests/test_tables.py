@@ -186,6 +186,14 @@ def test_specs_that_compute_the_same_have_one_key() -> None:
     assert len([k for k in shot if json.loads(k)["method"] == "ig"]) == 12
 
 
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_asks_for_different_rows(name: str) -> None:
+    specs = list(tables.TABLES[name](tables.Wanted("resnet56", [0, 1], 10, 32)))
+    assert len({spec.key for spec in specs}) == len(specs) > 0
+    assert {spec.seed for spec in specs} == ({0} if name == "baseline" else {0, 1})
+    assert {spec.batch for spec in specs if spec.steps} <= {32}
+
+
 def test_processes_share_the_rows_without_computing_one_twice(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
