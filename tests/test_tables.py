@@ -187,9 +187,8 @@ def test_specs_that_compute_the_same_have_one_key() -> None:
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
-def test_a_table_asks_for_different_rows(name: str) -> None:
+def test_a_table_asks_for_rows_of_the_seeds_and_the_batch(name: str) -> None:
     specs = list(tables.TABLES[name](tables.Wanted("resnet56", [0, 1], 10, 32)))
-    assert len({spec.key for spec in specs}) == len(specs) > 0
     assert {spec.seed for spec in specs} == ({0} if name == "baseline" else {0, 1})
     assert {spec.batch for spec in specs if spec.steps} <= {32}
 
