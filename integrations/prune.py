@@ -35,7 +35,7 @@ def prune(
     target: str | None = "params=0.5",
     finetune_steps: int = 1000,
     finetune_every: str = "layer",
-    lr: float = 0.01,
+    lr: float = 0.03,
     finetune: FineTune | None = None,
     ratios: str | Mapping[Any, float] | None = None,
     units_per_step: int | float | str | None = None,

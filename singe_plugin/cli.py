@@ -262,7 +262,7 @@ def _decided(options: dict[str, Any]) -> dict[str, Any]:
 @_pruning
 @_weights
 @click.option("--finetune-every", default="layer", show_default=True, type=click.Choice(SCHEDULES))
-@click.option("--lr", default=0.01, show_default=True, type=float, help="Of the fine-tuning.")
+@click.option("--lr", default=0.03, show_default=True, type=float, help="Of the fine-tuning.")
 @click.option("--scoring-batch-size", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--fold", is_flag=True, help="Fold batch-norm for good first, as in the paper.")
 @click.option("--latency", is_flag=True, help="Measure the latency too.")

@@ -161,7 +161,7 @@ class FineTune:
         steps: int = 1000,
         every: str = "layer",
         *,
-        lr: float = 0.01,
+        lr: float = 0.03,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         optimizer: OptimizerLike = None,

@@ -50,7 +50,7 @@ def prune_weights(
     max_sparsity: float = 1.0,
     finetune_steps: int = 1000,
     finetune_every: str = "layer",
-    lr: float = 0.01,
+    lr: float = 0.03,
     finetune: FineTune | None = None,
     criterion: str = "ig",
     p: float = 2,
