@@ -5,14 +5,26 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from singe_plugin.report import Curves, markdown_table
 
+from cells import (
+    PAPER_BATCH,
+    Row,
+    Rows,
+    cell,
+    common_batch,
+    macs_gone,
+    measured,
+    on_cpu,
+    one_shot_cell,
+    scoring_seconds,
+    values,
+)
 from harness import (
+    COMPARED,
     CROSSED,
     DATA_FREE,
     DEPTHWISE_TARGETS,
@@ -31,7 +43,6 @@ from records import read
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
-Row = dict[str, Any]
 
 NAMES = {
     "l1": "magnitude, L1 (Eq. 1)", "l2": "magnitude, L2 (Eq. 1)", "grad": "gradient (Eq. 2)",
@@ -51,88 +62,9 @@ PAPER_TABLE_2 = {  # Table 2: (target, schedule, steps)
     (0.9, "layer", 2000): "87.52", (0.9, "post", 5000): "86.39", (0.9, "layer", 5000): "90.02",
 }  # fmt: skip
 TRAINED = ("resnet56_from_scratch", "resnet56_converged", "mobilenetv2_035")  # what benchmarks/train.py printed
-PAPER_BATCH = 128  # §4.1: of the fine-tuning
 PEER_PASSES = {"taylor": "1 a round", "hessian": "1 forward a round, backward 1 an image", "obdc": "1 a round"}
 INTEGRATED = ("sg", "ig", "ig_abs")
 SCHEDULES = {"post": "after pruning", "layer": "entwined, per layer", "removal": "entwined, per removal"}
-
-
-def measured(rows: Iterable[Row], stage: str, batch: int | None = None) -> list[Row]:
-    """One row a seed: the first that was stored; of fine-tuning in one batch size, the one with the most seeds.
-
-    Args:
-        rows: of one criterion, target and setting.
-        stage: ``"pruned"`` or ``"tuned"``.
-        batch: only fine-tuning with this one.
-    """
-    found: dict[int, dict[int, Row]] = {}
-    for row in rows:
-        if stage in row:
-            found.setdefault(row["batch"] if stage == "tuned" else 0, {}).setdefault(row["seed"], row)
-    if stage == "tuned" and batch is not None:
-        return list(found.get(batch, {}).values())
-    most = max(found, key=lambda size: (len(found[size]), size), default=None)
-    return [] if most is None else list(found[most].values())
-
-
-def values(rows: Iterable[Row], stage: str, batch: int | None = None) -> list[float]:
-    """The accuracies in percent, one a seed."""
-    return [100 * row[stage] for row in measured(rows, stage, batch)]
-
-
-def common_batch(cells: Iterable[Iterable[Row]]) -> int:
-    """The batch size of fine-tuning that most of some cells have; the larger one of two."""
-    found = Counter(batch for rows in cells for batch in {row["batch"] for row in rows if "tuned" in row})
-    return max(found, key=lambda batch: (found[batch], batch), default=PAPER_BATCH)
-
-
-def cell(rows: Sequence[Row], stage: str, batch: int | None = None) -> str:
-    """Mean and standard deviation over the seeds; their number if it is not three; the batch if it is not the paper's.
-
-    A row whose fine-tuning failed is an error there, not before.
-    """
-    found = values(rows, stage, batch)
-    if not found:
-        failed = [row["error"] for row in rows if "error" in row]
-        return failed[0].split(":")[0] if failed else "not run"
-    batch = measured(rows, stage, batch)[0]["batch"] if stage == "tuned" else 0
-    end = f", b{batch}" if batch not in (0, PAPER_BATCH) else ""
-    if len(found) == 1:
-        return f"{found[0]:.1f} (1 seed{end})"
-    count = f" ({len(found)} seeds{end})" if len(found) != 3 else f" ({end[2:]})" if end else ""
-    return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}{count}"
-
-
-def one_shot_cell(rows: Sequence[Row], method: str) -> str:
-    """As :func:`cell`; a criterion that reads no data has one value, but for the rounding of devices."""
-    found = values(rows, "pruned")
-    one = method in DATA_FREE and found and max(found) - min(found) < 0.1
-    return f"{found[0]:.1f}" if one else cell(rows, "pruned")
-
-
-class Rows:
-    """The stored rows, asked by their spec."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-
-    def of(self, **wanted: Any) -> list[Row]:
-        """The rows with these values."""
-        return [row for row in self.rows if all(row[k] == v for k, v in wanted.items())]
-
-    def at_once(self, network: str, method: str, target: float, options: dict[str, Any] | None = None) -> list[Row]:
-        """Rows in which everything was pruned before any fine-tuning."""
-        return self.of(network=network, method=method, target=target, every="post", options=options or {}, split="test",
-                       granularity="channel")  # fmt: skip
-
-    def tuned(self, network: str, method: str, target: float, steps: int) -> list[Row]:
-        """Those that were fine-tuned for so long, in rounds."""
-        return [row for row in self.at_once(network, method, target) if row["steps"] == steps]
-
-    def between(self, network: str, method: str, target: float) -> list[Row]:
-        """Rows of eight rounds with fine-tuning between them."""
-        return self.of(network=network, method=method, target=target, every="layer", options={"rounds": 8},
-                       split="test", steps=1000)  # fmt: skip
 
 
 def by_target(rows: Rows, network: str, methods: Sequence[str], targets: Sequence[float], steps: int) -> str:
@@ -159,7 +91,8 @@ def table_1(rows: Rows) -> str:
         for number, target in enumerate(targets):
             found = rows.at_once("resnet56", method, target, LAYERS)
             paper = PAPER_TABLE_1[method][number] if method in PAPER_TABLE_1 else "-"
-            line += [one_shot_cell(found, method), cell([r for r in found if r["steps"] == 1000], "tuned"), paper]
+            tuned = rows.tuned("resnet56", method, target, 1000, LAYERS)
+            line += [one_shot_cell(found, method), cell(tuned, "tuned"), paper]
         lines.append(line)
     header = [f"-{t:.0%}{what}" for t in targets for what in ("", ", 1,000 steps", " [paper]")]
     return markdown_table(["criterion", *header], lines)
@@ -245,7 +178,7 @@ def more_data(rows: Rows) -> str:
                 seconds = []
                 for given in ({}, options):
                     found = rows.at_once(network, method, target, given)
-                    line += [cell(found, "pruned"), cell([r for r in found if r["steps"] == 1000], "tuned")]
+                    line += [cell(found, "pruned"), cell(rows.tuned(network, method, target, 1000, given), "tuned")]
                     took = scoring_seconds(found)
                     seconds.append(f"{took:.0f}" if took is not None else "?")
                 lines.append([*line, " / ".join(seconds)])
@@ -254,22 +187,23 @@ def more_data(rows: Rows) -> str:
 
 
 def widths(rows: Rows) -> str:
-    """How many units of each layer one criterion removes, and which ones another."""
-    found = {
-        (target, other): [rows.at_once("resnet56", method, target, options) for method, options in units.items()]
-        for target in (0.9, 0.75)
-        for other, units in CROSSED.items()
+    """How many units of each layer one criterion removes, and which ones another; one batch size."""
+    asked = [(target, other) for target in (0.9, 0.75) for other in CROSSED]
+    tuned = {
+        (target, other, method): rows.tuned("resnet56", method, target, 1000, options)
+        for target, other in asked
+        for method, options in CROSSED[other].items()
     }
-    tuned = {key: [[r for r in mine if r["steps"] == 1000] for mine in cells] for key, cells in found.items()}
-    batch = common_batch([mine for cells in tuned.values() for mine in cells])
+    batch = common_batch(tuned.values())
     lines = []
-    for (target, other), cells in found.items():
+    for target, other in asked:
         line = [f"-{target:.0%}", NAMES[other]]
-        for pruned, after in zip(cells, tuned[target, other], strict=True):
-            line += [cell(pruned, "pruned"), cell(after, "tuned", batch)]
+        for method, options in CROSSED[other].items():
+            line.append(cell(rows.at_once("resnet56", method, target, options), "pruned"))
+            line.append(cell(tuned[target, other, method], "tuned", batch))
         lines.append(line)
-    methods = next(iter(CROSSED.values()))
-    header = [f"units of {NAMES[method]}{when}" for method in methods for when in ("", ", 1,000 steps")]
+    units = next(iter(CROSSED.values()))
+    header = [f"units of {NAMES[method]}{when}" for method in units for when in ("", ", 1,000 steps")]
     return markdown_table(["parameters", "widths of", *header], lines)
 
 
@@ -327,18 +261,6 @@ def cost(rows: Rows) -> str:
     return markdown_table(header, lines)
 
 
-def scoring_seconds(rows: Iterable[Row]) -> float | None:
-    """The median on a core of its own; the rows of a GPU shared it with twenty others."""
-    found = [row["scoring_seconds"] for row in rows if "scoring_seconds" in row and row["device"][:3] == "CPU"]
-    return statistics.median(found) if found else None
-
-
-def macs_gone(rows: Iterable[Row]) -> str:
-    """The mean share of the multiply-adds; a row that failed has none."""
-    gone = [row["removed_macs"] for row in rows if "removed_macs" in row]
-    return f"{statistics.mean(gone):.0%}" if gone else "not run"
-
-
 def ablation(rows: Rows) -> str:
     """One choice a line, on held-out images."""
     found = rows.of(network="resnet56", split="held_out", granularity="channel", steps=0)
@@ -383,21 +305,16 @@ def rates(rows: Rows) -> str:
 
 def higher_rate(rows: Rows) -> str:
     """The leads, and entwined against after pruning, at two learning rates; one batch size."""
-    asked: list[tuple[str, float, str, str, dict[str, Any]]] = [
-        (method, target, "post", "rounds", MORE_DATA[method] if method == "ig_abs" else {})
-        for target in (0.75, 0.9) for method in ("ig_abs", "taylor", "magnitude_l2")
-    ]  # fmt: skip
-    asked += [("ig", 0.9, every, f"layers, {SCHEDULES[every]}", LAYERS) for every in ("post", "layer")]
     found = [
         [rows.of(network="resnet56", split="test", granularity="channel", method=method, target=target, every=every,
                  steps=1000, options=options | rate) for rate in ({}, {"lr": HIGHER_RATE})]
-        for method, target, every, _, options in asked
+        for method, target, every, options in COMPARED
     ]  # fmt: skip
     batch = common_batch([higher for _, higher in found])
-    lines = [
-        [f"-{target:.0%}", NAMES[method], how, *[cell(mine, "tuned", batch) for mine in both]]
-        for (method, target, _, how, _), both in zip(asked, found, strict=True)
-    ]
+    lines = []
+    for (method, target, every, options), both in zip(COMPARED, found, strict=True):
+        how = f"layers, {SCHEDULES[every]}" if options == LAYERS else "rounds"
+        lines.append([f"-{target:.0%}", NAMES[method], how, *[cell(mine, "tuned", batch) for mine in both]])
     return markdown_table(["parameters", "criterion", "how", f"lr {RATE:g}", f"lr {HIGHER_RATE:g}"], lines)
 
 
@@ -423,7 +340,7 @@ def devices(rows: Rows) -> str:
         if "pruned" in row and row["method"] != "none":
             group = (row["network"], row["target"], row["method"] in DATA_FREE)
             same = json.dumps([row["method"], row["options"], row["seed"]], sort_keys=True)
-            pairs.setdefault(group, {}).setdefault(same, {}).setdefault(row["device"][:3] == "CPU", 100 * row["pruned"])
+            pairs.setdefault(group, {}).setdefault(same, {}).setdefault(on_cpu(row), 100 * row["pruned"])
     lines = []
     for (network, target, data_free), found in sorted(pairs.items()):
         apart = [abs(both[True] - both[False]) for both in found.values() if len(both) == 2]
@@ -469,10 +386,9 @@ def source(rows: Rows) -> str:
 
 PARTS: dict[str, Callable[[Rows], str]] = {
     "source": source, "networks": networks, "devices": devices, "lead": lead, "more data": more_data,
-    "table 1": table_1,
-    "rounds": rounds, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers, "cost": cost,
-    "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned, "rates": rates,
-    "higher rate": higher_rate,
+    "table 1": table_1, "rounds": rounds, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers,
+    "cost": cost, "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned,
+    "rates": rates, "higher rate": higher_rate,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from harness import (
+    COMPARED,
     CROSSED,
     DATA_FREE,
     DEPTHWISE_TARGETS,
@@ -242,23 +243,18 @@ def rates(w: Wanted) -> Iterator[Spec]:
 
 def higher_rate(w: Wanted) -> Iterator[Spec]:
     """The leads, and entwined against after pruning, at the learning rate that :func:`rates` says."""
-    for target in (0.9, 0.75):
-        for seed in w.seeds:
-            for method in ("ig_abs", "taylor", "magnitude_l2"):
-                options = {**(MORE_DATA[method] if method == "ig_abs" else {}), "lr": HIGHER_RATE}
-                yield Spec(w.network, method, target, seed, w.steps, options=options, batch=w.batch)
-            for every in ("post", "layer") if target == 0.9 else ():
-                yield Spec(w.network, "ig", target, seed, w.steps, every, {**LAYERS, "lr": HIGHER_RATE}, batch=w.batch)
+    for seed in w.seeds:
+        for method, target, every, options in COMPARED:
+            yield Spec(w.network, method, target, seed, w.steps, every, {**options, "lr": HIGHER_RATE}, batch=w.batch)
 
 
 TABLES: dict[str, Callable[[Wanted], Iterator[Spec]]] = {
     "baseline": baseline, "one_shot": one_shot, "paper_order": paper_order, "tuned": tuned, "entwined": entwined,
     "entwined_long": entwined_long, "leading": leading, "paper_order_tuned": paper_order_tuned,
-    "small_cuts": small_cuts,
-    "entwined_rounds": entwined_rounds, "more_data": more_data, "more_data_tuned": more_data_tuned, "widths": widths,
-    "weights": weights, "weights_rounds": weights_rounds, "depthwise": depthwise,
-    "depthwise_one_shot": depthwise_one_shot, "ablation": ablation, "ablation_long": ablation_long,
-    "ablation_tuned": ablation_tuned, "rates": rates, "higher_rate": higher_rate,
+    "small_cuts": small_cuts, "entwined_rounds": entwined_rounds, "more_data": more_data,
+    "more_data_tuned": more_data_tuned, "widths": widths, "weights": weights, "weights_rounds": weights_rounds,
+    "depthwise": depthwise, "depthwise_one_shot": depthwise_one_shot, "ablation": ablation,
+    "ablation_long": ablation_long, "ablation_tuned": ablation_tuned, "rates": rates, "higher_rate": higher_rate,
 }  # fmt: skip
 
 
