@@ -1,23 +1,47 @@
 """Nothing in front of a layer changes while the layer decays: compute it once per batch.
 
-During the first pass, the outputs of modules that finish before the first decaying layer starts are kept; in the
+During the first pass, the outputs of modules that finish before the first decaying weight is read are kept; in the
 passes that follow they are returned instead of being computed again. Only the outermost such modules are kept, and
-only those that are called once, leave their inputs alone and return new memory.
+only those that are called once, leave their inputs alone and return new memory. A weight is read when its layer runs, or
+when anybody else takes its values (``F.linear(x, self.fc.weight)`` in another module).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from singe_plugin.objective import tensors_in
 
 __all__ = ["PrefixCache"]
 
 _MISSING = object()
+_NO_VALUES = frozenset(
+    {
+        "size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "is_floating_point", "is_complex",
+        "element_size", "get_device", "__len__", "type", "data_ptr", "storage_offset",
+    }
+)  # fmt: skip
+
+
+class _Readings(TorchFunctionMode):
+    """Notices when the values of some parameters are used, wherever that is."""
+
+    def __init__(self, parameters: set[int], read: Callable[[], None]) -> None:
+        super().__init__()
+        self.parameters, self.read = parameters, read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        values = next(tensors_in(out), None) is not None if name == "__get__" else name not in _NO_VALUES
+        if values and any(id(t) in self.parameters for t in tensors_in((args, kwargs))):
+            self.read()
+        return out
 
 
 class PrefixCache:
@@ -51,13 +75,29 @@ class PrefixCache:
         self._inputs: dict[nn.Module, list[tuple[Tensor, int]]] = {}
         self._handles: list[Any] = []
         self._forwards: list[tuple[nn.Module, Any]] = []
+        own = {id(p) for layer in self.layers for p in layer._parameters.values() if p is not None}
+        self._readings: _Readings | None = _Readings(own, self._read)
+        self._inside = False  # the model's forward: who moves the weights along the path reads them, too
+
+    def _read(self) -> None:
+        self._started = self._started or self._inside
+
+    def _enter(self, *_: Any) -> None:
+        self._inside = True
+
+    def _leave(self, *_: Any) -> None:
+        self._inside = False
 
     def __enter__(self) -> PrefixCache:
+        self._handles.append(self.model.register_forward_pre_hook(self._enter))
+        self._handles.append(self.model.register_forward_hook(self._leave, always_call=True))
         for module in self.model.modules():
             hooked = bool(module._forward_hooks or module._forward_pre_hooks)  # a user's hook may change the output
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             if not hooked and not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        if self._readings is not None:
+            self._readings.__enter__()
         return self
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -68,8 +108,8 @@ class PrefixCache:
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs = self._inputs.pop(module, [])
-        if self._started or not _is_plain(output):
-            return
+        if self._started or not _is_plain(output) or any(t.requires_grad for t in tensors_in(output)):
+            return  # an output with a gradient depends on what decays
         if any(t._version != version for t, version in inputs):
             return  # it works in place: what else holds its input must see that in every pass
         memory = {t.untyped_storage().data_ptr() for t, _ in inputs}
@@ -99,6 +139,9 @@ class PrefixCache:
         self._outputs.clear()
 
     def _unhook(self) -> None:
+        if self._readings is not None:
+            self._readings.__exit__(None, None, None)
+            self._readings = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

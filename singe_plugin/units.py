@@ -189,11 +189,26 @@ class UnitGroup:
         name: how messages call it (the root layer's qualified name).
         size: the number of units.
         producers: every layer that writes the units, the root first. Layers that only *read* them are not here.
+
+    Raises:
+        GroupError: if two producers name the same parameter: one would overwrite what the other made of it.
     """
 
     name: str
     size: int
     producers: tuple[Producer, ...]
+
+    def __post_init__(self) -> None:
+        seen: dict[tuple[nn.Module, str], str] = {}
+        for producer in self.producers:
+            for slot in producer.slots:
+                other = seen.setdefault((slot.owner, slot.attr), producer.name)
+                if other is not producer.name or sum(s == slot for s in producer.slots) > 1:
+                    raise GroupError(
+                        f"group {self.name!r}: {slot.attr!r} of {type(slot.owner).__name__} is a producer twice "
+                        f"({other} and {producer.name}); its units cannot decay along two dimensions at once, so put "
+                        "the layer in ignored_layers"
+                    )
 
     def slots(self) -> Iterator[Slot]:
         """All parameters of all producers."""

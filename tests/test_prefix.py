@@ -86,6 +86,55 @@ def test_real_residual_network(monkeypatch: pytest.MonkeyPatch) -> None:
     scores_with_and_without(monkeypatch, model, model.layer3[0].conv1, torch.randn(2, 3, 32, 32))
 
 
+class ReadElsewhere(nn.Module):
+    """A module uses the weight of a layer before that layer is called, in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.first = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.early = Early(how, self.fc)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.fc(x)) + self.early(x))
+
+
+class Early(nn.Module):
+    def __init__(self, how: str, layer: nn.Linear) -> None:
+        super().__init__()
+        self.how, self.layer = how, [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer[0]
+        if self.how == "linear":
+            return nn.functional.linear(x, layer.weight)
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return nn.functional.linear(x, layer.weight)
+        if self.how == "data":
+            return x @ layer.weight.data.T
+        if self.how == "item":
+            return x * layer.bias[0].item()
+        if self.how == "list":
+            return x + torch.stack([layer.bias, layer.bias]).sum(0)
+        return x * layer.weight.shape[0] * len(layer.bias) * layer.weight.dim()
+
+
+@pytest.mark.parametrize("how", ["linear", "no_grad", "data", "item", "list"])
+def test_what_reads_a_weight_before_its_layer_runs_is_not_kept(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ReadElsewhere(how).eval()
+    scores_with_and_without(monkeypatch, model, model.fc, torch.randn(5, 6))
+
+
+def test_what_reads_a_shape_only_is_kept() -> None:
+    model = nn.Sequential(Early("shape", (fc := nn.Linear(6, 6).requires_grad_(False))), fc)
+    with PrefixCache(model, [fc]) as cache:
+        model(torch.randn(2, 6))
+        cache.seal()
+        assert cache.kept == [model[0]]
+
+
 def test_what_is_in_front_runs_once() -> None:
     front, layer, behind = Counter(), nn.Linear(4, 4), Counter()
     model = nn.Sequential(front, nn.Tanh(), layer, behind)
@@ -98,7 +147,7 @@ def test_what_is_in_front_runs_once() -> None:
 
 
 def test_outermost_module_is_kept() -> None:
-    stem, layer = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 3)
+    stem, layer = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).requires_grad_(False), nn.Linear(3, 3)
     model = nn.Sequential(stem, layer)
     with PrefixCache(model, [layer]) as cache:
         model(torch.randn(1, 3))

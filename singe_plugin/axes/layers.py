@@ -55,7 +55,7 @@ def graph_adapter(function: Callable[[AxisGraph], None]) -> Callable[[AxisGraph]
 def adapt(graph: AxisGraph) -> None:
     """Call the adapters of all modules of a graph, then those of graphs.
 
-    A part whose size the code gives is fixed, unless an adapter knows where that size is kept.
+    Where one says where a size is kept, the code's own size is none of the graph's ``constants`` any more.
     """
     links = graph.trace.links
     known = {place: len(found) for place, found in links.items()}
@@ -67,9 +67,7 @@ def adapt(graph: AxisGraph) -> None:
     for function in GRAPH_ADAPTERS:
         function(graph)
     told = [set(leaves(axis)) for place, found in links.items() for _, axis in found[known.get(place, 0) :]]
-    for axis, why in graph.trace.constants:
-        if set(leaves(axis)) not in told:
-            fix(axis, why)
+    graph.trace.constants = [(axis, why) for axis, why in graph.trace.constants if set(leaves(axis)) not in told]
 
 
 def follow(graph: AxisGraph, owner: nn.Module, attr: str, axis: Axis, path: tuple[Any, ...] = ()) -> None:

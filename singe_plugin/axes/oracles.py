@@ -27,6 +27,7 @@ from singe_plugin.errors import GroupError, SingeError
 from singe_plugin.objective import tensors_in
 from singe_plugin.state import caches_preserved, native_rnns
 
+from .algebra import contains
 from .graph import AxisGraph, Group, containers_training
 from .removal import Snapshot, remove_units
 from .substitutes import (
@@ -200,12 +201,18 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
     Raises:
         GroupError: if the model itself does not run on random inputs.
     """
-    groups = list(graph.groups.values())
+    reasons = {
+        group.name: why
+        for axis, why in graph.trace.constants
+        for group in graph.groups.values()
+        if contains(axis, group.leaf.root())
+    }
+    groups = [group for group in graph.groups.values() if group.name not in reasons]
     if not groups:
-        return {}
+        return reasons
     with _bench(graph, graph.inputs if inputs is None else inputs) as bench:
         bench.tolerance = max(bench.tolerance, min(10 * _amplified(bench), TOLERANCE))
-        reasons = {g.name: _UNFELT for g in _unfelt(bench, groups)}
+        reasons |= {g.name: _UNFELT for g in _unfelt(bench, groups)}
         right = [g for g in groups if g.name not in reasons]
         for test in (bench.permuted, bench.unevenly_removed, bench.removed_twice):
             right, wrong = _sorted_out_to_two(test, right)
@@ -224,15 +231,21 @@ _NOT_FINITE = "the output is not finite when its units are removed"
 def _sorted_out_to_two(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """As :func:`sorted_out`; groups with which the model fails only when one unit is left have to keep two."""
-    right, wrong = sorted_out(test, groups)
-    again = [g for g, reason in wrong if reason.startswith((_FAILS, _NOT_FINITE)) and g.least == 1 and g.size > 2]
-    if not again:
-        return right, wrong
-    for group in again:
+    """As :func:`sorted_out`; where the model fails with a layer of one unit, two units of every group have to stay."""
+    reason = test(groups) if groups else None
+    if reason is None:
+        return groups, []
+    single = [g for g in groups if g.least == 1 and g.size > 2] if reason.startswith((_FAILS, _NOT_FINITE)) else []
+    for group in single:
         group.least = 2
-    right, failed = sorted_out(test, [group for group in groups if group in {*right, *again}])
-    return right, [*((g, reason) for g, reason in wrong if g not in again), *failed]
+    right, wrong = sorted_out(test, groups)
+    if single and wrong:  # then it may have failed for another reason
+        for group in single:
+            group.least = 1
+        if test(right) is not None:
+            for group in single:
+                group.least = 2
+    return right, wrong
 
 
 def sorted_out(

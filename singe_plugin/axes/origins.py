@@ -59,7 +59,7 @@ class Origins:
             if tensor in self._of:
                 self._summed.add((id(tensor), at % tensor.ndim))
                 if a in self._live or b in self._live or tensor is b:
-                    self.contracted |= self._of[tensor][at]  # type: ignore[index]
+                    self.contracted |= self._of[tensor][at]
                 if a in self._of and b in self._of:
                     break
 
@@ -82,7 +82,7 @@ class Origins:
         self._summed.clear()
 
     def _dims(self, tensor: Tensor) -> list[Dims]:
-        found: list[Dims] = self._of[tensor]  # type: ignore[index]
+        found: list[Dims] = self._of[tensor]
         return found
 
 
