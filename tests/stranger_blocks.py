@@ -178,7 +178,7 @@ def raw(r: random.Random, c: int) -> Made:
         "F.conv2d": lambda m, x: functional.conv2d(x, m.w[:, :, None, None]),
         "F.linear": lambda m, x: functional.linear(x.movedim(1, -1), m.w).movedim(-1, 1),
         "matmul": lambda m, x: (m.w @ x.flatten(2)).unflatten(2, x.shape[2:]),
-        "weight of a layer": lambda m, x: x * m.conv.weight.mean((1, 2, 3)).view(-1, 1, 1),
+        "weight of a layer": lambda m, x: x * m.conv.weight.sum((1, 2, 3)).view(-1, 1, 1),
         "two in a row": lambda m, x: ((x.movedim(1, -1) @ m.w).relu() @ m.v).movedim(-1, 1),
         "scaled weight": lambda m, x: functional.conv2d(x, m.w[:, :, None, None] * m.v[:, :, None, None]),
     }  # fmt: skip
@@ -218,7 +218,7 @@ def places(r: random.Random, c: int) -> Made:
         "repeated": lambda x: x.repeat(1, 2, 1, 1),
         "interleaved": lambda x: x.repeat_interleave(2, 1),
         "outer": lambda x: (x[:, :, None] * x[:, None]).flatten(1, 2),
-        "correlated": lambda x: (x.flatten(2) @ x.flatten(2).mT / 36)[..., None],
+        "correlated": lambda x: (x.flatten(2) @ x.flatten(2).mT / 36).sum(2)[:, :, None, None],
         "triangle": lambda x: x * torch.ones(8, 8).tril().sum(0).view(8, 1, 1),
     }  # fmt: skip
     kind = r.choice(list(kinds))

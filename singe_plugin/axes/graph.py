@@ -432,8 +432,12 @@ def _reads(held: Held, dim: int) -> bool:
         return True
     if held.attr.startswith("weight_") and isinstance(held.owner, nn.RNNBase):
         return dim == 1
+    if held.attr in ("weight_v", "original1") and len(held.axes) > 1:  # the directions of weight norm
+        return dim > 0
     if held.attr != "weight" or len(held.axes) < 2:
         return False
+    if isinstance(held.owner, nn.Bilinear):
+        return dim > 0
     if isinstance(held.owner, _CONV):
         return dim == (0 if held.owner.transposed else 1)
     return isinstance(held.owner, nn.Linear) and dim == 1

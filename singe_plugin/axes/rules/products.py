@@ -51,6 +51,21 @@ def _linear(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.set(out, [*x[:-1], w[0]])
 
 
+@rule("_trilinear")
+def _trilinear(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """What ``nn.Bilinear`` computes: three operands, each without some dimensions, multiplied and summed."""
+    summed = set(args[6])
+    met: list[Axis | None] = [None] * (out.ndim + len(summed))
+    for operand, missing in zip(args[:3], args[3:6], strict=True):
+        present = [d for d in range(len(met)) if d not in missing]
+        for d, axis in zip(present, t.of(operand), strict=True):
+            here = met[d]
+            if here is not None:
+                t.unify(here, axis)
+            met[d] = axis if here is None else here
+    t.set(out, [axis or () for d, axis in enumerate(met) if d not in summed])
+
+
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "conv2d", "conv1d")
 def _convolution(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     x, w, bias = t.of(args[0]), t.of(args[1]), args[2]
