@@ -19,7 +19,7 @@ Made = tuple[nn.Module, int, str]  # a block, its output channels, its name
 
 OVER_CHANNELS: dict[str, Callable[[int], OverRest]] = {
     "median": lambda h: OverRest(lambda x: x.median(1, keepdim=True).values, h),
-    "mode": lambda h: OverRest(lambda x: x.round().mode(1, keepdim=True).values, h),
+    "mode": lambda h: OverRest(lambda x: x.mode(1, keepdim=True).values, h),
     "kthvalue": lambda h: OverRest(lambda x: x.kthvalue(2, 1, keepdim=True).values, h),
     "topk": lambda h: OverRest(lambda x: x.topk(2, 1).values, h),
     "sort": lambda h: OverRest(lambda x: x.sort(1).values, h, spread=True),

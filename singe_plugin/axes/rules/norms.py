@@ -102,6 +102,8 @@ def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     for result in tensors_in(out):
         kept = [axes[d] if d not in chosen else () for d in range(x.ndim) if d not in chosen or result.ndim == x.ndim]
         t.set(result, kept)
+    if t.operator in ("max", "min", "median", "nanmedian", "mode") and isinstance(out, tuple):
+        t.numbers_units(out[1], [axes[d] for d in chosen])
 
 
 @rule(
