@@ -108,7 +108,9 @@ def shuffle(r: random.Random, c: int) -> Made:
         "pixels up": lambda x: functional.pixel_shuffle(x, 2),
         "pixels down": lambda x: functional.pixel_unshuffle(x, 2),
         "pixels there and back": lambda x: functional.pixel_unshuffle(functional.pixel_shuffle(x, 2) * 2, 2),
-        "pixels by hand": lambda x: x.view(len(x), -1, 2, 2, 6, 6).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, 12, 12),
+        "pixels by hand": lambda x: (
+            x.view(len(x), -1, 2, 2, 6, 6).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, 12, 12)
+        ),
         "space to depth": lambda x: torch.cat([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1),
     }  # fmt: skip
     kind = r.choice(list(kinds))
@@ -127,8 +129,13 @@ def patches(r: random.Random, c: int) -> Made:
     """A convolution by hand, and patches that are put together again."""
     fold = r.random() < 0.5
     if fold:
+
+        def there_and_back(m: Any, x: Tensor) -> Tensor:
+            windows = torch.tanh(functional.unfold(m.conv(x), 2, stride=2))
+            return m.last(functional.fold(windows, (6, 6), 2, stride=2))
+
         net = Net(
-            lambda m, x: m.last(functional.fold(torch.tanh(functional.unfold(m.conv(x), 2, stride=2)), (6, 6), 2, stride=2)),
+            there_and_back,
             conv=nn.Conv2d(c, 8, 3, padding=1), last=nn.Conv2d(8, 6, 1),
         )  # fmt: skip
         return net, 6, "unfold and fold"
@@ -233,7 +240,9 @@ def places(r: random.Random, c: int) -> Made:
 
 def branches(r: random.Random, c: int) -> Made:
     """Blocks that people publish."""
-    kind = r.choice(["res2net", "ghost", "csp", "split attention", "dynamic", "coordinate", "eca", "non-local", "shared"])
+    kind = r.choice(
+        ["res2net", "ghost", "csp", "split attention", "dynamic", "coordinate", "eca", "non-local", "shared"]
+    )
     bn = nn.BatchNorm2d
 
     def conv(i: int, o: int, k: int = 1) -> nn.Module:

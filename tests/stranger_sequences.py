@@ -22,7 +22,9 @@ def _layers(*sizes: tuple[int, int]) -> nn.ModuleList:
 
 
 def attention(r: random.Random, c: int) -> Made:
-    kind = r.choice(["mha", "encoder layer", "gqa", "gqa by hand", "einsum", "qkv", "cross", "linear", "rotary", "decoder"])
+    kind = r.choice(
+        ["mha", "encoder layer", "gqa", "gqa by hand", "einsum", "qkv", "cross", "linear", "rotary", "decoder"]
+    )
     heads = 2
     if kind == "encoder layer":
         layer = nn.TransformerEncoderLayer(c, 2, 12, batch_first=True, norm_first=r.random() < 0.5)
@@ -38,15 +40,11 @@ def attention(r: random.Random, c: int) -> Made:
         return Net(mha, mha=nn.MultiheadAttention(c, 2, batch_first=True)), c, kind
 
     def gqa(m: Any, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(2, (n, -1)).transpose(1, 2) for layer, n in zip(m.qkv, (4, 2, 2), strict=True)
-        )
+        q, k, v = (layer(x).unflatten(2, (n, -1)).transpose(1, 2) for layer, n in zip(m.qkv, (4, 2, 2), strict=True))
         return m.out(functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
 
     def gqa_by_hand(m: Any, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(2, (n, -1)).transpose(1, 2) for layer, n in zip(m.qkv, (4, 2, 2), strict=True)
-        )
+        q, k, v = (layer(x).unflatten(2, (n, -1)).transpose(1, 2) for layer, n in zip(m.qkv, (4, 2, 2), strict=True))
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         return m.out(((q @ k.mT * 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -62,7 +60,10 @@ def attention(r: random.Random, c: int) -> Made:
         return x + m.out(y.transpose(1, 2).reshape(b, n, width))
 
     def cross(m: Any, x: Tensor) -> Tensor:
-        q, k, v = (layer(y).unflatten(2, (heads, -1)).transpose(1, 2) for layer, y in zip(m.qkv, (m.query.expand(len(x), -1, -1), x, x), strict=True))
+        q, k, v = (
+            layer(y).unflatten(2, (heads, -1)).transpose(1, 2)
+            for layer, y in zip(m.qkv, (m.query.expand(len(x), -1, -1), x, x), strict=True)
+        )
         return x + m.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def linear(m: Any, x: Tensor) -> Tensor:
@@ -97,6 +98,13 @@ def attention(r: random.Random, c: int) -> Made:
 
 def feed_forward(r: random.Random, c: int) -> Made:
     h = r.choice([6, 8, 10])
+
+    def halved(y: Tensor) -> Tensor:
+        return torch.cat([torch.relu(y[..., : y.shape[-1] // 2]), y[..., y.shape[-1] // 2 :]], -1)
+
+    def shifted(y: Tensor) -> Tensor:
+        return torch.cat([y[..., : y.size(-1) // 4].roll(1, 1), y[..., y.size(-1) // 4 :]], -1)
+
     raw = {"w": nn.Parameter(torch.randn(c, h) / 3), "v": nn.Parameter(torch.randn(h, c) / 3)}
     made: dict[str, Callable[[], nn.Module]] = {
         "swiglu": lambda: Net(
@@ -109,10 +117,13 @@ def feed_forward(r: random.Random, c: int) -> Made:
         ),
         "glu": lambda: nn.Sequential(nn.Linear(c, 2 * h), nn.GLU(), nn.Linear(h, c)),
         "raw": lambda: Net(lambda m, x: x + (x @ m.w).relu() @ m.v, **raw),
-        "raw einsum": lambda: Net(lambda m, x: x + torch.einsum("bnh,hc->bnc", torch.einsum("bnc,ch->bnh", x, m.w).relu(), m.v), **raw),
+        "raw einsum": lambda: Net(
+            lambda m, x: x + torch.einsum("bnh,hc->bnc", torch.einsum("bnc,ch->bnh", x, m.w).relu(), m.v), **raw
+        ),
         "linear, raw out": lambda: Net(lambda m, x: x + m.fc(x).relu() @ m.v, fc=nn.Linear(c, h), v=raw["v"]),
         "mixer": lambda: Net(
-            lambda m, x: x + m.out(m.act(m.fc(x.mT))).mT, fc=nn.Linear(LENGTH, h), act=nn.GELU(), out=nn.Linear(h, LENGTH),
+            lambda m, x: x + m.out(m.act(m.fc(x.mT))).mT, fc=nn.Linear(LENGTH, h), act=nn.GELU(),
+            out=nn.Linear(h, LENGTH),
         ),
         "gmlp": lambda: Net(
             lambda m, x: x + m.out((y := m.fc(x).chunk(2, -1))[0] * m.space(m.norm(y[1]).mT).mT),
@@ -120,28 +131,32 @@ def feed_forward(r: random.Random, c: int) -> Made:
         ),
         "experts": lambda: Net(
             lambda m, x: (torch.stack([e(x) for e in m.experts], -1) * m.gate(x).softmax(-1)[..., None, :]).sum(-1),
-            experts=nn.ModuleList(nn.Sequential(nn.Linear(c, h), nn.ReLU(), nn.Linear(h, c)) for _ in range(2)), gate=nn.Linear(c, 2),
+            experts=nn.ModuleList(nn.Sequential(nn.Linear(c, h), nn.ReLU(), nn.Linear(h, c)) for _ in range(2)),
+            gate=nn.Linear(c, 2),
         ),
         "rms": lambda: Net(
-            lambda m, x: x + m.out(m.own(m.fc(x)) * m.g), fc=nn.Linear(c, h), out=nn.Linear(h, c), g=nn.Parameter(torch.randn(h)),
+            lambda m, x: x + m.out(m.own(m.fc(x)) * m.g), fc=nn.Linear(c, h), out=nn.Linear(h, c),
+            g=nn.Parameter(torch.randn(h)),
             own=OverRest(lambda x: x * (x.pow(2).mean(-1, True) + 1e-3).rsqrt(), h, dim=-1, spread=True),
         ),
         "cosine": lambda: Net(
             lambda m, x: x + m.out(m.own(m.fc(x))), fc=nn.Linear(c, h), out=nn.Linear(h, c),
             own=OverRest(lambda x: functional.normalize(x, dim=-1), h, dim=-1, spread=True),
         ),
-        "bilinear": lambda: Net(lambda m, x: m.both(m.a(x), m.b(x)), a=nn.Linear(c, 4), b=nn.Linear(c, 6), both=nn.Bilinear(4, 6, c)),
+        "bilinear": lambda: Net(
+            lambda m, x: m.both(m.a(x), m.b(x)), a=nn.Linear(c, 4), b=nn.Linear(c, 6), both=nn.Bilinear(4, 6, c)
+        ),
         "tied": lambda: Net(lambda m, x: x + functional.linear(m.fc(x).relu(), m.fc.weight.t()), fc=nn.Linear(c, h)),
         "half": lambda: Net(
             lambda m, x: x + m.out(torch.cat([torch.relu(m.fc(x)[..., : h // 2]), m.fc(x)[..., h // 2 :]], -1)),
             fc=nn.Linear(c, h), out=nn.Linear(h, c),
         ),
         "half of a shape": lambda: Net(
-            lambda m, x: x + m.out(torch.cat([torch.relu((y := m.fc(x))[..., : y.shape[-1] // 2]), y[..., y.shape[-1] // 2 :]], -1)),
+            lambda m, x: x + m.out(halved(m.fc(x))),
             fc=nn.Linear(c, h), out=nn.Linear(h, c),
         ),
         "token shift": lambda: Net(
-            lambda m, x: x + m.out(torch.cat([(y := m.fc(x))[..., : y.size(-1) // 4].roll(1, 1), y[..., y.size(-1) // 4 :]], -1)),
+            lambda m, x: x + m.out(shifted(m.fc(x))),
             fc=nn.Linear(c, h), out=nn.Linear(h, c),
         ),
     }  # fmt: skip
@@ -151,7 +166,9 @@ def feed_forward(r: random.Random, c: int) -> Made:
 
 def recurrent(r: random.Random, c: int) -> Made:
     h = r.choice([4, 6])
-    kind = r.choice(["lstm", "gru", "rnn", "two layers", "both ways", "lstm cell", "gru cell", "last state", "projected"])
+    kind = r.choice(
+        ["lstm", "gru", "rnn", "two layers", "both ways", "lstm cell", "gru cell", "last state", "projected"]
+    )
 
     def cells(m: Any, x: Tensor) -> Tensor:
         state = x.new_zeros(len(x), m.cell.hidden_size)
@@ -174,7 +191,12 @@ def recurrent(r: random.Random, c: int) -> Made:
     rnn = layer(6, h, batch_first=True, **options.get(kind, {}))
     width = {"both ways": 2 * h, "projected": 3}.get(kind, h)
     if kind == "last state":
-        net = Net(lambda m, x: x + m.out(m.rnn(m.fc(x))[1][0][-1])[:, None], fc=nn.Linear(c, 6), rnn=rnn, out=nn.Linear(width, c))
+        net = Net(
+            lambda m, x: x + m.out(m.rnn(m.fc(x))[1][0][-1])[:, None],
+            fc=nn.Linear(c, 6),
+            rnn=rnn,
+            out=nn.Linear(width, c),
+        )
     else:
         net = Net(lambda m, x: x + m.out(m.rnn(m.fc(x))[0]), fc=nn.Linear(c, 6), rnn=rnn, out=nn.Linear(width, c))
     return net, c, kind
@@ -201,4 +223,11 @@ def convolved(r: random.Random, c: int) -> Made:
     return Net(forward, one=nn.Conv1d(c, h, 1), middle=middle, two=nn.Conv1d(h, c, 1)), c, kind
 
 
-BLOCKS: list[Callable[[random.Random, int], Made]] = [attention, attention, feed_forward, feed_forward, recurrent, convolved]
+BLOCKS: list[Callable[[random.Random, int], Made]] = [
+    attention,
+    attention,
+    feed_forward,
+    feed_forward,
+    recurrent,
+    convolved,
+]

@@ -44,7 +44,11 @@ class Stranger:
 def image_body(r: random.Random, c: int) -> tuple[nn.Module, str]:
     """``c`` channels to three classes, through one to three strange blocks."""
     width = r.choice([5, 6, 8])
-    layers: list[nn.Module] = [nn.Conv2d(c, width, 3, padding=1), r.choice([nn.BatchNorm2d(width), nn.Identity()]), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(c, width, 3, padding=1),
+        r.choice([nn.BatchNorm2d(width), nn.Identity()]),
+        nn.ReLU(),
+    ]
     names = []
     for _ in range(r.choice([1, 1, 2, 3])):
         block, width, name = r.choice(stranger_blocks.BLOCKS)(r, width)
@@ -112,7 +116,8 @@ def several(r: random.Random) -> Stranger:
     names = ""
     if kind == "siamese":
         net = Net(
-            lambda m, a, b: out(m, (m.f(a) - m.f(b)).abs()), f=nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, h)), **heads
+            lambda m, a, b: out(m, (m.f(a) - m.f(b)).abs()),
+            f=nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, h)), **heads,
         )  # fmt: skip
     elif kind == "towers":
         net = Net(
@@ -120,6 +125,7 @@ def several(r: random.Random) -> Stranger:
             f=nn.Linear(4, 6), g=nn.Linear(5, 8), join=nn.Linear(14, h), **heads,
         )  # fmt: skip
     elif kind == "film":
+
         def film(m: Any, a: Tensor, b: Tensor) -> Any:
             gain, shift = m.g(b).chunk(2, 1)
             return out(m, torch.relu(m.f(a) * gain + shift))

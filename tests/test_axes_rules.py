@@ -108,6 +108,12 @@ OPERATORS: dict[str, Operator] = {
     "conv1d: a kernel of one": lambda x, w, **_: functional.conv1d(x[..., 0], w[..., None]),
     "attention": lambda x, y, **_: functional.scaled_dot_product_attention(x, y, y * 2),
     "attention: broadcast": lambda x, y, **_: functional.scaled_dot_product_attention(x, y[:, :1], y[:, :1]),
+    "attention: grouped queries": lambda x, y, **_: functional.scaled_dot_product_attention(
+        x, y[:, :2], y[:, 2:4], enable_gqa=True
+    ),
+    "attention: grouped queries by hand": lambda x, y, **_: (
+        (x @ y[:, :2].repeat_interleave(3, 1).mT).softmax(-1) @ y[:, 2:4].repeat_interleave(3, 1)
+    ),
     "attention: a mask": lambda x, y, **_: functional.scaled_dot_product_attention(x, y, y, attn_mask=x @ y.mT),
     "batch norm": lambda x, v, **_: functional.batch_norm(x, v, v.abs() + 1, v, v),
     "batch norm: its own statistics": lambda x, v, **_: functional.batch_norm(x, None, None, v, v, training=True),
@@ -145,7 +151,9 @@ OPERATORS: dict[str, Operator] = {
 FREE = {  # that a rule keeps the axes that it could keep: the sizes of the leaves of x that stay free
     "view: split": {2, 3, 4}, "permute": {2, 6, 4, 8}, "slice": {2, 3, 4, 8}, "cat": {2, 6, 4, 8},
     "chunk": {2, 3, 4, 8}, "matmul": {2, 6, 4, 8}, "conv": {2, 6, 4, 8}, "conv: depthwise": {2, 6},
-    "attention": {2, 6, 4, 8}, "layer norm": {2, 6, 4, 8}, "mean": {2, 6, 4, 8}, "pixel_unshuffle": {2, 6},
+    "attention": {2, 6, 4, 8}, "attention: grouped queries": {2, 4, 8},
+    "attention: grouped queries by hand": {2, 3, 4, 8}, "layer norm": {2, 6, 4, 8},
+    "mean": {2, 6, 4, 8}, "pixel_unshuffle": {2, 6},
     "channel_shuffle": {2, 4, 8}, "glu": {2, 3, 4}, "glu: the last": {2, 6, 4}, "mode": {2, 6, 4, 8},
     "kthvalue": {2, 4, 8}, "nanmedian": {2, 6, 4, 8}, "where the largest is": {2, 4, 8}, "logcumsumexp": {2, 6, 4},
     "im2col": {2, 6}, "group norm": {3, 2, 4, 8}, "max pool": {2, 6}, "roll": {2, 6}, "expand": {2, 6, 4, 8},

@@ -106,8 +106,12 @@ def _attention(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     result = out[0] if isinstance(out, tuple) else out
     for other, axes in ((args[1], k), (args[2], v)):
         for d in range(len(q) - 2):
-            if args[0].shape[d] == other.shape[d]:  # else it is broadcast
+            if args[0].shape[d] == other.shape[d]:
                 t.unify(q[d], axes[d])
+            elif other.shape[d] > 1:  # grouped queries: so many in a row share a key; else the key is broadcast
+                shared, queries = split(q[d], [other.shape[d], args[0].shape[d] // other.shape[d]], t.why)
+                t.unify(shared, axes[d])
+                t.fix(queries)
     t.heads += q[:-2]
     t.unify(q[-1], k[-1])
     t.unify(k[-2], v[-2])
