@@ -1,85 +1,183 @@
-"""Which arguments of a torch function are sizes of what it returns."""
+"""Which arguments of a torch function are sizes of what it returns, and where the parts that it takes begin and end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from singe_plugin.objective import tensors_in
 
-from .algebra import Axis, size_of, split
+from .algebra import Axis, fix, size_of, split, split_concat
+from .tracked import TrackedInt, dimension, tracked_in
 
 if TYPE_CHECKING:
     from .trace import Trace
 
-__all__ = ["link_sizes"]
+__all__ = ["CUTS", "cut_evenly", "link_sizes"]
 
-_MADE = frozenset(
-    {"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty"}
-)
+_MADE = frozenset({"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty"})
+_FILLED = frozenset({"full", "new_full"})
+_UNDERSTOOD = frozenset({"multi_head_attention_forward"})  # nn.MultiheadAttention has an adapter
+CUTS = frozenset({"chunk", "unsafe_chunk", "tensor_split", "hsplit", "vsplit", "dsplit"})
+Linked = Iterator[tuple[Any, Axis]]
 
 
 def link_sizes(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
-    """The attributes among the arguments that are sizes of the result."""
+    """Note what the tracked integers among the arguments are sizes of.
+
+    One that is a number to the function (a factor, a shift, a bound of something else) makes what the function
+    computes depend on a width: :meth:`~singe_plugin.axes.trace.Trace.spend` says so.
+    """
+    linked = list(_linked(state, name, args, kwargs, out))
+    for size, axis in linked:
+        state.link(size, axis)
+    if name not in _UNDERSTOOD:
+        known = {id(size) for size, _ in linked} | {id(s) for s in _bounds(name, args)}
+        for number in tracked_in((args, kwargs)):
+            if id(number) not in known:
+                state.spend(number)
+
+
+def _linked(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Linked:
+    if name == "__setitem__":
+        yield from _slices(state, args[0], args[1])
+        return
     results = [t for t in tensors_in(out) if t.ndim]
     if not results:
         return
     axes = state.of(results[0])
-    if name in _MADE:
-        sizes = _size_arguments(args)
+    if name in _MADE or name in _FILLED:
+        sizes = _size_arguments(args, kwargs, name in _FILLED)
         if len(sizes) == len(axes):
-            for size, axis in zip(sizes, axes, strict=True):
-                state.link(size, axis)
+            yield from zip(sizes, axes, strict=True)
     elif name == "unflatten":
         first = _argument(args, kwargs, 1, "dim", 0) % args[0].ndim
         for offset, size in enumerate(_argument(args, kwargs, 2, "sizes", ())):
-            state.link(size, axes[first + offset])
+            yield size, axes[first + offset]
+    elif name in ("repeat", "tile"):
+        times = _size_arguments(args, kwargs)
+        before = [()] * (len(times) - args[0].ndim) + state.of(args[0])
+        if len(times) == len(axes):
+            for size, axis, old in zip(times, axes, before, strict=True):
+                yield size, axis[: len(axis) - len(old)]
     elif name in ("split", "split_with_sizes"):
         dim = _argument(args, kwargs, 2, "dim", 0)
         sizes = _argument(args, kwargs, 1, "split_size_or_sections", _argument(args, kwargs, 1, "split_size", ()))
         each = sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(results)
         for size, part in zip(each, results, strict=False):
-            state.link(size, state.of(part)[dim])
+            yield size, state.of(part)[dim]
     elif name == "narrow":
-        state.link(_argument(args, kwargs, 3, "length", 0), axes[_argument(args, kwargs, 1, "dim", 0)])
+        dim, start, length = (
+            _argument(args, kwargs, i + 1, n, 0) for i, n in enumerate(("dim", "start", "length"))
+        )
+        yield from _part(state, args[0], dim, start, length)
     elif name == "__getitem__":
-        _link_slices(state, args, results[0])
+        yield from _slices(state, args[0], args[1])
     elif name in ("layer_norm", "rms_norm"):
         shape = _argument(args, kwargs, 1, "normalized_shape", ())
-        for size, axis in zip(shape, axes[-len(shape) :], strict=True):
-            state.link(size, axis)
+        yield from zip(shape, axes[-len(shape) :], strict=True)
     elif name == "group_norm":
-        _link_groups(state, _argument(args, kwargs, 1, "num_groups", 1), axes[1])
+        yield from _groups(state, _argument(args, kwargs, 1, "num_groups", 1), axes[1])
     elif name.startswith("conv") and len(axes) > 1:
-        _link_groups(state, _argument(args, kwargs, 6, "groups", 1), axes[1])
+        yield from _groups(state, _argument(args, kwargs, 6, "groups", 1), axes[1])
 
 
 def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any) -> Any:
     return kwargs.get(name, args[position] if len(args) > position else default)
 
 
-def _link_groups(state: Trace, groups: Any, axis: Axis) -> None:
-    if groups > 1:
-        outer, _ = split(axis, [int(groups), size_of(axis) // int(groups)], state.why)
-        state.link(groups, outer)
-
-
-def _link_slices(state: Trace, args: Any, result: Tensor) -> None:
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    dim = 0
-    for position, item in enumerate(index):
-        if item is Ellipsis:
-            dim = result.ndim - (len(index) - position - 1)
-            continue
-        if isinstance(item, slice) and item.start in (None, 0):
-            state.link(item.stop, state.of(result)[dim])
-        if item is None or isinstance(item, slice):
-            dim += 1
-
-
-def _size_arguments(args: Any) -> list[Any]:
+def _size_arguments(args: Any, kwargs: Any, filled: bool = False) -> list[Any]:
     rest = args[1:] if args and isinstance(args[0], Tensor) else args
+    rest = rest[:1] if filled else rest
+    if not rest:
+        rest = [kwargs.get("size", ())]
     if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
         return list(rest[0])
     return [a for a in rest if isinstance(a, int)]
+
+
+def _groups(state: Trace, groups: Any, axis: Axis) -> Linked:
+    if groups > 1:
+        outer, _ = split(axis, [groups + 0, size_of(axis) // groups], state.why)
+        yield groups, outer
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _bounds(name: str, args: Any) -> list[TrackedInt]:
+    """The tracked bounds of slices: what they mean is said by the sizes of the parts."""
+    if name in ("__getitem__", "__setitem__"):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return tracked_in([(i.start, i.stop) for i in index if isinstance(i, slice) and not tracked_in(i.step)])
+    return tracked_in(args[2:4]) if name == "narrow" else []
+
+
+def _slices(state: Trace, source: Tensor, index: Any) -> Linked:
+    """The sizes of what a slice leaves out in front and of what it takes."""
+    items = index if isinstance(index, tuple) else (index,)
+    taken = sum(_dims_of(item) for item in items)
+    dim = 0
+    for item in items:
+        if item is Ellipsis:
+            dim += source.ndim - taken
+            continue
+        if isinstance(item, slice) and tracked_in((item.start, item.stop)) and item.step in (None, 1):
+            whole = dimension(source.shape[dim], state.of(source)[dim])
+            start = 0 if item.start is None else item.start
+            stop = whole if item.stop is None else item.stop
+            start = whole + start if start < 0 else start
+            stop = whole + stop if stop < 0 else stop
+            yield from _part(state, source, dim, start, stop - start)
+        elif isinstance(item, slice):
+            for number in tracked_in(item):
+                state.spend(number)
+        dim += _dims_of(item)
+
+
+def _dims_of(item: Any) -> int:
+    """How many dimensions an item of an index is about."""
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    return item.ndim if isinstance(item, Tensor) and item.dtype.is_floating_point is False and item.ndim > 1 else 1
+
+
+def _part(state: Trace, source: Tensor, dim: int, start: Any, length: Any) -> Linked:
+    """What is in front of a part, and the part."""
+    axis = state.of(source)[dim]
+    size = size_of(axis)
+    sizes = [int.__int__(start), int.__int__(length), size - start - length]
+    if min(sizes) < 0:  # beyond the end: whether it is depends on the sizes
+        for number in tracked_in((start, length)):
+            state.spend(number)
+        return
+    pieces = iter(split_concat(axis, [int.__int__(s) for s in sizes if s], state.why))
+    before, part, _ = (next(pieces) if s else None for s in sizes)
+    for number, piece in ((start, before), (length, part)):
+        if piece is not None:
+            yield number, piece
+        else:
+            for depends in tracked_in(number):
+                state.spend(depends)
+
+
+def cut_evenly(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    """``chunk`` and its like find the parts by dividing: they have to stay equal, and nothing may be left over."""
+    sections = _argument(args, kwargs, 1, "chunks", kwargs.get("sections", kwargs.get("indices_or_sections")))
+    results = [t for t in tensors_in(out) if t.ndim]
+    if not isinstance(sections, int) or not results or len(results) < 2:
+        return
+    ndim = args[0].ndim
+    dim = {"hsplit": 0 if ndim == 1 else 1, "vsplit": 0, "dsplit": 2}.get(name)
+    dim = _argument(args, kwargs, 2, "dim", 0) % ndim if dim is None else dim
+    axis, sizes = state.of(args[0])[dim], [t.shape[dim] for t in results]
+    if len(set(sizes)) > 1 or len(results) != sections:
+        fix(axis, f"{name} cuts it into parts that are not equal")
+        return
+    outer, inner = split(axis, [len(sizes), sizes[0] + 0], state.why)
+    fix(outer, "its parts are told apart")
+    for result in results:
+        if size_of(part := state.of(result)[dim]) == size_of(inner):
+            state.unify(part, inner)

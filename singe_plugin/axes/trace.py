@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,9 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from singe_plugin.objective import call_model, tensors_in
 from singe_plugin.state import native_rnns, preserved
 
-from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, unify
-from .sizes import link_sizes
-from .tracked import OBSERVERS, Place, TrackedInt, dimension, has_tracked, tracked_attributes
+from .algebra import Axis, fix_all, fresh, is_fixed, size_of, unify
+from .equations import own_widths, solve
+from .sizes import CUTS, cut_evenly, link_sizes
+from .tracked import OBSERVERS, Place, Term, TrackedInt, dimension, tracked_attributes, tracked_in
 
 __all__ = ["AttentionCall", "Forward", "Trace", "trace"]
 
@@ -59,10 +60,11 @@ class Trace:
         model: the traced model.
         links: integer attributes, and the axes whose sizes they are (times a number).
         equations: sizes that the model computes from attributes and dimensions, and the axes that have these sizes.
+        spent: sizes that are numbers to a function, and what that function is.
         order: modules in the order in which their parameters are first read.
         mixing: ``(operator, how often it ran before) -> (dimension, axis)`` of reductions: they see all units at once.
         attention: calls that imply a scale.
-        scales: sizes that became factors, and the classes of the modules that made them so.
+        scales: sizes that became factors, and where.
         heads: the axes over which matrices are multiplied one by one.
         unknown: operators without a rule, and the classes of the modules that used them.
         inputs, outputs: for every module, the axes of the tensors that it was given and returned last.
@@ -72,6 +74,7 @@ class Trace:
     model: nn.Module
     links: dict[Place, list[tuple[Fraction, Axis]]] = field(default_factory=dict)
     equations: list[tuple[TrackedInt, Axis]] = field(default_factory=list)
+    spent: list[tuple[TrackedInt, str]] = field(default_factory=list)
     order: dict[nn.Module, int] = field(default_factory=dict)
     mixing: dict[tuple[str, int], list[tuple[int, Axis]]] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)
@@ -100,6 +103,16 @@ class Trace:
                     if tensor is not None and tensor not in self._axes:
                         self._axes[tensor] = [fresh(size) for size in tensor.shape]
                         self._owner[tensor] = module
+            self._link_own(module)
+
+    def _link_own(self, module: nn.Module) -> None:
+        """The widths that a layer keeps follow its own tensors."""
+        for attr, name, dim in own_widths(module):
+            tensor = module._parameters.get(name)
+            tensor = module._buffers.get(name) if tensor is None else tensor
+            place = Place(module, attr)
+            if tensor is not None and place not in self.links and module.__dict__.get(attr) == tensor.shape[dim]:
+                self.links[place] = [(Fraction(1), self.of(tensor)[dim])]
 
     # -- for the rules --------------------------------------------------------------------------------------------
 
@@ -139,84 +152,25 @@ class Trace:
 
     def link(self, size: Any, axis: Axis) -> None:
         """Note that ``size`` has to stay the size of ``axis``, if it is made of attributes and dimensions."""
-        if isinstance(size, TrackedInt) and int(size) == size_of(axis):
+        if not isinstance(size, TrackedInt):
+            return
+        if size != size_of(axis):
+            self.spend(size)
+        elif [size.terms] != [((Term(axes=((axis, 1),)),))]:  # else it says that a size is itself
             self.equations.append((size, axis))
 
-    def solve(self) -> None:
-        """Unify what has to stay of one size, and note which attributes follow which axes."""
-        rest: list[tuple[TrackedInt, Axis]] = []
-        for size, axis in self.equations:
-            if not size.axes and size.factor == 1 and size.less is None and list(size.places.values()) == [1]:
-                self.links.setdefault(next(iter(size.places)), []).append((Fraction(1), axis))
-            else:
-                rest.append((size, axis))
-        self.equations.clear()
-        for found in self.links.values():
-            for _, axis in found[1:]:
-                _same_size(found[0][1], axis, "one attribute gives both sizes")
-        for size, axis in rest:
-            self._solve(size, axis)
-        for size, where in self.scales:
-            self._fix_scale(size, where)
+    def spend(self, size: TrackedInt) -> None:
+        """Note that a size is a number to the current function: what that computes would change with a removal."""
+        self.spent.append((size, f"{self.why} depends on its size"))
 
     def note_scale(self, size: TrackedInt) -> None:
         """A size is about to become a factor (``head_dim ** -0.5``): a removal would change it."""
-        self.scales.append((size, type(self.stack[-1]).__name__ if self.stack else "the model"))
+        where = type(self.stack[-1]).__name__ if self.stack else "the model"
+        self.scales.append((size, f"{where} computes a scale from its size"))
 
-    def _fix_scale(self, size: TrackedInt, where: str) -> None:
-        above = [atom for axis, e in size.axes if e > 0 for atom in expand(axis)]
-        below = [atom for axis, e in size.axes if e < 0 for atom in expand(axis)]
-        for place, exponent in size.places.items():
-            followed = self._followed(place)
-            (above if exponent > 0 else below).extend(expand(followed) if followed is not None else ())
-        for atom in below:  # channels // heads is the width of a head
-            if atom in above:
-                above.remove(atom)
-        fix_all([(atom,) for atom in above], f"{where} computes a scale from its size")
-
-    def _solve(self, size: TrackedInt, axis: Axis) -> None:
-        """``factor * attributes * dimensions == axis``, where some attributes are known to follow axes."""
-        if size.less is not None:  # a - b == axis, so a is the size of axis and b's axis together
-            taken = [self._followed(p) for p in size.less.places] if not size.less.axes else []
-            if len(taken) != 1 or taken[0] is None or size.less.factor != 1:
-                return
-            size, axis = (
-                TrackedInt(int(size) + int(size.less), size.factor, size.places, size.axes),
-                concat([taken[0], axis]),
-            )
-        factors, unknown = list(size.axes), {}
-        for place, exponent in size.places.items():
-            followed = self._followed(place)
-            if followed is None:
-                unknown[place] = exponent
-            else:
-                factors.append((followed, exponent))
-        if not unknown and size.factor == 1:
-            above = tuple(atom for a, e in factors if e == 1 for atom in a)
-            below = tuple(atom for a, e in factors if e == -1 for atom in a)
-            if all(abs(e) == 1 for _, e in factors):
-                _same_size(above, below + axis, "the model computes one size from the other")
-        elif not factors and sum(e == 1 for e in unknown.values()) == 1:
-            # what it is divided by (a number of paths or heads that follows nothing) is a constant
-            times = 1 / size.factor
-            for place, exponent in unknown.items():
-                times *= Fraction(place.get()) ** -exponent if exponent != 1 else 1
-            self._follow(next(p for p, e in unknown.items() if e == 1), times, axis)
-        elif not factors and size.factor == 1 and set(unknown.values()) == {1}:
-            atoms = expand(axis)  # num_keys * head_dim: one attribute per factor
-            for order in itertools.permutations(unknown):
-                if [place.get() for place in order] == [atom.size for atom in atoms]:
-                    for place, atom in zip(order, atoms, strict=True):
-                        self._follow(place, Fraction(1), (atom,))
-                    break
-
-    def _followed(self, place: Place) -> Axis | None:
-        """The axis whose size an attribute is."""
-        found = self.links.get(place)
-        return found[0][1] if found and found[0][0] == 1 else None
-
-    def _follow(self, place: Place, times: Fraction, axis: Axis) -> None:
-        self.links.setdefault(place, []).append((times, axis))
+    def solve(self) -> None:
+        """Settle what the sizes that the model computes ask of its axes (see :mod:`singe_plugin.axes.equations`)."""
+        solve(self)
 
     # -- who reads whom -------------------------------------------------------------------------------------------
 
@@ -275,14 +229,6 @@ class Trace:
         self._calls[caller] += 1
 
 
-def _same_size(a: Axis, b: Axis, why: str) -> None:
-    """Make sure that two axes stay of one size; products of the same atoms do, in whatever order."""
-    if is_fixed(a) and is_fixed(b):
-        return
-    if Counter(map(id, expand(a))) != Counter(map(id, expand(b))):
-        unify(a, b, why)
-
-
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of every operator."""
 
@@ -338,7 +284,16 @@ class _Functions(TorchFunctionMode):
                 return self._sizes(args[0], out)
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             return self._sizes(args[0], args[0].shape)[dim]
-        if has_tracked([*args, *kwargs.values()]):
+        if name in ("numel", "nelement"):
+            return math.prod(self._sizes(args[0], args[0].shape))
+        if name == "__len__":
+            for size in tracked_in(tuple(self._sizes(args[0], args[0].shape))[:1]):
+                self.state.operator = "len()"
+                self.state.spend(size)  # what len() returns forgets where it comes from
+        if name in CUTS:
+            self.state.operator = name
+            cut_evenly(self.state, name, args, kwargs, out)
+        if tracked_in((args, kwargs)):
             self.state.operator = name
             link_sizes(self.state, name, args, kwargs, out)
         return out

@@ -2,8 +2,9 @@
 
 ``x.reshape(b, n, self.num_heads, c // self.num_heads)`` ties an attribute and a quotient to two dimensions. While a
 model is traced, every integer attribute of its modules and every size that it reads off a tensor is an equal ``int``
-that knows its origin; products and exact quotients of such integers know theirs. So the trace sees which attributes
-have to follow when a dimension becomes smaller, and which dimensions have to stay of one size.
+that knows its origin, and so is whatever is computed from them. So the trace sees which attributes have to follow when
+a dimension becomes smaller, which dimensions have to stay of one size, and which numbers depend on a width in a way
+that nothing can follow: a quotient with a remainder, a logarithm, an ``int(0.3 * c)``.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .algebra import Axis
 
-__all__ = ["Place", "TrackedInt", "attribute", "dimension", "has_tracked", "tracked_attributes"]
+__all__ = ["Place", "Term", "TrackedInt", "attribute", "dimension", "tracked_attributes", "tracked_in"]
 
-OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size becomes a scale: ``head_dim ** -0.5``
+OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size leaves the integers: ``head_dim ** -0.5``
 _OWN = frozenset({"training"})
 
 
@@ -40,7 +41,7 @@ class Place:
         value = self.owner.__dict__[self.attr]
         for step in self.path:
             value = getattr(value, step[1:]) if _is_attribute(step) else value[step]
-        return int(value)
+        return _plain(value)
 
     def set(self, value: int) -> None:
         """Change it; what holds it is replaced, not changed, so that the old one can be put back."""
@@ -67,92 +68,234 @@ def _replaced(holder: Any, path: tuple[Any, ...], value: int) -> Any:
     return made
 
 
-class TrackedInt(int):
-    """An ``int`` that is a product of powers of attributes and dimensions, times a number (less another such).
+@dataclass(frozen=True)
+class Term:
+    """A number times powers of attributes and dimensions."""
 
-    Example:
-        >>> heads = TrackedInt(6, places={Place(nn.Module(), "num_heads"): 1})
-        >>> width = (heads * 64) // 2
-        >>> width, width.factor, list(width.places.values())
-        (192, Fraction(32, 1), [1])
-    """
+    factor: Fraction = Fraction(1)
+    places: Mapping[Place, int] = field(default_factory=dict)
+    axes: tuple[tuple[Axis, int], ...] = ()
 
-    factor: Fraction
-    places: Mapping[Place, int]
-    axes: tuple[tuple[Axis, int], ...]
-    less: TrackedInt | None
-
-    def __new__(
-        cls,
-        value: int,
-        factor: Fraction = Fraction(1),
-        places: Mapping[Place, int] | None = None,
-        axes: tuple[tuple[Axis, int], ...] = (),
-        less: TrackedInt | None = None,
-    ) -> TrackedInt:
-        made = super().__new__(cls, value)
-        made.factor, made.places, made.axes, made.less = factor, places or {}, axes, less
-        return made
-
-    def _times(self, other: Any, power: int) -> Any:
-        value = int(self) * int(other) if power > 0 else int(self) // int(other)
-        if self.less is not None or getattr(other, "less", None) is not None:
-            return value
-        if not isinstance(other, TrackedInt):
-            return TrackedInt(value, self.factor * Fraction(int(other)) ** power, self.places, self.axes)
+    def times(self, other: Term, power: int = 1) -> Term:
+        """The product with a power of another term."""
         places = dict(self.places)
         for place, exponent in other.places.items():
             places[place] = places.get(place, 0) + power * exponent
         axes = (*self.axes, *((axis, power * exponent) for axis, exponent in other.axes))
-        return TrackedInt(value, self.factor * other.factor**power, {p: e for p, e in places.items() if e}, axes)
+        return Term(self.factor * other.factor**power, {p: e for p, e in places.items() if e}, axes)
+
+
+class TrackedInt(int):
+    """An ``int`` that is a sum of products of attributes and dimensions.
+
+    Attributes:
+        terms: what it is the sum of.
+        followed: whether it *is* that sum; False for what depends on it in another way.
+        quotients: the quotients in it, each the sum of its terms: none had a remainder, and none may get one.
+
+    Example:
+        >>> heads = TrackedInt(6, (Term(places={Place(nn.Module(), "num_heads"): 1}),))
+        >>> width = (heads * 64) // 2
+        >>> width, width.terms[0].factor, width.followed, (width // 5).followed
+        (192, Fraction(32, 1), True, False)
+    """
+
+    terms: tuple[Term, ...]
+    followed: bool
+    quotients: tuple[tuple[Term, ...], ...]
+
+    def __new__(
+        cls,
+        value: int,
+        terms: tuple[Term, ...] = (),
+        followed: bool = True,
+        quotients: tuple[tuple[Term, ...], ...] = (),
+    ) -> TrackedInt:
+        made = super().__new__(cls, value)
+        made.terms, made.followed, made.quotients = terms, followed, quotients
+        return made
+
+    def place(self) -> Place | None:
+        """The attribute that it is, if it is one and nothing else."""
+        if len(self.terms) != 1 or not self.followed:
+            return None
+        (term,) = self.terms
+        alone = term.factor == 1 and not term.axes and list(term.places.values()) == [1]
+        return next(iter(term.places)) if alone else None
+
+    def _combined(self, value: int, terms: tuple[Term, ...], *others: TrackedInt) -> TrackedInt:
+        every = (self, *others)
+        quotients = tuple(q for number in every for q in number.quotients)
+        return TrackedInt(value, terms, all(number.followed for number in every), quotients)
+
+    def _depends(self, value: Any, other: Any = 0) -> Any:
+        """A number that is made of this one, in a way that is not followed."""
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        return TrackedInt(value, self.terms + (other.terms if isinstance(other, TrackedInt) else ()), False)
+
+    # -- sums and products ----------------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return self._leaves(other, lambda a, b: a + b)
+        return self._combined(_plain(self) + _plain(other), self.terms + _terms(other), *_tracked(other))
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Any:
+        return self._combined(-_plain(self), tuple(t.times(Term(Fraction(-1))) for t in self.terms))
+
+    def __pos__(self) -> Any:
+        return self
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -other if isinstance(other, int) else self._leaves(other, lambda a, b: a - b)
+
+    def __rsub__(self, other: Any) -> Any:
+        return -self + other if isinstance(other, int) else self._leaves(other, lambda a, b: b - a)
 
     def __mul__(self, other: Any) -> Any:
-        if type(other) is bool or not isinstance(other, int) or not other or not self:
-            return int(self) * other
-        return self._times(other, 1)
+        if isinstance(other, (list, tuple, str)):
+            return _plain(self) * other
+        if not isinstance(other, int):
+            return self._leaves(other, lambda a, b: a * b)
+        terms = tuple(a.times(b) for a in self.terms for b in _terms(other))
+        return self._combined(_plain(self) * _plain(other), terms, *_tracked(other))
 
     __rmul__ = __mul__
 
-    def __floordiv__(self, other: Any) -> Any:
-        if type(other) is bool or not isinstance(other, int) or not other or int(self) % int(other):
-            return int(self) // other
-        return self._times(other, -1)
-
-    def __sub__(self, other: Any) -> Any:
-        value = int(self) - int(other) if isinstance(other, int) else int(self) - other
-        if not isinstance(other, TrackedInt) or self.less is not None or other.less is not None:
-            return value
-        return TrackedInt(value, self.factor, self.places, self.axes, other)
-
     def __pow__(self, power: Any, modulus: Any = None) -> Any:
-        if isinstance(power, float) and OBSERVERS:
-            OBSERVERS[-1](self)
-        return int(self) ** power
+        if type(power) is int and 0 < power < 5 and modulus is None:
+            made: Any = self
+            for _ in range(power - 1):
+                made = made * self
+            return made
+        return self._leaves(power, lambda a, b: a**b)
 
-    def __float__(self) -> float:  # math.sqrt(width)
-        if OBSERVERS:
-            OBSERVERS[-1](self)
-        return float(int(self))
+    # -- quotients ------------------------------------------------------------------------------------------------
+
+    def __floordiv__(self, other: Any) -> Any:
+        return _divided(self, other) if isinstance(other, int) else self._leaves(other, lambda a, b: a // b)
 
     def __rfloordiv__(self, other: Any) -> Any:
-        if type(other) is not int or not self or other % int(self) or self.less is not None:
-            return other // int(self)
-        inverse = {place: -exponent for place, exponent in self.places.items()}
-        axes = tuple((axis, -exponent) for axis, exponent in self.axes)
-        return TrackedInt(other // int(self), other / self.factor, inverse, axes)
+        return _divided(other, self) if isinstance(other, int) else self._leaves(other, lambda a, b: b // a)
+
+    def __mod__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return self._leaves(other, lambda a, b: a % b)
+        return self._depends(_plain(self) % _plain(other), other)
+
+    def __rmod__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return other % _plain(self) if isinstance(other, str) else self._leaves(other, lambda a, b: b % a)
+        return self._depends(other % _plain(self))
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __rshift__(self, other: Any) -> Any:
+        return self // (1 << other) if type(other) is int else self._depends(_plain(self) >> other, other)
+
+    def __lshift__(self, other: Any) -> Any:
+        return self * (1 << other) if type(other) is int else self._depends(_plain(self) << other, other)
+
+    def __abs__(self) -> Any:
+        return self if _plain(self) >= 0 else -self
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self
+
+    __floor__ = __ceil__ = __round__
+
+    def __and__(self, other: Any) -> Any:
+        return self._depends(_plain(self) & other, other)
+
+    def __or__(self, other: Any) -> Any:
+        return self._depends(_plain(self) | other, other)
+
+    def __xor__(self, other: Any) -> Any:
+        return self._depends(_plain(self) ^ other, other)
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    # -- out of the integers --------------------------------------------------------------------------------------
+
+    def _leaves(self, other: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """What it makes together with something that is no integer."""
+        if isinstance(other, Tensor):
+            return NotImplemented  # so that the tensor's own operator sees where the number comes from
+        if not isinstance(other, (int, float, complex)):
+            return NotImplemented
+        self._tell()
+        return combine(_plain(self), other)
+
+    def _tell(self) -> None:
+        if OBSERVERS:
+            OBSERVERS[-1](self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._leaves(other, lambda a, b: a / b)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._leaves(other, lambda a, b: b / a)
+
+    def __rpow__(self, other: Any, modulus: Any = None) -> Any:
+        return self._leaves(other, lambda a, b: b**a)
+
+    def __float__(self) -> float:  # math.sqrt(width)
+        self._tell()
+        return float(_plain(self))
+
+    def __int__(self) -> int:  # from here on, nobody knows where it comes from
+        self._tell()
+        return _plain(self)
+
+    __trunc__ = __int__
+
+
+def _plain(number: int) -> int:
+    """The same as an ordinary integer, without telling anybody."""
+    return int.__int__(number)
+
+
+def _terms(number: int) -> tuple[Term, ...]:
+    if isinstance(number, TrackedInt):
+        return number.terms
+    return (Term(Fraction(number)),) if number else ()
+
+
+def _tracked(number: int) -> tuple[TrackedInt, ...]:
+    return (number,) if isinstance(number, TrackedInt) else ()
+
+
+def _divided(above: int, below: int) -> Any:
+    """A quotient: followed if nothing is left over and what it is divided by is one product."""
+    value, rest = divmod(_plain(above), _plain(below))
+    known = _tracked(above) + _tracked(below)
+    if rest or len(_terms(below)) != 1 or isinstance(above, bool):
+        return known[0]._depends(value, known[-1])
+    (divisor,) = _terms(below)
+    terms = tuple(term.times(divisor, -1) for term in _terms(above))
+    made = known[0]._combined(value, terms, *known[1:])
+    made.quotients = (*made.quotients, terms)
+    return made
 
 
 def attribute(value: int, place: Place) -> TrackedInt:
     """An integer that is an attribute."""
-    return TrackedInt(value, places={place: 1})
+    return TrackedInt(value, (Term(places={place: 1}),))
 
 
 def dimension(value: int, axis: Axis) -> TrackedInt:
     """An integer that was read off a tensor's shape."""
-    return TrackedInt(value, axes=((axis, 1),))
+    return TrackedInt(value, (Term(axes=((axis, 1),)),))
 
 
-def _plain(value: Any) -> bool:
+def _is_width(value: Any) -> bool:
     return type(value) is int and value > 1
 
 
@@ -165,11 +308,11 @@ def tracked_attributes(model: nn.Module) -> Iterator[None]:
             for attr, value in list(module.__dict__.items()):
                 if attr in _OWN or attr.startswith("_"):
                     continue
-                if _plain(value):
+                if _is_width(value):
                     replacement: Any = attribute(value, Place(module, attr))
-                elif type(value) in (tuple, list) and any(_plain(v) for v in value):
+                elif type(value) in (tuple, list) and any(_is_width(v) for v in value):
                     replacement = type(value)(
-                        attribute(v, Place(module, attr, (i,))) if _plain(v) else v for i, v in enumerate(value)
+                        attribute(v, Place(module, attr, (i,))) if _is_width(v) else v for i, v in enumerate(value)
                     )
                 else:
                     continue
@@ -181,10 +324,14 @@ def tracked_attributes(model: nn.Module) -> Iterator[None]:
             module.__dict__[attr] = value
 
 
-def has_tracked(value: Any) -> bool:
-    """Whether there is a tracked integer among nested arguments."""
+def tracked_in(value: Any) -> list[TrackedInt]:
+    """The tracked integers among nested arguments."""
     if isinstance(value, TrackedInt):
-        return True
+        return [value]
+    if isinstance(value, slice):
+        return tracked_in((value.start, value.stop, value.step))
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
     if isinstance(value, (tuple, list)):
-        return any(has_tracked(item) for item in value)
-    return isinstance(value, slice) and has_tracked((value.start, value.stop))
+        return [number for item in value for number in tracked_in(item)]
+    return []
