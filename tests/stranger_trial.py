@@ -1,10 +1,14 @@
-"""One stranger put through everything: what is removed is what the masked original computes, and it still lives."""
+"""One stranger put through everything: what is removed is what the masked original computes, and it still lives.
+
+``python tests/stranger_trial.py 0 1000`` prints the counts for a range of seeds, and what was wrong.
+"""
 
 from __future__ import annotations
 
 import copy
 import random
 import re
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -190,3 +194,7 @@ def summary(outcomes: Iterable[Outcome]) -> str:
 
 def fuzz(seeds: Iterable[int]) -> list[Outcome]:
     return [attempt(seed) for seed in seeds]
+
+
+if __name__ == "__main__":
+    print(summary(fuzz(range(*map(int, sys.argv[1:3])))))

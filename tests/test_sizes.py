@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from singe_plugin.axes import AxisGraph, Trackers, remove_units, verify_groups
 
