@@ -201,6 +201,14 @@ def raw(r: random.Random, c: int) -> Made:
     return net, 6, f"raw[{kind}]"
 
 
+def _blur(x: Tensor, kernel: Tensor) -> Tensor:
+    return functional.conv2d(x, kernel / 9, groups=kernel.shape[0])
+
+
+def _half_of(y: Tensor) -> Tensor:
+    return torch.cat([y[:, : y.shape[1] // 2].relu(), y[:, y.shape[1] // 2 :]], 1)
+
+
 def places(r: random.Random, c: int) -> Made:
     """Indices that are constants, and channels that change places."""
     order = [3, 1, 0, 2, 7, 6, 5, 4]
@@ -226,6 +234,22 @@ def places(r: random.Random, c: int) -> Made:
         "interleaved": lambda x: x.repeat_interleave(2, 1),
         "outer": lambda x: (x[:, :, None] * x[:, None]).flatten(1, 2),
         "correlated": lambda x: (x.flatten(2) @ x.flatten(2).mT / 36).sum(2)[:, :, None, None],
+        "blur": lambda x: _blur(x, torch.ones(1, 1, 3, 3, dtype=x.dtype).repeat(x.shape[1], 1, 1, 1)),
+        "blur, constant": lambda x: _blur(x, torch.ones(8, 1, 3, 3, dtype=x.dtype)),
+        "group norm": lambda x: functional.group_norm(x, x.shape[1]),
+        "group norm of four": lambda x: functional.group_norm(x, x.shape[1] // 4 or 1),
+        "positions": lambda x: x + torch.sin(torch.arange(x.shape[1]) / x.shape[1]).view(-1, 1, 1),
+        "frequencies": lambda x: x * torch.exp(torch.arange(0, x.shape[1], 2) * -0.3).repeat(2)[: x.shape[1], None, None],
+        "eye": lambda x: torch.einsum("bchw,cd->bdhw", x, torch.eye(x.shape[1], dtype=x.dtype)),
+        "one hot": lambda x: x * functional.one_hot(torch.arange(8) % 3, 3).sum(1).view(8, 1, 1),
+        "half of all": lambda x: _half_of(x.flatten(1)).view(x.shape),
+        "channels with rows": lambda x: x.reshape(len(x), x.shape[1] * x.shape[2], x.shape[3]).tanh().view(x.shape),
+        "last, then back": lambda x: (
+            x.movedim(1, 3).reshape(-1, x.shape[1]).tanh().view(len(x), *x.shape[2:], -1).movedim(3, 1)
+        ),
+        "loop": lambda x: torch.stack([x[:, i] * (1 + i % 2) for i in range(x.shape[1])], 1),
+        "loop of parts": lambda x: torch.cat([x[:, i : i + 2].roll(1, 3) for i in range(0, x.shape[1], 2)], 1),
+        "split in a loop": lambda x: torch.cat([p * n for n, p in enumerate(x.split(max(x.shape[1] // 4, 1), 1))], 1),
         "triangle": lambda x: x * torch.ones(8, 8).tril().sum(0).view(8, 1, 1),
     }  # fmt: skip
     kind = r.choice(list(kinds))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,33 @@ BOUNDS: dict[str, Bound] = {
     "len(x[0]) // 2": lambda m, x: len(x[0]) // 2,
     "a range": lambda m, x: len(range(0, x.shape[1], 2)),
     "a tensor": lambda m, x: int(torch.tensor(x.shape[1]) // 2),
+    "of the shape": lambda m, x: x.shape[1:2].numel() // 2,
+    "prod": lambda m, x: math.prod(x.shape[1:]) // 72,
+    "nelement": lambda m, x: x[0, :, 0, 0].nelement() // 2,
+    "stride": lambda m, x: x.stride(0) // (2 * x.stride(1)),
+    "size(dim=1)": lambda m, x: x.size(dim=1) // 2,
+    "c & ~3": lambda m, x: (x.shape[1] & ~3) // 2,
+    "c ^ 1": lambda m, x: (x.shape[1] ^ 1) // 2,
+    "abs": lambda m, x: abs(4 - x.shape[1]) or 1,
+    "bit_length": lambda m, x: x.shape[1].bit_length(),
+    "a string": lambda m, x: int(f"{x.shape[1]}") // 2,
+    "a sum": lambda m, x: sum(x.shape[1:2]) // 2,
+    "sorted": lambda m, x: sorted([x.shape[1] // 2, 100])[0],
+    "a fraction": lambda m, x: int(Fraction(1, 2) * x.shape[1]),
+    "numpy": lambda m, x: int(np.floor(np.array(x.shape)[1] / 2)),
+    "an array's length": lambda m, x: len(np.arange(x.shape[1])) // 2,
+    "a list's length": lambda m, x: len(m.conv.bias.tolist()) // 2,
+    "an index": lambda m, x: int(torch.arange(x.shape[1])[x.shape[1] // 2]),
+    "an item": lambda m, x: max(int(torch.ones(x.shape[1]).sum().item()) // 2, 1),
+    "a mean": lambda m, x: round(float(torch.arange(x.shape[1], dtype=torch.float64).mean())),
+    "of the input": lambda m, x: m.conv.in_channels // 2 + 1,
+    "of a new tensor": lambda m, x: x.new_zeros(2, x.shape[1] // 2).shape[1],
+    "of the norm": lambda m, x: getattr(m.norm, "num_features", m.h) // 2,
+    "a comparison": lambda m, x: 2 if x.shape[1] > 5 else 1,
+    "a loop": lambda m, x: next(n for n in range(100) if 2 * n + 1 >= x.shape[1]),
+    "reversed": lambda m, x: list(reversed(x.shape))[2] // 2,
+    "einops": lambda m, x: dict(zip("bchw", x.shape, strict=True))["c"] // 2,
+    "an attribute's product": lambda m, x: int(m.h * m.ratio * 2),
     "a constant": lambda m, x: 3,
     "an attribute": lambda m, x: m.k,
     "an attribute // 2": lambda m, x: m.h // 2,
@@ -113,7 +142,7 @@ def part(r: random.Random, c: int) -> tuple[nn.Module, int, str]:
     """A part of the channels of a convolution is treated otherwise than the rest."""
     h = r.choice([8, 9, 12, 16])
     conv = nn.Conv2d(c, h, r.choice([1, 3]), padding="same")
-    probe = Net(lambda m: None, conv=conv, k=h // 2, h=h, ratio=0.25)
+    probe = Net(lambda m: None, conv=conv, norm=nn.Identity(), k=h // 2, h=h, ratio=0.25)
     if r.random() < 0.7:
         bound, cut = r.choice(list(BOUNDS)), r.choice(list(AT))
         where, at = BOUNDS[bound], AT[cut]
@@ -199,7 +228,7 @@ def in_place(r: random.Random, c: int) -> tuple[nn.Module, int, str]:
         return m.last(change(x, where(m, x)))
 
     net = Net(
-        forward,
+        forward, norm=nn.Identity(),
         conv=nn.Conv2d(c, h, 3, padding=1), last=nn.Conv2d(h, 6, 1), k=h // 2, h=h, ratio=0.25,
     )  # fmt: skip
     return net, 6, f"in place[{bound}; {kind}]"
