@@ -239,7 +239,9 @@ def places(r: random.Random, c: int) -> Made:
         "group norm": lambda x: functional.group_norm(x, x.shape[1]),
         "group norm of four": lambda x: functional.group_norm(x, x.shape[1] // 4 or 1),
         "positions": lambda x: x + torch.sin(torch.arange(x.shape[1]) / x.shape[1]).view(-1, 1, 1),
-        "frequencies": lambda x: x * torch.exp(torch.arange(0, x.shape[1], 2) * -0.3).repeat(2)[: x.shape[1], None, None],
+        "frequencies": lambda x: (
+            x * torch.exp(torch.arange(0, x.shape[1], 2) * -0.3).repeat(2)[: x.shape[1]].view(-1, 1, 1)
+        ),
         "eye": lambda x: torch.einsum("bchw,cd->bdhw", x, torch.eye(x.shape[1], dtype=x.dtype)),
         "one hot": lambda x: x * functional.one_hot(torch.arange(8) % 3, 3).sum(1).view(8, 1, 1),
         "half of all": lambda x: _half_of(x.flatten(1)).view(x.shape),
