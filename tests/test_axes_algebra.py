@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
 from torch import nn
 
 from singe_plugin.axes.algebra import concat, expand, fix, fresh, labels, leaves, size_of, split, split_concat, unify
-from singe_plugin.axes.tracked import TrackedInt
+from singe_plugin.axes.tracked import OBSERVERS, Place, TrackedInt, attribute
 
 
 def test_a_view_and_its_inverse_are_the_same_axis() -> None:
@@ -70,29 +72,57 @@ def test_one_position_of_two_units_is_refused() -> None:
         labels(leaf + leaf, leaf[0])
 
 
+A, B = Place(nn.Identity(), "a"), Place(nn.Identity(), "b")
+Expected = list[tuple[Fraction | int, dict[Place, int]]]
+
+
 @pytest.mark.parametrize(
-    ("size", "value", "places"),
+    ("size", "value", "terms"),
     [
-        (lambda a, b: a * b, 24, 2), (lambda a, b: a // b, 6, 2), (lambda a, b: 3 * a // 2, 18, 1),
-        (lambda a, b: 36 // a, 3, 1),
+        (lambda a, b: a * b, 24, [(1, {A: 1, B: 1})]), (lambda a, b: a // b, 6, [(1, {A: 1, B: -1})]),
+        (lambda a, b: 3 * a // 2, 18, [(Fraction(3, 2), {A: 1})]), (lambda a, b: 36 // a, 3, [(36, {A: -1})]),
+        (lambda a, b: a >> 1, 6, [(Fraction(1, 2), {A: 1})]), (lambda a, b: a << 1, 24, [(2, {A: 1})]),
+        (lambda a, b: a + 1, 13, [(1, {A: 1}), (1, {})]), (lambda a, b: 20 - a, 8, [(-1, {A: 1}), (20, {})]),
+        (lambda a, b: a - b, 10, [(1, {A: 1}), (-1, {B: 1})]), (lambda a, b: -a, -12, [(-1, {A: 1})]),
+        (lambda a, b: (a + b) * 2, 28, [(2, {A: 1}), (2, {B: 1})]), (lambda a, b: a**2, 144, [(1, {A: 2})]),
+        (lambda a, b: sum((a, b)), 14, [(1, {A: 1}), (1, {B: 1})]),
+        (lambda a, b: math.prod((a, b)), 24, [(1, {A: 1, B: 1})]),
+        (lambda a, b: divmod(a, b)[0], 6, [(1, {A: 1, B: -1})]), (lambda a, b: abs(-a), 12, [(1, {A: 1})]),
+        (lambda a, b: round(a), 12, [(1, {A: 1})]),
     ],
 )  # fmt: skip
-def test_products_and_quotients_know_their_attributes(size: Any, value: int, places: int) -> None:
-    from singe_plugin.axes.tracked import Place, attribute
-
-    made = size(attribute(12, Place(nn.Identity(), "a")), attribute(2, Place(nn.Identity(), "b")))
+def test_sums_products_and_quotients_know_their_attributes(size: Any, value: int, terms: Expected) -> None:
+    made = size(attribute(12, A), attribute(2, B))
     assert isinstance(made, TrackedInt)
-    assert made == value and len(made.places) == places  # noqa: PT018
+    assert made == value
+    assert made.followed
+    assert [(term.factor, dict(term.places)) for term in made.terms] == terms
 
 
-def test_what_is_not_exact_is_a_plain_number() -> None:
-    from singe_plugin.axes.tracked import Place, attribute
+@pytest.mark.parametrize(
+    "size",
+    [lambda a: a // 5, lambda a: a % 5, lambda a: 7 // a, lambda a: a & 3, lambda a: a // 5 + 1, lambda a: 5 % a],
+)
+def test_what_is_not_exact_knows_only_that_it_depends(size: Any) -> None:
+    made = size(attribute(12, A))
+    assert (made, made.followed) == (size(12), False)
+    assert A in {place for term in made.terms for place in term.places}
 
-    number = attribute(12, Place(nn.Identity(), "a"))
-    assert [type(x) for x in (number // 5, number + 1, number * 2.0, number / 3, -number)] == [
-        int,
-        int,
-        float,
-        float,
-        int,
-    ]
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        lambda a: a * 0.5, lambda a: a / 2, lambda a: 1 / a, lambda a: a**-0.5, lambda a: 2**a, float, int, math.sqrt,
+        math.trunc, lambda a: pow(2, a),
+    ],
+)  # fmt: skip
+def test_whoever_takes_a_size_out_of_the_integers_is_noticed(leaves: Any) -> None:
+    told: list[TrackedInt] = []
+    OBSERVERS.append(told.append)
+    try:
+        number = leaves(attribute(12, A))
+    finally:
+        OBSERVERS.pop()
+    assert number == leaves(12)
+    assert not isinstance(number, TrackedInt)
+    assert told == [12]

@@ -180,7 +180,7 @@ def test_a_large_image_is_verified_on_a_small_one() -> None:
     graph = AxisGraph(net, torch.randn(1, 3, 200, 200))
     sizes.clear()
     assert verify_groups(graph) == {}
-    assert set(sizes) == {94}
+    assert set(sizes) == {94, 110}  # and on another one of the small ones
 
 
 def test_two_groups_with_the_same_first_layer_have_two_names() -> None:

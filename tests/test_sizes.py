@@ -1,11 +1,14 @@
-"""Parts of the channels, with bounds that are computed from a width: they shrink as the code will cut, or stay whole."""
+"""Parts of the channels with bounds computed from a width: they shrink as the code will cut, or stay whole."""
 
 from __future__ import annotations
+
+import math
 
 import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,8 +126,8 @@ LINKED: dict[str, tuple[Callable[[], Any], int]] = {  # and the units of the gro
         x.view(len(x), 2, x.shape[1] // 2, *x.shape[2:]).mul(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1, 1)).unbind(1),
         1)), 8),
     "a sum of widths": (lambda: network(
-        lambda m, x: (y := torch.cat([x, m.more(x)], 1))[:, : m.conv.out_channels + m.more.out_channels] * 2 + y, 16, 24,
-        more=nn.Conv2d(16, 8, 1)), 16),
+        lambda m, x: (y := torch.cat([x, m.more(x)], 1))[:, : m.conv.out_channels + m.more.out_channels] * 2 + y, 16,
+        24, more=nn.Conv2d(16, 8, 1)), 16),
     "zeros of the rest": (lambda: network(lambda m, x: torch.cat(
         [relu(x[:, : x.shape[1] // 2]), x.new_zeros(len(x), x.shape[1] - x.shape[1] // 2, 6, 6)], 1)), 8),
 }  # fmt: skip
@@ -152,6 +155,15 @@ WHOLE: dict[str, Callable[[], Any]] = {
     "a ramp": lambda: network(ramp),
     "topk of a half": lambda: network(lambda m, x: x.topk(x.shape[1] // 2, 1).values, out=8),
     "a constant bound": lambda: network(halves(lambda m, x: 6)),
+    # what no integer can notice: the oracles do
+    "0.5 * c": lambda: network(halves(lambda m, x: int(0.5 * x.shape[1]))),
+    "isqrt": lambda: network(halves(lambda m, x: 2 * math.isqrt(x.shape[1]))),
+    "the logarithm": lambda: network(halves(lambda m, x: int(math.log2(x.shape[1])))),
+    "shape.numel()": lambda: network(halves(lambda m, x: x[0, :, 0, 0].shape.numel() // 2)),
+    "a length": lambda: network(halves(lambda m, x: len(range(0, x.shape[1], 2)))),
+    "a minimum": lambda: network(halves(lambda m, x: min(x.shape[1], 12))),
+    "numpy": lambda: network(halves(lambda m, x: int(np.ceil(x.detach().numpy().shape[1] / 3)))),
+    "the text": lambda: network(halves(lambda m, x: int(f"{x.shape[1]}") // 2)),
 }  # fmt: skip
 
 
@@ -188,10 +200,11 @@ def test_parts_shrink_as_the_code_will_cut(name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_cannot_be_followed_stays_whole(name: str) -> None:
     net = WHOLE[name]()
-    graph, wrong = graph_of(net)
+    graph, _ = graph_of(net)
     conv = [group for name, group in graph.groups.items() if name.startswith("conv")]
-    if name == "a constant bound":  # what is behind it may go
-        assert [group.size for group in conv] == [10]
+    behind = {"a constant bound": 10, "a minimum": 4}  # what is behind a bound that stays may go
+    if name in behind:
+        assert [group.size for group in conv] == [behind[name]]
     else:
         assert not conv
         assert "conv" in graph.left_whole

@@ -81,11 +81,13 @@ class Group:
             head dimensions); such a group is pruned on request only.
         is_heads: whether its units are attention heads.
         in_heads: whether attention heads are made of its units.
+        least: how many units have to stay: 1, or 2 where the model does not run with one (a standardised weight).
     """
 
     def __init__(self, graph: AxisGraph, leaf: Atom, name: str, writers: dict[str, nn.Module]) -> None:
         self.graph, self.leaf, self.name, self.writers = graph, leaf, name, writers
         self.secondary = self.is_heads = self.in_heads = False
+        self.least = 1
 
     @property
     def size(self) -> int:
@@ -224,7 +226,7 @@ class AxisGraph:
                 fix_all(held.axes, "it is in ignored_layers")
             if held.owner in ignored:
                 for dim, axis in enumerate(held.axes):
-                    if not _reads(held, dim):
+                    if not self.reads(held, dim):
                         fix(axis, "it is in ignored_layers")
             for axis in held.axes:
                 found = leaves(axis)
@@ -243,7 +245,7 @@ class AxisGraph:
             writers: dict[str, nn.Module] = {
                 self.names[h.owner]: h.owner
                 for h, d in sorted(places, key=lambda p: self.trace.order.get(p[0].owner, 1 << 30))
-                if isinstance(h.owner, _LAYERS) and h.attr == "weight" and not _reads(h, d)
+                if isinstance(h.owner, _LAYERS) and h.attr == "weight" and not self.reads(h, d)
             }
             if not writers or leaf.size < 2:
                 continue
@@ -313,6 +315,15 @@ class AxisGraph:
                     reasons = [leaf.fixed for leaf in out if leaf.fixed]
                     yield self.names[held.owner], reasons[-1] if reasons else "it has one output channel"
 
+    def reads(self, held: Held, dim: int) -> bool:
+        """Whether a dimension of a parameter or buffer only reads units, instead of producing them.
+
+        The slopes of a PReLU and buffers produce nothing, whatever is done with them.
+        """
+        if held.attr in held.owner._buffers or isinstance(held.owner, nn.PReLU):
+            return True
+        return self.trace.origins.reads(held.tensor, dim)
+
     # -- what goes with a unit --------------------------------------------------------------------------------------
 
     def slices(self, leaf: Atom) -> list[UnitSlice]:
@@ -320,7 +331,7 @@ class AxisGraph:
         leaf = leaf.root()
         if leaf not in self._slices:
             self._slices[leaf] = [
-                UnitSlice(held.owner, held.attr, dim, labels(held.axes[dim], leaf), _reads(held, dim))
+                UnitSlice(held.owner, held.attr, dim, labels(held.axes[dim], leaf), self.reads(held, dim))
                 for held, dim in self._places.get(leaf, [])
             ]
         return self._slices[leaf]
@@ -340,7 +351,7 @@ class AxisGraph:
         leaf = group.leaf.root()
         owners: dict[nn.Module, list[tuple[Held, int]]] = {}
         for held, dim in self._places[leaf]:
-            if held.attr in held.owner._parameters and not _reads(held, dim):
+            if held.attr in held.owner._parameters and not self.reads(held, dim):
                 owners.setdefault(held.owner, []).append((held, dim))
         # affine parameters of norms without weights of their own may be missing
         for held, dim in self._places[leaf]:
@@ -422,25 +433,6 @@ def _out_axis(weight: Held) -> Axis:
         outer, _ = split(weight.axes[0], [groups, size_of(weight.axes[0]) // groups], "a transposed convolution")
         return (*outer, *weight.axes[1])
     return weight.axes[0]
-
-
-def _reads(held: Held, dim: int) -> bool:
-    """Whether a dimension of a parameter reads units, instead of producing them."""
-    if held.attr in held.owner._buffers:
-        return True
-    if isinstance(held.owner, nn.PReLU):
-        return True
-    if held.attr.startswith("weight_") and isinstance(held.owner, nn.RNNBase):
-        return dim == 1
-    if held.attr in ("weight_v", "original1") and len(held.axes) > 1:  # the directions of weight norm
-        return dim > 0
-    if held.attr != "weight" or len(held.axes) < 2:
-        return False
-    if isinstance(held.owner, nn.Bilinear):
-        return dim > 0
-    if isinstance(held.owner, _CONV):
-        return dim == (0 if held.owner.transposed else 1)
-    return isinstance(held.owner, nn.Linear) and dim == 1
 
 
 def _chains(axis: Axis) -> Iterator[list[Atom]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from singe_plugin.errors import GroupError, SingeError
 from singe_plugin.objective import tensors_in
 from singe_plugin.state import caches_preserved, native_rnns
 
-from .graph import AxisGraph, Group
+from .graph import AxisGraph, Group, containers_training
 from .removal import Snapshot, remove_units
 from .substitutes import (
     NormsOfTheRest,
@@ -66,16 +66,18 @@ def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators, and notices results in less than double precision."""
+    """Counts operators and those that draw random numbers, and notices results in less than double precision."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.single = False
+        self.draws = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.counts[func._schema.name.split("::")[1]] += 1
+        self.draws += torch.Tag.nondeterministic_seeded in func.tags
         if isinstance(out, Tensor) and out.dtype in (torch.float32, torch.float16, torch.bfloat16) and out.ndim:
             self.single = True
         return out
@@ -89,6 +91,10 @@ class _Bench:
     inputs: Any
     base: list[Tensor]
     tolerance: float
+    draws: int = 0  # operators that draw random numbers
+
+    def __post_init__(self) -> None:
+        self.number = {name: number for number, name in enumerate(self.graph.groups)}
 
     def run(self) -> list[Tensor]:
         with torch.no_grad(), caches_preserved(self.graph.model):
@@ -112,14 +118,25 @@ class _Bench:
             return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
         return None
 
-    def one_removed(self, groups: Sequence[Group]) -> str | None:
-        """Why removing one unit of each group is not the same as masking it; None if it is."""
-        return self._removed([{g: _order(g)[:1] for g in groups}])
+    def unevenly_removed(self, groups: Sequence[Group]) -> str | None:
+        """Why removing units, of every group another number, is not the same as masking them; None if it is.
 
-    def half_removed(self, groups: Sequence[Group]) -> str | None:
-        """The same for one unit and then half of them: the graph has to be right after a removal, too."""
-        rounds = [{g: _order(g)[:1] for g in groups}, {g: _order(g)[: max(g.size // 2, 1)] for g in groups}]
-        return self._removed(rounds)
+        Numbers in proportion would hide a bound that the code computes from a width: it would still fall on the seam
+        between two groups.
+        """
+        return self._removed([{g: _order(g)[: self._uneven(g, 0)] for g in groups}])
+
+    def removed_twice(self, groups: Sequence[Group]) -> str | None:
+        """The same for other numbers, after some were removed: the graph has to be right after a removal, too."""
+        first = {g: self._uneven(g, 1) for g in groups}
+        counts = (first, {g: max(first[g], self._uneven(g, 2)) for g in groups})
+        return self._removed([{g: _order(g)[: count[g]] for g in groups} for count in counts])
+
+    def _uneven(self, group: Group, step: int) -> int:
+        """How many units of a group go: one of the first, all but one of the second, and so on."""
+        left = max(group.size - group.least, 0)
+        numbers = (1, left, (2 * left + 2) // 3, (left + 2) // 3, (left + 1) // 2)
+        return numbers[(self.number[group.name] + step) % len(numbers)] if left else 0
 
     def _removed(self, rounds: Sequence[Mapping[Group, list[int]]]) -> str | None:
         expected = []
@@ -145,14 +162,14 @@ class _Bench:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            return f"the forward pass fails when its units are removed ({type(error).__name__}: {error})"
+            return f"{_FAILS} ({type(error).__name__}: {error})"
         finally:
             undo.restore()
         if [t.shape for t in removed] != [t.shape for t in expected]:
             return "removing its units changes the shape of the model's output"
         change = relative_change(expected, removed)
         if change == float("inf"):
-            return "the output is not finite when its units are removed"
+            return _NOT_FINITE
         if change > self.tolerance:
             return f"removing its units is not the same as masking them: the outputs differ by {change:.2g}"
         return None
@@ -189,13 +206,32 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
         bench.tolerance = max(bench.tolerance, min(10 * _amplified(bench), TOLERANCE))
         reasons = {g.name: _UNFELT for g in _unfelt(bench, groups)}
         right = [g for g in groups if g.name not in reasons]
-        for test in (bench.permuted, bench.one_removed, bench.half_removed):
-            right, wrong = sorted_out(test, right)
+        for test in (bench.permuted, bench.unevenly_removed, bench.removed_twice):
+            right, wrong = _sorted_out_to_two(test, right)
+            reasons |= {g.name: reason for g, reason in wrong}
+        with _elsewhere(bench, graph.inputs if inputs is None else inputs) as other:
+            right, wrong = _sorted_out_to_two(other.unevenly_removed, right) if other is not None else (right, [])
             reasons |= {g.name: reason for g, reason in wrong}
     return reasons
 
 
 _UNFELT = "its units do not change the output on random data, so it cannot be verified"
+_FAILS = "the forward pass fails when its units are removed"
+_NOT_FINITE = "the output is not finite when its units are removed"
+
+
+def _sorted_out_to_two(
+    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
+) -> tuple[list[Group], list[tuple[Group, str]]]:
+    """As :func:`sorted_out`; groups with which the model fails only when one unit is left have to keep two."""
+    right, wrong = sorted_out(test, groups)
+    again = [g for g, reason in wrong if reason.startswith((_FAILS, _NOT_FINITE)) and g.least == 1 and g.size > 2]
+    if not again:
+        return right, wrong
+    for group in again:
+        group.least = 2
+    right, failed = sorted_out(test, [group for group in groups if group in {*right, *again}])
+    return right, [*((g, reason) for g, reason in wrong if g not in again), *failed]
 
 
 def sorted_out(
@@ -311,13 +347,57 @@ def _bench(graph: AxisGraph, inputs: Any) -> Iterator[_Bench]:
                     if watch.single:
                         break  # parts of the model compute in single precision: so do the oracles
                     stack.push(precise.pop_all())
-                    yield _Bench(graph, noise, _finite(base), EXACT)
+                    yield _Bench(graph, noise, _finite(base), EXACT, watch.draws)
                     return
         noise = random_inputs(inputs)
         outcome = _attempt(graph, noise)
         if not isinstance(outcome, tuple):
             raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
-        yield _Bench(graph, noise, _finite(outcome[0]), TOLERANCE)
+        yield _Bench(graph, noise, _finite(outcome[0]), TOLERANCE, outcome[1].draws)
+
+
+@contextmanager
+def _elsewhere(bench: _Bench, inputs: Any) -> Iterator[_Bench | None]:
+    """The same on other inputs, with another number of examples and pixels, and in training mode.
+
+    As far as the model runs so: not every one takes other sizes, and one that draws random numbers in training mode
+    (dropout between its layers) is left in eval mode. Single layers stay in eval mode, in any case.
+    """
+    graph = bench.graph
+    for mode in (containers_training, nullcontext):
+        with mode(graph.model):
+            for candidate in _other_inputs(inputs, bench.inputs):
+                noise = random_inputs(candidate, 1)
+                noise = double_inputs(noise) if bench.tolerance < TOLERANCE else noise
+                outcome = _attempt(graph, noise)
+                if isinstance(outcome, str) or not _same_path(graph, outcome[1]) or outcome[1].draws > bench.draws:
+                    continue
+                if all(bool(torch.isfinite(t).all()) for t in outcome[0] if t.is_floating_point()):
+                    yield _Bench(graph, noise, outcome[0], bench.tolerance, bench.draws)
+                    return
+    yield None
+
+
+def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
+    """More examples, of other image sizes first; then as many as before."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
+        for side in (*_SIDES, min(inputs.shape[2:])):
+            if side <= min(inputs.shape[2:]) and side != min(used.shape[2:]):
+                yield _repeated(inputs[:, :, :side, :side], 3)
+    for count in (3, 4):
+        yield _repeated(used, count)
+    yield used
+
+
+def _repeated(inputs: Any, count: int) -> Any:
+    """Tensors with their examples again and again, until they are as many as asked for."""
+    if isinstance(inputs, Tensor):
+        return inputs[torch.arange(count) % len(inputs)] if inputs.ndim and len(inputs) else inputs
+    if isinstance(inputs, Mapping):
+        return {k: _repeated(v, count) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_repeated(v, count) for v in inputs)
+    return inputs
 
 
 def _same_path(graph: AxisGraph, watch: _Watch) -> bool:

@@ -183,10 +183,10 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
             f"group {group.name!r} has units 0 to {group.size - 1}, but unit "
             f"{max(gone) if max(gone) >= group.size else min(gone)} was to be removed"
         )
-    if len(gone) >= group.size:
+    if len(gone) > group.size - group.least:
+        left = "a layer without any" if group.least == 1 else f"fewer than the {group.least} that the model runs with"
         raise RemovalError(
-            f"group {group.name!r}: removing {len(gone)} of {group.size} units would leave a layer without any; "
-            "lower the ratio"
+            f"group {group.name!r}: removing {len(gone)} of {group.size} units would leave {left}; lower the ratio"
         )
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)

@@ -69,9 +69,7 @@ def _linked(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Linked
         for size, part in zip(each, results, strict=False):
             yield size, state.of(part)[dim]
     elif name == "narrow":
-        dim, start, length = (
-            _argument(args, kwargs, i + 1, n, 0) for i, n in enumerate(("dim", "start", "length"))
-        )
+        dim, start, length = (_argument(args, kwargs, i + 1, n, 0) for i, n in enumerate(("dim", "start", "length")))
         yield from _part(state, args[0], dim, start, length)
     elif name == "__getitem__":
         yield from _slices(state, args[0], args[1])

@@ -21,6 +21,7 @@ from singe_plugin.state import native_rnns, preserved
 
 from .algebra import Axis, fix_all, fresh, is_fixed, size_of, unify
 from .equations import own_widths, solve
+from .origins import Origins
 from .sizes import CUTS, cut_evenly, link_sizes
 from .tracked import OBSERVERS, Place, Term, TrackedInt, dimension, tracked_attributes, tracked_in
 
@@ -96,6 +97,7 @@ class Trace:
         self._made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._readers: dict[nn.Module, list[nn.Module | None]] = {}
         self._norm_calls: Counter[nn.Module] = Counter()
+        self.origins = Origins()
         self.operator = ""
         for module in self.model.modules():
             for table in (module._parameters, module._buffers):
@@ -103,12 +105,15 @@ class Trace:
                     if tensor is not None and tensor not in self._axes:
                         self._axes[tensor] = [fresh(size) for size in tensor.shape]
                         self._owner[tensor] = module
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.origins.start(parameter)
             self._link_own(module)
 
     def _link_own(self, module: nn.Module) -> None:
         """The widths that a layer keeps follow its own tensors."""
         for attr, name, dim in own_widths(module):
-            tensor = module._parameters.get(name)
+            tensor: Tensor | None = module._parameters.get(name)
             tensor = module._buffers.get(name) if tensor is None else tensor
             place = Place(module, attr)
             if tensor is not None and place not in self.links and module.__dict__.get(attr) == tensor.shape[dim]:
@@ -249,6 +254,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.pointwise(state, args, kwargs, out)
         else:
             _unknown(state, args, kwargs, out)
+        state.origins.note(name, args, list(tensors_in((args, kwargs))), list(tensors_in(out)))
         state.counted()
         return out
 
@@ -364,6 +370,7 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
         state.forget()
         for tensor in tensors_in(inputs):
             state.set(tensor, [fresh(size, "it is a dimension of the model's input") for size in tensor.shape])
+        state.origins.activate(tensors_in(inputs))
         stack.enter_context(tracked_attributes(model))
         stack.enter_context(_module_stack(state))
         OBSERVERS.append(state.note_scale)

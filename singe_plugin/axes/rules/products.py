@@ -15,10 +15,12 @@ from .base import opaque, rule
 
 @rule("mm", "bmm", "matmul", "linalg_matmul")
 def _matmul(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    _product(t, t.of(args[0]), t.of(args[1]), out)
+    _product(t, args[0], args[1], out)
 
 
-def _product(t: Trace, a: list[Axis], b: list[Axis], out: Tensor) -> None:
+def _product(t: Trace, one: Tensor, other: Tensor, out: Tensor) -> None:
+    a, b = t.of(one), t.of(other)
+    t.origins.contract(one, -1, other, -2)
     t.unify(a[-1], b[-2])
     for x, y in zip(a[:-2], b[:-2], strict=True):
         t.unify(x, y)
@@ -28,7 +30,7 @@ def _product(t: Trace, a: list[Axis], b: list[Axis], out: Tensor) -> None:
 
 @rule("addmm", "baddbmm", "addbmm")
 def _addmm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    _product(t, t.of(args[1]), t.of(args[2]), out)
+    _product(t, args[1], args[2], out)
     bias, made = t.of(args[0]), t.of(out)
     for back in range(1, args[0].ndim + 1):
         if args[0].shape[-back] == out.shape[-back]:
@@ -38,6 +40,7 @@ def _addmm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 @rule("mv", "dot", "vdot")
 def _mv(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     a, b = t.of(args[0]), t.of(args[1])
+    t.origins.contract(args[0], -1, args[1], -1)
     t.unify(a[-1], b[-1])
     t.set(out, a[:-1])
 
@@ -45,6 +48,7 @@ def _mv(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 @rule("linear")
 def _linear(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     x, w = t.of(args[0]), t.of(args[1])
+    t.origins.contract(args[0], -1, args[1], -1)
     t.unify(x[-1], w[-1])
     if len(args) > 2 and args[2] is not None:
         t.unify(w[0], t.of(args[2])[0])
@@ -63,6 +67,13 @@ def _trilinear(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
             if here is not None:
                 t.unify(here, axis)
             met[d] = axis if here is None else here
+    for d in summed:
+        one, other = [
+            (x, d - sum(e < d for e in missing))
+            for x, missing in zip(args[:3], args[3:6], strict=True)
+            if d not in missing
+        ]
+        t.origins.contract(*one, *other)
     t.set(out, [axis or () for d, axis in enumerate(met) if d not in summed])
 
 
@@ -71,6 +82,7 @@ def _convolution(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     x, w, bias = t.of(args[0]), t.of(args[1]), args[2]
     transposed, groups = args[6], args[8]
     channels_in, channels_out = args[0].shape[1], out.shape[1]
+    t.origins.contract(args[0], 1, args[1], 0 if transposed else 1)
     t.fix(*w[2:])
     groups_in, inner_in = split(x[1], [groups, channels_in // groups], t.why)
     if transposed:
@@ -113,6 +125,8 @@ def _attention(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
                 t.unify(shared, axes[d])
                 t.fix(queries)
     t.heads += q[:-2]
+    t.origins.contract(args[0], -1, args[1], -1)
+    t.origins.contract(args[0], -2, args[2], -2)
     t.unify(q[-1], k[-1])
     t.unify(k[-2], v[-2])
     mask = kwargs.get("attn_mask", kwargs.get("attn_bias", args[3] if len(args) > 3 else None))
@@ -132,6 +146,8 @@ def _lstm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     weights = [t.of(w) for w in args[1:5] if w.numel()]
     hidden = weights[1][1]
     width = args[2].shape[1]
+    t.origins.contract(args[0], -1, args[1], 1)
+    t.origins.contract(args[0], -1, args[2], 1)
     t.unify(t.of(args[0])[-1], weights[0][1])
     t.fix(t.of(args[0])[0])  # the steps come one after the other
     for axes in weights:
