@@ -149,6 +149,9 @@ class Trace:
     def mixes(self, tensor: Tensor, dims: Sequence[int]) -> None:
         """Note that the current operator takes all units of these dimensions together."""
         axes = self.of(tensor)
+        if tensor not in self._owner and self.origins.is_constant(tensor):  # ``ones(width).sum()`` is the width
+            fix_all([axes[d] for d in dims], f"{self.why} makes a number of its size")
+            return
         self.mixing[self.operator, self._counts[self.operator]] = [(d % tensor.ndim, axes[d]) for d in dims]
 
     def numbers_units(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
