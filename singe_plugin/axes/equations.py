@@ -115,7 +115,7 @@ def _of_axis(axis: Axis) -> Polynomial:
         if atom.parts is not None:
             factor = _sum(_of_axis(part) for part in atom.parts)
         elif atom.fixed:
-            factor = {frozenset(): Fraction(atom.size)}
+            factor = {frozenset(): Fraction(atom.size)} if atom.size else {}
         else:
             factor = {frozenset({(atom, 1)}): Fraction(1)}
         product = _product(product, factor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .algebra import Axis, fix, size_of, split, unify
+from .algebra import Axis, fix, leaves, size_of, split, unify
 from .scales import ImpliedScale
 from .tracked import Place
 
@@ -53,7 +53,12 @@ def graph_adapter(function: Callable[[AxisGraph], None]) -> Callable[[AxisGraph]
 
 
 def adapt(graph: AxisGraph) -> None:
-    """Call the adapters of all modules of a graph, then those of graphs."""
+    """Call the adapters of all modules of a graph, then those of graphs.
+
+    A part whose size the code gives is fixed, unless an adapter knows where that size is kept.
+    """
+    links = graph.trace.links
+    known = {place: len(found) for place, found in links.items()}
     for module in graph.model.modules():
         for kind in type(module).__mro__:
             if kind in ADAPTERS:
@@ -61,6 +66,10 @@ def adapt(graph: AxisGraph) -> None:
                 break
     for function in GRAPH_ADAPTERS:
         function(graph)
+    told = [set(leaves(axis)) for place, found in links.items() for _, axis in found[known.get(place, 0) :]]
+    for axis, why in graph.trace.constants:
+        if set(leaves(axis)) not in told:
+            fix(axis, why)
 
 
 def follow(graph: AxisGraph, owner: nn.Module, attr: str, axis: Axis, path: tuple[Any, ...] = ()) -> None:

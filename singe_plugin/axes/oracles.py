@@ -79,7 +79,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts[func._schema.name.split("::")[1]] += 1
         self.draws += torch.Tag.nondeterministic_seeded in func.tags
         if isinstance(out, Tensor) and out.dtype in (torch.float32, torch.float16, torch.bfloat16) and out.ndim:
-            self.single = True
+            # a constant that the model makes in single precision is no loss of precision
+            self.single |= any(t.dtype == torch.float64 for t in tensors_in((args, kwargs)))
         return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from singe_plugin.objective import tensors_in
 
-from .algebra import Axis, fix, size_of, split, split_concat
+from .algebra import Atom, Axis, fix, is_fixed, size_of, split, split_concat
 from .tracked import TrackedInt, dimension, tracked_in
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = ["CUTS", "cut_evenly", "link_sizes"]
 _MADE = frozenset({"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty"})
 _FILLED = frozenset({"full", "new_full"})
 _UNDERSTOOD = frozenset({"multi_head_attention_forward"})  # nn.MultiheadAttention has an adapter
+_CUT = frozenset({"__getitem__", "__setitem__", "narrow", "split", "split_with_sizes"})
 CUTS = frozenset({"chunk", "unsafe_chunk", "tensor_split", "hsplit", "vsplit", "dsplit"})
 Linked = Iterator[tuple[Any, Axis]]
 
@@ -28,11 +29,17 @@ def link_sizes(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
     """Note what the tracked integers among the arguments are sizes of.
 
     One that is a number to the function (a factor, a shift, a bound of something else) makes what the function
-    computes depend on a width: :meth:`~singe_plugin.axes.trace.Trace.spend` says so.
+    computes depend on a width: :meth:`~singe_plugin.axes.trace.Trace.spend` says so. A part whose size is no tracked
+    integer is as large as the code says, whatever is removed.
     """
+    if not tracked_in((args, kwargs)) and name not in _CUT:
+        return
     linked = list(_linked(state, name, args, kwargs, out))
     for size, axis in linked:
-        state.link(size, axis)
+        if isinstance(size, TrackedInt):
+            state.link(size, axis)
+        elif name in _CUT:
+            state.constants.append((axis, f"its size is a constant in {state.why}"))
     if name not in _UNDERSTOOD:
         known = {id(size) for size, _ in linked} | {id(s) for s in _bounds(name, args)}
         for number in tracked_in((args, kwargs)):
@@ -70,7 +77,8 @@ def _linked(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Linked
             yield size, state.of(part)[dim]
     elif name == "narrow":
         dim, start, length = (_argument(args, kwargs, i + 1, n, 0) for i, n in enumerate(("dim", "start", "length")))
-        yield from _part(state, args[0], dim, start, length)
+        rest = dimension(args[0].shape[dim], state.of(args[0])[dim]) - start - length
+        yield from _part(state, args[0], dim, start, length, rest)
     elif name == "__getitem__":
         yield from _slices(state, args[0], args[1])
     elif name in ("layer_norm", "rms_norm"):
@@ -122,13 +130,13 @@ def _slices(state: Trace, source: Tensor, index: Any) -> Linked:
         if item is Ellipsis:
             dim += source.ndim - taken
             continue
-        if isinstance(item, slice) and tracked_in((item.start, item.stop)) and item.step in (None, 1):
+        if isinstance(item, slice) and item.step in (None, 1) and (item.start, item.stop) != (None, None):
             whole = dimension(source.shape[dim], state.of(source)[dim])
             start = 0 if item.start is None else item.start
             stop = whole if item.stop is None else item.stop
             start = whole + start if start < 0 else start
             stop = whole + stop if stop < 0 else stop
-            yield from _part(state, source, dim, start, stop - start)
+            yield from _part(state, source, dim, start, stop - start, whole - stop)
         elif isinstance(item, slice):
             for number in tracked_in(item):
                 state.spend(number)
@@ -142,23 +150,17 @@ def _dims_of(item: Any) -> int:
     return item.ndim if isinstance(item, Tensor) and item.dtype.is_floating_point is False and item.ndim > 1 else 1
 
 
-def _part(state: Trace, source: Tensor, dim: int, start: Any, length: Any) -> Linked:
-    """What is in front of a part, and the part."""
+def _part(state: Trace, source: Tensor, dim: int, *numbers: Any) -> Linked:
+    """What is in front of a part, the part, and what is behind it, where these numbers are their sizes."""
     axis = state.of(source)[dim]
-    size = size_of(axis)
-    sizes = [int.__int__(start), int.__int__(length), size - start - length]
-    if min(sizes) < 0:  # beyond the end: whether it is depends on the sizes
-        for number in tracked_in((start, length)):
+    sizes = [int.__int__(number) for number in numbers]
+    if min(sizes) < 0 or is_fixed(axis):  # beyond the end: whether it is depends on the sizes
+        for number in tracked_in(numbers):
             state.spend(number)
         return
-    pieces = iter(split_concat(axis, [int.__int__(s) for s in sizes if s], state.why))
-    before, part, _ = (next(pieces) if s else None for s in sizes)
-    for number, piece in ((start, before), (length, part)):
-        if piece is not None:
-            yield number, piece
-        else:
-            for depends in tracked_in(number):
-                state.spend(depends)
+    pieces = iter(split_concat(axis, [size for size in sizes if size], state.why))
+    for number, size in zip(numbers, sizes, strict=True):
+        yield number, next(pieces) if size else (Atom(0, "it is empty"),)
 
 
 def cut_evenly(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:

@@ -62,6 +62,7 @@ class Trace:
         links: integer attributes, and the axes whose sizes they are (times a number).
         equations: sizes that the model computes from attributes and dimensions, and the axes that have these sizes.
         spent: sizes that are numbers to a function, and what that function is.
+        constants: parts whose sizes the code gives, and where.
         order: modules in the order in which their parameters are first read.
         mixing: ``(operator, how often it ran before) -> (dimension, axis)`` of reductions: they see all units at once.
         attention: calls that imply a scale.
@@ -76,6 +77,7 @@ class Trace:
     links: dict[Place, list[tuple[Fraction, Axis]]] = field(default_factory=dict)
     equations: list[tuple[TrackedInt, Axis]] = field(default_factory=list)
     spent: list[tuple[TrackedInt, str]] = field(default_factory=list)
+    constants: list[tuple[Axis, str]] = field(default_factory=list)
     order: dict[nn.Module, int] = field(default_factory=dict)
     mixing: dict[tuple[str, int], list[tuple[int, Axis]]] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)
@@ -302,9 +304,8 @@ class _Functions(TorchFunctionMode):
         if name in CUTS:
             self.state.operator = name
             cut_evenly(self.state, name, args, kwargs, out)
-        if tracked_in((args, kwargs)):
-            self.state.operator = name
-            link_sizes(self.state, name, args, kwargs, out)
+        self.state.operator = name
+        link_sizes(self.state, name, args, kwargs, out)
         return out
 
     def _sizes(self, tensor: Tensor, shape: Any) -> Any:
