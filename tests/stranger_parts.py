@@ -56,7 +56,6 @@ BOUNDS: dict[str, Bound] = {
     "of the shape": lambda m, x: x.shape[1:2].numel() // 2,
     "prod": lambda m, x: math.prod(x.shape[1:]) // 72,
     "nelement": lambda m, x: x[0, :, 0, 0].nelement() // 2,
-    "stride": lambda m, x: x.stride(0) // (2 * x.stride(1)),
     "size(dim=1)": lambda m, x: x.size(dim=1) // 2,
     "c & ~3": lambda m, x: (x.shape[1] & ~3) // 2,
     "c ^ 1": lambda m, x: (x.shape[1] ^ 1) // 2,
