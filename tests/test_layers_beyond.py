@@ -16,6 +16,7 @@ from singe_plugin.axes import AxisGraph, Trackers, remove_units, verify_groups
 from references import Net
 from stranger_truth import Truth
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm")
 Make = Callable[[nn.Module], nn.Module]
 NORMS: dict[str, Make] = {"parametrization": parametrizations.weight_norm, "hook": weight_norm}
 
