@@ -75,6 +75,21 @@ OPERATORS: dict[str, Operator] = {
     "im2col and col2im": lambda x, **_: functional.fold(functional.unfold(x, 2, stride=2), (4, 8), 2, stride=2),
     "pixel_shuffle": lambda x, **_: functional.pixel_shuffle(torch.cat([x, x], 1), 2),
     "pixel_unshuffle": lambda x, **_: functional.pixel_unshuffle(x, 2),
+    "channel_shuffle": lambda x, **_: functional.channel_shuffle(x, 3),
+    "glu": lambda x, **_: functional.glu(x, 1) + functional.glu(x.flip(3), 1),
+    "glu: the last": lambda x, **_: functional.glu(x),
+    "mode": lambda x, **_: x.round().mode(1).values,
+    "kthvalue": lambda x, **_: x.kthvalue(2, 1).values + x.kthvalue(1, 1, keepdim=True).values[:, 0],
+    "nanmedian": lambda x, **_: x.nanmedian(1, keepdim=True).values * x,
+    "where the largest is": lambda x, **_: x * x.max(1, keepdim=True).indices,
+    "logcumsumexp": lambda x, **_: x.logcumsumexp(3),
+    "weight norm": lambda x, v, **_: functional.conv2d(
+        x, torch._weight_norm(x[0, :, :2, :3].reshape(6, 6), v[:, None].abs() + 1)[..., None, None]
+    ),
+    "weight norm, alone": lambda w, v, **_: torch._weight_norm(w, v[:, None]),
+    "bilinear": lambda x, y, w, v, **_: functional.bilinear(
+        x.flatten(1)[:, :4], y.flatten(1)[:, :6], w[:, :4, None] * w[:, None], v
+    ),
     "linear": lambda x, w, v, **_: functional.linear(x.movedim(1, -1), w, v),
     "matmul": lambda x, y, **_: x @ y.mT,
     "matmul: batches": lambda x, y, **_: x.flatten(0, 1) @ y.flatten(0, 1).mT,
@@ -93,6 +108,12 @@ OPERATORS: dict[str, Operator] = {
     "conv1d: a kernel of one": lambda x, w, **_: functional.conv1d(x[..., 0], w[..., None]),
     "attention": lambda x, y, **_: functional.scaled_dot_product_attention(x, y, y * 2),
     "attention: broadcast": lambda x, y, **_: functional.scaled_dot_product_attention(x, y[:, :1], y[:, :1]),
+    "attention: grouped queries": lambda x, y, **_: functional.scaled_dot_product_attention(
+        x, y[:, :2], y[:, 2:4], enable_gqa=True
+    ),
+    "attention: grouped queries by hand": lambda x, y, **_: (
+        (x @ y[:, :2].repeat_interleave(3, 1).mT).softmax(-1) @ y[:, 2:4].repeat_interleave(3, 1)
+    ),
     "attention: a mask": lambda x, y, **_: functional.scaled_dot_product_attention(x, y, y, attn_mask=x @ y.mT),
     "batch norm": lambda x, v, **_: functional.batch_norm(x, v, v.abs() + 1, v, v),
     "batch norm: its own statistics": lambda x, v, **_: functional.batch_norm(x, None, None, v, v, training=True),
@@ -130,7 +151,11 @@ OPERATORS: dict[str, Operator] = {
 FREE = {  # that a rule keeps the axes that it could keep: the sizes of the leaves of x that stay free
     "view: split": {2, 3, 4}, "permute": {2, 6, 4, 8}, "slice": {2, 3, 4, 8}, "cat": {2, 6, 4, 8},
     "chunk": {2, 3, 4, 8}, "matmul": {2, 6, 4, 8}, "conv": {2, 6, 4, 8}, "conv: depthwise": {2, 6},
-    "attention": {2, 6, 4, 8}, "layer norm": {2, 6, 4, 8}, "mean": {2, 6, 4, 8}, "pixel_unshuffle": {2, 6},
+    "attention": {2, 6, 4, 8}, "attention: grouped queries": {2, 4, 8},
+    "attention: grouped queries by hand": {2, 3, 4, 8}, "layer norm": {2, 6, 4, 8},
+    "mean": {2, 6, 4, 8}, "pixel_unshuffle": {2, 6},
+    "channel_shuffle": {2, 4, 8}, "glu": {2, 3, 4}, "glu: the last": {2, 6, 4}, "mode": {2, 6, 4, 8},
+    "kthvalue": {2, 4, 8}, "nanmedian": {2, 6, 4, 8}, "where the largest is": {2, 4, 8}, "logcumsumexp": {2, 6, 4},
     "im2col": {2, 6}, "group norm": {3, 2, 4, 8}, "max pool": {2, 6}, "roll": {2, 6}, "expand": {2, 6, 4, 8},
     "repeat": {2, 6, 4, 8}, "index": {2, 6, 8}, "no rule": set(), "split": {3, 4, 8, 2}, "lstm": {4},
     "lstm: a step on CUDA": {6, 8},

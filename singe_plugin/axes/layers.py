@@ -31,11 +31,11 @@ def adapter(*layers: type[nn.Module]) -> Callable[[Callable[..., None]], Callabl
     """Register an adapter for layer classes; the last one registered for a class is used.
 
     Example:
-        >>> @adapter(nn.Bilinear)
+        >>> @adapter(nn.EmbeddingBag)
         ... def keep_whole(graph, layer):
         ...     for axis in graph.trace.of(layer.weight):
-        ...         fix(axis, "nn.Bilinear is kept whole")
-        >>> _ = ADAPTERS.pop(nn.Bilinear)
+        ...         fix(axis, "nn.EmbeddingBag is kept whole")
+        >>> _ = ADAPTERS.pop(nn.EmbeddingBag)
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -94,3 +94,11 @@ def multihead_attention(graph: AxisGraph, layer: nn.MultiheadAttention) -> None:
     query = torch.arange(3 * width) < width
     tensors = [attr for attr in ("in_proj_weight", "in_proj_bias") if getattr(layer, attr) is not None]
     graph.scales.append(ImpliedScale(dims, [(layer, attr, query) for attr in tensors]))
+
+
+@adapter(nn.Bilinear)
+def bilinear(graph: AxisGraph, layer: nn.Bilinear) -> None:
+    """Its attributes are the sizes of its weight, and nothing in its forward pass says so."""
+    names = ("out_features", "in1_features", "in2_features")
+    for attr, axis in zip(names, graph.trace.of(layer.weight), strict=True):
+        follow(graph, layer, attr, axis)

@@ -134,6 +134,25 @@ class _Bench:
         counts = (first, {g: max(first[g], self._uneven(g, 2)) for g in groups})
         return self._removed([{g: _order(g)[: count[g]] for g in groups} for count in counts])
 
+    def every_second_removed(self, groups: Sequence[Group]) -> str | None:
+        """The same where neighbours stay whole, in turn.
+
+        If all lose units, what is left of two neighbours may happen to meet a bound again; and an odd number of a
+        group goes once, for what depends on whether a width is even.
+        """
+        for turn in (0, 1):
+            chosen = {g: _order(g)[: self._odd(g)] for g in groups if self.number[g.name] % 2 == turn}
+            reason = self._removed([chosen]) if any(chosen.values()) else None
+            if reason is not None:
+                return reason
+        return None
+
+    @staticmethod
+    def _odd(group: Group) -> int:
+        left = max(group.size - group.least, 0)
+        most = (2 * left + 2) // 3
+        return most if most % 2 else max(most - 1, 0)
+
     def _uneven(self, group: Group, step: int) -> int:
         """How many units of a group go: one of the first, all but one of the second, and so on."""
         left = max(group.size - group.least, 0)
@@ -214,7 +233,7 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
         bench.tolerance = max(bench.tolerance, min(10 * _amplified(bench), TOLERANCE))
         reasons |= {g.name: _UNFELT for g in _unfelt(bench, groups)}
         right = [g for g in groups if g.name not in reasons]
-        for test in (bench.permuted, bench.unevenly_removed, bench.removed_twice):
+        for test in (bench.permuted, bench.unevenly_removed, bench.removed_twice, bench.every_second_removed):
             right, wrong = _sorted_out_to_two(test, right)
             reasons |= {g.name: reason for g, reason in wrong}
         with _elsewhere(bench, graph.inputs if inputs is None else inputs) as other:

@@ -53,6 +53,10 @@ class Origins:
         key = (id(parameter), dim)
         return key in self.contracted and key not in self.written
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends neither on the input nor on a parameter."""
+        return tensor not in self._live and tensor not in self._of
+
     def contract(self, a: Tensor, dim: int, b: Tensor, other: int) -> None:
         """The operator at work sums over a dimension of both: of two made of parameters alone, the second one reads."""
         for tensor, at in ((b, other), (a, dim)):

@@ -244,6 +244,10 @@ def _spread(small: Tensor, like: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 def _of_the_rest(func: Any, name: str, args: Any, kwargs: Any, kept: dict[int, Tensor]) -> Any:
     x, rest = args[0], list(args[1:])
     small = _select(x, kept)
+    if name == "_weight_norm_interface":
+        rows = {dim: index for dim, index in kept.items() if rest[0].shape[dim] > 1}
+        weight, lengths = func(small, _select(rest[0], rows), *rest[1:], **kwargs)
+        return _spread(weight, x, kept), _spread(lengths, rest[0], rows)
     if name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
         first = x.ndim - len(rest[0])
         rest[0] = list(small.shape[first:])

@@ -93,6 +93,7 @@ class Trace:
         self._axes: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._owner: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._counts: Counter[str] = Counter()
         self._calls: Counter[nn.Module] = Counter()
         self._made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -150,7 +151,14 @@ class Trace:
     def mixes(self, tensor: Tensor, dims: Sequence[int]) -> None:
         """Note that the current operator takes all units of these dimensions together."""
         axes = self.of(tensor)
+        if tensor not in self._owner and self.origins.is_constant(tensor):  # ``ones(width).sum()`` is the width
+            fix_all([axes[d] for d in dims], f"{self.why} makes a number of its size")
+            return
         self.mixing[self.operator, self._counts[self.operator]] = [(d % tensor.ndim, axes[d]) for d in dims]
+
+    def numbers_units(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
+        """Note that a result holds positions along axes (where a largest value is): who reads it fixes them."""
+        self._numbers[tensor] = list(axes)
 
     def link(self, size: Any, axis: Axis) -> None:
         """Note that ``size`` has to stay the size of ``axis``, if it is made of attributes and dimensions."""
@@ -188,6 +196,8 @@ class Trace:
         for tensor in tensors:
             if isinstance(tensor, nn.Parameter):
                 self._read[tensor] = True
+            if tensor in self._numbers:
+                fix_all(self._numbers[tensor], f"{self.why} reads positions along it")
         owners = [self._owner[t] for t in tensors if t in self._owner]
         for owner in owners:
             self.order.setdefault(owner, len(self.order))

@@ -6,7 +6,7 @@ from typing import Any
 
 from singe_plugin.objective import tensors_in
 
-from ..algebra import Axis, fresh
+from ..algebra import Axis, fresh, split
 from ..trace import Trace
 from .base import RULES, opaque, rule
 
@@ -35,6 +35,16 @@ RULES |= dict.fromkeys(
     ),
     pointwise,
 )  # fmt: skip
+
+
+@rule("glu")
+def _glu(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """The halves of a dimension go element by element: each unit is a pair, and there have to stay two halves."""
+    axes = t.of(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % args[0].ndim
+    halves, axes[dim] = split(axes[dim], [2, out.shape[dim]], t.why)
+    t.fix(halves)
+    t.set(out, axes)
 
 
 @rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor", "eye")

@@ -62,6 +62,17 @@ def _group_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         t.set(extra, [opaque(t, s) for s in extra.shape])
 
 
+@rule("_weight_norm_interface")
+def _weight_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Directions and lengths: a row of both goes with a unit; the length of a direction is that of what is left."""
+    directions, lengths = t.of(args[0]), t.of(args[1])
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].ndim
+    t.unify(directions[dim], lengths[dim])
+    t.mixes(args[0], range(args[0].ndim))
+    t.set(out[0], directions)
+    t.set(out[1], lengths)
+
+
 @rule("_softmax", "_log_softmax", "softmax", "_safe_softmax", "log_softmax")
 def _softmax(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.mixes(args[0], [args[1]])
@@ -70,7 +81,7 @@ def _softmax(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule(
     "sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "var_mean", "std_mean", "max", "min", "argmax",
-    "argmin", "any", "all", "linalg_vector_norm", "norm", "aminmax", "median",
+    "argmin", "any", "all", "linalg_vector_norm", "norm", "aminmax", "median", "nanmedian", "mode",
 )  # fmt: skip
 def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     x = args[0]
@@ -78,7 +89,7 @@ def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         pointwise(t, args, kwargs, out)
         return
     position = 2 if t.operator in ("linalg_vector_norm", "norm") else 1
-    dims: Any = args[position] if len(args) > position else kwargs.get("dim")
+    dims: Any = args[position] if len(args) > position else kwargs.get("dim", -1 if t.operator == "mode" else None)
     if dims is None or isinstance(dims, bool):
         dims = range(x.ndim)
     chosen = sorted({d % x.ndim for d in (dims if isinstance(dims, Sequence) else [dims])}) if x.ndim else []
@@ -91,6 +102,8 @@ def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     for result in tensors_in(out):
         kept = [axes[d] if d not in chosen else () for d in range(x.ndim) if d not in chosen or result.ndim == x.ndim]
         t.set(result, kept)
+    if t.operator in ("max", "min", "median", "nanmedian", "mode") and isinstance(out, tuple):
+        t.numbers_units(out[1], [axes[d] for d in chosen])
 
 
 @rule(

@@ -7,7 +7,7 @@ from typing import Any
 
 from singe_plugin.objective import tensors_in
 
-from ..algebra import concat, is_fixed, size_of, split
+from ..algebra import Axis, concat, is_fixed, size_of, split
 from ..trace import Trace
 from .base import opaque, rule
 
@@ -28,19 +28,22 @@ def _pad(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.set(out, axes)
 
 
-@rule("roll", "flip", "cumsum", "sort", "topk", "rot90", "argsort", "cumprod", "cummax")
+@rule(
+    "roll", "flip", "cumsum", "sort", "topk", "rot90", "argsort", "cumprod", "cummax", "cummin", "logcumsumexp",
+    "kthvalue",
+)  # fmt: skip
 def _along(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    """The order along some dimensions matters; the others pass."""
+    """The order along some dimensions matters, or how many there are; the others pass."""
     source = args[0]
-    position = 2 if t.operator in ("roll", "topk") else 1
+    position = 2 if t.operator in ("roll", "topk", "kthvalue") else 1
     dims = args[position] if len(args) > position else kwargs.get("dim", kwargs.get("dims", -1))
     dims = {d % source.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
     for result in tensors_in(out):
-        axes = t.of(source)
+        axes: list[Axis | None] = [*t.of(source)]
         for d in dims:
-            t.fix(axes[d])
-            axes[d] = opaque(t, result.shape[d])
-        t.set(result, axes)
+            t.fix(t.of(source)[d])
+            axes[d] = opaque(t, result.shape[d]) if result.ndim == source.ndim else None
+        t.set(result, [axis for axis in axes if axis is not None])
 
 
 @rule("index", "_unsafe_index")
@@ -132,3 +135,13 @@ def _pixel_unshuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     made = (*axes[-3], *opaque(t, args[1] ** 2))
     t.fix(*axes[-2:])
     t.set(out, [*axes[:-3], made, opaque(t, out.shape[-2]), opaque(t, out.shape[-1])])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """The number of groups stays; what is taken from one is taken from all."""
+    axes, groups = t.of(args[0]), int(args[1])
+    outer, inner = split(axes[1], [groups, out.shape[1] // groups], t.why)
+    t.fix(outer)
+    axes[1] = (*inner, *outer)
+    t.set(out, axes)

@@ -55,6 +55,28 @@ def _linear(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.set(out, [*x[:-1], w[0]])
 
 
+@rule("_trilinear")
+def _trilinear(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """What ``nn.Bilinear`` computes: three operands, each without some dimensions, multiplied and summed."""
+    summed = set(args[6])
+    met: list[Axis | None] = [None] * (out.ndim + len(summed))
+    for operand, missing in zip(args[:3], args[3:6], strict=True):
+        present = [d for d in range(len(met)) if d not in missing]
+        for d, axis in zip(present, t.of(operand), strict=True):
+            here = met[d]
+            if here is not None:
+                t.unify(here, axis)
+            met[d] = axis if here is None else here
+    for d in summed:
+        one, other = [
+            (x, d - sum(e < d for e in missing))
+            for x, missing in zip(args[:3], args[3:6], strict=True)
+            if d not in missing
+        ]
+        t.origins.contract(*one, *other)
+    t.set(out, [axis or () for d, axis in enumerate(met) if d not in summed])
+
+
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "conv2d", "conv1d")
 def _convolution(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     x, w, bias = t.of(args[0]), t.of(args[1]), args[2]
@@ -96,8 +118,12 @@ def _attention(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     result = out[0] if isinstance(out, tuple) else out
     for other, axes in ((args[1], k), (args[2], v)):
         for d in range(len(q) - 2):
-            if args[0].shape[d] == other.shape[d]:  # else it is broadcast
+            if args[0].shape[d] == other.shape[d]:
                 t.unify(q[d], axes[d])
+            elif other.shape[d] > 1:  # grouped queries: so many in a row share a key; else the key is broadcast
+                shared, queries = split(q[d], [other.shape[d], args[0].shape[d] // other.shape[d]], t.why)
+                t.unify(shared, axes[d])
+                t.fix(queries)
     t.heads += q[:-2]
     t.origins.contract(args[0], -1, args[1], -1)
     t.origins.contract(args[0], -2, args[2], -2)

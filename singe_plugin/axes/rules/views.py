@@ -76,7 +76,7 @@ def _expand(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 def _repeat(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     source, times = args[0], list(args[1])
     axes = [()] * (len(times) - source.ndim) + t.of(source)
-    t.set(out, [(*fresh(n), *axis) for n, axis in zip(times, axes, strict=True)])
+    t.set(out, [(*(opaque(t, n) if axis else fresh(n)), *axis) for n, axis in zip(times, axes, strict=True)])
 
 
 @rule("repeat_interleave")
@@ -86,7 +86,7 @@ def _repeat_interleave(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         constant(t, args, kwargs, out)
         return
     axes = t.of(args[0])
-    axes[dim] = (*axes[dim], *fresh(args[1]))
+    axes[dim] = (*axes[dim], *(opaque(t, args[1]) if axes[dim] else fresh(args[1])))
     t.set(out, axes)
 
 
