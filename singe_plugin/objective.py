@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +20,7 @@ __all__ = [
     "check_classes",
     "cross_entropy",
     "get_objective",
+    "map_tensors",
     "split_batch",
     "to_device",
     "true_class_logit",
@@ -184,6 +187,37 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Nested arguments with every tensor replaced; tuples, lists, mappings and dataclasses keep their classes.
+
+    Example:
+        >>> import torch
+        >>> from collections import OrderedDict
+        >>> list(map_tensors(lambda t: t.item() + 1, OrderedDict(a=[torch.tensor(1)], b=2)).items())
+        [('a', [2]), ('b', 2)]
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        items = {k: map_tensors(function, v) for k, v in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return items
+        table = copy.copy(value)  # of its class, with whatever else it has
+        table.update(items)
+        return table
+    if isinstance(value, (tuple, list)):
+        moved = [map_tensors(function, v) for v in value]
+        if hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*moved)
+        return tuple(moved) if isinstance(value, tuple) else moved
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(made, field.name, map_tensors(function, getattr(value, field.name)))
+        return made
+    return value
 
 
 def to_device(value: Any, device: torch.device, channels_last: bool = False) -> Any:

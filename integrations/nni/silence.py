@@ -30,7 +30,7 @@ from singe_plugin.axes.substitutes import (
 )
 from singe_plugin.data import few
 from singe_plugin.objective import tensors_in
-from singe_plugin.state import caches_preserved, native_rnns, preserved
+from singe_plugin.state import native_rnns, preserved
 
 from .holes import Holes, Units, line_of, slices_of, units_at
 
@@ -151,7 +151,7 @@ class Laboratory:
 
     def _forward(self, inputs: Any) -> list[Tensor]:
         model = self.graph.model
-        with caches_preserved(model):
+        with preserved(model):
             self.graph.trace.forget()
             made = self.graph.forward(model, double_inputs(inputs) if self.double else inputs)
             return [t for t in tensors_in(made) if t.is_floating_point()]

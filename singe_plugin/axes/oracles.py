@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singe_plugin.errors import GroupError, SingeError
+from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 from singe_plugin.objective import tensors_in
-from singe_plugin.state import caches_preserved, native_rnns
+from singe_plugin.state import native_rnns, preserved, unfused_attention
 
 from .graph import AxisGraph, Group
 from .removal import Snapshot, remove_units
 from .substitutes import (
     NormsOfTheRest,
+    SharedNoise,
     Values,
     derangement,
     double_inputs,
@@ -91,9 +92,28 @@ class _Bench:
     tolerance: float
 
     def run(self) -> list[Tensor]:
-        with torch.no_grad(), caches_preserved(self.graph.model):
-            self.graph.trace.forget()
+        """The outputs: every run starts from the same state of the model and the same random numbers."""
+        with _same_start(self.graph), torch.no_grad():
             return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
+
+    def explained(self, error: Exception, done: str) -> str:
+        """A failure of the forward pass after a change to the model, as a reason; one with another cause goes on.
+
+        Raises:
+            GroupError: if the model fails without the change, too.
+        """
+        if is_of_the_machine(error):
+            raise error
+        try:
+            self.run()
+        except Exception as again:
+            if is_of_the_machine(again):
+                raise
+            raise GroupError(
+                f"the model ran on random inputs, and now it fails with {type(again).__name__}: {again}; its forward "
+                "pass must give the same for the same inputs and weights"
+            ) from again
+        return f"the forward pass fails when its units are {done} ({type(error).__name__}: {error})"
 
     def permuted(self, groups: Sequence[Group]) -> str | None:
         """Why permuting the units of these groups changes the function; None if it does not."""
@@ -103,10 +123,8 @@ class _Bench:
                 moved = self.run()
         except SingeError as error:
             return str(error)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
-            return f"the forward pass fails when its units are permuted ({type(error).__name__}: {error})"
+            return self.explained(error, "permuted")
         change = relative_change(self.base, moved)
         if change > self.tolerance:
             return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
@@ -128,10 +146,8 @@ class _Bench:
                 expected = self.run()
         except SingeError as error:
             return str(error)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
-            return f"the forward pass fails when its units are masked ({type(error).__name__}: {error})"
+            return self.explained(error, "masked")
         undo = Snapshot(self.graph.model, self.graph)
         gone: dict[Group, list[int]] = {}
         try:
@@ -142,10 +158,9 @@ class _Bench:
             removed = self.run()
         except SingeError as error:
             return str(error)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
-            return f"the forward pass fails when its units are removed ({type(error).__name__}: {error})"
+            undo.restore()
+            return self.explained(error, "removed")
         finally:
             undo.restore()
         if [t.shape for t in removed] != [t.shape for t in expected]:
@@ -256,9 +271,9 @@ def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
     """The groups whose units hardly change the output: a mistake in them could not be seen."""
     try:
         effect = _effects(bench)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception:  # the model cannot be differentiated: look at each group alone
+    except Exception as error:  # the model cannot be differentiated: look at each group alone
+        if is_of_the_machine(error):
+            raise
         return [group for group in groups if _masked_effect(bench, group) < _FELT * bench.tolerance]
     silent = []
     for group in groups:
@@ -277,8 +292,7 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
     """``|gradient x parameter|`` of a random projection of the outputs, relative to it, by the parameter's id."""
     model = bench.graph.model
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    with torch.enable_grad(), caches_preserved(model), native_rnns(model):
-        bench.graph.trace.forget()
+    with _same_start(bench.graph), native_rnns(model), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
         outputs = [t for t in tensors_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
@@ -335,14 +349,21 @@ def _finite(outputs: list[Tensor]) -> list[Tensor]:
 def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str:
     watch = _Watch()
     try:
-        with torch.no_grad(), caches_preserved(graph.model):
-            graph.trace.forget()
-            with watch:
-                return list(tensors_in(graph.forward(graph.model, inputs))), watch
-    except torch.cuda.OutOfMemoryError:
-        raise
+        with _same_start(graph), torch.no_grad(), watch:
+            return list(tensors_in(graph.forward(graph.model, inputs))), watch
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _same_start(graph: AxisGraph) -> Iterator[None]:
+    """A run of the model: it keeps nothing for the next one, and draws the same random numbers for all units."""
+    with preserved(graph.model), unfused_attention():
+        graph.trace.forget()
+        with SharedNoise():
+            yield
 
 
 def _candidates(inputs: Any) -> Iterator[Any]:

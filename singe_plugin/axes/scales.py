@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from singe_plugin.state import native_rnns, preserved
+from singe_plugin.state import native_rnns, preserved, unfused_attention
 
 from .algebra import Axis, fix, is_fixed
 from .trace import Forward, Trace
@@ -140,7 +140,7 @@ def implied_scales(model: nn.Module, inputs: Any, trace: Trace, forward: Forward
     if not wanted:
         return []
     search = _Search({call.caller for call in wanted})
-    with preserved(model), native_rnns(model), torch.enable_grad():
+    with preserved(model), native_rnns(model), unfused_attention(), torch.enable_grad():
         model.eval()
         own = {id(p) for caller in search.callers for p in caller.parameters()}
         for parameter in model.parameters():

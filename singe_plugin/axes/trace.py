@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from singe_plugin.errors import is_of_the_machine
 from singe_plugin.objective import call_model, tensors_in
-from singe_plugin.state import native_rnns, preserved
+from singe_plugin.state import native_rnns, preserved, unfused_attention
 
 from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, unify
 from .sizes import link_sizes
@@ -375,9 +376,9 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
     if filled:
         try:
             return _trace(model, inputs, filled, forward)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception:  # then they are no caches: the forward pass does not fill them
+        except Exception as error:  # then they are no caches: the forward pass does not fill them
+            if is_of_the_machine(error):
+                raise
             return _trace(model, inputs, [], forward)
     return _trace(model, inputs, [], forward)
 
@@ -396,6 +397,7 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
         stack.enter_context(native_rnns(model))
+        stack.enter_context(unfused_attention())
         stack.enter_context(torch.no_grad())
         model.eval()
         state = Trace(model, caches=list(emptied))
