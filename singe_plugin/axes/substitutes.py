@@ -299,15 +299,22 @@ class SharedNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return x.fill_(1.0)
         if name.startswith("bernoulli") and isinstance(x, Tensor):
             return torch.ones_like(x) if len(args) > 1 else (x > 0.5).to(x)
-        out = func(*args, **kwargs)
-        if name not in _DRAWN or not isinstance(out, Tensor) or not out.numel():
-            return out
-        return out.copy_(out.flatten()[0].clone().expand_as(out))
+        if name == "normal":
+            one, mean, std = torch.randn(()), x, args[1] if len(args) > 1 else kwargs.get("std", 1.0)
+            return func(*args, **kwargs).zero_() + mean + std * one.item()
+        if name not in _DRAWN:
+            return func(*args, **kwargs)
+        # one number by itself: the first of many depends on how many there are
+        if isinstance(x, Tensor):
+            one = func(x.new_empty(1), *args[1:], **kwargs)
+            return x.copy_(one.expand_as(x)) if name.endswith("_") else one.expand_as(x).clone()
+        one = func([1], *args[1:], **kwargs)
+        return func(*args, **kwargs).copy_(one)
 
 
 _DRAWN = frozenset(
     {
-        "rand", "randn", "normal", "rand_like", "randn_like", "normal_", "uniform_", "log_normal_", "exponential_",
+        "rand", "randn", "rand_like", "randn_like", "normal_", "uniform_", "log_normal_", "exponential_",
         "cauchy_", "geometric_",
     }
 )  # fmt: skip
