@@ -27,7 +27,7 @@ from singe_plugin.objective import (
 from singe_plugin.path import DecayPath, decay_path
 from singe_plugin.prefix import PrefixCache
 from singe_plugin.reduction import NormalizerLike, check_normalizer, check_reduction, normalize, reduce_layers
-from singe_plugin.state import forget_caches, model_device, native_rnns, preserved, unfused_attention
+from singe_plugin.state import forget_caches, model_device, plain_layers, preserved
 from singe_plugin.units import UnitGroup, refuse_tied, tied_parameters
 from singe_plugin.walk import AMP_DTYPES, Walker
 
@@ -254,9 +254,7 @@ def _per_batch(
         )
     results = []
     device = model_device(model)
-    with (
-        preserved(model), native_rnns(model), unfused_attention(), torch.inference_mode(False), torch.enable_grad(),
-    ):  # fmt: skip
+    with preserved(model), plain_layers(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
         forget_caches(model)
         with decaying(model, group) as rows:

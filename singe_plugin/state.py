@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from singe_plugin.undo import Contents
 
 __all__ = [
-    "RngState", "casts_forgotten", "forget_caches", "model_device", "native_rnns", "preserved", "train_mode_of",
-    "unfused_attention",
+    "RngState", "casts_forgotten", "forget_caches", "model_device", "native_rnns", "plain_layers", "preserved",
+    "train_mode_of", "unfused_attention",
 ]  # fmt: skip
 
 
@@ -181,6 +182,37 @@ def unfused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """The model runs in here so that it can be followed and differentiated in any way, and computes the same.
+
+    See :func:`native_rnns` and :func:`unfused_attention`; what is checkpointed is, in the way that PyTorch recommends
+    (``use_reentrant=False``): the other is no function of parameters if its inputs want no gradient, and refuses
+    ``torch.autograd.grad``.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> with plain_layers(layer):
+        ...     checkpoint(layer, torch.ones(1), use_reentrant=True).requires_grad
+        True
+    """
+
+    def apply(function: Any, keep_rng: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=keep_rng)
+
+    own = vars(CheckpointFunction).get("apply")
+    with native_rnns(model), unfused_attention():
+        CheckpointFunction.apply = apply
+        try:
+            yield
+        finally:
+            if own is None:
+                del CheckpointFunction.apply
+            else:
+                CheckpointFunction.apply = own
 
 
 @contextmanager

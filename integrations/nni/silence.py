@@ -30,7 +30,7 @@ from singe_plugin.axes.substitutes import (
 )
 from singe_plugin.data import few
 from singe_plugin.objective import tensors_in
-from singe_plugin.state import native_rnns, preserved
+from singe_plugin.state import plain_layers, preserved
 
 from .holes import Holes, Units, line_of, slices_of, units_at
 
@@ -141,7 +141,7 @@ class Laboratory:
     def running(self) -> Iterator[None]:
         """The model in eval mode, and in double precision if it can."""
         model = self.graph.model
-        with preserved(model), native_rnns(model), ExitStack() as stack, torch.no_grad():
+        with preserved(model), plain_layers(model), ExitStack() as stack, torch.no_grad():
             model.eval()
             for parameter in model.parameters():
                 parameter.grad = None  # it would pin the type

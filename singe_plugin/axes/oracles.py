@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 from singe_plugin.objective import tensors_in
-from singe_plugin.state import native_rnns, preserved, unfused_attention
+from singe_plugin.state import plain_layers, preserved
 
 from .graph import AxisGraph, Group
 from .removal import Snapshot, remove_units
@@ -292,7 +292,7 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
     """``|gradient x parameter|`` of a random projection of the outputs, relative to it, by the parameter's id."""
     model = bench.graph.model
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    with _same_start(bench.graph), native_rnns(model), torch.enable_grad():
+    with _same_start(bench.graph), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
         outputs = [t for t in tensors_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
@@ -360,7 +360,7 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
 @contextmanager
 def _same_start(graph: AxisGraph) -> Iterator[None]:
     """A run of the model: it keeps nothing for the next one, and draws the same random numbers for all units."""
-    with preserved(graph.model), unfused_attention():
+    with preserved(graph.model), plain_layers(graph.model):
         graph.trace.forget()
         with SharedNoise():
             yield

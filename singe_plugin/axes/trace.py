@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.objective import call_model, tensors_in
-from singe_plugin.state import native_rnns, preserved, unfused_attention
+from singe_plugin.state import plain_layers, preserved
 
 from .algebra import Axis, concat, expand, fix_all, fresh, is_fixed, size_of, unify
 from .sizes import link_sizes
@@ -396,8 +396,7 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
 
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
-        stack.enter_context(native_rnns(model))
-        stack.enter_context(unfused_attention())
+        stack.enter_context(plain_layers(model))
         stack.enter_context(torch.no_grad())
         model.eval()
         state = Trace(model, caches=list(emptied))
