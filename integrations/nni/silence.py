@@ -94,7 +94,7 @@ class Laboratory:
         example = few(example, 1) if _is_image(example) else example
         try:
             start = self.run(example)
-        except torch.cuda.OutOfMemoryError:
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception:  # something in the model insists on single precision
             self.double = False
@@ -111,7 +111,7 @@ class Laboratory:
         try:
             with NormsOfTheRest(self.graph, {}) as watch:
                 made = self.run(inputs)
-        except torch.cuda.OutOfMemoryError:
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception:
             return None
@@ -196,7 +196,7 @@ class Laboratory:
             with self.drawn(holes, seed), self.running():
                 try:
                     moving = self._moving(seed, norms)
-                except torch.cuda.OutOfMemoryError:
+                except (MemoryError, torch.cuda.OutOfMemoryError):
                     raise
                 except Exception as error:
                     self.trouble = f"its gradient cannot be taken ({type(error).__name__}: {error})"
@@ -239,7 +239,7 @@ class Laboratory:
                         one = self._seen(first, _projected)
                     with _other_words(self.graph.model), self.running():
                         other = self._seen(second, _projected)
-                except torch.cuda.OutOfMemoryError:
+                except (MemoryError, torch.cuda.OutOfMemoryError):
                     raise
                 except Exception:  # the model takes no other inputs
                     one, other = {}, {}

@@ -187,7 +187,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
             _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
     except BaseException as error:
         undo.restore()
-        if isinstance(error, Exception) and not isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
+        if isinstance(error, Exception) and not isinstance(error, (SingeError, MemoryError, torch.cuda.OutOfMemoryError)):
             raise RemovalError(
                 f"group {group.name!r}: removing units failed with {type(error).__name__}: {error}; the model is as "
                 "it was before"
