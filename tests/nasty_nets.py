@@ -34,6 +34,9 @@ class FrozenDict(OrderedDict):  # type: ignore[type-arg]
     def clear(self) -> None:
         raise TypeError("frozen")
 
+    def __deepcopy__(self, memo: Any) -> FrozenDict:
+        return self  # shared by all copies of a model
+
     update = pop = popitem = setdefault = clear  # type: ignore[assignment]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.errors import RemovalError, SingeError
+from singe_plugin.errors import RemovalError, SingeError, is_of_the_machine
 from singe_plugin.undo import Contents
 
 from .algebra import Atom, contains, size_of
@@ -187,7 +187,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
             _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
     except BaseException as error:
         undo.restore()
-        if isinstance(error, Exception) and not isinstance(error, (SingeError, MemoryError, torch.cuda.OutOfMemoryError)):
+        if isinstance(error, Exception) and not isinstance(error, SingeError) and not is_of_the_machine(error):
             raise RemovalError(
                 f"group {group.name!r}: removing units failed with {type(error).__name__}: {error}; the model is as "
                 "it was before"
