@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -202,11 +203,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         return function(value)
     if isinstance(value, Mapping):
         items = {k: map_tensors(function, v) for k, v in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return items
-        table = copy.copy(value)  # of its class, with whatever else it has
-        table.update(items)
-        return table
+        return _mapping_like(value, items)
     if isinstance(value, (tuple, list)):
         moved = [map_tensors(function, v) for v in value]
         if hasattr(value, "_fields"):  # a named tuple
@@ -218,6 +215,18 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
             object.__setattr__(made, field.name, map_tensors(function, getattr(value, field.name)))
         return made
     return value
+
+
+def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """The items in a dictionary of the same class, with its attributes; other mappings become plain dictionaries."""
+    if type(value) is dict or not isinstance(value, dict):
+        return items
+    made = type(value).__new__(type(value))
+    base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    for key, item in items.items():
+        base.__setitem__(made, key, item)  # its own method may refuse, or do more
+    vars(made).update({key: items.get(key, held) for key, held in vars(value).items()})
+    return made
 
 
 def to_device(value: Any, device: torch.device, channels_last: bool = False) -> Any:
@@ -236,7 +245,7 @@ def to_device(value: Any, device: torch.device, channels_last: bool = False) -> 
             return value.to(device, non_blocking=later, memory_format=torch.channels_last)
         return value.to(device, non_blocking=later)
     if isinstance(value, Mapping):
-        return {k: to_device(v, device, channels_last) for k, v in value.items()}
+        return _mapping_like(value, {k: to_device(v, device, channels_last) for k, v in value.items()})
     if callable(move := getattr(value, "to", None)):  # a batch of graphs, a packed sequence
         return move(device)
     if isinstance(value, (tuple, list)):

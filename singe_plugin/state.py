@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from singe_plugin.errors import is_of_the_machine
 from singe_plugin.undo import Contents
 
 __all__ = [
-    "RngState", "casts_forgotten", "forget_caches", "model_device", "native_rnns", "plain_layers", "preserved",
-    "train_mode_of", "unfused_attention",
+    "RngState", "casts_forgotten", "computed_tables", "forget_caches", "model_device", "native_rnns", "plain_layers",
+    "preserved", "tables_of", "train_mode_of", "unfused_attention",
 ]  # fmt: skip
 
 
@@ -83,25 +84,63 @@ def train_mode_of(model: nn.Module) -> dict[nn.Module, bool]:
     return {module: module.training for module in model.modules()}
 
 
-def forget_caches(model: nn.Module) -> None:
+def tables_of(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], dict[Any, Tensor]]]:
+    """Plain attributes that are dictionaries of tensors, or empty: constants, or what was computed and is kept."""
+    for module in model.modules():
+        for attr, value in module.__dict__.items():
+            if not attr.startswith("_") and type(value) is dict and all(isinstance(v, Tensor) for v in value.values()):
+                yield (module, attr), value
+
+
+def computed_tables(model: nn.Module, run: Callable[[], Any]) -> list[tuple[nn.Module, str]]:
+    """Those of the dictionaries of tensors that ``run``, a forward pass, can do without: it fills them again.
+
+    Example:
+        >>> net = torch.nn.Identity()
+        >>> net.scales, net.kept = {"all": torch.ones(1)}, {"cpu": torch.ones(1)}
+        >>> [attr for _, attr in computed_tables(net, lambda: net(net.scales["all"]))]
+        ['kept']
+    """
+    filled = [key for key, table in tables_of(model) if table]
+    empty = [key for key, table in tables_of(model) if not table]
+    if filled and not _runs_without(model, filled, run):
+        filled = [key for key in filled if _runs_without(model, [key], run)]
+    return [*filled, *empty]
+
+
+def _runs_without(model: nn.Module, tables: list[tuple[nn.Module, str]], run: Callable[[], Any]) -> bool:
+    with preserved(model), torch.no_grad():
+        for module, attr in tables:
+            module.__dict__[attr].clear()
+        try:
+            run()
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            return False
+    return True
+
+
+def forget_caches(model: nn.Module, run: Callable[[], Any]) -> None:
     """From now on every layer that keeps tensors in a dictionary (attention biases, by device) makes them anew.
 
     What is kept would belong to other weights, or to a graph that is gone. The hooks that do it are taken away by
     :func:`preserved`, inside which this is called.
+
+    Args:
+        model: the model.
+        run: a forward pass, to find out what is kept and what is constant.
     """
+    by_module: dict[nn.Module, list[str]] = {}
+    for module, attr in computed_tables(model, run):
+        by_module.setdefault(module, []).append(attr)
 
     def forget(module: nn.Module, _: Any) -> None:
-        for key, value in module.__dict__.items():
-            if not key.startswith("_") and _is_cache(value):
-                value.clear()
+        for attr in by_module[module]:
+            module.__dict__[attr].clear()
 
-    for module in model.modules():
-        if any(_is_cache(v) for k, v in module.__dict__.items() if not k.startswith("_")):
-            module.register_forward_pre_hook(forget)
-
-
-def _is_cache(value: Any) -> bool:
-    return type(value) is dict and all(isinstance(v, Tensor) for v in value.values())
+    for module in by_module:
+        module.register_forward_pre_hook(forget)
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def test_a_fault_at_any_point_leaves_no_trace(name: str, work: str, place: str, 
 def test_a_fault_at_every_point_leaves_no_trace(name: str, work: str, place: str, error: Any) -> None:
     if work == "counting" and place == "backward":
         pytest.skip("nothing is differentiated")
-    for k in some(calls_of(place, WORK[work], name), most=40):
+    for k in some(calls_of(place, WORK[work], name), most=12):
         inject(place, WORK[work], name, k, error)
 
 
@@ -265,7 +265,7 @@ def test_a_prune_that_fails_leaves_no_trace(name: str, order: str, place: str, t
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_prune_that_fails_anywhere_leaves_no_trace(name: str, place: str, order: str, tmp_path: Path) -> None:
-    prune_with_faults(name, place, order, tmp_path, most=40)
+    prune_with_faults(name, place, order, tmp_path, most=12)
 
 
 @pytest.mark.parametrize("name", GROUPED)

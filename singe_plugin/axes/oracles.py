@@ -268,6 +268,10 @@ def _amplified(bench: _Bench) -> float:
                 noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
                 values.put(parameter, parameter.data * (1 + 1e-14 * (2 * noise - 1)))
         return relative_change(bench.base, bench.run())
+    except Exception as error:
+        values.restore()
+        bench.explained(error, "changed a little")
+        return 0.0
     finally:
         values.restore()
 
@@ -288,7 +292,8 @@ def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
                 index = torch.from_numpy(part.units >= 0).nonzero().flatten()
                 mine = effect[id(part.tensor)]
                 felt += float(mine.index_select(part.dim, index.to(mine.device)).sum())
-        if felt < _FELT * bench.tolerance:
+        least = _FELT * bench.tolerance
+        if felt < least and _masked_effect(bench, group) < least:  # what comes before a rounding has no gradient
             silent.append(group)
     return silent
 
@@ -310,8 +315,12 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
 
 
 def _masked_effect(bench: _Bench, group: Group) -> float:
-    with masked({group: _order(group)[: max(group.size // 2, 1)]}):
-        return relative_change(bench.base, bench.run())
+    try:
+        with masked({group: _order(group)[: max(group.size // 2, 1)]}):
+            return relative_change(bench.base, bench.run())
+    except Exception as error:
+        bench.explained(error, "masked")
+        return math.inf  # the oracles say why
 
 
 @contextmanager

@@ -272,7 +272,7 @@ class SharedNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     So a forward pass that draws noise for every unit (a reparameterisation, dropout that is on in eval mode) is the
     same function, whatever the order of the units is and however many there are. Permutations and whole numbers are
-    drawn as ever, always the same.
+    drawn as ever, always the same; so is what comes of a generator of the model's own.
 
     Example:
         >>> with SharedNoise():
@@ -287,8 +287,8 @@ class SharedNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)  # what has a generator of its own may be a constant of the model
         self.draws += 1
         torch.manual_seed(self.draws)  # what was drawn before may have been of another shape
         name = func._schema.name.split("::")[1]
