@@ -163,12 +163,10 @@ def some(count: int, most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("place", ["forward", "forward end", "backward"])
-@pytest.mark.parametrize("work", ["verification", "scoring", "scoring unit by unit", "counting"])
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("work", ["verification", "scoring"])
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_fault_at_any_point_leaves_no_trace(name: str, work: str, place: str, error: Any) -> None:
-    if work == "counting" and place == "backward":
-        pytest.skip("nothing is differentiated")
     for k in some(calls_of(place, WORK[work], name), most=2):
         inject(place, WORK[work], name, k, error)
 
