@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from singe_plugin.artifact import Builder, Structure
-from singe_plugin.axes import Snapshot
+from singe_plugin.axes import Snapshot, Trackers
 from singe_plugin.budget import count_macs, count_params, measure_latency
 from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
@@ -122,7 +122,7 @@ def staged(
         validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
         builder = builder if builder is not None else Builder.infer(model)
         stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
-        rollback = Snapshot(model, values=True)
+        rollback = Snapshot(model, trackers=_trackers(finetune), values=True)
         try:
             yield stage
         except BaseException:
@@ -133,6 +133,13 @@ def staged(
         rng.restore()
         for generator, state in generators:
             generator.set_state(state)
+
+
+def _trackers(finetune: Any) -> Trackers:
+    """What is trained along with the model, to be rolled back with it."""
+    if not isinstance(finetune, FineTune):
+        return Trackers()
+    return Trackers(list(finetune.optimizers), [finetune.ema] if isinstance(finetune.ema, nn.Module) else [])
 
 
 def _move(model: nn.Module, finetune: Any, device: torch.device) -> None:

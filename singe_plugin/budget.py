@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.objective import call_model
-from singe_plugin.state import preserved
+from singe_plugin.state import preserved, unfused_attention
 
 __all__ = [
     "BY_SCORE",
@@ -67,7 +67,7 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
     Counted with ``torch.utils.flop_counter`` in eval mode, for the batch that is given.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-    with preserved(model), torch.no_grad(), counter:
+    with preserved(model), unfused_attention(), torch.no_grad(), counter:
         for parameter in model.parameters():
             parameter.requires_grad_(False)  # the counter asks for the gradient function of what wants a gradient
         model.eval()

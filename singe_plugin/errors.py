@@ -18,6 +18,7 @@ __all__ = [
     "ScoringError",
     "SingeError",
     "TiedParameterError",
+    "is_of_the_machine",
 ]
 
 
@@ -59,3 +60,15 @@ class RemovalError(SingeError, RuntimeError):
 
 class ArtifactError(SingeError, RuntimeError):
     """A saved result or checkpoint is missing, damaged, or belongs to another model."""
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error says something about the machine (no memory, a broken disk), and nothing about a model.
+
+    Example:
+        >>> is_of_the_machine(MemoryError()), is_of_the_machine(ValueError("shapes"))
+        (True, False)
+    """
+    if isinstance(error, (MemoryError, OSError)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # PyTorch has no class for it

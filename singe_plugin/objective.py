@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -18,6 +21,7 @@ __all__ = [
     "check_classes",
     "cross_entropy",
     "get_objective",
+    "map_tensors",
     "split_batch",
     "to_device",
     "true_class_logit",
@@ -186,6 +190,45 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Nested arguments with every tensor replaced; tuples, lists, mappings and dataclasses keep their classes.
+
+    Example:
+        >>> import torch
+        >>> from collections import OrderedDict
+        >>> list(map_tensors(lambda t: t.item() + 1, OrderedDict(a=[torch.tensor(1)], b=2)).items())
+        [('a', [2]), ('b', 2)]
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        items = {k: map_tensors(function, v) for k, v in value.items()}
+        return _mapping_like(value, items)
+    if isinstance(value, (tuple, list)):
+        moved = [map_tensors(function, v) for v in value]
+        if hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*moved)
+        return tuple(moved) if isinstance(value, tuple) else moved
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(made, field.name, map_tensors(function, getattr(value, field.name)))
+        return made
+    return value
+
+
+def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """The items in a dictionary of the same class, with its attributes; other mappings become plain dictionaries."""
+    if type(value) is dict or not isinstance(value, dict):
+        return items
+    made = type(value).__new__(type(value))
+    base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    for key, item in items.items():
+        base.__setitem__(made, key, item)  # its own method may refuse, or do more
+    vars(made).update({key: items.get(key, held) for key, held in vars(value).items()})
+    return made
+
+
 def to_device(value: Any, device: torch.device, channels_last: bool = False) -> Any:
     """Move every tensor in a nested batch to ``device``; 4-D float images to ``channels_last`` on request.
 
@@ -202,7 +245,7 @@ def to_device(value: Any, device: torch.device, channels_last: bool = False) -> 
             return value.to(device, non_blocking=later, memory_format=torch.channels_last)
         return value.to(device, non_blocking=later)
     if isinstance(value, Mapping):
-        return {k: to_device(v, device, channels_last) for k, v in value.items()}
+        return _mapping_like(value, {k: to_device(v, device, channels_last) for k, v in value.items()})
     if callable(move := getattr(value, "to", None)):  # a batch of graphs, a packed sequence
         return move(device)
     if isinstance(value, (tuple, list)):

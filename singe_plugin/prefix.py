@@ -2,8 +2,8 @@
 
 During the first pass, the outputs of modules that finish before the first decaying weight is read are kept; in the
 passes that follow they are returned instead of being computed again. Only the outermost such modules are kept, and
-only those that are called once, leave their inputs alone and return new memory. A weight is read when its layer runs, or
-when anybody else takes its values (``F.linear(x, self.fc.weight)`` in another module).
+only those that are called once, leave their inputs alone and return new memory. A weight is read when its layer runs,
+or when anybody else takes its values (``F.linear(x, self.fc.weight)`` in another module).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class PrefixCache:
             if not hooked and not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
         if self._readings is not None:
-            self._readings.__enter__()
+            self._readings.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -140,7 +140,7 @@ class PrefixCache:
 
     def _unhook(self) -> None:
         if self._readings is not None:
-            self._readings.__exit__(None, None, None)
+            self._readings.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._readings = None
         for handle in self._handles:
             handle.remove()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from singe_plugin.decay import LayerStats, Measured, decaying, weight_norms
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.objective import (
     ObjectiveLike,
+    call_model,
     get_objective,
     materialise,
     split_batch,
@@ -27,7 +29,7 @@ from singe_plugin.objective import (
 from singe_plugin.path import DecayPath, decay_path
 from singe_plugin.prefix import PrefixCache
 from singe_plugin.reduction import NormalizerLike, check_normalizer, check_reduction, normalize, reduce_layers
-from singe_plugin.state import forget_caches, model_device, native_rnns, preserved
+from singe_plugin.state import forget_caches, model_device, plain_layers, preserved
 from singe_plugin.units import UnitGroup, refuse_tied, tied_parameters
 from singe_plugin.walk import AMP_DTYPES, Walker
 
@@ -210,7 +212,7 @@ def _score(
         )
     if not bool(torch.isfinite(scores).all()):
         raise ScoringError(f"group {group.name!r}: the scores are not finite after normalizer {options.normalizer!r}")
-    return scores.float()
+    return scores.as_subclass(Tensor).float()
 
 
 def _walk(
@@ -254,14 +256,15 @@ def _per_batch(
         )
     results = []
     device = model_device(model)
-    with preserved(model), native_rnns(model), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model), plain_layers(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
-        forget_caches(model)
         with decaying(model, group) as rows:
             start = weight_norms(group, rows, options.degree)
             for index, batch in enumerate(batches):
                 inputs, targets = split_batch(batch)
                 moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
+                if not index:
+                    forget_caches(model, partial(call_model, model, moved[0]))
                 walker = Walker(model, group, rows, options, path, index, *moved, inner)
                 with PrefixCache(model, {row.owner for row in rows}) as prefix:
                     results.append(reduce(start, walker.nodes(prefix)))

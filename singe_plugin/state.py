@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -13,21 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+from singe_plugin.errors import is_of_the_machine
+from singe_plugin.undo import Contents
 
 __all__ = [
-    "RngState", "caches_preserved", "casts_forgotten", "forget_caches", "model_device", "native_rnns", "preserved",
-    "train_mode_of",
+    "RngState", "casts_forgotten", "computed_tables", "forget_caches", "model_device", "native_rnns", "plain_layers",
+    "preserved", "tables_of", "train_mode_of", "unfused_attention",
 ]  # fmt: skip
-
-HOOK_DICTS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
 
 
 @dataclass
@@ -91,61 +84,63 @@ def train_mode_of(model: nn.Module) -> dict[nn.Module, bool]:
     return {module: module.training for module in model.modules()}
 
 
-@contextmanager
-def caches_preserved(model: nn.Module) -> Iterator[None]:
-    """Put back what modules computed and keep for later: tensors, or dictionaries of them, in plain attributes.
+def tables_of(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], dict[Any, Tensor]]]:
+    """Plain attributes that are dictionaries of tensors, or empty: constants, or what was computed and is kept."""
+    for module in model.modules():
+        for attr, value in module.__dict__.items():
+            if not attr.startswith("_") and type(value) is dict and all(isinstance(v, Tensor) for v in value.values()):
+                yield (module, attr), value
 
-    Position indices and attention biases are kept so. A buffer that was replaced is put back, too; parameters, values
-    and hooks are not, see :func:`preserved`.
+
+def computed_tables(model: nn.Module, run: Callable[[], Any]) -> list[tuple[nn.Module, str]]:
+    """Those of the dictionaries of tensors that ``run``, a forward pass, can do without: it fills them again.
 
     Example:
-        >>> import torch
-        >>> model = torch.nn.Identity()
-        >>> model.cache = {}
-        >>> with caches_preserved(model):
-        ...     model.cache["cpu"] = torch.zeros(2)
-        >>> model.cache
-        {}
+        >>> net = torch.nn.Identity()
+        >>> net.scales, net.kept = {"all": torch.ones(1)}, {"cpu": torch.ones(1)}
+        >>> [attr for _, attr in computed_tables(net, lambda: net(net.scales["all"]))]
+        ['kept']
     """
-    plain = {m: {k: v for k, v in m.__dict__.items() if not k.startswith("_")} for m in model.modules()}
-    saved = [(m, table, {k: dict(v) for k, v in table.items() if _is_cache(v)}) for m, table in plain.items()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, table in buffers:
-            _refill(module._buffers, table)
-        for module, attributes, contents in saved:
-            for key, value in [(k, v) for k, v in module.__dict__.items() if k[0] != "_"]:
-                old: Any = attributes.get(key)
-                if isinstance(value, Tensor) or _is_cache(value) or isinstance(old, Tensor) or key in contents:
-                    if key in contents:
-                        _refill(old, contents[key])
-                    if key in attributes:
-                        module.__dict__[key] = old
-                    else:
-                        del module.__dict__[key]
+    filled = [key for key, table in tables_of(model) if table]
+    empty = [key for key, table in tables_of(model) if not table]
+    if filled and not _runs_without(model, filled, run):
+        filled = [key for key in filled if _runs_without(model, [key], run)]
+    return [*filled, *empty]
 
 
-def forget_caches(model: nn.Module) -> None:
+def _runs_without(model: nn.Module, tables: list[tuple[nn.Module, str]], run: Callable[[], Any]) -> bool:
+    with preserved(model), torch.no_grad():
+        for module, attr in tables:
+            module.__dict__[attr].clear()
+        try:
+            run()
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            return False
+    return True
+
+
+def forget_caches(model: nn.Module, run: Callable[[], Any]) -> None:
     """From now on every layer that keeps tensors in a dictionary (attention biases, by device) makes them anew.
 
     What is kept would belong to other weights, or to a graph that is gone. The hooks that do it are taken away by
     :func:`preserved`, inside which this is called.
+
+    Args:
+        model: the model.
+        run: a forward pass, to find out what is kept and what is constant.
     """
+    by_module: dict[nn.Module, list[str]] = {}
+    for module, attr in computed_tables(model, run):
+        by_module.setdefault(module, []).append(attr)
 
     def forget(module: nn.Module, _: Any) -> None:
-        for key, value in module.__dict__.items():
-            if not key.startswith("_") and _is_cache(value):
-                value.clear()
+        for attr in by_module[module]:
+            module.__dict__[attr].clear()
 
-    for module in model.modules():
-        if any(_is_cache(v) for k, v in module.__dict__.items() if not k.startswith("_")):
-            module.register_forward_pre_hook(forget)
-
-
-def _is_cache(value: Any) -> bool:
-    return type(value) is dict and all(isinstance(v, Tensor) for v in value.values())
+    for module in by_module:
+        module.register_forward_pre_hook(forget)
 
 
 @contextmanager
@@ -209,58 +204,85 @@ def native_rnns(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unfused_attention() -> Iterator[None]:
+    """The layers of ``nn.Transformer`` run operator by operator in here, as they do in training.
+
+    In eval mode and without gradients they are one fused operator, which shows neither what it reads and writes nor
+    what it costs.
+
+    Example:
+        >>> with unfused_attention():
+        ...     torch.backends.mha.get_fastpath_enabled()
+        False
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """The model runs in here so that it can be followed and differentiated in any way, and computes the same.
+
+    See :func:`native_rnns` and :func:`unfused_attention`; what is checkpointed is, in the way that PyTorch recommends
+    (``use_reentrant=False``): the other is no function of parameters if its inputs want no gradient, and refuses
+    ``torch.autograd.grad``.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> with plain_layers(layer):
+        ...     checkpoint(layer, torch.ones(1), use_reentrant=True).requires_grad
+        True
+    """
+
+    def apply(function: Any, keep_rng: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=keep_rng)
+
+    own = vars(CheckpointFunction).get("apply")
+    with native_rnns(model), unfused_attention():
+        CheckpointFunction.apply = apply
+        try:
+            yield
+        finally:
+            if own is None:
+                del CheckpointFunction.apply
+            else:
+                CheckpointFunction.apply = own
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put ``model`` back bit for bit on leaving, however the block is left.
 
-    Restored are: parameter and buffer objects and the buffers' values, gradients, ``requires_grad``, the mode of
-    every module, hooks, tensors that modules keep for later, and all random generators. Parameter *values* are not
+    Everything that can be reached from it is the same object with the same content afterwards
+    (:class:`~singe_plugin.undo.Contents`), and all random generators are where they were. Parameter *values* are not
     copied: the block must substitute parameters, never write into them (the scoring engine does so).
+
+    Raises:
+        ScoringError: if the model wrote in place into a tensor that is too large to be copied.
 
     Example:
         >>> import torch
         >>> model = torch.nn.BatchNorm1d(2)
+        >>> model.shapes = []
         >>> with preserved(model):
-        ...     _ = model.eval().requires_grad_(False)
-        >>> model.training, model.weight.requires_grad
-        (True, True)
+        ...     model.shapes.append(model.eval().requires_grad_(False)(torch.zeros(1, 2)).shape)
+        >>> model.training, model.weight.requires_grad, model.shapes
+        (True, True, [])
     """
     rng = RngState.capture()
-    modes = train_mode_of(model)
-    tables = [
-        (module, dict(module._parameters), dict(module._buffers), _hooks_of(module)) for module in model.modules()
-    ]
-    requires_grad = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    values = [(b, b.detach().clone()) for b in model.buffers()]
+    contents = Contents([model])
     try:
-        with caches_preserved(model), casts_forgotten():
+        with casts_forgotten():
             yield
-    finally:
-        for module, parameters, buffers, hooks in tables:
-            _refill(module._parameters, parameters)
-            _refill(module._buffers, buffers)
-            for name, saved in hooks.items():
-                table = getattr(module, name)
-                if table != saved:
-                    table.clear()
-                    table.update(saved)
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag, grad in requires_grad:
-            parameter.requires_grad_(flag)
-            if parameter.grad is not grad:
-                parameter.grad = grad
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):  # an untouched buffer keeps its version: graphs may hold it
-                    buffer.copy_(value)
+    except BaseException:
+        contents.restore()
         rng.restore()
-
-
-def _hooks_of(module: nn.Module) -> dict[str, OrderedDict[int, Any]]:
-    return {name: OrderedDict(getattr(module, name)) for name in HOOK_DICTS if hasattr(module, name)}
-
-
-def _refill(table: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
-        table.clear()
-        table.update(saved)
+        raise
+    contents.restore()
+    rng.restore()
+    contents.check()

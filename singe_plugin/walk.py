@@ -142,7 +142,7 @@ class Walker:
         units = torch.arange(self.group.size, device=self.device)
         try:
             powers, dots, values = torch.func.vmap(one_unit, chunk_size=chunk, randomness="same")(units)
-        except (SingeError, torch.cuda.OutOfMemoryError):
+        except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
             raise ScoringError(
@@ -173,7 +173,7 @@ class Walker:
                 if not value.requires_grad:
                     raise self._detached()
                 found = torch.autograd.grad(value * self.loss_scale, leaves, allow_unused=True)
-            except (SingeError, torch.cuda.OutOfMemoryError):
+            except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise self._failed(error) from error

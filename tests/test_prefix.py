@@ -11,15 +11,28 @@ import singe_plugin
 from singe_plugin.prefix import PrefixCache
 
 
+class Tally:
+    """Stands outside of the model: scoring puts back what a model counts in its attributes."""
+
+    calls = 0
+
+    def tick(self) -> None:
+        self.calls += 1
+
+
 class Counter(nn.Module):
     """Counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.tick = Tally().tick
+
+    @property
+    def calls(self) -> int:
+        return self.tick.__self__.calls
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.tick()
         return x * 2
 
 
@@ -197,6 +210,6 @@ def test_scoring_uses_the_cache() -> None:
     group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, list(range(8)))
     batch = (torch.randn(6, 4), torch.randint(0, 2, (6,)))
     imp = singe_plugin.integrations.torch_pruning.SInGEImportance(quadrature="geometric", steps=9).bind(model, [batch])
-    front.calls = 0
+    before = front.calls
     imp(group)
-    assert front.calls == 1
+    assert front.calls == before + 1

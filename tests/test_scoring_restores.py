@@ -46,6 +46,15 @@ class Fuse:
             raise self.error
 
 
+class Tally:
+    """Counts the calls of a hook."""
+
+    calls = 0
+
+    def hear(self, *_: Any) -> None:
+        self.calls += 1
+
+
 class Tripwire(torch.autograd.Function):
     """The identity, with a fuse in the backward pass."""
 
@@ -82,7 +91,8 @@ class Lived(nn.Module):
         self.pre = nn.BatchNorm2d(4, affine=False)
         self.head = nn.Linear(16, 3)
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.forward_fuse, self.backward_fuse, self.heard = Fuse(), Fuse(), 0
+        self.heard = Tally().hear
+        self.forward_tick, self.backward_tick = Fuse().tick, Fuse().tick  # methods: what counts is not put back
         for norm in (self.bn, self.bn_frozen, self.pre):
             nn.init.normal_(norm.running_mean)
             nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -90,13 +100,18 @@ class Lived(nn.Module):
         self.head.bias.requires_grad_(False)
         self.conv.weight.grad = torch.randn_like(self.conv.weight)
         self.head.weight.grad = torch.zeros_like(self.head.weight)
-        self.mid.register_forward_hook(self.hear)
+        self.mid.register_forward_hook(self.heard)
         self.head.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
         if self.plain:
             self.head.register_full_backward_hook(lambda *_: None)
 
-    def hear(self, *_: Any) -> None:
-        self.heard += 1
+    @property
+    def forward_fuse(self) -> Fuse:
+        return self.forward_tick.__self__
+
+    @property
+    def backward_fuse(self) -> Fuse:
+        return self.backward_tick.__self__
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
@@ -104,7 +119,7 @@ class Lived(nn.Module):
         else:
             self.count = self.count + 1
         x = self.drop(torch.relu(self.bn(self.conv(x))))
-        self.forward_fuse.tick()
+        self.forward_tick()
         x = x + self.bn_frozen(self.mid(x))
         x = Tripwire.apply(x, self.backward_fuse)
         return self.head(self.pre(x).relu().flatten(1))
@@ -199,7 +214,7 @@ def test_the_hooks_of_the_user_run_and_the_model_is_in_eval_mode(way: str) -> No
     modes: list[bool] = []
     model.drop.register_forward_hook(lambda module, *_: modes.append(module.training))
     score_units(model, model.group(), Loader(), options(way))
-    assert model.heard == len(modes) > 0
+    assert model.heard.__self__.calls == len(modes) > 0
     assert not any(modes)
     repeated = [score_units(model, model.group(), [fixed], options(way)) for fixed in list(Loader())[:1] * 2]
     assert torch.equal(*repeated)  # no dropout, no statistics that move

@@ -192,7 +192,7 @@ class _Shrinker:
             self.model.requires_grad_(False)  # PyTorch's counter trips over views of parameters that want gradients
             try:
                 macs = count_macs(self.model, few(self.example, 1))
-            except torch.cuda.OutOfMemoryError:
+            except (MemoryError, torch.cuda.OutOfMemoryError):
                 raise
             except Exception:
                 macs = count_macs(self.model, self.example)

@@ -30,7 +30,7 @@ from singe_plugin.axes.substitutes import (
 )
 from singe_plugin.data import few
 from singe_plugin.objective import tensors_in
-from singe_plugin.state import caches_preserved, native_rnns, preserved
+from singe_plugin.state import plain_layers, preserved
 
 from .holes import Holes, Units, line_of, slices_of, units_at
 
@@ -94,7 +94,7 @@ class Laboratory:
         example = few(example, 1) if _is_image(example) else example
         try:
             start = self.run(example)
-        except torch.cuda.OutOfMemoryError:
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception:  # something in the model insists on single precision
             self.double = False
@@ -111,7 +111,7 @@ class Laboratory:
         try:
             with NormsOfTheRest(self.graph, {}) as watch:
                 made = self.run(inputs)
-        except torch.cuda.OutOfMemoryError:
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception:
             return None
@@ -141,7 +141,7 @@ class Laboratory:
     def running(self) -> Iterator[None]:
         """The model in eval mode, and in double precision if it can."""
         model = self.graph.model
-        with preserved(model), native_rnns(model), ExitStack() as stack, torch.no_grad():
+        with preserved(model), plain_layers(model), ExitStack() as stack, torch.no_grad():
             model.eval()
             for parameter in model.parameters():
                 parameter.grad = None  # it would pin the type
@@ -151,7 +151,7 @@ class Laboratory:
 
     def _forward(self, inputs: Any) -> list[Tensor]:
         model = self.graph.model
-        with caches_preserved(model):
+        with preserved(model):
             self.graph.trace.forget()
             made = self.graph.forward(model, double_inputs(inputs) if self.double else inputs)
             return [t for t in tensors_in(made) if t.is_floating_point()]
@@ -196,7 +196,7 @@ class Laboratory:
             with self.drawn(holes, seed), self.running():
                 try:
                     moving = self._moving(seed, norms)
-                except torch.cuda.OutOfMemoryError:
+                except (MemoryError, torch.cuda.OutOfMemoryError):
                     raise
                 except Exception as error:
                     self.trouble = f"its gradient cannot be taken ({type(error).__name__}: {error})"
@@ -239,7 +239,7 @@ class Laboratory:
                         one = self._seen(first, _projected)
                     with _other_words(self.graph.model), self.running():
                         other = self._seen(second, _projected)
-                except torch.cuda.OutOfMemoryError:
+                except (MemoryError, torch.cuda.OutOfMemoryError):
                     raise
                 except Exception:  # the model takes no other inputs
                     one, other = {}, {}

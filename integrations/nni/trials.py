@@ -78,7 +78,7 @@ class Trials:
                     made = self._removed(gone, functions, own)
                 except SingeError as error:
                     return str(error)
-                except torch.cuda.OutOfMemoryError:
+                except (MemoryError, torch.cuda.OutOfMemoryError):
                     raise
                 except Exception as error:
                     return f"the forward pass fails without them ({type(error).__name__}: {error})"

@@ -17,7 +17,7 @@ from torch import nn
 from singe_plugin.algorithm import Progress
 from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.objective import call_model, check_classes, split_batch, to_device
-from singe_plugin.state import model_device, native_rnns, preserved
+from singe_plugin.state import model_device, plain_layers, preserved
 
 from .host import TorchPruningHost
 
@@ -48,7 +48,7 @@ def with_gradients(pruner: Any, importance: Any, batches: Iterable[Any] | None, 
             "SInGEPruner(batches=...)"
         )
     model: nn.Module = pruner.model
-    with preserved(model), native_rnns(model), torch.enable_grad():
+    with preserved(model), plain_layers(model), torch.enable_grad():
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(True)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from singe_plugin.errors import GroupError, SingeError
+from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 from singe_plugin.folding import is_batchnorm
 from singe_plugin.objective import call_model
 from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup, refuse_tied, tied_parameters
@@ -152,9 +152,11 @@ class AxisGraph:
         self._unit_groups: dict[Group, UnitGroup] = {}
         try:
             self.trace: Trace = self._traced()
-        except (SingeError, torch.cuda.OutOfMemoryError):
+        except SingeError:
             raise
         except Exception as error:
+            if is_of_the_machine(error):
+                raise
             raise GroupError(
                 f"{type(model).__name__} could not be traced: {type(error).__name__}: {error}; check that "
                 "model(example_inputs) runs"
@@ -183,9 +185,9 @@ class AxisGraph:
                 try:
                     small = inputs[:2, :, :side, :side].contiguous()
                     found = trace(self.model, small, self.forward)
-                except torch.cuda.OutOfMemoryError:
-                    raise
-                except Exception:  # not a size for this model
+                except Exception as error:  # not a size for this model
+                    if is_of_the_machine(error):
+                        raise
                     continue
                 self.inputs = small
                 return found
@@ -203,9 +205,9 @@ class AxisGraph:
 
         try:
             more = trace(self.model, self.inputs, both)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception:  # it cannot be run so: what is not read stays as it is
+        except Exception as error:  # it cannot be run so: what is not read stays as it is
+            if is_of_the_machine(error):
+                raise
             more = self.trace
         if len(more.unread()) < len(self.trace.unread()):
             self.only_training = {id(p) for p in self.trace.unread()} - {id(p) for p in more.unread()}

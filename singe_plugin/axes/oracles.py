@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singe_plugin.errors import GroupError, SingeError
-from singe_plugin.objective import tensors_in
-from singe_plugin.state import caches_preserved, native_rnns
+from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
+from singe_plugin.objective import map_tensors, tensors_in
+from singe_plugin.state import plain_layers, preserved
 
 from .algebra import contains
 from .graph import AxisGraph, Group, containers_training
 from .removal import Snapshot, remove_units
 from .substitutes import (
     NormsOfTheRest,
+    SharedNoise,
     Values,
     derangement,
     double_inputs,
@@ -46,6 +47,7 @@ __all__ = ["EXACT", "TOLERANCE", "relative_change", "sorted_out", "verify_groups
 
 TOLERANCE = 1e-4  # of the output, in single precision
 EXACT = 1e-10  # in double precision
+_ROUNDED = 1e-6  # in double precision, but with constants that the model computed and kept in single precision
 _FELT = 10.0  # what a group does to the output, in units of the tolerance, for a mistake in it to be seen
 _SIDES = (96, 112, 128, 160, 192, 224, 256)  # image sizes that verification tries, if smaller than the example
 
@@ -67,22 +69,28 @@ def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators and those that draw random numbers, and notices results in less than double precision."""
+    """Counts operators, and notices results and operands in less than double precision.
+
+    A constant that the model makes in single precision is no result: only what is rounded is.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
-        self.single = False
-        self.draws = 0
+        self.single = self.rounded = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.counts[func._schema.name.split("::")[1]] += 1
-        self.draws += torch.Tag.nondeterministic_seeded in func.tags
-        if isinstance(out, Tensor) and out.dtype in (torch.float32, torch.float16, torch.bfloat16) and out.ndim:
-            # a constant that the model makes in single precision is no loss of precision
-            self.single |= any(t.dtype == torch.float64 for t in tensors_in((args, kwargs)))
+        operands = list(tensors_in((args, kwargs)))
+        if isinstance(out, Tensor) and _is_single(out):
+            self.single = self.single or any(t.dtype == torch.float64 for t in operands)
+        self.rounded = self.rounded or any(map(_is_single, operands))
         return out
+
+
+def _is_single(tensor: Tensor) -> bool:
+    return tensor.ndim > 0 and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -93,15 +101,33 @@ class _Bench:
     inputs: Any
     base: list[Tensor]
     tolerance: float
-    draws: int = 0  # operators that draw random numbers
 
     def __post_init__(self) -> None:
         self.number = {name: number for number, name in enumerate(self.graph.groups)}
 
     def run(self) -> list[Tensor]:
-        with torch.no_grad(), caches_preserved(self.graph.model):
-            self.graph.trace.forget()
+        """The outputs: every run starts from the same state of the model and the same random numbers."""
+        with _same_start(self.graph), torch.no_grad():
             return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
+
+    def explained(self, error: Exception, done: str) -> str:
+        """A failure of the forward pass after a change to the model, as a reason; one with another cause goes on.
+
+        Raises:
+            GroupError: if the model fails without the change, too.
+        """
+        if is_of_the_machine(error):
+            raise error
+        try:
+            self.run()
+        except Exception as again:
+            if is_of_the_machine(again):
+                raise
+            raise GroupError(
+                f"the model ran on random inputs, and now it fails with {type(again).__name__}: {again}; its forward "
+                "pass must give the same for the same inputs and weights"
+            ) from again
+        return f"the forward pass fails when its units are {done} ({type(error).__name__}: {error})"
 
     def permuted(self, groups: Sequence[Group]) -> str | None:
         """Why permuting the units of these groups changes the function; None if it does not."""
@@ -111,10 +137,8 @@ class _Bench:
                 moved = self.run()
         except SingeError as error:
             return str(error)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
-            return f"the forward pass fails when its units are permuted ({type(error).__name__}: {error})"
+            return self.explained(error, "permuted")
         change = relative_change(self.base, moved)
         if change > self.tolerance:
             return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
@@ -166,10 +190,8 @@ class _Bench:
                 expected = self.run()
         except SingeError as error:
             return str(error)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
-            return f"the forward pass fails when its units are masked ({type(error).__name__}: {error})"
+            return self.explained(error, "masked")
         undo = Snapshot(self.graph.model, self.graph)
         gone: dict[Group, list[int]] = {}
         try:
@@ -180,10 +202,9 @@ class _Bench:
             removed = self.run()
         except SingeError as error:
             return str(error)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
-            return f"{_FAILS} ({type(error).__name__}: {error})"
+            undo.restore()
+            return self.explained(error, "removed")
         finally:
             undo.restore()
         if [t.shape for t in removed] != [t.shape for t in expected]:
@@ -317,6 +338,10 @@ def _amplified(bench: _Bench) -> float:
                 noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
                 values.put(parameter, parameter.data * (1 + 1e-14 * (2 * noise - 1)))
         return relative_change(bench.base, bench.run())
+    except Exception as error:
+        values.restore()
+        bench.explained(error, "changed a little")
+        return 0.0
     finally:
         values.restore()
 
@@ -325,9 +350,9 @@ def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
     """The groups whose units hardly change the output: a mistake in them could not be seen."""
     try:
         effect = _effects(bench)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception:  # the model cannot be differentiated: look at each group alone
+    except Exception as error:  # the model cannot be differentiated: look at each group alone
+        if is_of_the_machine(error):
+            raise
         return [group for group in groups if _masked_effect(bench, group) < _FELT * bench.tolerance]
     silent = []
     for group in groups:
@@ -337,7 +362,8 @@ def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
                 index = torch.from_numpy(part.units >= 0).nonzero().flatten()
                 mine = effect[id(part.tensor)]
                 felt += float(mine.index_select(part.dim, index.to(mine.device)).sum())
-        if felt < _FELT * bench.tolerance:
+        least = _FELT * bench.tolerance
+        if felt < least and _masked_effect(bench, group) < least:  # what comes before a rounding has no gradient
             silent.append(group)
     return silent
 
@@ -346,8 +372,7 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
     """``|gradient x parameter|`` of a random projection of the outputs, relative to it, by the parameter's id."""
     model = bench.graph.model
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    with torch.enable_grad(), caches_preserved(model), native_rnns(model):
-        bench.graph.trace.forget()
+    with _same_start(bench.graph), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
         outputs = [t for t in tensors_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
@@ -360,8 +385,12 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
 
 
 def _masked_effect(bench: _Bench, group: Group) -> float:
-    with masked({group: _order(group)[: max(group.size // 2, 1)]}):
-        return relative_change(bench.base, bench.run())
+    try:
+        with masked({group: _order(group)[: max(group.size // 2, 1)]}):
+            return relative_change(bench.base, bench.run())
+    except Exception as error:
+        bench.explained(error, "masked")
+        return math.inf  # the oracles say why
 
 
 @contextmanager
@@ -380,21 +409,20 @@ def _bench(graph: AxisGraph, inputs: Any) -> Iterator[_Bench]:
                     if watch.single:
                         break  # parts of the model compute in single precision: so do the oracles
                     stack.push(precise.pop_all())
-                    yield _Bench(graph, noise, _finite(base), EXACT, watch.draws)
+                    yield _Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT)
                     return
         noise = random_inputs(inputs)
         outcome = _attempt(graph, noise)
         if not isinstance(outcome, tuple):
             raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
-        yield _Bench(graph, noise, _finite(outcome[0]), TOLERANCE, outcome[1].draws)
+        yield _Bench(graph, noise, _finite(outcome[0]), TOLERANCE)
 
 
 @contextmanager
 def _elsewhere(bench: _Bench, inputs: Any) -> Iterator[_Bench | None]:
     """The same on other inputs, with another number of examples and pixels, and in training mode.
 
-    As far as the model runs so: not every one takes other sizes, and one that draws random numbers in training mode
-    (dropout between its layers) is left in eval mode. Single layers stay in eval mode, in any case.
+    As far as the model runs so: not every one takes other sizes. Single layers stay in eval mode.
     """
     graph = bench.graph
     for mode in (containers_training, nullcontext):
@@ -403,10 +431,10 @@ def _elsewhere(bench: _Bench, inputs: Any) -> Iterator[_Bench | None]:
                 noise = random_inputs(candidate, 1)
                 noise = double_inputs(noise) if bench.tolerance < TOLERANCE else noise
                 outcome = _attempt(graph, noise)
-                if isinstance(outcome, str) or not _same_path(graph, outcome[1]) or outcome[1].draws > bench.draws:
+                if isinstance(outcome, str) or not _same_path(graph, outcome[1]):
                     continue
                 if all(bool(torch.isfinite(t).all()) for t in outcome[0] if t.is_floating_point()):
-                    yield _Bench(graph, noise, outcome[0], bench.tolerance, bench.draws)
+                    yield _Bench(graph, noise, outcome[0], bench.tolerance)
                     return
     yield None
 
@@ -424,13 +452,7 @@ def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
 
 def _repeated(inputs: Any, count: int) -> Any:
     """Tensors with their examples again and again, until they are as many as asked for."""
-    if isinstance(inputs, Tensor):
-        return inputs[torch.arange(count) % len(inputs)] if inputs.ndim and len(inputs) else inputs
-    if isinstance(inputs, Mapping):
-        return {k: _repeated(v, count) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_repeated(v, count) for v in inputs)
-    return inputs
+    return map_tensors(lambda t: t[torch.arange(count, device=t.device) % len(t)] if t.ndim and len(t) else t, inputs)
 
 
 def _same_path(graph: AxisGraph, watch: _Watch) -> bool:
@@ -448,14 +470,21 @@ def _finite(outputs: list[Tensor]) -> list[Tensor]:
 def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str:
     watch = _Watch()
     try:
-        with torch.no_grad(), caches_preserved(graph.model):
-            graph.trace.forget()
-            with watch:
-                return list(tensors_in(graph.forward(graph.model, inputs))), watch
-    except torch.cuda.OutOfMemoryError:
-        raise
+        with _same_start(graph), torch.no_grad(), watch:
+            return list(tensors_in(graph.forward(graph.model, inputs))), watch
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _same_start(graph: AxisGraph) -> Iterator[None]:
+    """A run of the model: it keeps nothing for the next one, and draws the same random numbers for all units."""
+    with preserved(graph.model), plain_layers(graph.model):
+        graph.trace.forget()
+        with SharedNoise():
+            yield
 
 
 def _candidates(inputs: Any) -> Iterator[Any]:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.errors import RemovalError, SingeError
+from singe_plugin.errors import RemovalError, SingeError, is_of_the_machine
+from singe_plugin.undo import Contents
 
 from .algebra import Atom, contains, size_of
 from .graph import AxisGraph, Group
@@ -48,6 +49,8 @@ class Trackers:
 class Snapshot:
     """The structure (and on request the values) of a model, its graph and its trackers, to go back to.
 
+    What is put back are the same objects with the same content, whatever can be reached from them.
+
     Args:
         model: the model.
         graph: its graph, if it has one.
@@ -66,20 +69,15 @@ class Snapshot:
     ) -> None:
         self.graph = graph
         trackers = trackers or Trackers()
-        chosen = list(model.modules()) if modules is None else list(modules)
-        names = None if graph is None or modules is None else [graph.names[m] for m in chosen]
-        for ema in trackers.ema_models():
-            twins = ema.modules() if names is None else [ema.get_submodule(n) for n in names]
-            chosen = [*chosen, *twins]
-        self.modules = [(m, type(m), _copy_table(m.__dict__)) for m in chosen]
-        tensors: dict[int, Tensor] = {}
-        for module in chosen:
-            for table in (module._parameters, module._buffers):
-                tensors.update({id(t): t for t in table.values() if t is not None})
-        self.tensors = [
-            (t, t.data, t.data.clone() if values else None, t.grad, t.requires_grad) for t in tensors.values()
-        ]
-        self.optimizers = [(o, _copy_state(o, values)) for o in trackers.optimizers]
+        chosen: list[nn.Module] | None = None
+        roots: list[Any] = [model, *trackers.emas]
+        if modules is not None:
+            names = [] if graph is None else [graph.names[m] for m in modules]
+            chosen = [*modules, *(ema.get_submodule(n) for ema in trackers.ema_models() for n in names)]
+            roots = list(chosen)
+        roots += [vars(optimizer) for optimizer in trackers.optimizers]
+        self.contents = Contents(roots, chosen, math.inf if values else 0, parameters=values)
+        self.tensors = [(t, t.data) for t in self.contents.tensors.values()]
         self.sizes: list[tuple[Atom, int]] = []
         self.scale_rows: list[list[Tensor]] = []
         if graph is not None:
@@ -89,25 +87,11 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back."""
-        for module, kind, saved in self.modules:
-            if type(module) is not kind:
-                module.__class__ = kind  # a parametrization changes it
-            module.__dict__.clear()
-            module.__dict__.update(_copy_table(saved))
-        with torch.no_grad():
-            for tensor, data, value, grad, flag in self.tensors:
-                tensor.grad = None
-                if tensor.data is not data:
-                    _swap_data(tensor, data)
-                if value is not None:
-                    tensor.data.copy_(value)
-                tensor.grad = grad
-                tensor.requires_grad_(flag)
-        for optimizer, (state, groups) in self.optimizers:
-            optimizer.state.clear()
-            optimizer.state.update({p: dict(s) for p, s in state.items()})
-            for live, old in zip(optimizer.param_groups, groups, strict=True):
-                live.update(old)
+        for tensor, data in self.tensors:
+            if not _same_memory(tensor, data):
+                tensor.grad = None  # of another shape; the content's record has the old one
+                _swap_data(tensor, data)
+        self.contents.restore()
         for leaf, size in self.sizes:
             leaf.resize(size)
         if self.graph is not None:
@@ -117,20 +101,12 @@ class Snapshot:
                 scale.rows = [(m, a, r) for (m, a, _), r in zip(scale.rows, rows, strict=True)]
 
 
-def _copy_table(table: dict[str, Any]) -> dict[str, Any]:
-    """A copy that later changes of parameters, buffers, submodules, hooks or lists do not reach."""
-    return {k: v.copy() if isinstance(v, dict) or type(v) is list else v for k, v in table.items()}
-
-
-def _copy_state(
-    optimizer: torch.optim.Optimizer, values: bool
-) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
-    state = {
-        p: {k: v.clone() if values and isinstance(v, Tensor) else v for k, v in s.items()}
-        for p, s in optimizer.state.items()
-    }
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    return state, groups
+def _same_memory(tensor: Tensor, data: Tensor) -> bool:
+    """Whether a tensor has this data, in this form."""
+    now = tensor.data
+    if now.dtype != data.dtype or now.device != data.device or now.shape != data.shape:
+        return False
+    return data.layout == torch.strided and not data.is_meta and bool(now.is_set_to(data))
 
 
 def _swap_data(tensor: Tensor, data: Tensor) -> None:
@@ -211,7 +187,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
             _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
     except BaseException as error:
         undo.restore()
-        if isinstance(error, Exception) and not isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
+        if isinstance(error, Exception) and not isinstance(error, SingeError) and not is_of_the_machine(error):
             raise RemovalError(
                 f"group {group.name!r}: removing units failed with {type(error).__name__}: {error}; the model is as "
                 "it was before"

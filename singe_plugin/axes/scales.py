@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from singe_plugin.state import native_rnns, preserved
+from singe_plugin.state import plain_layers, preserved
 
 from .algebra import Axis, fix, is_fixed
 from .trace import Forward, Trace
@@ -53,6 +54,7 @@ class _Search:
     def __init__(self, callers: set[nn.Module]) -> None:
         self.callers = callers
         self.stack: list[nn.Module] = []
+        self.plain, self.open = ExitStack(), 0
         self.calls: Counter[nn.Module] = Counter()
         self.found: dict[tuple[nn.Module, int], list[tuple[nn.Module, str, Tensor]] | None] = {}
 
@@ -66,7 +68,8 @@ class _Search:
             return
         self.found[key] = None
         for one, others in ((q, (k, v)), (k, (q, v))):
-            rows = _proportional(caller, one, others)
+            with _saved_plainly():
+                rows = _proportional(caller, one, others)
             if rows is not None:
                 self.found[key] = rows
                 return
@@ -74,11 +77,22 @@ class _Search:
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.stack.append(module)
         if module in self.callers:  # nothing in front of it needs a graph
+            self.plain.enter_context(_saved_plainly())
+            self.open += 1
             return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         return None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.stack.pop()
+        if module in self.callers:
+            self.open -= 1
+            if not self.open:
+                self.plain.close()
+
+
+def _saved_plainly() -> torch.autograd.graph.saved_tensors_hooks:
+    """What a checkpoint around this would not save is kept, so that the graph in it can be differentiated."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _proportional(
@@ -140,7 +154,7 @@ def implied_scales(model: nn.Module, inputs: Any, trace: Trace, forward: Forward
     if not wanted:
         return []
     search = _Search({call.caller for call in wanted})
-    with preserved(model), native_rnns(model), torch.enable_grad():
+    with preserved(model), plain_layers(model), torch.enable_grad(), search.plain:
         model.eval()
         own = {id(p) for caller in search.callers for p in caller.parameters()}
         for parameter in model.parameters():

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CUTS", "cut_evenly", "link_sizes"]
 
-_MADE = frozenset({"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty"})
+_MADE = frozenset(
+    {"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty", "rand", "randn"}
+)
 _FILLED = frozenset({"full", "new_full"})
 _UNDERSTOOD = frozenset({"multi_head_attention_forward"})  # nn.MultiheadAttention has an adapter
 _CUT = frozenset({"__getitem__", "__setitem__", "narrow", "split", "split_with_sizes"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError
+from singe_plugin.objective import map_tensors
 from singe_plugin.state import preserved
 
 from .algebra import Axis, contains, labels
@@ -19,6 +21,7 @@ from .graph import AxisGraph, Group
 
 __all__ = [
     "NormsOfTheRest",
+    "SharedNoise",
     "Values",
     "derangement",
     "double_inputs",
@@ -78,17 +81,26 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_inputs(inputs: Any, seed: int = 0) -> Any:
-    """Random normal tensors in the place of floating ones, everything else as it is."""
-    if isinstance(inputs, Tensor):
-        if not inputs.is_floating_point():
-            return inputs
-        return normal(inputs, torch.Generator().manual_seed(seed))
-    if isinstance(inputs, Mapping):
-        return {k: random_inputs(v, seed + 1) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        moved = [random_inputs(v, seed + i) for i, v in enumerate(inputs)]
-        return tuple(moved) if isinstance(inputs, tuple) else moved
-    return inputs
+    """Random normal tensors in the place of floating ones, each with a seed of its own; everything else as it is.
+
+    Example:
+        >>> left, right = random_inputs({"left": torch.zeros(2), "right": torch.zeros(2)}).values()
+        >>> bool((left == right).any())
+        False
+    """
+    seeds = itertools.count(seed)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return normal(tensor, torch.Generator().manual_seed(next(seeds)))
+
+    return map_tensors(drawn, inputs)
+
+
+def double_inputs(inputs: Any) -> Any:
+    """The floating tensors of nested inputs in double precision."""
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, inputs)
 
 
 @contextmanager
@@ -103,18 +115,6 @@ def in_double(model: nn.Module) -> Iterator[None]:
     finally:
         for tensor, data in originals:
             tensor.data = data
-
-
-def double_inputs(inputs: Any) -> Any:
-    """The floating tensors of nested inputs in double precision."""
-    if isinstance(inputs, Tensor):
-        return inputs.double() if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {k: double_inputs(v) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        moved = [double_inputs(v) for v in inputs]
-        return tuple(moved) if isinstance(inputs, tuple) else moved
-    return inputs
 
 
 def derangement(count: int, generator: torch.Generator) -> list[int]:
@@ -269,3 +269,56 @@ def _of_the_rest(func: Any, name: str, args: Any, kwargs: Any, kept: dict[int, T
     if "softmax" in name:
         return _spread(out, x, kept)
     return out
+
+
+class SharedNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, all random numbers that one operator draws are the same, and nothing is dropped at random.
+
+    So a forward pass that draws noise for every unit (a reparameterisation, dropout that is on in eval mode) is the
+    same function, whatever the order of the units is and however many there are. Permutations and whole numbers are
+    drawn as ever, always the same; so is what comes of a generator of the model's own.
+
+    Example:
+        >>> with SharedNoise():
+        ...     noise = torch.randn_like(torch.zeros(3))
+        >>> len(noise.unique())
+        1
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)  # what has a generator of its own may be a constant of the model
+        self.draws += 1
+        torch.manual_seed(self.draws)  # what was drawn before may have been of another shape
+        name = func._schema.name.split("::")[1]
+        x: Any = args[0] if args else None
+        if name == "native_dropout":
+            return x.clone(), torch.ones_like(x, dtype=torch.bool)
+        if name == "bernoulli_":
+            return x.fill_(1.0)
+        if name.startswith("bernoulli") and isinstance(x, Tensor):
+            return torch.ones_like(x) if len(args) > 1 else (x > 0.5).to(x)
+        if name == "normal":
+            one, mean, std = torch.randn(()), x, args[1] if len(args) > 1 else kwargs.get("std", 1.0)
+            return func(*args, **kwargs).zero_() + mean + std * one.item()
+        if name not in _DRAWN:
+            return func(*args, **kwargs)
+        # one number by itself: the first of many depends on how many there are
+        if isinstance(x, Tensor):
+            one = func(x.new_empty(1), *args[1:], **kwargs)
+            return x.copy_(one.expand_as(x)) if name.endswith("_") else one.expand_as(x).clone()
+        one = func([1], *args[1:], **kwargs)
+        return func(*args, **kwargs).copy_(one)
+
+
+_DRAWN = frozenset(
+    {
+        "rand", "randn", "rand_like", "randn_like", "normal_", "uniform_", "log_normal_", "exponential_",
+        "cauchy_", "geometric_",
+    }
+)  # fmt: skip

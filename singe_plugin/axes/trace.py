@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
+from singe_plugin.errors import GroupError
 from singe_plugin.objective import call_model, tensors_in
-from singe_plugin.state import native_rnns, preserved
+from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of
 
 from .algebra import Axis, fix_all, fresh, is_fixed, size_of, unify
 from .equations import own_widths, solve
@@ -224,7 +226,7 @@ class Trace:
     def forget(self) -> None:
         """Empty the caches: what they hold was computed from other parameters."""
         for module, attr in self.caches:
-            module.__dict__[attr] = {}
+            module.__dict__[attr].clear()
 
     def counted(self) -> None:
         self._counts[self.operator] += 1
@@ -287,7 +289,8 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             self.state.note_attention(kwargs["query"] if "query" in kwargs else args[0])
-        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # a subclass would give out another object than what was followed
+            out = func(*args, **kwargs)
         if name == "__get__" and isinstance(out, torch.Size):
             return self._sizes(args[0], out)
         if name == "size":
@@ -335,6 +338,15 @@ def _module_stack(state: Trace) -> Iterator[None]:
             handle.remove()
 
 
+def _refuse_wrappers(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_traceable_wrapper_subclass(tensor):
+            raise GroupError(
+                f"{name} is a {type(tensor).__name__}, a tensor made of others (sharded, quantized, ...), which cannot "
+                "be followed or cut; prune the model with plain tensors first, then convert it"
+            )
+
+
 def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace:
     """Run the model once, in eval mode, and follow every axis; the model is left as it was.
 
@@ -343,34 +355,15 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
         inputs: example inputs.
         forward: how the model is called with them.
     """
-    filled = [key for key, table in _tables(model) if table]
-    if filled:
-        try:
-            return _trace(model, inputs, filled, forward)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception:  # then they are no caches: the forward pass does not fill them
-            return _trace(model, inputs, [], forward)
-    return _trace(model, inputs, [], forward)
-
-
-def _tables(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], dict[Any, Any]]]:
-    """Plain attributes that are dictionaries of tensors (or empty)."""
-    for module in model.modules():
-        for attr, value in module.__dict__.items():
-            if not attr.startswith("_") and type(value) is dict and all(isinstance(v, Tensor) for v in value.values()):
-                yield (module, attr), value
-
-
-def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], forward: Forward) -> Trace:
     from .rules import RULES, pointwise
 
+    _refuse_wrappers(model)
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
-        stack.enter_context(native_rnns(model))
+        stack.enter_context(plain_layers(model))
         stack.enter_context(torch.no_grad())
         model.eval()
-        state = Trace(model, caches=list(emptied))
+        state = Trace(model, caches=computed_tables(model, lambda: forward(model, inputs)))
         state.forget()
         for tensor in tensors_in(inputs):
             state.set(tensor, [fresh(size, "it is a dimension of the model's input") for size in tensor.shape])
@@ -385,6 +378,7 @@ def _trace(model: nn.Module, inputs: Any, emptied: list[tuple[nn.Module, str]], 
             OBSERVERS.pop()
         for tensor in tensors_in(outputs):
             fix_all(state.of(tensor), "it reaches the model's output")
-        state.caches = [key for key, table in _tables(model) if table or key in emptied]
+        before = dict.fromkeys(state.caches)
+        state.caches = [key for key, table in tables_of(model) if key in before and table]
     state.solve()
     return state

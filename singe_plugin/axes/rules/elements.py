@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from singe_plugin.objective import tensors_in
 
 from ..algebra import Axis, fresh, split
@@ -30,6 +32,7 @@ RULES |= dict.fromkeys(
         "clone", "detach", "detach_", "alias", "_to_copy", "contiguous", "lift_fresh", "bernoulli", "bernoulli_",
         "zeros_like", "ones_like", "empty_like", "full_like", "fill_", "zero_", "masked_fill", "masked_fill_", "copy",
         "copy_", "native_dropout", "rand_like", "randn_like", "positive", "_conj", "resolve_conj", "triu", "tril",
+        "normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_",
         "square", "dropout", "dropout_", "where", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "hardtanh",
         "hardtanh_", "floor_divide", "pow", "_prelu_kernel", "prelu", "clamp", "clamp_", "relu6", "gelu",
     ),
@@ -47,15 +50,18 @@ def _glu(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.set(out, axes)
 
 
-@rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor", "eye")
+@rule(
+    "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor", "eye",
+    "rand", "randn",
+)  # fmt: skip
 def _uniform(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    """All indices alike: such a dimension takes on whatever meaning it meets."""
+    """All indices alike (as random numbers are): such a dimension takes on whatever meaning it meets."""
     why = f"it is a constant made by {t.why}" if t.operator == "eye" else None
     t.set(out, [fresh(size, why) for size in out.shape])
 
 
 @rule(
-    "arange", "linspace", "rand", "randn", "randint", "normal", "randperm", "new_tensor", "_local_scalar_dense",
+    "arange", "linspace", "randint", "randperm", "new_tensor", "_local_scalar_dense",
     "empty_strided", "new_empty_strided", "meshgrid", "nonzero", "tril_indices", "triu_indices", "bincount",
 )  # fmt: skip
 def constant(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
@@ -65,6 +71,16 @@ def constant(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         t.set(tensor, [opaque(t, size) for size in tensor.shape])
 
 
-@rule("equal", "is_same_size", "_assert_async", "_assert_tensor_metadata", "sym_size", "is_nonzero", "allclose")
+@rule("normal")
+def _normal(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Of tensors of means or deviations, or of a size."""
+    given = [*args, *kwargs.values()]
+    (pointwise if any(isinstance(x, Tensor) for x in given) else _uniform)(t, args, kwargs, out)
+
+
+@rule(
+    "equal", "is_same_size", "_assert_async", "_assert_tensor_metadata", "sym_size", "is_nonzero", "allclose",
+    "_is_all_true",
+)  # fmt: skip
 def _question(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     return
