@@ -19,7 +19,7 @@ from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
 from singe_plugin.rounds import decided, scored_on
 
-from .staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
+from .staging import Stage, callbacks_of, described, fine_tuning, fingerprints, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 
@@ -204,10 +204,9 @@ def _run(
     history, progress = History(), None
     fingerprint = {
         **options,
-        "model": fingerprint_of(model),
         "importance": text_of(pruner.importance),
         "layers": list(units_before),
-        "finetune": [finetune.steps, finetune.every],
+        **({} if checkpoint is None else fingerprints(model, stage, finetune)),
     }
     record = None
     if resume and checkpoint is not None and checkpoint.exists():

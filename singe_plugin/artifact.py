@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import History
+from singe_plugin.files import write_atomically
 from singe_plugin.folding import replace_folded
-from singe_plugin.masks import masks_of, plain_tensors, plain_types
+from singe_plugin.masks import masks_of, named_tensors, plain_tensors, plain_types
 from singe_plugin.result import LayerRow, Metrics, Result
 
 __all__ = ["Builder", "Structure", "load", "named_tensors", "save", "write_atomically"]
@@ -129,12 +128,6 @@ class Builder:
         return builder
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by qualified name, those that ``state_dict`` leaves out included."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
 def _signature(model: nn.Module) -> dict[str, Any]:
     return {name: tuple(tensor.shape) for name, tensor in plain_tensors(model)}
 
@@ -225,21 +218,6 @@ def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[s
         "channels_last": channels_last,
         "frozen": [n for n, t in plain_tensors(model) if isinstance(t, nn.Parameter) and not t.requires_grad],
     }
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save(result: Result, directory: str | Path, builder: Builder | None = None) -> Path:
