@@ -232,5 +232,5 @@ def _run(
     ]
     return Result(
         model, before, after, rows, outcome.left_whole, history, options, package_versions(_PACKAGES), stage.builder,
-        describe_structure(model, stage.structure, folded),
+        describe_structure(model, stage.structure, folded), checkpoint=checkpoint,
     )  # fmt: skip

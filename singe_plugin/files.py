@@ -115,7 +115,7 @@ def digest(tensor: Tensor) -> str:
     """
     plain = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
-    found.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+    found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -200,5 +200,5 @@ def _run(
     rows = [LayerRow(row.name, block_of(row.name), row.weights, row.nonzero) for row in outcome.layers]
     return Result(
         model, before, after, rows, outcome.left_whole, history, options, package_versions(_PACKAGES), stage.builder,
-        describe_structure(model, stage.structure, folded), masks,
+        describe_structure(model, stage.structure, folded), masks, checkpoint,
     )  # fmt: skip
