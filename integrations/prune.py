@@ -11,7 +11,14 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.artifact import Builder, describe_structure
-from singe_plugin.checkpoint import CHECKPOINT, read_checkpoint, restore_progress, restore_run, write_checkpoint
+from singe_plugin.checkpoint import (
+    CHECKPOINT,
+    fitting,
+    read_checkpoint,
+    restore_progress,
+    restore_run,
+    write_checkpoint,
+)  # fmt: skip
 from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
@@ -211,8 +218,9 @@ def _run(
     record = None
     if resume and checkpoint is not None and checkpoint.exists():
         record, tensors = read_checkpoint(checkpoint, fingerprint)
-        before = Metrics(**record["extra"]["before"])
-        progress, history = restore_progress(record), History(record["history"])
+        with fitting():
+            before = Metrics(**record["extra"]["before"])
+            progress, history = restore_progress(record), History(list(record["history"]))
         finetune.prepare(model)
         host = pruner.host()
         for layer, units in progress.removals:

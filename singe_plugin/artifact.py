@@ -357,7 +357,7 @@ def _architecture(
     known = importlib.import_module("timm").is_model
     check_builder(builder.kind, builder.name, builder.options, known)
     saved = sum(t.numel() * t.itemsize for t in tensors.values())
-    with allocating_at_most(max(_LEAST_ROOM, _ROOM * saved), 100 * len(tensors) + 10_000):
+    with allocating_at_most(max(_LEAST_ROOM, _ROOM * saved), 20 * len(tensors) + 1000):
         return builder.build()
 
 

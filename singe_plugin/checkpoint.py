@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singe_plugin.algorithm import Progress
-from singe_plugin.errors import ArtifactError
+from singe_plugin.errors import ArtifactError, SingeError
 from singe_plugin.events import History
 from singe_plugin.files import describe, parse, seal, unseal, write_atomically
 from singe_plugin.finetune import FineTune, beside
 from singe_plugin.masks import named_tensors
 from singe_plugin.state import RngState
 
-__all__ = ["CHECKPOINT", "forget", "is_checkpoint", "read_checkpoint", "restore_run", "write_checkpoint"]
+__all__ = ["CHECKPOINT", "fitting", "forget", "is_checkpoint", "read_checkpoint", "restore_run", "write_checkpoint"]
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = 2
@@ -95,14 +96,19 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
     different = [k for k in names if old.get(k) != new.get(k)]
     if different:
         key = different[0]
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            inner = next(k for k in {**was, **now} if was.get(k) != now.get(k))
+            was, now = f"{inner} {was.get(inner)!r}", f"{inner} {now.get(inner)!r}"
         raise ArtifactError(
-            f"{path} was written by a run with other options ({', '.join(different)}: {key} was {old.get(key)!r}, now "
-            f"{new.get(key)!r}); use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
+            f"{path} was written by a run with other options ({', '.join(different)}: {key} was {was!r}, now {now!r}); "
+            f"use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
         )
     return record, tensors
 
 
 _OWN_WORDS = {
+    "finetune": "fine-tuning",
     "model": "unpruned model with the same weights",
     "data": "data, which must give the same batches for the same seed",
 }
@@ -117,11 +123,11 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise ArtifactError(f"{damaged}: {type(error).__name__}: {error}; {_REMEDY}") from error
-    record = parse(header, path)
+    record = parse(header, path, _REMEDY)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         format_ = record.get("format") if isinstance(record, dict) else None
         raise ArtifactError(f"{path} has format {format_!r}, this version reads format {FORMAT}; {_REMEDY}")
-    record = unseal(record, path)
+    record = unseal(record, path, _REMEDY)
     known = record.get("tensors")
     found = describe(tensors)
     if known != found:
@@ -159,6 +165,20 @@ def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress)
     return kind(removals=removals, **{name: saved[name] for name in names if name in saved})
 
 
+@contextmanager
+def fitting() -> Iterator[None]:
+    """What is read from a checkpoint in here and does not fit is one clear error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, SingeError):
+            raise
+        raise ArtifactError(
+            f"the checkpoint does not fit the run ({type(error).__name__}: {error}); give the same optimizer, "
+            "scheduler, ema and loader, or start anew in another folder"
+        ) from error
+
+
 def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, finetune: FineTune | None) -> None:
     """Put values, optimizer, random generators and loader position back; the model already has its pruned shape.
 
@@ -175,15 +195,10 @@ def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, f
                     "it belongs to another model; start anew in another folder"
                 )
             tensor.copy_(value)
-    try:
+    with fitting():
         if finetune is not None and record.get("finetune") is not None:
             _unpack_finetune(record["finetune"], tensors, finetune, model)
         _unpack_rng(record["rng"], "rng", tensors).restore()
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"the checkpoint does not fit the fine-tuning ({type(error).__name__}: {error}); give the same optimizer, "
-            "scheduler, ema and loader, or start anew in another folder"
-        ) from error
 
 
 def _pack_rng(state: RngState, key: str, tensors: Tensors) -> dict[str, Any]:

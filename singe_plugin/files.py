@@ -24,6 +24,7 @@ from singe_plugin.errors import ArtifactError
 __all__ = ["describe", "digest", "locked", "make_folder", "parse", "seal", "unseal", "write_atomically", "write_text"]
 
 LOCK = "run.lock"
+REMEDY = "take an undamaged copy, or run it again"
 DEEPEST = 64
 """How deep lists and dictionaries of a record may be nested; what is written is some ten deep."""
 
@@ -134,7 +135,7 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "checksum": _checksum(record)}
 
 
-def unseal(record: Any, what: str | Path) -> dict[str, Any]:
+def unseal(record: Any, what: str | Path, remedy: str = REMEDY) -> dict[str, Any]:
     """The record without its checksum.
 
     Raises:
@@ -142,18 +143,15 @@ def unseal(record: Any, what: str | Path) -> dict[str, Any]:
     """
     rest = {k: v for k, v in record.items() if k != "checksum"} if isinstance(record, dict) else {}
     if not isinstance(record, dict) or record.get("checksum") != _checksum(rest):
-        raise ArtifactError(f"{what} is damaged: its checksum is not that of its content; {REMEDY}")
+        raise ArtifactError(f"{what} is damaged: its checksum is not that of its content; {remedy}")
     return rest
-
-
-REMEDY = "take an undamaged copy, or run it again"
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
-def parse(text: str | bytes, what: str | Path) -> Any:
+def parse(text: str | bytes, what: str | Path, remedy: str = REMEDY) -> Any:
     """JSON as plain values.
 
     Raises:
@@ -162,13 +160,13 @@ def parse(text: str | bytes, what: str | Path) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{what} is damaged: {type(error).__name__}: {error}; {REMEDY}") from error
+        raise ArtifactError(f"{what} is damaged: {type(error).__name__}: {error}; {remedy}") from error
     level = [value]
     for _ in range(DEEPEST):
         level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
         if not level:
             return value
-    raise ArtifactError(f"{what} is damaged: it is nested more than {DEEPEST} deep; {REMEDY}")
+    raise ArtifactError(f"{what} is damaged: it is nested more than {DEEPEST} deep; {remedy}")
 
 
 # -- one run in a folder ------------------------------------------------------------------------------------------

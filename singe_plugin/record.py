@@ -198,8 +198,8 @@ def _may_follow(new: Any, old: Any) -> bool:
         return type(old) is dict and all(_may_follow(v, old.get(k)) for k, v in new.items())
     if type(new) is int and type(old) is int:
         return abs(new) < 2**63 and (new >= 1 if old >= 1 else new >= 0 if old == 0 else True)
-    if type(new) is float or type(old) is float:
-        return type(old) in (int, float) and type(new) in (int, float)
+    if type(old) is float:
+        return type(new) in (int, float)
     return type(new) is type(old) and type(new) in _SCALARS
 
 

@@ -12,7 +12,14 @@ from torch import nn
 
 from singe_plugin.algorithm import CountedProgress, Progress
 from singe_plugin.artifact import Builder, describe_structure
-from singe_plugin.checkpoint import CHECKPOINT, read_checkpoint, restore_progress, restore_run, write_checkpoint
+from singe_plugin.checkpoint import (
+    CHECKPOINT,
+    fitting,
+    read_checkpoint,
+    restore_progress,
+    restore_run,
+    write_checkpoint,
+)  # fmt: skip
 from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
@@ -180,8 +187,9 @@ def _run(
     }
     if resume and checkpoint is not None and checkpoint.exists():
         record, tensors = read_checkpoint(checkpoint, fingerprint)
-        before = Metrics(**record["extra"]["before"])
-        progress, history = restore_progress(record, CountedProgress), History(record["history"])
+        with fitting():
+            before = Metrics(**record["extra"]["before"])
+            progress, history = restore_progress(record, CountedProgress), History(list(record["history"]))
         host = pruner.host()  # before the optimizer is made, as it was in the run that is continued: a mask moves its
         finetune.prepare(model)  # weight behind the bias, and the norm of all gradients is summed in that order
         restore_run(record, tensors, model, finetune)
