@@ -16,11 +16,11 @@ from torch import nn
 from singe_plugin.artifact import Builder, Structure
 from singe_plugin.axes import Trackers
 from singe_plugin.budget import count_macs, count_params, measure_latency
-from singe_plugin.checkpoint import CHECKPOINT, seed_everything
+from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
-from singe_plugin.files import digest, locked, make_folder
+from singe_plugin.files import digest, locked, make_folder, sweep
 from singe_plugin.finetune import FineTune, loader_generators
 from singe_plugin.masks import named_tensors
 from singe_plugin.objective import tensors_in, to_device
@@ -141,8 +141,7 @@ def staged(
 def _alone_in(out_dir: str | Path) -> Iterator[None]:
     """No other run is in the folder, and what a kill left half-written there is gone."""
     with locked(out_dir):
-        for leftover in Path(out_dir).glob(f".{CHECKPOINT}.*"):
-            leftover.unlink()
+        sweep(Path(out_dir))
         yield
 
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,18 @@ from torch import Tensor
 
 from singe_plugin.errors import ArtifactError
 
-__all__ = ["describe", "digest", "locked", "make_folder", "parse", "seal", "unseal", "write_atomically", "write_text"]
+__all__ = [
+    "describe",
+    "digest",
+    "locked",
+    "make_folder",
+    "parse",
+    "seal",
+    "sweep",
+    "unseal",
+    "write_atomically",
+    "write_text",
+]
 
 LOCK = "run.lock"
 REMEDY = "take an undamaged copy, or run it again"
@@ -61,33 +73,53 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         ArtifactError: if it cannot be written (no space, a limit, no permission, a folder of that name). Nothing is
             left behind, and what was there before is still there.
     """
-    temporary: Path | None = None
+    workshop = (
+        path.parent / f"{_WORKSHOP}{secrets.token_hex(6)}"
+    )  # safetensors makes a file of its own beside its target
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        temporary = _fresh(path)
+            raise IsADirectoryError(errno.EISDIR, f"{path} is a folder")
+        workshop.mkdir()
+        temporary = workshop / path.name
+        mode = _create(temporary)
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors and tempfile make files 0600
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-        temporary = None
     except (OSError, SafetensorError) as error:  # safetensors writes by itself, and has an error of its own
         raise ArtifactError(
             f"{path} cannot be written: {_reason(error)}; make room or give the permission, or choose another folder"
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        _clear(workshop)
 
 
-def _fresh(path: Path) -> Path:
-    """An empty file beside ``path`` that nobody else has. ``tempfile`` would make it 0600, whatever the umask."""
-    while True:
-        found = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        with contextlib.suppress(FileExistsError):  # a name is drawn again
-            os.close(os.open(found, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            return found
+_WORKSHOP = ".singe-"
+
+
+def sweep(folder: Path) -> None:
+    """Take away what a kill left half-written in a folder that nobody else writes to."""
+    for workshop in folder.glob(f"{_WORKSHOP}*"):
+        _clear(workshop)
+
+
+def _clear(workshop: Path) -> None:
+    """Delete a folder of files; what the system does not let go of stays."""
+    with contextlib.suppress(OSError):
+        for file in workshop.iterdir():
+            file.unlink()
+        workshop.rmdir()
+
+
+def _create(path: Path) -> int:
+    """Make an empty file; the mode that the umask gives it."""
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.context
 import os
+import resource
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils.data import DataLoader
 
-from singe_plugin import Callback, FineTune, Result, checkpoint, prune
+from singe_plugin import Builder, Callback, FineTune, Result, checkpoint, prune, save
+from singe_plugin.errors import ArtifactError
+from singe_plugin.files import locked
 from singe_plugin.integrations.unstructured import prune_weights
+from singe_plugin.result import Metrics
 
-from small_nets import Chain, Pairs, assert_same_values, images
+from small_nets import Chain, Pairs, Trace, assert_same_values, images
 
 BATCHES = images(4)
+
+
+def process(body: Callable[..., None], *arguments: Any) -> multiprocessing.context.ForkServerProcess:
+    """A process of its own, started; the first of them imports everything, and the others are forks of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed"])
+    started = context.Process(target=body, args=arguments)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        started.start()
+    return started
 
 
 @dataclass(frozen=True)
@@ -117,3 +136,35 @@ def assert_same_run(one: Result, other: Result) -> None:
     assert one.history.without_times() == other.history.without_times()
     for name in ("before", "after", "layers", "left_whole", "options", "versions", "structure"):
         assert getattr(one, name) == getattr(other, name), name
+
+
+def limited(folder: Path) -> None:
+    """The body of a process whose files may have 20,000 bytes: one error, nothing left, nothing changed."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    net = Chain(widths=(16, 64, 16))
+    trace = Trace(net)
+    for action in (
+        lambda: prune(net, BATCHES, verify=False, nodes=1, finetune_steps=2, rounds=2, out_dir=folder),
+        lambda: prune_weights(net, BATCHES, rounds=2, nodes=1, finetune_steps=2, out_dir=folder),
+        lambda: save(Result(net, Metrics(1, 1), Metrics(1, 1), builder=WIDE, structure=NOTHING), folder),
+    ):
+        try:
+            action()
+        except ArtifactError as error:
+            text = str(error)
+        assert "cannot be written: " in text
+        assert "File too large" in text or "os error 27" in text, text
+        assert list(folder.iterdir()) == []
+        trace.assert_unchanged()
+
+
+WIDE = Builder.factory("small_nets:Chain", widths=[16, 64, 16])
+NOTHING: dict[str, Any] = {"attributes": {}, "folded": [], "channels_last": [], "frozen": []}
+
+
+def holding(folder: Path, ready: Any) -> None:
+    """The body of a process that has a folder for itself until it is killed."""
+    with locked(folder):
+        ready.set()
+        time.sleep(600)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 import signal
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from singe_plugin import Result
 from singe_plugin.checkpoint import CHECKPOINT
 
-from killed import RUNS, Kill, Run, assert_same_run, until_killed
+from killed import RUNS, Kill, Run, assert_same_run, process, until_killed
 
 EVENTS = ("layer_scored", "removed", "finetune_step", "layer_done", "run_end")
 WRITES = ("torn", "unmoved", "moved")
@@ -30,13 +26,9 @@ def uninterrupted(run: Run) -> Result:
 
 def killed(run: Run, folder: Path, kill: Kill) -> int | None:
     """Run in a process of its own; its exit code."""
-    context = multiprocessing.get_context("forkserver")  # one process has imported everything, and forks
-    context.set_forkserver_preload(["killed"])
-    process = context.Process(target=until_killed, args=(run, folder, kill))
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the one process, which starts here
-        process.start()
-    process.join()
-    return process.exitcode
+    started = process(until_killed, run, folder, kill)
+    started.join()
+    return started.exitcode
 
 
 def check(run: Run, kills: Sequence[Kill], folder: Path) -> None:
