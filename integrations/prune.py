@@ -11,7 +11,14 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.artifact import Builder, describe_structure
-from singe_plugin.checkpoint import CHECKPOINT, read_checkpoint, restore_progress, restore_run, write_checkpoint
+from singe_plugin.checkpoint import (
+    CHECKPOINT,
+    fitting,
+    read_checkpoint,
+    restore_progress,
+    restore_run,
+    write_checkpoint,
+)  # fmt: skip
 from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
@@ -19,7 +26,7 @@ from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
 from singe_plugin.rounds import decided, scored_on
 
-from .staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
+from .staging import Stage, callbacks_of, described, fine_tuning, fingerprints, measure, staged, text_of
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 
@@ -204,16 +211,16 @@ def _run(
     history, progress = History(), None
     fingerprint = {
         **options,
-        "model": fingerprint_of(model),
         "importance": text_of(pruner.importance),
         "layers": list(units_before),
-        "finetune": [finetune.steps, finetune.every],
+        **({} if checkpoint is None else fingerprints(model, stage, finetune)),
     }
     record = None
     if resume and checkpoint is not None and checkpoint.exists():
         record, tensors = read_checkpoint(checkpoint, fingerprint)
-        before = Metrics(**record["extra"]["before"])
-        progress, history = restore_progress(record), History(record["history"])
+        with fitting():
+            before = Metrics(**record["extra"]["before"])
+            progress, history = restore_progress(record), History(list(record["history"]))
         finetune.prepare(model)
         host = pruner.host()
         for layer, units in progress.removals:
@@ -233,5 +240,5 @@ def _run(
     ]
     return Result(
         model, before, after, rows, outcome.left_whole, history, options, package_versions(_PACKAGES), stage.builder,
-        describe_structure(model, stage.structure, folded),
+        describe_structure(model, stage.structure, folded), checkpoint=checkpoint,
     )  # fmt: skip

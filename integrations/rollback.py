@@ -9,7 +9,7 @@ from torch import nn
 
 from singe_plugin.axes import AxisGraph, Snapshot, Trackers
 from singe_plugin.finetune import FineTune
-from singe_plugin.state import train_mode_of
+from singe_plugin.state import RngState, train_mode_of
 
 __all__ = ["all_or_nothing"]
 
@@ -18,23 +18,27 @@ __all__ = ["all_or_nothing"]
 def all_or_nothing(
     model: nn.Module, finetune: FineTune | None, trackers: Trackers, graph: AxisGraph | None = None
 ) -> Iterator[None]:
-    """If the block fails, model, graph, optimizer, EMA, scheduler and loader are as before; modes are, in any case.
+    """If the block fails, model, graph, optimizer, EMA, scheduler, loader and random states are as before.
+
+    The modes of the modules are, in any case.
 
     Args:
         model: the model.
-        finetune: the fine-tuning that runs in the block, prepared.
+        finetune: the fine-tuning that runs in the block, and is prepared in it: an optimizer that is made there goes.
         trackers: optimizers and averaged copies that change along.
         graph: the groups of the model, if units are removed.
     """
     modes = train_mode_of(model)
     undo = Snapshot(model, graph, trackers=trackers, values=True)
     rewind = None if finetune is None else finetune.rewinder()
+    rng = RngState.capture()
     try:
         yield
     except BaseException:
         undo.restore()
         if rewind is not None:
             rewind()
+        rng.restore()
         raise
     finally:
         for module, training in modes.items():

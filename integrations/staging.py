@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ import torch
 from torch import nn
 
 from singe_plugin.artifact import Builder, Structure
-from singe_plugin.axes import Snapshot, Trackers
+from singe_plugin.axes import Trackers
 from singe_plugin.budget import count_macs, count_params, measure_latency
 from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
-from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
+from singe_plugin.files import digest, locked, make_folder, sweep
 from singe_plugin.finetune import FineTune, loader_generators
+from singe_plugin.masks import named_tensors
 from singe_plugin.objective import tensors_in, to_device
 from singe_plugin.result import Metrics
 from singe_plugin.state import RngState, model_device
 
 from .checks import check_devices
+from .rollback import all_or_nothing
 
 __all__ = [
     "Stage",
@@ -34,6 +38,7 @@ __all__ = [
     "examples_in",
     "fine_tuning",
     "fingerprint_of",
+    "fingerprints",
     "measure",
     "resolve_device",
     "staged",
@@ -105,34 +110,38 @@ def staged(
         )
     home = model_device(model)
     where = resolve_device(device, home)
-    if out_dir is not None:
-        check_out_dir(out_dir)
     if builder is not None:
         builder.check(model)
     if where.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]  # it has random states from then on
-    rng = RngState.capture()
-    generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
-    try:
-        seed_everything(seed)
-        _move(model, finetune, where)
-        loader = as_loader(data, batch_size, workers, True, seed)
-        batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
-        example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
-        validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
-        builder = builder if builder is not None else Builder.infer(model)
-        stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
-        rollback = Snapshot(model, trackers=_trackers(finetune), values=True)
+    with nullcontext() if out_dir is None else _alone_in(out_dir):
+        rng = RngState.capture()
+        generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
+        tune = finetune if isinstance(finetune, FineTune) else None  # anything else is refused later
         try:
-            yield stage
-        except BaseException:
-            rollback.restore()
-            raise
-    finally:
-        _move(model, finetune, home)
-        rng.restore()
-        for generator, state in generators:
-            generator.set_state(state)
+            seed_everything(seed)
+            _move(model, finetune, where)
+            loader = as_loader(data, batch_size, workers, True, seed)
+            batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
+            example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
+            validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
+            builder = builder if builder is not None else Builder.infer(model)
+            stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
+            with all_or_nothing(model, tune, _trackers(finetune)):
+                yield stage
+        finally:
+            _move(model, finetune, home)
+            rng.restore()
+            for generator, state in generators:
+                generator.set_state(state)
+
+
+@contextmanager
+def _alone_in(out_dir: str | Path) -> Iterator[None]:
+    """No other run is in the folder, and what a kill left half-written there is gone."""
+    with locked(out_dir):
+        sweep(Path(out_dir))
+        yield
 
 
 def _trackers(finetune: Any) -> Trackers:
@@ -239,21 +248,57 @@ def examples_in(inputs: Any) -> int:
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """Names, shapes and a checksum of the values: whether two runs start from the same model."""
-    total = sum(float(t.detach().double().sum()) for t in model.parameters())
-    shapes = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__}:{len(list(model.parameters()))}:{shapes}:{total:.10g}"
+    """A checksum of names, values, structure and what is frozen: whether two runs start from the same model.
+
+    It is the same in every process and on every device.
+    """
+    found = hashlib.sha256()
+    for name, tensor in named_tensors(model):
+        found.update(f"{name} {digest(tensor)} {tensor.requires_grad}\n".encode())
+    plain = Structure.of(model).modules
+    for name, module in model.named_modules():
+        found.update(f"{name} {type(module).__qualname__} {sorted(plain[name].items())!r}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def fingerprints(model: nn.Module, stage: Stage, finetune: FineTune) -> dict[str, Any]:
+    """What must be the same, besides the options, for a resumed run to mean the same: model, data, fine-tuning.
+
+    The data are known by the batches to score on, the example inputs, and by how many there are to fine-tune on.
+    """
+    batches = hashlib.sha256()
+    for tensor in (t for batch in stage.batches for t in tensors_in(batch)):
+        batches.update(digest(tensor).encode())
+    plain = ("steps", "every", "lr", "momentum", "weight_decay", "warmup", "label_smoothing", "clip_grad", "amp")
+    parts = {"optimizer": finetune.made_by, "scheduler": finetune.scheduler, "average": finetune.ema}
+    return {
+        "model": fingerprint_of(model),
+        "data": {
+            "scoring": batches.hexdigest()[:16],
+            "inputs": [[str(t.dtype), list(t.shape)] for t in tensors_in(stage.example)],
+            "batches": _length(finetune.loader),
+            "validation": _length(stage.validation),
+        },
+        "finetune": {
+            **{name: getattr(finetune, name) for name in plain},
+            **{name: type(part).__qualname__ for name, part in parts.items()},
+            **{name: text_of(part) for name, part in (("loss", finetune.loss), ("step_fn", finetune.step_fn))},
+        },
+    }
+
+
+def _length(batches: Any) -> int | None:
+    """How many batches there are, where that is known."""
+    try:
+        return len(batches)
+    except TypeError:  # an iterable without a length, or a loader over one
+        return None
 
 
 def check_out_dir(out_dir: str | Path) -> Path:
     """A folder that can be written to, made if need be.
 
     Raises:
-        ArtifactError: if it is a file, or cannot be made.
+        ArtifactError: if it is a file, cannot be made, or must not be written to.
     """
-    path = Path(out_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be used as an output folder: {error}") from error
-    return path
+    return make_folder(out_dir)

@@ -4,16 +4,15 @@ A directory holds ``model.safetensors`` (every parameter and buffer) and ``singe
 architecture, what removals changed in each module, every removal, options, versions, metrics. Loading builds the
 architecture, gives each tensor its pruned shape and each module its pruned attributes, and needs neither the data
 nor torch-pruning. Where single weights were pruned, ``masks.safetensors`` has their masks, and the weights are saved
-with the zeros in them.
+with the zeros in them. The record has a checksum of every tensor and of itself; no code runs that the files name, but
+timm's own, unless the caller trusts them.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from singe_plugin.checkpoint import forget
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import History
+from singe_plugin.files import REMEDY, describe, parse, seal, unseal, write_atomically, write_text
 from singe_plugin.folding import replace_folded
-from singe_plugin.masks import masks_of, plain_tensors, plain_types
+from singe_plugin.masks import masks_of, named_tensors, plain_tensors, plain_types
+from singe_plugin.record import (
+    NOT_STRUCTURE,
+    allocating_at_most,
+    check_builder,
+    check_record,
+    check_structure,
+    check_tensors,
+    check_widths,
+    decode,
+    encode,
+)  # fmt: skip
 from singe_plugin.result import LayerRow, Metrics, Result
+from singe_plugin.state import RngState
 
-__all__ = ["Builder", "Structure", "load", "named_tensors", "save", "write_atomically"]
+__all__ = ["Builder", "Structure", "load", "read", "save"]
 
-FORMAT = 1
-_TENSORS, _RECORD, _MASKS = "model.safetensors", "singe.json", "masks.safetensors"
+FORMAT = 2
+TENSORS, RECORD, MASKS = "model.safetensors", "singe.json", "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,27 +87,14 @@ class Builder:
         Raises:
             ArtifactError: if the module, function or model does not exist, or fails.
         """
-        rng = torch.get_rng_state()
-        try:
-            if self.kind == "timm":
-                model = importlib.import_module("timm").create_model(self.name, pretrained=False, **self.options)
-            elif self.kind == "factory":
-                module, _, function = self.name.partition(":")
-                model = getattr(importlib.import_module(module), function)(**self.options)
-            else:
-                raise ArtifactError(f"unknown kind of builder {self.kind!r}; choose 'timm' or 'factory'")
-        except ArtifactError:
-            raise
-        except Exception as error:
-            raise ArtifactError(
-                f"the architecture {self.kind}:{self.name} cannot be built with {self.options}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        finally:
-            torch.set_rng_state(rng)
-        if not isinstance(model, nn.Module):
-            raise ArtifactError(f"{self.name} returned {type(model).__name__}, not a torch.nn.Module")
-        return model
+        what = f"{self.kind}:{self.name} with {self.options}"
+        if self.kind == "timm":
+            timm = importlib.import_module("timm")
+            return _built(what, lambda: timm.create_model(self.name, pretrained=False, **self.options))
+        if self.kind == "factory":
+            module, _, function = self.name.partition(":")
+            return _built(what, lambda: getattr(importlib.import_module(module), function)(**self.options))
+        raise ArtifactError(f"unknown kind of builder {self.kind!r}; choose 'timm' or 'factory'")
 
     def check(self, model: nn.Module) -> None:
         """Raise :class:`ArtifactError` unless building gives exactly the modules and shapes of ``model``."""
@@ -129,10 +129,20 @@ class Builder:
         return builder
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by qualified name, those that ``state_dict`` leaves out included."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+def _built(what: str, make: Callable[[], Any]) -> nn.Module:
+    """What a function makes, if that is a module; random states are left alone."""
+    rng = RngState.capture()
+    try:
+        model = make()
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"the architecture {what} cannot be built: {type(error).__name__}: {error}") from error
+    finally:
+        rng.restore()
+    if not isinstance(model, nn.Module):
+        raise ArtifactError(f"the architecture {what}: {type(model).__name__} was made of it, not a torch.nn.Module")
+    return model
 
 
 def _signature(model: nn.Module) -> dict[str, Any]:
@@ -145,28 +155,7 @@ def _modules(model: nn.Module) -> dict[str, Any]:
     return {name: (kind.__qualname__, plain[name]) for name, kind in plain_types(model)}
 
 
-_NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")
 _PLAIN = (bool, int, float, str, type(None))
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(v) for v in value]}
-    if isinstance(value, list):
-        return [_encode(v) for v in value]
-    if isinstance(value, dict):
-        return {"dict": {k: _encode(v) for k, v in value.items()}}
-    return value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict) and set(value) == {"tuple"}:
-        return tuple(_decode(v) for v in value["tuple"])
-    if isinstance(value, dict) and set(value) == {"dict"}:
-        return {k: _decode(v) for k, v in value["dict"].items()}
-    if isinstance(value, list):
-        return [_decode(v) for v in value]
-    return value
 
 
 def _is_plain(value: Any) -> bool:
@@ -191,11 +180,7 @@ class Structure:
             found[name] = {
                 key: list(value) if isinstance(value, list) else value
                 for key, value in module.__dict__.items()
-                if key not in _NOT_STRUCTURE
-                and not key.startswith("_")
-                and _is_plain(value)
-                and not key.startswith("_")
-                and _is_plain(value)
+                if key not in NOT_STRUCTURE and not key.startswith("_") and _is_plain(value)
             }
         return cls(found)
 
@@ -206,7 +191,7 @@ class Structure:
             old = self.modules.get(name)
             if old is None:
                 continue
-            new = {k: _encode(v) for k, v in attributes.items() if k not in old or old[k] != v}
+            new = {k: encode(v) for k, v in attributes.items() if k not in old or old[k] != v}
             if new:
                 changes[name] = new
         return changes
@@ -227,21 +212,6 @@ def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[s
     }
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def save(result: Result, directory: str | Path, builder: Builder | None = None) -> Path:
     """Write a result to a directory, without pickle.
 
@@ -253,9 +223,11 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
     Returns:
         the directory.
 
+    The checkpoint of the run goes, when everything is written: there is nothing to resume any more.
+
     Raises:
         ArtifactError: if no builder is known (a model that is not from timm): pass
-            ``Builder.factory("package.module:function", ...)``.
+            ``Builder.factory("package.module:function", ...)``; or if the files cannot be written.
     """
     given, builder = builder, builder or result.builder
     if builder is None:
@@ -280,26 +252,37 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
         "options": result.options,
         "versions": result.versions,
         "history": result.history.rows,
-        "masks": list(masks),
+        "masks": describe(masks),
+        "tensors": describe(tensors),
+        "not_finite": [name for name, t in tensors.items() if not _is_finite(t)],
     }
     try:
-        text = json.dumps(record, indent=1)
+        text = json.dumps(seal(record), indent=1)
     except TypeError as error:
         raise ArtifactError(f"the result holds something that is not plain JSON: {error}") from error
+    again = json.loads(text)
+    check_record(unseal(again, "the record"))
     if given is not None:  # find out now that it cannot be loaded, while the model is still there
-        _try_out(given, json.loads(text), tensors, masks)
-    write_atomically(directory / _TENSORS, lambda p: save_file(tensors, p))
+        _try_out(given, again, tensors, masks)
+    write_atomically(directory / TENSORS, lambda p: save_file(tensors, p))
     if masks:
-        write_atomically(directory / _MASKS, lambda p: save_file(masks, p))
-    else:
-        (directory / _MASKS).unlink(missing_ok=True)  # of an earlier result
-    write_atomically(directory / _RECORD, lambda p: _write_text(p, text))
+        write_atomically(directory / MASKS, lambda p: save_file(masks, p))
+    write_text(directory / RECORD, text)
+    if not masks:
+        (directory / MASKS).unlink(missing_ok=True)  # of an earlier result
+    if result.checkpoint is not None:
+        forget(result.checkpoint)
     return directory
 
 
-def _check_masks(masks: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _check_masks(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
-        if name not in tensors or tensors[name].shape != mask.shape or bool(tensors[name][~mask].any()):
+        fits = name in tensors and mask.dtype == torch.bool and tensors[name].shape == mask.shape
+        if not fits or bool(tensors[name][~mask].any()):
             raise ArtifactError(
                 f"the mask of {name!r} does not fit its weights: what is masked is not zero; hold the masks while "
                 "training (hold_masks), or leave them out (result.weight_masks = {})"
@@ -308,64 +291,103 @@ def _check_masks(masks: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
 
 def _try_out(builder: Builder, record: dict[str, Any], tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
     try:
-        _rebuild(record, tensors, masks, None)
-    except (ArtifactError, AttributeError, KeyError, TypeError, ValueError) as error:
+        _rebuild(record, tensors, masks, builder.build())
+    except (*_ODD, ArtifactError) as error:
         raise ArtifactError(
             f"builder {builder.kind}:{builder.name} {builder.options} does not build the unpruned model: {error}; give "
             "the function and options that it was made with"
         ) from error
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+_ODD = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a record that is in order, and an architecture that is another one, may raise."""
 
 
-def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) -> Result:
+def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None, trust: bool = False) -> Result:
     """Rebuild a saved result; the model is on the CPU, in eval mode, and computes bit for bit what it did.
 
     Single weights that were pruned are zeros in it; ``hold_masks(result.model, result.weight_masks)`` holds them while
     training goes on.
 
+    The files are data: every byte is checked against its checksum, and everything that is said of the model against the
+    architecture, before anything is set. Only an architecture of timm's own is built without being asked. A function
+    that the files name (``Builder.factory``), or a model that timm would get from elsewhere (``hf-hub:``), runs code or
+    reads files that somebody else chose: give ``factory``, or ``trust=True`` for a folder that you wrote or trust.
+
     Args:
         directory: where :func:`save` wrote it.
         factory: builds the unpruned architecture, in the place of the recorded builder.
+        trust: use the recorded builder, whatever it is.
 
     Raises:
-        ArtifactError: if files are missing or damaged, or the architecture has changed since.
+        ArtifactError: if files are missing or damaged, the architecture has changed since, or it needs your trust.
     """
     directory = Path(directory)
     record, tensors, masks = _read(directory)
     try:
-        return _rebuild(record, tensors, masks, factory)
+        return _rebuild(record, tensors, masks, _architecture(record, tensors, factory, trust))
     except ArtifactError as error:
         raise ArtifactError(f"{directory}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _ODD as error:
         raise ArtifactError(
-            f"{directory / _RECORD} is damaged, or the architecture has changed since it was saved: "
-            f"{type(error).__name__}: {error}"
+            f"{directory}: the architecture has changed since it was saved: {type(error).__name__}: {error}; use the "
+            "versions that the record names, or give factory="
         ) from error
 
 
-def _rebuild(
-    record: dict[str, Any],
-    tensors: dict[str, Tensor],
-    masks: dict[str, Tensor],
-    factory: Callable[[], nn.Module] | None,
-) -> Result:
+def read(directory: str | Path) -> Result:
+    """Everything of a saved result but the model, which is an empty ``nn.Module``: nothing is built.
+
+    Raises:
+        ArtifactError: if files are missing or damaged.
+    """
+    record, _, masks = _read(Path(directory))
+    return _result(nn.Module(), record, masks)
+
+
+def _architecture(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], factory: Callable[[], nn.Module] | None, trust: bool
+) -> nn.Module:
+    """The unpruned model, by what the caller gives or the record says."""
+    if factory is not None:
+        return _built("of the factory that was given", factory)
     builder = Builder(**record["builder"])
-    model = factory() if factory is not None else builder.build()
+    if trust:
+        return builder.build()
+    known = importlib.import_module("timm").is_model
+    check_builder(builder.kind, builder.name, builder.options, known)
+    saved = sum(t.numel() * t.itemsize for t in tensors.values())
+    with allocating_at_most(max(_LEAST_ROOM, _ROOM * saved), 20 * len(tensors) + 1000):
+        return builder.build()
+
+
+_LEAST_ROOM, _ROOM = 2**32, 1000
+"""Bytes that building may take: this many in any case, or a multiple of what was saved. Pruning has its limits."""
+
+
+def _rebuild(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], masks: dict[str, Tensor], model: nn.Module
+) -> Result:
     structure = record["structure"]
     for _, norm in structure["folded"]:
         replace_folded(model, norm)
+    check_structure(model, structure["attributes"])
+    check_tensors(model, tensors, {layer for layer, _ in structure["folded"]})
+    strange = [name for name, t in tensors.items() if not _is_finite(t) and name not in record["not_finite"]]
+    if strange:
+        raise ArtifactError(f"{strange[0]!r} has values that are not finite, and had none when it was saved")
+    _check_masks(masks, tensors)
     _fill(model, tensors, set(structure["channels_last"]), set(structure["frozen"]))
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, attributes in structure["attributes"].items():
-        if name not in modules:
-            raise ArtifactError(f"the architecture has no module {name!r}; it has changed since it was saved")
         for key, value in attributes.items():
-            modules[name].__dict__[key] = _decode(value)
-    _check_masks(masks, tensors)
-    model.eval()
+            modules[name].__dict__[key] = decode(value)
+    for name in structure["attributes"]:
+        check_widths(modules[name], name)
+    return _result(model.eval(), record, masks)
+
+
+def _result(model: nn.Module, record: Mapping[str, Any], masks: dict[str, Tensor]) -> Result:
     return Result(
         model=model,
         before=Metrics(**record["before"]),
@@ -375,48 +397,56 @@ def _rebuild(
         history=History(record["history"]),
         options=record["options"],
         versions=record["versions"],
-        builder=builder,
-        structure=structure,
+        builder=Builder(**record["builder"]),
+        structure=record["structure"],
         weight_masks=masks,
     )
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    for name in (_RECORD, _TENSORS):
+    """The record and the tensors, every byte of which is what was written."""
+    path = directory / RECORD
+    for name in (RECORD, TENSORS):
         if not (directory / name).is_file():
             raise ArtifactError(f"{directory / name} does not exist; is {directory} a folder that save() wrote?")
     try:
-        record = json.loads((directory / _RECORD).read_text())
-    except ValueError as error:
-        raise ArtifactError(f"{directory / _RECORD} is damaged: {error}") from error
+        text = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; give the permission") from error
+    record = parse(text, path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
-        raise ArtifactError(f"{directory / _RECORD} has format {found}, this version reads format {FORMAT}")
-    tensors = _read_tensors(directory / _TENSORS)
-    names = record.get("masks", [])
-    masks = _read_tensors(directory / _MASKS) if names else {}
-    missing = [name for name in names if name not in masks]
-    if missing:
-        raise ArtifactError(f"{directory / _MASKS} lacks the mask of {missing[0]!r}; it belongs to another result")
-    return record, tensors, {name: masks[name].bool() for name in names}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+        raise ArtifactError(f"{path} has format {found!r}, this version reads format {FORMAT}; save it again")
+    record = unseal(record, path)
     try:
-        return load_file(path)
+        check_record(record)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    tensors = _read_tensors(directory / TENSORS, record["tensors"])
+    return record, tensors, _read_tensors(directory / MASKS, record["masks"]) if record["masks"] else {}
+
+
+def _read_tensors(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
     except Exception as error:
-        raise ArtifactError(f"{path} is damaged or missing: {type(error).__name__}: {error}") from error
+        raise ArtifactError(f"{path} is damaged or missing: {type(error).__name__}: {error}; {REMEDY}") from error
+    found = describe(tensors)
+    different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if different:
+        raise ArtifactError(
+            f"{path} is damaged, or belongs to another result than {RECORD}: {different[0]!r} has another checksum "
+            f"there; {REMEDY}"
+        )
+    return {name: tensors[name] for name in expected}
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str], frozen: set[str]) -> None:
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], channels_last: set[str], frozen: set[str]) -> None:
     """Give every parameter and buffer its saved value, whatever its shape was."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    filled = set()
     for name, value in tensors.items():
         owner_name, _, attr = name.rpartition(".")
-        owner = modules.get(owner_name)
-        if owner is None or (attr not in owner._parameters and attr not in owner._buffers):
-            raise ArtifactError(f"the architecture has no tensor {name!r}; it has changed since it was saved")
+        owner = modules[owner_name]
         value = value.clone()  # in memory of its own, aligned as any tensor's: kernels may round differently if not
         if name in channels_last:
             value = value.contiguous(memory_format=torch.channels_last)
@@ -431,7 +461,6 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str],
             parameter.requires_grad_(name not in frozen and value.is_floating_point())
         else:
             owner._buffers[attr] = value
-        filled.add(name)
-    missing = [name for name, _ in named_tensors(model) if name not in filled]
+    missing = [name for name, _ in named_tensors(model) if name not in tensors]
     if missing:
         raise ArtifactError(f"the file lacks {len(missing)} tensors of the architecture, the first is {missing[0]!r}")

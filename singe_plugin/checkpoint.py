@@ -2,7 +2,7 @@
 
 Everything that the rest of the run depends on is in it: weights, optimizer, scaler, scheduler and EMA state, all
 random generators, the position in the loader, the plan, the removals and the history. safetensors with a JSON
-header, written to a temporary file and moved into place.
+header, written to a temporary file and moved into place. The header has a checksum of itself and of every tensor.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singe_plugin.algorithm import Progress
-from singe_plugin.artifact import named_tensors, write_atomically
-from singe_plugin.errors import ArtifactError
+from singe_plugin.errors import ArtifactError, SingeError
 from singe_plugin.events import History
+from singe_plugin.files import describe, parse, seal, unseal, write_atomically
 from singe_plugin.finetune import FineTune, beside
+from singe_plugin.masks import named_tensors
 from singe_plugin.state import RngState
 
-__all__ = ["CHECKPOINT", "read_checkpoint", "restore_run", "write_checkpoint"]
+__all__ = ["CHECKPOINT", "fitting", "forget", "is_checkpoint", "read_checkpoint", "restore_run", "write_checkpoint"]
 
 CHECKPOINT = "checkpoint.safetensors"
-FORMAT = 1
+FORMAT = 2
 Tensors = dict[str, Tensor]
 
 
@@ -48,6 +50,9 @@ def write_checkpoint(
         path: the file.
         fingerprint: what must be equal for a resumed run to mean the same.
         extra: plain values to keep (metrics of the unpruned model).
+
+    Raises:
+        ArtifactError: if something is not plain, or the file cannot be written; the one before is still there then.
     """
     tensors: Tensors = {f"model.{name}": t for name, t in named_tensors(model)}
     record: dict[str, Any] = {
@@ -69,13 +74,13 @@ def write_checkpoint(
     }
     if finetune is not None:
         record["finetune"] = _pack_finetune(finetune, model, tensors)
+    flat = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     try:
-        header = json.dumps(record)
+        header = json.dumps(seal({**record, "tensors": describe(flat)}))
     except TypeError as error:
         raise ArtifactError(
             f"the run cannot be saved: {error} (an optimizer or scheduler state that is not plain)"
         ) from error
-    flat = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_atomically(path, lambda p: save_file(flat, p, metadata={"singe": header}))
 
 
@@ -83,25 +88,73 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
     """Read a checkpoint and check that it belongs to this run.
 
     Raises:
-        ArtifactError: if it is damaged, or was written by a run with other options.
+        ArtifactError: if it is damaged, or was written by a run with other options, data or another model.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()["singe"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ArtifactError(f"{path} is damaged or no checkpoint: {type(error).__name__}: {error}") from error
-    if record.get("format") != FORMAT:
-        raise ArtifactError(f"{path} has format {record.get('format')}, this version reads format {FORMAT}")
+    record, tensors = _read(path)
     old, new = record["fingerprint"], json.loads(json.dumps(dict(fingerprint)))
-    different = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    names = sorted(old.keys() | new.keys(), key=lambda k: (k in _OWN_WORDS, k))  # an option may change the data, too
+    different = [k for k in names if old.get(k) != new.get(k)]
     if different:
         key = different[0]
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            inner = next(k for k in {**was, **now} if was.get(k) != now.get(k))
+            was, now = f"{inner} {was.get(inner)!r}", f"{inner} {now.get(inner)!r}"
         raise ArtifactError(
-            f"{path} was written by a run with other options ({', '.join(different)}: {key} was {old.get(key)!r}, now "
-            f"{new.get(key)!r}); use the same options, or start anew in another folder"
+            f"{path} was written by a run with other options ({', '.join(different)}: {key} was {was!r}, now {now!r}); "
+            f"use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
         )
     return record, tensors
+
+
+_OWN_WORDS = {
+    "finetune": "fine-tuning",
+    "model": "unpruned model with the same weights",
+    "data": "data, which must give the same batches for the same seed",
+}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """A checkpoint whose every byte is what was written."""
+    damaged = f"{path} is damaged or no checkpoint"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()["singe"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ArtifactError(f"{damaged}: {type(error).__name__}: {error}; {_REMEDY}") from error
+    record = parse(header, path, _REMEDY)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        format_ = record.get("format") if isinstance(record, dict) else None
+        raise ArtifactError(f"{path} has format {format_!r}, this version reads format {FORMAT}; {_REMEDY}")
+    record = unseal(record, path, _REMEDY)
+    known = record.get("tensors")
+    found = describe(tensors)
+    if known != found:
+        names = sorted(found.keys() | known.keys() if isinstance(known, dict) else found)
+        first = next(n for n in names if not isinstance(known, dict) or known.get(n) != found.get(n))
+        raise ArtifactError(f"{damaged}: the checksum of {first!r} is not that of its bytes; {_REMEDY}")
+    return record, tensors
+
+
+_REMEDY = "start anew in another folder, or delete it"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a run can be continued from a file; a damaged one has nothing to lose."""
+    if not path.is_file():
+        return False
+    try:
+        _read(path)
+    except ArtifactError:
+        return False
+    return True
+
+
+def forget(path: Path) -> None:
+    """Delete the checkpoint of a run that is finished, once its result is safe; that of another run stays."""
+    if is_checkpoint(path) and _read(path)[0]["progress"]["finished"]:
+        path.unlink()
 
 
 def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress) -> Progress:
@@ -112,21 +165,40 @@ def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress)
     return kind(removals=removals, **{name: saved[name] for name in names if name in saved})
 
 
+@contextmanager
+def fitting() -> Iterator[None]:
+    """What is read from a checkpoint in here and does not fit is one clear error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, SingeError):
+            raise
+        raise ArtifactError(
+            f"the checkpoint does not fit the run ({type(error).__name__}: {error}); give the same optimizer, "
+            "scheduler, ema and loader, or start anew in another folder"
+        ) from error
+
+
 def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, finetune: FineTune | None) -> None:
-    """Put values, optimizer, random generators and loader position back; the model already has its pruned shape."""
+    """Put values, optimizer, random generators and loader position back; the model already has its pruned shape.
+
+    Raises:
+        ArtifactError: if the checkpoint does not fit the model or the fine-tuning.
+    """
     with torch.no_grad():
         for name, tensor in named_tensors(model):
             value = tensors.get(f"model.{name}")
-            if value is None or value.shape != tensor.shape:
-                shape = None if value is None else tuple(value.shape)
+            if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:
+                found = None if value is None else (str(value.dtype), tuple(value.shape))
                 raise ArtifactError(
-                    f"the checkpoint has shape {shape} for {name!r}, the model {tuple(tensor.shape)}: it belongs to "
-                    "another model"
+                    f"the checkpoint has {found} for {name!r}, the model {(str(tensor.dtype), tuple(tensor.shape))}: "
+                    "it belongs to another model; start anew in another folder"
                 )
             tensor.copy_(value)
-    if finetune is not None and record.get("finetune") is not None:
-        _unpack_finetune(record["finetune"], tensors, finetune, model)
-    _unpack_rng(record["rng"], "rng", tensors).restore()
+    with fitting():
+        if finetune is not None and record.get("finetune") is not None:
+            _unpack_finetune(record["finetune"], tensors, finetune, model)
+        _unpack_rng(record["rng"], "rng", tensors).restore()
 
 
 def _pack_rng(state: RngState, key: str, tensors: Tensors) -> dict[str, Any]:
@@ -213,6 +285,8 @@ def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, finetune: Fine
     if finetune.ema is not None and record["ema"]:
         with torch.no_grad():
             for name, tensor in named_tensors(finetune.ema):
+                if tensors[f"ema.{name}"].shape != tensor.shape:
+                    raise ValueError(f"the ema has another shape for {name!r}")
                 tensor.copy_(tensors[f"ema.{name}"])
     stream = record["stream"]
     start = None if stream["rng"] is None else _unpack_rng(stream["rng"], "stream.rng", tensors)

@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from singe_plugin.budget import measure_latency
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import Splits, data_config, digits
 from singe_plugin.errors import ArtifactError
+from singe_plugin.files import write_atomically
 from singe_plugin.inspection import figure_two
 from singe_plugin.report import Point, markdown_table, write_report
 from singe_plugin.result import Result
@@ -172,7 +174,8 @@ def _run(
     demo.reloaded = computes_the_same(saved.model, load(output / "pruned").model, splits)
     if not demo.reloaded:
         raise ArtifactError(f"{output / 'pruned'} was reloaded and does not compute what was saved")
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, output / "trained.safetensors")
+    trained = {k: v.contiguous() for k, v in network.state_dict().items()}
+    write_atomically(output / "trained.safetensors", partial(save_file, trained))
     curves = figure_two(network, splits.train, seed=seed)
     points = [Point("unpruned", 0.0, float(before.accuracy or 0))]
     points += [Point(r.method, 1 - r.params / before.params, float(r.accuracy or 0)) for r in demo.rows]

@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from singe_plugin.files import write_text
+
 __all__ = [
     "Callback",
     "Callbacks",
@@ -232,8 +234,8 @@ class History(Callback):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in self.rows]
 
     def save(self, path: str | Path) -> None:
-        """Write one JSON object per line."""
-        Path(path).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        """Write one JSON object per line; :class:`~singe_plugin.errors.ArtifactError` if that cannot be done."""
+        write_text(Path(path), "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
 class LogCallback(Callback):

@@ -250,15 +250,30 @@ class FineTune:
                     state.update({k: beside(parameter, k, v, group) for k, v in state.items()})
 
     def rewinder(self) -> Callable[[], None]:
-        """A function that puts the step count, the scheduler and the loader back to where they are now."""
-        done, stream = self.done, self.stream.position()
+        """A function that puts everything back to where it is now, but for the values that an optimizer has.
+
+        That is the step count, the scheduler, the scaler, the loader and its generators, the settings of the
+        optimizer's groups, and which optimizer there is. To be called before :meth:`prepare`, which changes some.
+        """
+        done, stream, optimizer, scaler = self.done, self.stream, self.optimizer, self.scaler
+        position, generators = stream.position(), [(g, g.get_state()) for g in stream.generators]
         schedule = None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict())
+        scale = None if scaler is None else copy.deepcopy(scaler.state_dict())
+        groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in self.optimizers for g in o.param_groups]
 
         def rewind() -> None:
-            self.done = done
-            self.stream.seek(stream)
+            self.done, self.stream, self.optimizer, self.scaler = done, stream, optimizer, scaler
+            stream.seek(position)
+            for generator, state in generators:
+                generator.set_state(state)
             if schedule is not None:
                 self.scheduler.load_state_dict(schedule)
+            if scaler is not None and scale is not None:
+                scaler.load_state_dict(scale)
+            for group, settings in groups:
+                for key in [k for k in group if k != "params" and k not in settings]:
+                    del group[key]  # initial_lr
+                group.update(settings)
 
         return rewind
 
@@ -366,6 +381,11 @@ class FineTune:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def made_by(self) -> OptimizerLike:
+        """What was given as ``optimizer``: one, a function that makes one, or None."""
+        return self._make
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:

@@ -23,6 +23,7 @@ __all__ = [
     "hold_masks",
     "mask_module",
     "masks_of",
+    "named_tensors",
     "plain_tensors",
     "plain_types",
     "weight_of",
@@ -198,6 +199,12 @@ def fold_masks(model: nn.Module) -> dict[str, Tensor]:
         module._parameters.clear()
         module._parameters.update({name: table.pop(name) for name in held.order if name in table} | table)
     return masks
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by qualified name, those that ``state_dict`` leaves out included."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def plain_types(model: nn.Module) -> Iterator[tuple[str, type]]:

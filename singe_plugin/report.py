@@ -10,15 +10,16 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from singe_plugin.artifact import write_atomically
 from singe_plugin.errors import ArtifactError
 from singe_plugin.events import History
+from singe_plugin.files import make_folder, parse, seal, unseal, write_atomically, write_text
 from singe_plugin.result import Result
 from singe_plugin.scoring import ScoringOptions, path_gradient_norms
 from singe_plugin.units import UnitGroup
@@ -37,6 +38,7 @@ __all__ = [
 
 MARKDOWN, DATA = "report.md", "report.json"
 UNITS_PLOT, POINTS_PLOT, CURVES_PLOT = "units.png", "accuracy.png", "gradients.png"
+FILES = (MARKDOWN, DATA, UNITS_PLOT, POINTS_PLOT, CURVES_PLOT)
 NO_PLOTS = 'No plots: matplotlib is not installed (`pip install "singe_plugin[plot]"`).'
 
 
@@ -219,24 +221,20 @@ def write_report(
     Raises:
         ArtifactError: if the folder cannot be written to.
     """
-    directory = Path(directory)
+    directory = make_folder(directory)
     data = report_data(result)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        plots = _plots(data, directory, points, curves)
-        text = markdown(data, plots, title, intro)
-        record = {
-            **data,
-            "title": title,
-            "intro": list(intro),
-            "points": [asdict(point) for point in points],
-            "curves": [asdict(curve) for curve in curves],
-            **(extra or {}),
-        }
-        write_atomically(directory / MARKDOWN, lambda p: _write(p, text))
-        write_atomically(directory / DATA, lambda p: _write(p, json.dumps(record, indent=1) + "\n"))
-    except OSError as error:
-        raise ArtifactError(f"the report cannot be written to {directory}: {error}; choose another folder") from error
+    plots = _plots(data, directory, points, curves)
+    text = markdown(data, plots, title, intro)
+    record = {
+        **data,
+        "title": title,
+        "intro": list(intro),
+        "points": [asdict(point) for point in points],
+        "curves": [asdict(curve) for curve in curves],
+        **(extra or {}),
+    }
+    write_text(directory / MARKDOWN, text)
+    write_text(directory / DATA, json.dumps(seal(record), indent=1) + "\n")
     return [directory / name for name in (MARKDOWN, DATA, *plots)]
 
 
@@ -253,7 +251,7 @@ def read_extras(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text())
+        record = unseal(parse(path.read_bytes(), path), path)
         return {
             "title": record["title"],
             "intro": record["intro"],
@@ -264,7 +262,7 @@ def read_extras(directory: str | Path) -> dict[str, Any]:
             ],
             "extra": {k: v for k, v in record.items() if k not in _OWN and k not in _RESULT_KEYS},
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ArtifactError, OSError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and try again") from error
 
 
@@ -272,10 +270,6 @@ _RESULT_KEYS = (
     "before", "after", "removed_params", "removed_macs", "sparsity", "weight_sparsity", "layers", "left_whole",
     "history", "options", "versions", "builder",
 )  # fmt: skip
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _change_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -333,7 +327,7 @@ def _plots(data: Mapping[str, Any], directory: Path, points: Sequence[Point], cu
     for name, size, draw in drawings:
         figure = figure_class(figsize=size, layout="constrained")  # no pyplot: its backend and state are the user's
         draw(figure)
-        figure.savefig(directory / name, dpi=120, format="png")
+        write_atomically(directory / name, partial(figure.savefig, dpi=120, format="png"))
     return [name for name, _, _ in drawings]
 
 

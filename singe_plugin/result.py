@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,6 +79,8 @@ class Result:
         structure: what removals changed, by module: what :func:`singe_plugin.load` needs besides the builder.
         weight_masks: for pruned single weights, parameter name -> ``bool``: what
             :func:`singe_plugin.masks.hold_masks` needs. Empty otherwise.
+        checkpoint: the file with the state of the finished run, which goes when the result is saved; None without
+            ``out_dir``.
     """
 
     model: nn.Module
@@ -91,6 +94,7 @@ class Result:
     builder: Any = None
     structure: dict[str, Any] = field(default_factory=dict)
     weight_masks: dict[str, Tensor] = field(default_factory=dict)
+    checkpoint: Path | None = None
 
     @property
     def removed_params(self) -> float:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from singe_plugin.artifact import load, save
-from singe_plugin.checkpoint import CHECKPOINT
+from singe_plugin.artifact import MASKS, RECORD, TENSORS, read, save
+from singe_plugin.checkpoint import CHECKPOINT, is_checkpoint
 from singe_plugin.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import ProgressBar
+from singe_plugin.files import locked
 from singe_plugin.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.models import NamedModel, create_model
-from singe_plugin.report import Curves, read_extras, report_data, write_report
+from singe_plugin.report import FILES, Curves, read_extras, report_data, write_report
 from singe_plugin.result import Result
 from singe_plugin.scoring import ScoringOptions
 
@@ -74,23 +73,67 @@ def run_prune(
     """``singe prune``: prune units or single weights, save the result and its report to a folder.
 
     Returns:
-        the result, and everything that is said of it as plain values.
+        the result, and everything that is said of it as plain values. Where a finished run is to be resumed, that is
+        the result in the folder (with an empty model), and nothing is done.
 
     Raises:
-        ArtifactError: if the folder holds an unfinished run and ``resume`` is false.
+        ArtifactError: if the folder holds an unfinished run and ``resume`` is false, or a finished one with other
+            options and ``resume`` is true; or if another process is running in it.
     """
+    output = Path(output)
+    with locked(output, run=False):
+        if not resume and is_checkpoint(output / CHECKPOINT):
+            raise ArtifactError(
+                f"{output} holds an unfinished run; give --resume to continue it, or another --output, or delete "
+                f"{output / CHECKPOINT}"
+            )
+        if resume and not (output / CHECKPOINT).exists() and (output / RECORD).exists():
+            return _finished(model_options, prune_options, output, say)
+        return _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
+
+
+def _finished(
+    model_options: Mapping[str, Any], prune_options: Mapping[str, Any], output: Path, say: Say
+) -> tuple[Result, dict[str, Any]]:
+    """What is there of a run that was asked to go on and is over; it must be the one that was meant."""
+    from singe_plugin.integrations.staging import described
+
+    result = read(output)
+    mine = {"model": model_options["name"], **described(prune_options, result.options)}
+    theirs = {"model": result.builder.name, **result.options}
+    different = [key for key in mine if mine[key] != theirs[key]]
+    if different:
+        key = different[0]
+        raise ArtifactError(
+            f"{output} holds the result of a finished run with other options ({', '.join(different)}: {key} was "
+            f"{theirs[key]!r}, now {mine[key]!r}); nothing is left to resume: leave --resume out, or give another one"
+        )
+    say(f"note: the run in {output} is finished; this is its result")
+    extras = read_extras(output)
+    files = [output / name for name in FILES if (output / name).is_file()]
+    return result, {
+        **report_data(result),
+        **extras.get("extra", {}),
+        "files": [str(f) for f in [*files, *_saved(output)]],
+    }
+
+
+def _prune(
+    model_options: Mapping[str, Any],
+    data_options: Mapping[str, Any],
+    prune_options: Mapping[str, Any],
+    output: Path,
+    resume: bool,
+    curves: bool,
+    progress: bool,
+    say: Say,
+    granularity: str,
+) -> tuple[Result, dict[str, Any]]:
     from singe_plugin.integrations.prune import prune
-    from singe_plugin.integrations.staging import check_out_dir, resolve_device
+    from singe_plugin.integrations.staging import resolve_device
     from singe_plugin.integrations.unstructured import prune_weights
 
     run = {"unit": prune, "weight": prune_weights}[granularity]
-    output = Path(output)
-    check_out_dir(output)
-    if not resume and _unfinished(output / CHECKPOINT):
-        raise ArtifactError(
-            f"{output} holds an unfinished run; give --resume to continue it, or another --output, or delete "
-            f"{output / CHECKPOINT}"
-        )
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
         say(f"note: {_RANDOM}")
@@ -141,26 +184,17 @@ def run_inspect(
 def run_report(directory: str | Path) -> tuple[Result, dict[str, Any]]:
     """``singe report``: write the report of a saved result again, from what is in its folder.
 
+    The model is not built, so that no code runs that the folder names; the result has an empty one.
+
     Raises:
-        ArtifactError: if the folder holds no result.
+        ArtifactError: if the folder holds no result, or a damaged one.
     """
     directory = Path(directory)
-    result = load(directory)
+    result = read(directory)
     extras = read_extras(directory)
     files = write_report(result, directory, **extras)
     return result, {**report_data(result), **extras.get("extra", {}), "files": [str(f) for f in files]}
 
 
-def _unfinished(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return not json.loads(file.metadata()["singe"])["progress"]["finished"]
-    except Exception:
-        return False  # damaged: nothing in it could be resumed
-
-
 def _saved(output: Path) -> list[Path]:
-    names = ("model.safetensors", "masks.safetensors", "singe.json")
-    return [output / name for name in names if (output / name).is_file()]
+    return [output / name for name in (TENSORS, MASKS, RECORD) if (output / name).is_file()]

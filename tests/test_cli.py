@@ -213,6 +213,7 @@ def test_checkpoint_folder_of_images_and_plain_text(tmp_path: Path) -> None:
 def _contents(output: Path) -> tuple[bytes, Any]:
     """The saved network's bytes, and its record without what depends on the clock."""
     record = json.loads((output / "singe.json").read_text())
+    del record["checksum"]
     record["history"] = [{k: v for k, v in row.items() if k != "seconds"} for row in record["history"]]
     return (output / "model.safetensors").read_bytes(), record
 
@@ -239,6 +240,13 @@ def test_kill_and_resume_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     failed(singe(*other, "--resume", "--lr", "0.5"), "written by a run with other options", "lr was 0.03, now 0.5")
     assert singe(*other, "--resume").exit_code == 0
     assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
+    assert not checkpoint.exists()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "killed").iterdir()}
+    again = singe(*[part for part in other if part != "--quiet"], "--resume")  # it is finished: its result is shown
+    assert again.exit_code == 0
+    assert "is finished; this is its result" in again.stdout
+    assert {p.name: p.read_bytes() for p in (tmp_path / "killed").iterdir()} == before
+    failed(singe(*other, "--resume", "--lr", "0.5"), "finished run with other options", "lr was 0.03, now 0.5")
 
 
 def test_interrupted_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,7 +343,7 @@ def test_killed_and_resumed(uninterrupted: Result, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, "run.lock"]  # which keeps nobody out any more
     steps = StopAt("finetune_step", 100)
     resumed = entwined(chain(dropout=0.5), tmp_path, resume=True, callbacks=[steps])
     assert 0 < 100 - steps.left < 9

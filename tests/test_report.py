@@ -152,7 +152,7 @@ def test_damaged_json(tmp_path: Path) -> None:
 
 def test_unwritable_folder(result: Result, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be written to"):
+    with pytest.raises(ArtifactError, match="cannot be used as an output folder"):
         write_report(result, tmp_path / "file")
 
 

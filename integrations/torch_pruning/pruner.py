@@ -418,15 +418,15 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         callback = Callbacks([history, *self.callbacks])
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
         self._check_data()
-        if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
-            self.finetune.prepare(self.model)
-        host = self.host()
         with all_or_nothing(self.model, self.finetune, self._all_trackers(), self.DG.axis_graph):
+            if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
+                self.finetune.prepare(self.model)
+            host = self.host()
             if progress is None:
                 progress = self._start(host)
             if not progress.finished:
                 tune(host, self._pauses(host, progress, callback, checkpoint), self.finetune, callback)
-        after = count_params(self.model), count_macs(self.model, self.example_inputs)
+            after = count_params(self.model), count_macs(self.model, self.example_inputs)
         return PruningOutcome(
             self.model,
             (before[0], after[0]),

@@ -12,7 +12,14 @@ from torch import nn
 
 from singe_plugin.algorithm import CountedProgress, Progress
 from singe_plugin.artifact import Builder, describe_structure
-from singe_plugin.checkpoint import CHECKPOINT, read_checkpoint, restore_progress, restore_run, write_checkpoint
+from singe_plugin.checkpoint import (
+    CHECKPOINT,
+    fitting,
+    read_checkpoint,
+    restore_progress,
+    restore_run,
+    write_checkpoint,
+)  # fmt: skip
 from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
@@ -22,7 +29,7 @@ from singe_plugin.rounds import decided
 from singe_plugin.scoring import ScoringOptions
 from singe_plugin.state import model_device
 
-from ..staging import Stage, callbacks_of, described, fine_tuning, fingerprint_of, measure, staged, text_of
+from ..staging import Stage, callbacks_of, described, fine_tuning, fingerprints, measure, staged, text_of
 from ..torch_pruning.host import block_of
 from .allocation import Scope
 from .arguments import DEFAULT_ROUNDS, PAPER_MU
@@ -174,17 +181,17 @@ def _run(
     history, progress = History(), None
     fingerprint = {
         **options,
-        "model": fingerprint_of(model),
         "objective": text_of(pruner.scoring.objective),
         "layers": [layer.name for layer in pruner.layers],
-        "finetune": [finetune.steps, finetune.every],
+        **({} if checkpoint is None else fingerprints(model, stage, finetune)),
     }
     if resume and checkpoint is not None and checkpoint.exists():
         record, tensors = read_checkpoint(checkpoint, fingerprint)
-        before = Metrics(**record["extra"]["before"])
-        progress, history = restore_progress(record, CountedProgress), History(record["history"])
-        finetune.prepare(model)
-        host = pruner.host()
+        with fitting():
+            before = Metrics(**record["extra"]["before"])
+            progress, history = restore_progress(record, CountedProgress), History(list(record["history"]))
+        host = pruner.host()  # before the optimizer is made, as it was in the run that is continued: a mask moves its
+        finetune.prepare(model)  # weight behind the bias, and the norm of all gradients is summed in that order
         restore_run(record, tensors, model, finetune)
     else:
         plain = measure(model, stage, latency)
@@ -201,5 +208,5 @@ def _run(
     rows = [LayerRow(row.name, block_of(row.name), row.weights, row.nonzero) for row in outcome.layers]
     return Result(
         model, before, after, rows, outcome.left_whole, history, options, package_versions(_PACKAGES), stage.builder,
-        describe_structure(model, stage.structure, folded), masks,
+        describe_structure(model, stage.structure, folded), masks, checkpoint,
     )  # fmt: skip

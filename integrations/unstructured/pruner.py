@@ -215,19 +215,19 @@ class UnstructuredPruner:
             SingeError: if something fails on the way; model, optimizer and EMA are rolled back, masks included.
         """
         history = history or History()
-        if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
-            self.finetune.prepare(self.model)
         try:
             with all_or_nothing(self.model, self.finetune, self._trackers()):
+                if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
+                    self.finetune.prepare(self.model)
                 host = self.host()
                 callback = _Unmasked(host, [history, *self.callbacks])
                 progress = CountedProgress({}) if progress is None else progress
                 if not progress.finished:
                     self._prune(host, progress, callback, checkpoint)
+                return self._outcome(host, progress, history)
         except BaseException:
             self._host = None  # what it has counted is of the masks before they were rolled back
             raise
-        return self._outcome(host, progress, history)
 
     def _prune(
         self,
