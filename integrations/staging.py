@@ -163,7 +163,7 @@ def fine_tuning(
         finetune = FineTune(stage.loader, steps, every, lr=lr, amp=tune_amp, channels_last=channels_last)
     if not isinstance(finetune, FineTune):
         return finetune, {}
-    return finetune, {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
+    return finetune, finetune.described()
 
 
 def callbacks_of(given: Iterable[Callback], progress: bool) -> list[Callback]:

@@ -61,9 +61,9 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
     mine = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in owned}
     if mine and not mine & found:
         raise ScoringError(
-            f"group {group.name!r}: F does not depend on it: its gradient is zero on every batch, for these weights and "
-            "for random ones, so all of its units would get the score 0. Give an objective that takes in the part of "
-            "the output that it leads to, or put its layer in ignored_layers"
+            f"group {group.name!r}: F does not depend on it: its gradient is zero on every batch, for these weights "
+            "and for random ones, so all of its units would get the score 0. Give an objective that takes in the part "
+            "of the output that it leads to, or put its layer in ignored_layers"
         )
 
 

@@ -14,25 +14,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from singe_plugin.dependence import depends_on
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.events import Callback, FinetuneStep
-from singe_plugin.objective import (
-    Objective,
-    ObjectiveLike,
-    call_model,
-    check_logits,
-    get_objective,
-    inputs_for,
-    materialise,
-    own_loss,
-    tensors_in,
-    to_device,
-)
-from singe_plugin.state import RngState, casts_forgotten, model_device, preserved, train_mode_of
+from singe_plugin.losses import check_loss, loss_on, unmoved
+from singe_plugin.objective import Objective, ObjectiveLike, get_objective, inputs_for, materialise, to_device
+from singe_plugin.state import RngState, casts_forgotten, model_device, train_mode_of
 
 __all__ = ["SCHEDULES", "BatchStream", "FineTune", "beside", "loader_generators", "phase_share"]
 
@@ -145,8 +133,8 @@ class FineTune:
 
     .. math:: \eta_t=\tfrac12\eta_0\,(1+\cos(\pi t/T_{\mathrm{phase}}))
 
-    What is minimised is ``loss`` or what ``step_fn`` returns, if one is given; else F, the objective that the run scores
-    with (see :meth:`minimise`).
+    What is minimised is ``loss`` or what ``step_fn`` returns, if one is given; else F, the objective that the run
+    scores with (see :meth:`minimise`).
 
     Args:
         loader: batches of ``(inputs, targets)`` or mappings; iterated as often as needed.
@@ -270,13 +258,13 @@ class FineTune:
     def minimise(self, objective: ObjectiveLike) -> None:
         """Take over the objective F that a run scores with; ``loss`` and ``step_fn`` go before it.
 
-        ``"loss"`` is trained as cross-entropy with label smoothing, and so is ``"logit"``: a mean logit has no minimum. A
-        model that computes its own loss is trained with that (see :func:`singe_plugin.objective.own_loss`), and a
+        ``"loss"`` is trained as cross-entropy with label smoothing, and so is ``"logit"``: a mean logit has no minimum.
+        A model that computes its own loss is trained with that (see :func:`singe_plugin.objective.own_loss`), and a
         function with itself.
 
         Example:
             >>> tuning = FineTune([(torch.ones(1, 1), torch.ones(1, 1))], steps=1)
-            >>> tuning.minimise(functional.mse_loss)
+            >>> tuning.minimise(torch.nn.functional.mse_loss)
             >>> tuning.described()["finetune_loss"]
             'mse_loss'
         """
@@ -284,25 +272,28 @@ class FineTune:
         self._objective = objective
 
     def described(self) -> dict[str, Any]:
-        """What is in force, as plain values: steps, schedule, loss, and the learning rate with its course.
+        """The settings as plain values, the same before and after a run.
 
-        ``lr`` is the optimizer's own rate (a list, where its groups have several; None until a function has made it), and
-        ``lr_schedule`` what becomes of it: ``"cosine"``, ``"constant"``, or the name of the scheduler.
+        ``lr`` is the rate that the course ``lr_schedule`` begins with: ``"cosine"``, ``"constant"`` (an optimizer was
+        given, and no scheduler), or the name of the scheduler. It is None where a function makes the optimizer, whose
+        rate is known when it is made: see :meth:`rate`.
         """
-        if self.optimizer is not None:
-            rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
-            lr: Any = rates[0] if len(set(rates)) == 1 else rates
-        else:
-            lr = None if callable(self._make) else self.lr
         course = "constant" if self.scheduler is None else type(self.scheduler).__name__
         loss = self.step_fn or self._chosen_loss()
         return {
             "finetune_steps": self.steps,
             "finetune_every": self.every,
             "finetune_loss": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
-            "lr": lr,
+            "lr": None if self._own_schedule and callable(self._make) else self.rate(),
             "lr_schedule": "cosine" if self._own_schedule else course,
         }
+
+    def rate(self) -> float | list[float]:
+        """The optimizer's learning rate before any schedule; a list where its groups have several."""
+        if self.optimizer is None:
+            return self.lr
+        rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        return rates[0] if len(set(rates)) == 1 else rates
 
     def _chosen_loss(self) -> Objective | None:
         """The given loss, or F if it is a function; None for cross-entropy with label smoothing."""
@@ -311,46 +302,14 @@ class FineTune:
         return None if isinstance(self._objective, str) else self._objective
 
     def check(self, model: nn.Module, batch: Any) -> None:
-        """See before anything is pruned that the loss can be computed from the outputs in train mode, and can move.
-
-        Where the forward pass or the loss fails in another way, nothing is said: the scoring or the step that comes to it
-        names the place. A batch of one example is left out (batch-norm refuses it in train mode), and so is ``step_fn``.
-
-        Args:
-            model: left as it was.
-            batch: one that the model is scored on.
+        """See before anything is pruned that the loss fits the outputs in train mode and can move, on a scoring batch.
 
         Raises:
-            DataError: if the outputs are neither logits nor covered by the loss, or its gradient is zero for these
-                weights and for random ones.
+            DataError: see :func:`singe_plugin.losses.check_loss`; ``step_fn`` is not tried.
         """
-        if not self.steps or self.step_fn is not None:
-            return
-        inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.channels_last)
-        if min((len(t) for t in tensors_in(inputs) if t.ndim), default=0) < 2:
-            return
-        with preserved(model), torch.inference_mode(False), torch.enable_grad():
-            model.train()
-            try:
-                loss = self._evaluate(model, inputs, targets)
-                trained = [p for p in model.parameters() if p.requires_grad]
-                if loss.requires_grad and trained:
-                    found = torch.autograd.grad(loss, trained, allow_unused=True)
-                    if any(gradient is not None and bool(gradient.any()) for gradient in found):
-                        return
-                if trained and not depends_on(model, lambda call: self._evaluate(call, inputs, targets)):
-                    raise self._unmoved("its gradient is zero for these weights and for random ones")
-            except (SingeError, torch.cuda.OutOfMemoryError):
-                raise
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                _logger.debug("the fine-tuning loss cannot be tried on a scoring batch: %s", error)
-
-    def _unmoved(self, why: str) -> DataError:
-        return DataError(
-            f"the fine-tuning loss does not depend on the parameters that are trained: {why}; give FineTune(loss=...) or "
-            "an objective that the outputs move, and see that the forward pass detaches nothing and that the layers to "
-            "train are not frozen"
-        )
+        if self.steps and self.step_fn is None:
+            inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.channels_last)
+            check_loss(model, inputs, self._chosen_loss(), targets, self.label_smoothing)
 
     def follow(self) -> None:
         """Bring the optimizer's state to where the parameters are; after the model was moved to another device."""
@@ -422,7 +381,7 @@ class FineTune:
             )
         scaler = self.scaler
         if not loss.requires_grad:
-            raise self._unmoved(f"it has no gradient at step {self.done + 1}")
+            raise unmoved(f"it has no gradient at step {self.done + 1}")
         (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call]
         self._see_movement()
         if self.clip_grad is not None:
@@ -450,32 +409,11 @@ class FineTune:
             return loss.reshape(())
         inputs, targets = inputs_for(model, batch)
         try:
-            return self._evaluate(model, inputs, targets)
+            return loss_on(model, inputs, self._chosen_loss(), targets, self.label_smoothing)
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise DataError(f"fine-tuning step {self.done + 1} failed with {type(error).__name__}: {error}") from error
-
-    def _evaluate(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
-        """The loss on a batch."""
-        outputs, chosen = call_model(model, inputs), self._chosen_loss()
-        if chosen is not None:
-            loss = chosen(outputs, targets)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise DataError(f"the loss must be one number (a scalar tensor), got {got}; reduce it, as with .mean()")
-            return loss.reshape(())
-        own = own_loss(outputs)
-        if own is not None:
-            return own.mean()  # a scalar already, unless several devices computed it
-        if not isinstance(outputs, Tensor):
-            raise DataError(
-                f"the model returns {type(outputs).__name__}, not logits; give FineTune(loss=...) or step_fn, or say with "
-                "objective=... what is scored and trained; a model that computes its own loss from labels wants batches "
-                "that are mappings with them"
-            )
-        check_logits(outputs, targets)
-        return functional.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
     def _see_movement(self) -> None:
         """Raise if no step so far had a gradient."""
@@ -488,7 +426,7 @@ class FineTune:
             return
         self._still += 1
         if self._still >= min(self.steps, _STILL):
-            raise self._unmoved(f"no parameter had a gradient other than zero in {self._still} steps")
+            raise unmoved(f"no parameter had a gradient other than zero in {self._still} steps")
 
     def _precision(self, device: torch.device) -> torch.dtype | None:
         if self.amp == "auto":

@@ -134,8 +134,8 @@ def check_logits(logits: Tensor, targets: Any) -> None:
     if classes < 2:
         raise DataError(
             f"the model has {'one output' if classes else 'no outputs'}, and a cross-entropy over "
-            f"{'one class' if classes else 'no classes'} is 0 whatever the model does: nothing can be ranked or trained "
-            f"by it; give the model a logit for each class, or {_INSTEAD}"
+            f"{'one class' if classes else 'no classes'} is 0 whatever the model does: nothing can be ranked or "
+            f"trained by it; give the model a logit for each class, or {_INSTEAD}"
         )
     if not targets.is_floating_point():
         if targets.numel() and bool((targets == _IGNORED).all()):
@@ -148,8 +148,8 @@ def check_logits(logits: Tensor, targets: Any) -> None:
     if shape != given:
         raise DataError(
             f"the targets are {str(targets.dtype).removeprefix('torch.')} of shape {given}, for outputs of shape "
-            f"{shape}: cross-entropy takes whole numbers (classes), or a probability for each output; convert them with "
-            f".long() if they are classes, or {_INSTEAD}"
+            f"{shape}: cross-entropy takes whole numbers (classes), or a probability for each output; convert them "
+            f"with .long() if they are classes, or {_INSTEAD}"
         )
     sums = targets.detach().float().sum(1 if logits.ndim > 1 else 0)
     if bool((targets < 0).any()) or bool(((sums - 1).abs() > 0.02).any()):
@@ -181,18 +181,20 @@ def own_loss(outputs: Any) -> Tensor | None:
 def _logits(outputs: Any, name: str) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # half precision would round F
-    if hasattr(outputs, "logits") or (isinstance(outputs, Mapping) and "logits" in outputs):
-        own = "outputs.logits" if hasattr(outputs, "logits") else "outputs['logits']"
-        hint = "" if name != "loss" else (
-            "yield batches that are mappings with 'labels' (or another name of targets that its forward takes), so that "
-            "it computes its own loss, or "
-        )  # fmt: skip
-    else:
-        own, hint = "outputs[0]", ""
+    own, hint = "outputs[0]", ""
+    for form, held in (("outputs.logits", hasattr(outputs, "logits")), ("outputs['logits']", _has(outputs, "logits"))):
+        if held:
+            own = form
+    if name == "loss" and (hasattr(outputs, "loss") or _has(outputs, "loss")):
+        hint = "give batches that are mappings with 'labels', from which it computes its own loss, or "
     raise DataError(
         f"objective={name!r} needs a tensor of logits, but the model returns {type(outputs).__name__}; {hint}"
         f"pass a callable instead, e.g. objective=lambda outputs, targets: cross_entropy({own}, targets)"
     )
+
+
+def _has(outputs: Any, key: str) -> bool:
+    return isinstance(outputs, Mapping) and key in outputs
 
 
 OBJECTIVES: dict[str, Objective] = {"loss": cross_entropy, "logit": true_class_logit}

@@ -270,15 +270,14 @@ def _per_batch(
         )
     results = []
     device = model_device(model)
-    with _measuring(model):
-        with decaying(model, group) as rows:
-            start = weight_norms(group, rows, options.degree)
-            for index, batch in enumerate(batches):
-                inputs, targets = inputs_for(model, batch)
-                moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
-                walker = Walker(model, group, rows, options, path, index, *moved, inner)
-                with PrefixCache(model, {row.owner for row in rows}) as prefix:
-                    results.append(reduce(start, walker.nodes(prefix)))
+    with _measuring(model), decaying(model, group) as rows:
+        start = weight_norms(group, rows, options.degree)
+        for index, batch in enumerate(batches):
+            inputs, targets = inputs_for(model, batch)
+            moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
+            walker = Walker(model, group, rows, options, path, index, *moved, inner)
+            with PrefixCache(model, {row.owner for row in rows}) as prefix:
+                results.append(reduce(start, walker.nodes(prefix)))
     if not results:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
     yield from results

@@ -196,6 +196,7 @@ def _run(
         write_checkpoint(checkpoint, model, state, finetune, history, fingerprint, {"before": vars(before)})
 
     outcome = pruner.run(progress, write if checkpoint is not None else None, history)
+    options["lr"] = finetune.rate()  # a function has made the optimizer by now
     masks = pruner.fold()
     after = replace(measure(model, stage, latency), nonzero=outcome.nonzero, effective_macs=outcome.effective_macs)
     rows = [LayerRow(row.name, block_of(row.name), row.weights, row.nonzero) for row in outcome.layers]
