@@ -62,7 +62,7 @@ def check_loss(model: nn.Module, inputs: Any, chosen: Objective | None, targets:
         DataError: if the outputs are neither logits nor covered by the loss, or its gradient is zero for these weights
             and for random ones.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained or min((len(t) for t in tensors_in(inputs) if t.ndim), default=0) < 2:
         return
     with preserved(model), torch.inference_mode(False), torch.enable_grad():
@@ -70,10 +70,11 @@ def check_loss(model: nn.Module, inputs: Any, chosen: Objective | None, targets:
         try:
             loss = loss_on(model, inputs, chosen, targets, label_smoothing)
             if loss.requires_grad:
-                found = torch.autograd.grad(loss, trained, allow_unused=True)
+                found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
                 if any(gradient is not None and bool((gradient != 0).any()) for gradient in found):
                     return
-            if not depends_on(model, lambda call: loss_on(call, inputs, chosen, targets, label_smoothing)):
+            found_at_random = depends_on(model, lambda call: loss_on(call, inputs, chosen, targets, label_smoothing))
+            if not found_at_random & set(trained):
                 raise unmoved("its gradient is zero for these weights and for random ones")
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise
