@@ -153,7 +153,12 @@ def prune(
             )
         if isinstance(importance, SInGEImportance) and importance.model is None:
             importance.bind(model, stage.batches)
-        finetune, in_force = fine_tuning(stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last)
+        if isinstance(importance, SInGEImportance):
+            objective = importance.options.objective
+        options |= described({"objective": objective}, ("objective",))
+        finetune, in_force = fine_tuning(
+            stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last, objective
+        )
         options |= in_force
         pruner = SInGEPruner(
             model, stage.example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
@@ -162,7 +167,6 @@ def prune(
             max_pruning_ratio=max_pruning_ratio, ignored_layers=ignored_layers,
         )  # fmt: skip
         pruner.objective = objective
-        options["objective"] = described({"objective": pruner.objective}, ("objective",))["objective"]
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
         return _run(pruner, stage, pairs, latency, checkpoint, resume, options)
 

@@ -113,7 +113,9 @@ def prune_weights(
         scoring = ScoringOptions(
             criterion, p, mu, steps, quadrature, nodes, path, objective, amp=amp, channels_last=channels_last
         )
-        finetune, in_force = fine_tuning(stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last)
+        finetune, in_force = fine_tuning(
+            stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last, objective
+        )
         options |= in_force
         pruner = UnstructuredPruner(
             model, stage.batches, sparsity=sparsity, scope=scope, pattern=pattern, layers=layers,
