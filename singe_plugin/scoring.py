@@ -50,7 +50,8 @@ class ScoringOptions:
         mu, steps: the path of Eq. 5, steps None to zero (see :mod:`singe_plugin.path`).
         quadrature, nodes: the rule over it.
         path: ``"layer"`` decays all units of the group together, ``"neuron"`` each alone (Eq. 4 to the letter).
-        objective: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
+        objective: F: ``"loss"`` (cross-entropy, or the loss that the model computes from labels among its keywords),
+            ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
         group_reduction, normalizer: see :mod:`singe_plugin.reduction`.
         unit_batch: how many units ``path="neuron"`` evaluates at once; 1 does without ``torch.func``, which not every
             model supports.

@@ -69,8 +69,10 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
       channel groups are accepted and not needed.
     - attention: head dimensions are pruned by ``pruning_ratio``; whole heads with ``prune_num_heads`` and
       ``head_pruning_ratio``; ``prune_head_dims=False`` leaves the dimensions.
-    - parameter objects survive removals: optimizer, scheduler, hooks and ``requires_grad`` stay valid, optimizer
-      state and EMA are cut along.
+    - parameter objects survive removals: scheduler, hooks and ``requires_grad`` stay valid, and the state of the
+      optimizers and EMA copies that are given here or to ``finetune`` is cut along. Another optimizer over the same
+      parameters is told at its next step (:mod:`singe_plugin.stale`).
+    - ``step`` refuses what only ``run`` obeys.
     - a failure rolls the model back.
 
     Args:

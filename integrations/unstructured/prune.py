@@ -84,7 +84,7 @@ def prune_weights(
     holds them when training goes on.
 
     Args:
-        model, data: see :func:`singe_plugin.prune`, as for everything that is not named here.
+        model, data: see :func:`singe_plugin.prune`, as for everything that is not named here (``objective`` among it).
         sparsity, scope, pattern, layers, ignored_layers, order, schedule, units_per_step, max_sparsity: see
             :class:`UnstructuredPruner`. The layers that are ignored are dense in the result.
         rounds: between two rounds all layers are scored again and fine-tuned; 1 is one-shot, None is 10.
