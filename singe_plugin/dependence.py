@@ -48,18 +48,20 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
                 return  # there is a gradient: the criterion's zeros are its own (weights that are zero, for one)
             _check_removal(walker)
     objective = get_objective(options.objective)
+    owned = {id(slot.tensor) for producer in group.producers for slot in producer.slots}
+    mine = {name for name, parameter in model.named_parameters() if id(parameter) in owned}
     found: set[str] = set()
     for inputs, targets in pairs:
         found |= depends_on(model, lambda call: objective(call_model(call, inputs), targets))  # noqa: B023
+        if found & mine:
+            return
     if not found:
         raise ScoringError(
             f"group {group.name!r}: F does not depend on any parameter of the model: its gradient is zero on every "
             "batch, for these weights and for random ones, so every unit would get the same score. The objective is "
             "constant; give one that the outputs move, as objective=torch.nn.functional.mse_loss"
         )
-    owned = {id(slot.tensor) for producer in group.producers for slot in producer.slots}
-    mine = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in owned}
-    if mine and not mine & found:
+    if mine:
         raise ScoringError(
             f"group {group.name!r}: F does not depend on it: its gradient is zero on every batch, for these weights "
             "and for random ones, so all of its units would get the score 0. Give an objective that takes in the part "
