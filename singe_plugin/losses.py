@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from singe_plugin.dependence import depends_on
 from singe_plugin.errors import DataError, SingeError
-from singe_plugin.objective import Objective, call_model, check_logits, own_loss, tensors_in
+from singe_plugin.objective import Objective, call_model, check_head, check_logits, own_loss, tensors_in
 from singe_plugin.state import preserved
 
 __all__ = ["check_loss", "loss_on", "unmoved"]
@@ -62,6 +62,7 @@ def check_loss(model: nn.Module, inputs: Any, chosen: Objective | None, targets:
         DataError: if the outputs are neither logits nor covered by the loss, or its gradient is zero for these weights
             and for random ones.
     """
+    check_head(model, "loss" if chosen is None else None)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained or min((len(t) for t in tensors_in(inputs) if t.ndim), default=0) < 2:
         return

@@ -17,6 +17,7 @@ __all__ = [
     "ObjectiveLike",
     "call_model",
     "check_classes",
+    "check_head",
     "check_logits",
     "cross_entropy",
     "get_objective",
@@ -162,8 +163,28 @@ def check_logits(logits: Tensor, targets: Any) -> None:
 _IGNORED = -100  # PyTorch's default
 _INSTEAD = (
     "say what F is, which is also what fine-tuning minimises: objective=torch.nn.functional.mse_loss, "
-    "objective=torch.nn.functional.binary_cross_entropy_with_logits, or a function (outputs, targets) -> scalar"
+    "objective=torch.nn.functional.binary_cross_entropy_with_logits (both want targets of the outputs' shape), or a "
+    "function (outputs, targets) -> scalar"
 )
+
+
+def check_head(model: nn.Module, objective: ObjectiveLike | None) -> None:
+    """Raise ``DataError`` for a model that says it has no classifier, if its outputs would be taken for logits.
+
+    Example:
+        >>> model = nn.Linear(2, 3)
+        >>> model.num_classes = 0  # as timm's models without a head
+        >>> check_head(model, "loss")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        singe_plugin.errors.DataError: Linear has num_classes=0: it returns features, and objective='loss' would ...
+    """
+    classes = getattr(model, "num_classes", None)
+    if isinstance(objective, str) and type(classes) is int and classes == 0:
+        raise DataError(
+            f"{type(model).__name__} has num_classes=0: it returns features, and objective={objective!r} would take "
+            f"them for logits; make it with its classes, or {_INSTEAD}"
+        )
 
 
 def own_loss(outputs: Any) -> Tensor | None:

@@ -21,6 +21,7 @@ from singe_plugin.dependence import check_zeros
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.objective import (
     ObjectiveLike,
+    check_head,
     get_objective,
     inputs_for,
     materialise,
@@ -269,6 +270,7 @@ def _per_batch(
             f"criterion {options.criterion!r} differentiates F on data, and none is bound; call "
             "importance.bind(model, batches) with batches of (inputs, targets) first, or use criterion='l2'"
         )
+    check_head(model, options.objective)
     results = []
     device = model_device(model)
     with _measuring(model), decaying(model, group) as rows:

@@ -239,6 +239,14 @@ def with_targets(make: Callable[[Tensor], Any]) -> list[Any]:
 
 
 MEAN = {"objective": lambda z, y: z.square().mean()}
+
+
+def headless() -> nn.Module:
+    model = mlp()
+    model.num_classes = 0  # timm's word for a model without a classifier
+    return model
+
+
 CONSTANT: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
     "one output and classes": (one_output, with_targets(torch.zeros_like), {}, "has one output.*mse_loss"),
     "one output and probabilities": (
@@ -252,6 +260,7 @@ CONSTANT: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = 
     "several labels": (
         mlp, with_targets(lambda y: torch.ones(len(y), 3)), {}, "do not add up to 1.*binary_cross_entropy_with_logits"
     ),
+    "features": (headless, DATA, {}, "num_classes=0.*features"),
     "a dimension too few": (
         lambda: nn.Sequential(one_output(), nn.Flatten(0)), with_targets(lambda y: y.float()), {}, "needs logits.*mse"
     ),
@@ -296,6 +305,18 @@ def test_an_objective_that_cannot_move_is_refused_before_anything_is_pruned(name
     with pytest.raises(SingeError, match=f"(?s){message}"):
         ENTRIES[entry](model, data, **options)
     trace.assert_unchanged()
+
+
+def test_features_have_objectives_of_their_own() -> None:
+    def spread(features: Tensor, targets: Any) -> Tensor:
+        return -features.var(0).mean()
+
+    assert prune(headless(), DATA, objective=spread, **FAST).removed_params == pytest.approx(0.5, abs=0.02)
+
+
+def test_no_outputs_are_no_classes() -> None:
+    with pytest.raises(DataError, match="has no outputs, and a cross-entropy over no classes"):
+        cross_entropy(torch.zeros(4, 0), torch.zeros(4, 0))
 
 
 def test_the_objectives_that_the_message_names_are_accepted() -> None:

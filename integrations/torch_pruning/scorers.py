@@ -16,7 +16,7 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.objective import call_model, check_logits, get_objective, inputs_for, to_device
+from singe_plugin.objective import call_model, check_head, check_logits, get_objective, inputs_for, to_device
 from singe_plugin.state import model_device, native_rnns, preserved
 
 from .host import TorchPruningHost
@@ -93,6 +93,7 @@ class RoundScorer:
 def _loss(pruner: Any, batch: Any, per_example: bool = False) -> Any:
     """F on a batch as ``pruner.objective`` says; one for each example, on request."""
     model, objective = pruner.model, pruner.objective
+    check_head(model, objective)
     inputs, targets = inputs_for(model, batch)
     try:
         outputs = call_model(model, inputs)
