@@ -292,7 +292,8 @@ class FineTune:
         """The optimizer's learning rate before any schedule; a list where its groups have several."""
         if self.optimizer is None:
             return self.lr
-        rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        scheduled = self._own_schedule or self.scheduler is not None
+        rates = [float(g.get("initial_lr", g["lr"]) if scheduled else g["lr"]) for g in self.optimizer.param_groups]
         return rates[0] if len(set(rates)) == 1 else rates
 
     def _chosen_loss(self) -> Objective | None:

@@ -30,6 +30,10 @@ TUNINGS: dict[str, tuple[Callable[[nn.Module], FineTune], Any, str]] = {
     "a number": (lambda m: FineTune(DATA, 6, lr=0.02), 0.02, "cosine"),
     "a function": (lambda m: FineTune(DATA, 6, optimizer=lambda p: torch.optim.AdamW(p, lr=0.004)), 0.004, "cosine"),
     "a class": (lambda m: FineTune(DATA, 6, optimizer=torch.optim.Adam), 0.001, "cosine"),
+    "an instance with a past": (
+        lambda m: FineTune(DATA, 6, optimizer=SGD([{"params": list(m.parameters()), "initial_lr": 3.0}], 0.06)),
+        0.06, "constant",
+    ),
     "an instance": (lambda m: FineTune(DATA, 6, optimizer=SGD(m.parameters(), 0.07)), 0.07, "constant"),
     "groups": (
         lambda m: FineTune(

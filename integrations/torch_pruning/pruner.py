@@ -452,11 +452,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._check_data()
         if self.finetune is not None:
             self.finetune.minimise(self.objective)
+        if progress is None:
+            self._check_objective(self.host())
         if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
         host = self.host()
-        if progress is None:
-            self._check_objective(host)
         with all_or_nothing(self.model, self.finetune, self._all_trackers(), self.DG.axis_graph):
             if progress is None:
                 progress = self._start(host)
