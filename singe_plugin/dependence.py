@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from singe_plugin.decay import decaying
 from singe_plugin.errors import ScoringError
-from singe_plugin.objective import call_model, get_objective, inputs_for, to_device
+from singe_plugin.objective import call_model, get_objective, inputs_for, tensors_in, to_device
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup
 from singe_plugin.walk import Walker
@@ -33,8 +33,9 @@ _DRAWS = (1.0, 0.1, 0.01)  # of the parameters' own size: small ones saturate no
 def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: ScoringOptions) -> None:
     """All scores of a group are zero: raise unless that is the truth.
 
-    It is the truth if F stays what it is when the units go, and would depend on them with other weights. The caller
-    preserves the model, which is in eval mode.
+    It is the truth if F stays what it is when the units go, and would depend on them with other weights. Where random
+    weights let nothing through most of the network, the zeros are taken for true. The caller preserves the model, which
+    is in eval mode.
 
     Raises:
         ScoringError: if F changes at the removal, or is the same whatever the weights of the group are.
@@ -52,7 +53,11 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
     mine = {name for name, parameter in model.named_parameters() if id(parameter) in owned}
     found: set[str] = set()
     for inputs, targets in pairs:
-        found |= depends_on(model, lambda call: objective(call_model(call, inputs), targets))  # noqa: B023
+        with preserved(model):
+            for module in model.modules():  # running statistics belong to other weights: nothing would get through
+                several = min((len(t) for t in tensors_in(inputs) if t.ndim), default=0) > 1
+                module.training = several and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            found |= depends_on(model, lambda call: objective(call_model(call, inputs), targets))  # noqa: B023
         if found & mine:
             return
     if not found:
@@ -61,7 +66,7 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
             "batch, for these weights and for random ones, so every unit would get the same score. The objective is "
             "constant; give one that the outputs move, as objective=torch.nn.functional.mse_loss"
         )
-    if mine:
+    if mine and len(found) >= len(list(model.named_parameters())) / 2:  # else the draws show too little of it
         raise ScoringError(
             f"group {group.name!r}: F does not depend on it: its gradient is zero on every batch, for these weights "
             "and for random ones, so all of its units would get the score 0. Give an objective that takes in the part "
