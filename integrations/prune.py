@@ -19,6 +19,7 @@ from singe_plugin.checkpoint import (
     restore_run,
     write_checkpoint,
 )  # fmt: skip
+from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
@@ -94,11 +95,15 @@ def prune(
         target: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``. With a ratio per layer give None, or
             what the ratios come to; with other ratios None removes half of the units.
         finetune_steps, finetune_every, lr: see :class:`~singe_plugin.FineTune`; or give a ready one as ``finetune``.
+            What is minimised is ``objective``, unless the ready one has a ``loss`` or ``step_fn``.
         ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, ignored_layers, verify: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. With ``order="layers"`` a tenth of a layer
             goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
         criterion, p, mu, steps, quadrature, nodes, path, objective, group_reduction: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEImportance`; or give any torch-pruning importance.
+            ``objective`` is F for these, too: ``"loss"`` (cross-entropy, or the loss that the model computes itself
+            from labels among its keywords), ``"logit"``, or a function of outputs and targets. It is what fine-tuning
+            minimises (``"loss"`` with label smoothing 0.1, ``"logit"`` as ``"loss"``).
             ``nodes`` is 1 in rounds and 5 with ``order="layers"``, if not given.
         scoring_batch_size, scoring_batch_count: how much of a dataset every scoring reads, drawn once (64 and 1 in the
             paper, and 1 here with ``order="layers"``; 4 in rounds); the batches of a loader or list are taken as they
@@ -148,9 +153,19 @@ def prune(
                 criterion, p, mu, steps, quadrature, path, objective, group_reduction, None, nodes,
                 amp=amp, channels_last=channels_last,
             )  # fmt: skip
+        elif isinstance(importance, SInGEImportance) and objective not in ("loss", importance.options.objective):
+            raise ConfigError(
+                f"objective={text_of(objective)} was given beside an importance whose F is "
+                f"{text_of(importance.options.objective)}; give it to the importance alone"
+            )
         if isinstance(importance, SInGEImportance) and importance.model is None:
             importance.bind(model, stage.batches)
-        finetune, in_force = fine_tuning(stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last)
+        if isinstance(importance, SInGEImportance):
+            objective = importance.options.objective
+        options |= described({"objective": objective}, ("objective",))
+        finetune, in_force = fine_tuning(
+            stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last, objective
+        )
         options |= in_force
         pruner = SInGEPruner(
             model, stage.example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
@@ -158,6 +173,7 @@ def prune(
             callbacks=callbacks_of(callbacks, progress), batches=stage.batches, verify=verify, round_to=round_to,
             max_pruning_ratio=max_pruning_ratio, ignored_layers=ignored_layers,
         )  # fmt: skip
+        pruner.objective = objective
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
         return _run(pruner, stage, pairs, latency, checkpoint, resume, options)
 
@@ -234,6 +250,7 @@ def _run(
         write_checkpoint(checkpoint, model, state, finetune, history, fingerprint, {"before": vars(before)})
 
     outcome = pruner.run(progress, write if checkpoint is not None else None, history)
+    options["lr"] = finetune.rate()  # a function has made the optimizer by now
     after = measure(model, stage, latency)
     rows = [
         LayerRow(name, block, units, units - outcome.plan.get(name, 0)) for name, (block, units) in units_before.items()

@@ -23,7 +23,7 @@ from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.files import digest, locked, make_folder, sweep
 from singe_plugin.finetune import FineTune, loader_generators
 from singe_plugin.masks import named_tensors
-from singe_plugin.objective import tensors_in, to_device
+from singe_plugin.objective import ObjectiveLike, tensors_in, to_device
 from singe_plugin.result import Metrics
 from singe_plugin.state import RngState, model_device
 
@@ -169,8 +169,11 @@ def fine_tuning(
     lr: float,
     amp: str | None,
     channels_last: bool,
+    objective: ObjectiveLike,
 ) -> tuple[FineTune, dict[str, Any]]:
     """The fine-tuning of a run, as it was given or made from the run's options, and what is recorded of it.
+
+    It minimises the objective that is scored with, unless it has a loss of its own.
 
     What was given and is none is left for the pruner to refuse.
     """
@@ -179,7 +182,8 @@ def fine_tuning(
         finetune = FineTune(stage.loader, steps, every, lr=lr, amp=tune_amp, channels_last=channels_last)
     if not isinstance(finetune, FineTune):
         return finetune, {}
-    return finetune, {"finetune_steps": finetune.steps, "finetune_every": finetune.every, "lr": finetune.lr}
+    finetune.minimise(objective)
+    return finetune, finetune.described()
 
 
 def callbacks_of(given: Iterable[Callback], progress: bool) -> list[Callback]:

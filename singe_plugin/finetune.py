@@ -7,23 +7,26 @@ every layer (§3.3, and the experiments), or all at the end (post-pruning, the p
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.events import Callback, FinetuneStep
-from singe_plugin.objective import Objective, call_model, check_classes, materialise, split_batch, to_device
+from singe_plugin.losses import check_loss, loss_on, unmoved
+from singe_plugin.objective import Objective, ObjectiveLike, get_objective, inputs_for, materialise, to_device
 from singe_plugin.state import RngState, casts_forgotten, model_device, train_mode_of
 
 __all__ = ["SCHEDULES", "BatchStream", "FineTune", "beside", "loader_generators", "phase_share"]
 
 SCHEDULES = ("removal", "layer", "end")
+_STILL = 10  # steps without any gradient: one batch may have none, so many have a reason
+_logger = logging.getLogger("singe_plugin")
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
 
 
@@ -125,21 +128,25 @@ class FineTune:
     r"""Fine-tuning steps, entwined with the removals.
 
     Defaults: SGD with momentum 0.9 and weight decay 1e-4, cosine decay of the learning rate that restarts in each
-    phase (one over the whole run would leave the last layers, which lose the most, a rate near zero), cross-entropy
-    with label smoothing 0.1, gradients clipped to norm 1, mixed precision on CUDA.
+    phase (one over the whole run would leave the last layers, which lose the most, a rate near zero), gradients clipped
+    to norm 1, mixed precision on CUDA.
 
     .. math:: \eta_t=\tfrac12\eta_0\,(1+\cos(\pi t/T_{\mathrm{phase}}))
+
+    What is minimised is ``loss`` or what ``step_fn`` returns, if one is given; else F, the objective that the run
+    scores with (see :meth:`minimise`).
 
     Args:
         loader: batches of ``(inputs, targets)`` or mappings; iterated as often as needed.
         steps: the total number of optimisation steps.
         every: ``"removal"``, ``"layer"`` or ``"end"``.
         lr, momentum, weight_decay: of the default optimizer.
-        optimizer: an optimizer over the model's parameters, or a function that makes one from them.
-        scheduler: a learning-rate scheduler of that optimizer, stepped once per step; replaces the cosine.
+        optimizer: an optimizer over the model's parameters, whose learning rates are left as they are (there is no
+            cosine then), or a function that makes one from them, whose rates the cosine scales.
+        scheduler: a learning-rate scheduler of that optimizer, stepped once per step.
         warmup: steps over which the cosine's learning rate rises from zero.
-        label_smoothing: of the default loss.
-        loss: ``(outputs, targets) -> scalar`` in place of the default loss.
+        label_smoothing: of the cross-entropy.
+        loss: ``(outputs, targets) -> scalar``, in the place of F.
         clip_grad: the largest gradient norm, or None.
         amp: None, ``"bf16"``, ``"fp16"`` or ``"auto"`` (bf16 on CUDA cards that compute in it, nothing elsewhere).
         ema: an averaged copy of the model, cut along with it; with an ``update`` method it is updated every step.
@@ -207,6 +214,8 @@ class FineTune:
             optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         )
         self._own_schedule = not isinstance(optimizer, torch.optim.Optimizer)
+        self._objective: ObjectiveLike = "loss"
+        self._still = 0  # steps without a gradient, up to the first that has one
         self.stream = BatchStream(loader)
         self.done = 0
         self.scaler: torch.amp.GradScaler | None = None
@@ -220,7 +229,7 @@ class FineTune:
         trainable = [p for p in model.parameters() if p.requires_grad]
         if self.steps and not trainable:
             raise ConfigError("every parameter is frozen (requires_grad=False), so fine-tuning cannot change the model")
-        self.done, self.stream = 0, BatchStream(self.stream.batches)
+        self.done, self._still, self.stream = 0, 0, BatchStream(self.stream.batches)
         mine = {id(p) for p in trainable}
         if self._own_schedule and self.optimizer is not None and not _held(self.optimizer) & mine:
             self.optimizer = None  # it was made for another model
@@ -238,8 +247,70 @@ class FineTune:
                 )
             for group in self.optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
+            if self.steps and not self._own_schedule and self.scheduler is None:
+                _logger.info(
+                    "fine-tuning at the constant learning rate of the given %s; give a function that makes it, for the "
+                    "cosine, or its scheduler", type(self.optimizer).__name__,
+                )  # fmt: skip
         if self._precision(model_device(model)) == torch.float16:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
+
+    def minimise(self, objective: ObjectiveLike) -> None:
+        """Take over the objective F that a run scores with; ``loss`` and ``step_fn`` go before it.
+
+        ``"loss"`` is trained as cross-entropy with label smoothing, and so is ``"logit"``: a mean logit has no minimum.
+        A model that computes its own loss is trained with that (see :func:`singe_plugin.objective.own_loss`), and a
+        function with itself.
+
+        Example:
+            >>> tuning = FineTune([(torch.ones(1, 1), torch.ones(1, 1))], steps=1)
+            >>> tuning.minimise(torch.nn.functional.mse_loss)
+            >>> tuning.described()["finetune_loss"]
+            'mse_loss'
+        """
+        get_objective(objective)
+        self._objective = objective
+
+    def described(self) -> dict[str, Any]:
+        """The settings as plain values, the same before and after a run.
+
+        ``lr`` is the rate that the course ``lr_schedule`` begins with: ``"cosine"``, ``"constant"`` (an optimizer was
+        given, and no scheduler), or the name of the scheduler. It is None where a function makes the optimizer, whose
+        rate is known when it is made: see :meth:`rate`.
+        """
+        course = "constant" if self.scheduler is None else type(self.scheduler).__name__
+        loss = self.step_fn or self._chosen_loss()
+        return {
+            "finetune_steps": self.steps,
+            "finetune_every": self.every,
+            "finetune_loss": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
+            "lr": None if self._own_schedule and callable(self._make) else self.rate(),
+            "lr_schedule": "cosine" if self._own_schedule else course,
+        }
+
+    def rate(self) -> float | list[float]:
+        """The optimizer's learning rate before any schedule; a list where its groups have several."""
+        if self.optimizer is None:
+            return self.lr
+        scheduled = self._own_schedule or self.scheduler is not None
+        rates = [float(g.get("initial_lr", g["lr"]) if scheduled else g["lr"]) for g in self.optimizer.param_groups]
+        return rates[0] if len(set(rates)) == 1 else rates
+
+    def _chosen_loss(self) -> Objective | None:
+        """The given loss, or F if it is a function; None for cross-entropy with label smoothing."""
+        if self.loss is not None:
+            return self.loss
+        return None if isinstance(self._objective, str) else self._objective
+
+    def check(self, model: nn.Module, batch: Any) -> None:
+        """See before anything is pruned that the loss fits the outputs in train mode and can move, on a scoring batch.
+
+        Raises:
+            DataError: see :func:`singe_plugin.losses.check_loss`; ``step_fn`` is not tried.
+        """
+        if self.steps and self.step_fn is None:
+            inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.channels_last)
+            check_loss(model, inputs, self._chosen_loss(), targets, self.label_smoothing)
 
     def follow(self) -> None:
         """Bring the optimizer's state to where the parameters are; after the model was moved to another device."""
@@ -325,7 +396,10 @@ class FineTune:
                 f"(now {lr:g}), check the batches, or set amp=None"
             )
         scaler = self.scaler
+        if not loss.requires_grad:
+            raise unmoved(f"it has no gradient at step {self.done + 1}")
         (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call]
+        self._see_movement()
         if self.clip_grad is not None:
             if scaler:
                 scaler.unscale_(self.optimizer)
@@ -349,21 +423,26 @@ class FineTune:
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ConfigError("step_fn(model, batch) must return the loss, a scalar tensor")
             return loss.reshape(())
-        inputs, targets = split_batch(batch)
+        inputs, targets = inputs_for(model, batch)
         try:
-            outputs = call_model(model, inputs)
-            if self.loss is not None:
-                return self.loss(outputs, targets)
-            if not isinstance(outputs, Tensor):
-                raise DataError(
-                    f"the model returns {type(outputs).__name__}, not logits; give FineTune(loss=...) or step_fn"
-                )
-            check_classes(targets, outputs)
-            return functional.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+            return loss_on(model, inputs, self._chosen_loss(), targets, self.label_smoothing)
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise DataError(f"fine-tuning step {self.done + 1} failed with {type(error).__name__}: {error}") from error
+
+    def _see_movement(self) -> None:
+        """Raise if no step so far had a gradient."""
+        if self._still < 0:
+            return
+        assert self.optimizer is not None
+        held = (p.grad for g in self.optimizer.param_groups for p in g["params"])
+        if any(grad is not None and bool((grad != 0).any()) for grad in held):
+            self._still = -1
+            return
+        self._still += 1
+        if self._still >= min(self.steps, _STILL):
+            raise unmoved(f"no parameter had a gradient other than zero in {self._still} steps")
 
     def _precision(self, device: torch.device) -> torch.dtype | None:
         if self.amp == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -19,9 +20,13 @@ __all__ = [
     "ObjectiveLike",
     "call_model",
     "check_classes",
+    "check_head",
+    "check_logits",
     "cross_entropy",
     "get_objective",
+    "inputs_for",
     "map_tensors",
+    "own_loss",
     "split_batch",
     "to_device",
     "true_class_logit",
@@ -36,17 +41,25 @@ TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 def cross_entropy(outputs: Any, targets: Any) -> Tensor:
     r"""``"loss"``: the mean cross-entropy :math:`F = -\frac1B\sum_b\log p_{y_b}(x_b)`.
 
+    A model that computes its loss itself (see :func:`own_loss`) has that as its F.
+
     Args:
         outputs: logits ``[B, C, ...]``.
         targets: class indices ``[B, ...]`` or probabilities ``[B, C, ...]``.
+
+    Raises:
+        DataError: if F would be constant, or mean something else: see :func:`check_logits`.
 
     Example:
         >>> import torch
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
         tensor(0.6931)
     """
+    own = own_loss(outputs)
+    if own is not None:
+        return own
     logits = _logits(outputs, "loss")
-    check_classes(targets, logits)
+    check_logits(logits, targets)
     return functional.cross_entropy(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
 
 
@@ -96,13 +109,117 @@ def check_classes(targets: Any, logits: Tensor, ignored: int | None = -100) -> N
         )
 
 
+def check_logits(logits: Tensor, targets: Any) -> None:
+    """Raise unless a cross-entropy of these logits ``[B, C, ...]`` can move, and means what it says.
+
+    Targets that are no tensor are left to the loss.
+
+    Raises:
+        DataError: for a single class (the cross-entropy is 0 whatever the model does), for outputs without a dimension
+            of classes, for targets all of which are ignored (-100), and for targets in floating point that are no
+            probabilities.
+        IndexError: see :func:`check_classes`.
+
+    Example:
+        >>> import torch
+        >>> check_logits(torch.zeros(2, 1), torch.tensor([0, 0]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        singe_plugin.errors.DataError: the model has one output, and a cross-entropy over one class is 0 whatever ...
+    """
+    if not isinstance(targets, Tensor):
+        return
+    shape, given = tuple(logits.shape), tuple(targets.shape)
+    if logits.ndim == 0 or (logits.ndim == 1 and targets.ndim > 0):
+        raise DataError(
+            f"cross-entropy needs logits (examples, classes, ...), but the model returns shape {shape} for targets of "
+            f"shape {given}; {_INSTEAD}"
+        )
+    classes = logits.shape[1] if logits.ndim > 1 else len(logits)
+    if classes < 2:
+        raise DataError(
+            f"the model has {'one output' if classes else 'no outputs'}, and a cross-entropy over "
+            f"{'one class' if classes else 'no classes'} is 0 whatever the model does: nothing can be ranked or "
+            f"trained by it; give the model a logit for each class, or {_INSTEAD}"
+        )
+    if not targets.is_floating_point():
+        if targets.numel() and bool((targets == _IGNORED).all()):
+            raise DataError(
+                f"every target of the batch is {_IGNORED}, which cross-entropy ignores, so that there is no loss; give "
+                "batches with at least one target"
+            )
+        check_classes(targets, logits)
+        return
+    if shape != given:
+        raise DataError(
+            f"the targets are {str(targets.dtype).removeprefix('torch.')} of shape {given}, for outputs of shape "
+            f"{shape}: cross-entropy takes whole numbers (classes), or a probability for each output; convert them "
+            f"with .long() if they are classes, or {_INSTEAD}"
+        )
+    sums = targets.detach().float().sum(1 if logits.ndim > 1 else 0)
+    if bool((targets < 0).any()) or bool(((sums - 1).abs() > 0.02).any()):
+        raise DataError(
+            "the targets are in floating point, and cross-entropy takes them for probabilities, but they are negative "
+            f"or do not add up to 1 over the {classes} outputs; {_INSTEAD}"
+        )
+
+
+_IGNORED = -100  # PyTorch's default
+_INSTEAD = (
+    "say what F is, which is also what fine-tuning minimises: objective=torch.nn.functional.mse_loss, "
+    "objective=torch.nn.functional.binary_cross_entropy_with_logits (both want targets of the outputs' shape), or a "
+    "function (outputs, targets) -> scalar"
+)
+
+
+def check_head(model: nn.Module, objective: ObjectiveLike | None) -> None:
+    """Raise ``DataError`` for a model that says it has no classifier, if its outputs would be taken for logits.
+
+    Example:
+        >>> model = nn.Linear(2, 3)
+        >>> model.num_classes = 0  # as timm's models without a head
+        >>> check_head(model, "loss")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        singe_plugin.errors.DataError: Linear has num_classes=0: it returns features, and objective='loss' would ...
+    """
+    classes = getattr(model, "num_classes", None)
+    if isinstance(objective, str) and type(classes) is int and classes == 0:
+        raise DataError(
+            f"{type(model).__name__} has num_classes=0: it returns features, and objective={objective!r} would take "
+            f"them for logits; make it with its classes, or {_INSTEAD}"
+        )
+
+
+def own_loss(outputs: Any) -> Tensor | None:
+    """The loss in a model's outputs, ``outputs.loss`` or ``outputs["loss"]``, as Transformers' models return it.
+
+    Example:
+        >>> import torch
+        >>> own_loss({"loss": torch.tensor(1.5), "logits": torch.zeros(1, 2)}), own_loss(torch.zeros(1, 2))
+        (tensor(1.5000), None)
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
 def _logits(outputs: Any, name: str) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # half precision would round F
+    own, hint = "outputs[0]", ""
+    for form, held in (("outputs.logits", hasattr(outputs, "logits")), ("outputs['logits']", _has(outputs, "logits"))):
+        if held:
+            own = form
+    if name == "loss" and (hasattr(outputs, "loss") or _has(outputs, "loss")):
+        hint = "give batches that are mappings with 'labels', from which it computes its own loss, or "
     raise DataError(
-        f"objective={name!r} needs a tensor of logits, but the model returns {type(outputs).__name__}; "
-        "pass a callable instead, e.g. objective=lambda outputs, targets: cross_entropy(outputs[0], targets)"
+        f"objective={name!r} needs a tensor of logits, but the model returns {type(outputs).__name__}; {hint}"
+        f"pass a callable instead, e.g. objective=lambda outputs, targets: cross_entropy({own}, targets)"
     )
+
+
+def _has(outputs: Any, key: str) -> bool:
+    return isinstance(outputs, Mapping) and key in outputs
 
 
 OBJECTIVES: dict[str, Objective] = {"loss": cross_entropy, "logit": true_class_logit}
@@ -157,7 +274,32 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     raise DataError(f"a batch must be a pair (inputs, targets) or a mapping with targets, got {form}")
 
 
-def call_model(model: nn.Module, inputs: Any) -> Any:
+def inputs_for(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Split a batch for a model whose loss is wanted: like :func:`split_batch`, but what forward takes stays.
+
+    Where the batch is a mapping and the model's ``forward`` has a parameter of the name that its targets have, they are
+    its targets and stay among the keywords, too: such a model computes its own loss from them (see :func:`own_loss`).
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def forward(self, pixels, labels=None): ...
+        >>> inputs_for(Net(), {"pixels": 1, "labels": 2}), inputs_for(Net(), {"pixels": 1, "target": 2})
+        (({'pixels': 1, 'labels': 2}, 2), ({'pixels': 1}, 2))
+    """
+    inputs, targets = split_batch(batch)
+    if isinstance(batch, Mapping):
+        key = next(key for key in TARGET_KEYS if key in batch)
+        try:
+            parameters = inspect.signature(model.forward).parameters
+        except (TypeError, ValueError):  # a forward that is not written in Python names nothing
+            return inputs, targets
+        named = parameters.get(key)
+        if named is not None and named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY):
+            return {**inputs, key: targets}, targets
+    return inputs, targets
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call the model: a tensor is its one argument, a tuple or list its arguments, a mapping its keywords.
 
     Example:

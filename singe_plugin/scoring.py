@@ -8,6 +8,7 @@ own parameters are never written to: substitutes take their place and are taken 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 
 from singe_plugin.criteria import Criterion, check_degree, get_criterion
 from singe_plugin.decay import LayerStats, Measured, decaying, weight_norms
+from singe_plugin.dependence import check_zeros
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.objective import (
     ObjectiveLike,
     call_model,
+    check_head,
     get_objective,
+    inputs_for,
     materialise,
-    split_batch,
     to_device,
 )
 from singe_plugin.path import DecayPath, decay_path
@@ -50,7 +53,8 @@ class ScoringOptions:
         mu, steps: the path of Eq. 5, steps None to zero (see :mod:`singe_plugin.path`).
         quadrature, nodes: the rule over it.
         path: ``"layer"`` decays all units of the group together, ``"neuron"`` each alone (Eq. 4 to the letter).
-        objective: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
+        objective: F: ``"loss"`` (cross-entropy, or the loss that the model computes from labels among its keywords),
+            ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
         group_reduction, normalizer: see :mod:`singe_plugin.reduction`.
         unit_batch: how many units ``path="neuron"`` evaluates at once; 1 does without ``torch.func``, which not every
             model supports.
@@ -132,7 +136,8 @@ def score_units(
 
     Raises:
         DataError: no batches, or not of a known form.
-        ScoringError: F is not finite, or the forward pass fails.
+        ScoringError: F is not finite, the forward pass fails, or all scores are zero and that is not the truth (F
+            changes without the units, or does not depend on them at all).
         TiedParameterError: a producing parameter is shared with another layer.
 
     Example:
@@ -186,10 +191,19 @@ def path_gradient_norms(
     return scales[:, None] * root[0].norms, torch.stack([r.grads for r in root]).mean(0)
 
 
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """The model as F is evaluated on it, with gradients; it is restored afterwards."""
+    with preserved(model), plain_layers(model), torch.inference_mode(False), torch.enable_grad():
+        model.eval()
+        yield
+
+
 def _score(
     model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: ScoringOptions, path: DecayPath
 ) -> Tensor:
     rule = options.rule
+    batches = None if batches is None else materialise(batches)
     totals: list[Tensor] = []
 
     def add_up(start: Norms, nodes: Iterator[Measured]) -> list[Tensor]:
@@ -204,6 +218,9 @@ def _score(
 
     covered = list(_per_batch(model, group, batches, options, path, add_up, rule.inner))
     means = [total / len(covered) for total in totals]
+    if batches is not None and rule.needs_gradient and not any(bool(mean.any()) for mean in means):
+        with _measuring(model):
+            check_zeros(model, group, batches, options)
     scores = normalize(reduce_layers(means, covered[0], options.group_reduction), options.normalizer)
     if scores.shape != (group.size,):
         raise ConfigError(
@@ -254,20 +271,19 @@ def _per_batch(
             f"criterion {options.criterion!r} differentiates F on data, and none is bound; call "
             "importance.bind(model, batches) with batches of (inputs, targets) first, or use criterion='l2'"
         )
+    check_head(model, options.objective)
     results = []
     device = model_device(model)
-    with preserved(model), plain_layers(model), torch.inference_mode(False), torch.enable_grad():
-        model.eval()
-        with decaying(model, group) as rows:
-            start = weight_norms(group, rows, options.degree)
-            for index, batch in enumerate(batches):
-                inputs, targets = split_batch(batch)
-                moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
-                if not index:
-                    forget_caches(model, partial(call_model, model, moved[0]))
-                walker = Walker(model, group, rows, options, path, index, *moved, inner)
-                with PrefixCache(model, {row.owner for row in rows}) as prefix:
-                    results.append(reduce(start, walker.nodes(prefix)))
+    with _measuring(model), decaying(model, group) as rows:
+        start = weight_norms(group, rows, options.degree)
+        for index, batch in enumerate(batches):
+            inputs, targets = inputs_for(model, batch)
+            moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
+            if not index:
+                forget_caches(model, partial(call_model, model, moved[0]))
+            walker = Walker(model, group, rows, options, path, index, *moved, inner)
+            with PrefixCache(model, {row.owner for row in rows}) as prefix:
+                results.append(reduce(start, walker.nodes(prefix)))
     if not results:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
     yield from results

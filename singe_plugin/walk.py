@@ -67,10 +67,7 @@ class Walker:
     def _decayed(self, scale: float, unit: Tensor | None = None) -> Measured:
         """With all units (or one alone) at ``scale``: per producer the gradient norms and inner products [N]."""
         p, size = self.options.degree, self.group.size
-        leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
-        with torch.no_grad():
-            for row, leaf in zip(self.rows, leaves, strict=True):
-                leaf.copy_(row.scaled(scale, unit))
+        leaves = self._scaled_leaves(scale, unit)
         found = self._gradients(leaves, scale)
         result = []
         for number in range(len(self.group.producers)):
@@ -79,6 +76,24 @@ class Walker:
             dots = inner_products(mine, size) if self.inner else norms.new_zeros(()).expand_as(norms)
             result.append((norms, dots))
         return result
+
+    def _scaled_leaves(self, scale: float, unit: Tensor | None) -> list[Tensor]:
+        """The parameters of the group in the model, written for this place of the path."""
+        leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
+        with torch.no_grad():
+            for row, leaf in zip(self.rows, leaves, strict=True):
+                leaf.copy_(row.scaled(scale, unit))
+        return leaves
+
+    def moves(self) -> bool:
+        """Whether the gradient at the start of the path is anything but zero."""
+        return any(bool(gradient.any()) for gradient in self._gradients(self._scaled_leaves(1.0, None), 1.0))
+
+    def value_at(self, scale: float, unit: Tensor | None = None) -> Tensor:
+        """F with all units (or one alone) at ``scale``, without a gradient."""
+        self._scaled_leaves(scale, unit)
+        with torch.no_grad():
+            return self._value(self.model)
 
     def _neuron_path(self, prefix: PrefixCache) -> Iterator[Measured]:
         """Each unit decays alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
@@ -156,7 +171,7 @@ class Walker:
         amp = self.options.amp
         context = torch.autocast(self.device.type, dtype=AMP_DTYPES[amp]) if amp else nullcontext()
         with context:
-            value = self.objective(_call(call, self.inputs), self.targets)
+            value = self.objective(call_model(call, self.inputs), self.targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ScoringError(
@@ -197,8 +212,10 @@ class Walker:
 
     def _detached(self) -> ScoringError:
         return ScoringError(
-            f"group {self.group.name!r}: F does not depend on its weights through autograd (detached output, "
-            "or torch.no_grad() inside the forward); it cannot be scored by gradients, use criterion='l2'"
+            f"group {self.group.name!r}: F does not depend on its weights through autograd (an objective that is "
+            "constant or leaves a part of the output out, a detached output, or torch.no_grad() inside the forward); "
+            "it cannot be scored by gradients: give an objective that depends on it, put its layer in ignored_layers, "
+            "or use criterion='l2'"
         )
 
     def _not_finite(self, what: str, scale: float) -> ScoringError:
@@ -206,14 +223,6 @@ class Walker:
             f"group {self.group.name!r}: {what} is not finite on batch {self.index} with the weights at {scale:.4g} of "
             "their size; check the batch for inf/NaN, or use amp='bf16' or no amp"
         )
-
-
-def _call(call: Any, inputs: Any) -> Any:
-    if isinstance(call, nn.Module):
-        return call_model(call, inputs)
-    if isinstance(inputs, dict):
-        return call(**inputs)
-    return call(*inputs) if isinstance(inputs, (tuple, list)) else call(inputs)
 
 
 def _describe(inputs: Any) -> str:

@@ -255,3 +255,22 @@ def test_a_loop_that_ends_too_early_or_the_wrong_duration_is_refused() -> None:
         SInGEPruner.from_compressor(pruner, [{"op_names": ["fc"], "sparse_ratio": 0.4}], 2).compress()
     with pytest.raises(ConfigError, match="give evaluator="):
         SInGEPruner.from_compressor(L1NormPruner(make_net("chain"), CONVS), CONVS, 2)
+
+
+@pytest.mark.parametrize("constant", [lambda z, y: z.sum() * 0, lambda z, y: torch.zeros(())])
+def test_an_objective_that_cannot_move(constant: Any) -> None:
+    model = make_net("chain")
+    pruner = pruner_of(model, batches=BATCHES, objective=constant, nodes=2)
+    state = wrapped_state(model)
+    with pytest.raises(ScoringError, match=r"F does not depend .*objective"):
+        pruner.compress()
+    assert wrapped_state(model) == state
+
+
+def test_a_training_step_that_cannot_move() -> None:
+    def still(batch: Any, model: Any) -> Tensor:
+        return training_step(batch, model) * 0
+
+    model = make_net("chain")
+    with pytest.raises(ScoringError, match=r"F does not depend on any parameter.*The objective is constant"):
+        SInGEPruner(model, CONVS, evaluator_of(model, step=still), training_steps=2, nodes=2).compress()

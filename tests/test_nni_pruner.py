@@ -142,7 +142,8 @@ def test_sparsity_is_exact_and_the_model_runs_wrapped_and_unwrapped(run: Callabl
 def test_what_is_added_or_depthwise_has_one_mask_without_a_dependency_group(name: str) -> None:
     model = make_net(name)
     evaluator = evaluator_of(model, Loop(batches_of(name)), example=example_of(name))
-    options: dict[str, Any] = {"training_steps": 1, "nodes": 1}
+    # after one step of an untrained mobilenetv2 all units of its stem are saturated: gradients there are refused
+    options: dict[str, Any] = {"training_steps": 1, "nodes": 1, "criterion": "l2" if name != "resnet18" else "ig"}
     pruner = SInGEPruner(model, CONVS, evaluator, **options)
     masks = pruner.compress()[1] if name != "resnet18" else AGPPruner(pruner, 1, 2).compress(2, None)[1]
     check_masks(model, pruner, masks)

@@ -12,6 +12,7 @@ import torch_pruning as tp
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 
+from singe_plugin.budget import Target
 from singe_plugin.errors import BudgetError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 
@@ -110,7 +111,7 @@ def live(network: Network, seed: int) -> None:
     importance = MAGNITUDE()
     if seed % 2:
         importance = SInGEImportance(nodes=1).bind(network.model, [(network.inputs, network.targets())])
-    pruner = pruner_for(network, importance, iterative_steps=2, global_pruning=seed % 3 == 0, target="params=0.2")
+    pruner = pruner_for(network, importance, iterative_steps=2, global_pruning=seed % 3 == 0)
     if pruner is None:
         return
     trains(network, had_gradient)
@@ -122,6 +123,7 @@ def live(network: Network, seed: int) -> None:
     units = {} if not pruner.layers else {layer.name: layer.units for layer in pruner.host().layers()}
     before = sum(p.numel() for p in network.model.parameters())
     values = values_of(network.model)
+    pruner.target = Target("params", 0.2)  # given from the start, step() would refuse it
     try:
         outcome = pruner.run()
     except BudgetError:  # these networks are small: one unit may be more than a point

@@ -26,6 +26,7 @@ from singe_plugin.errors import ConfigError, GroupError
 from singe_plugin.events import History, Removed
 from singe_plugin.objective import to_device
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
+from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of
 
 from .holes import holes_of, masked_along, touched, with_units
@@ -253,7 +254,9 @@ class _Shrinker:
             known = not any(bool(units.any()) for units in zeroed.values())
             self.made = made if known and done == {g: gone[g] for g in right} else None
         for group in right:
+            before = [(part.tensor, part.tensor.shape) for part in group.slices() if part.is_parameter]
             remove_units(self.graph, group, gone[group], self.trackers)
+            remember_shapes(before)
             self.history.on_removed(Removed(group.name, tuple(gone[group]), group.size))
 
     def _say(self, group: Group, reason: str) -> None:

@@ -14,6 +14,7 @@ from torch_pruning.dependency import Dependency, Group, Node
 from singe_plugin import axes
 from singe_plugin.axes.removal import remove_units
 from singe_plugin.errors import GroupError
+from singe_plugin.stale import remember_shapes
 from singe_plugin.units import UnitGroup
 
 __all__ = ["AxisDependencyGraph", "AxisGroup"]
@@ -187,7 +188,9 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         gone = {int(u) for u in units}
         rows = group.unit_group().producers[0]
         channels = [r for r, u in zip(rows.rows.tolist(), rows.units.tolist(), strict=True) if u in gone]
+        before = [(part.tensor, part.tensor.shape) for part in group.slices() if part.is_parameter]
         remove_units(self.axis_graph, group, units, trackers)
+        remember_shapes(before)
         if record and gone:
             self._pruning_history.append([next(iter(group.writers)), True, channels])
 

@@ -41,7 +41,8 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             ``nodes`` Gauss-Legendre nodes.
         nodes: passes of the gauss rule.
         path: ``"layer"`` (the group decays as a whole) or ``"neuron"`` (each unit alone, Eq. 4).
-        objective: F: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
+        objective: F: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``; a pruner's fine-tuning
+            minimises it, too (see :meth:`~singe_plugin.FineTune.minimise`).
         group_reduction: over the group's layers: ``sum mean max prod first gate``.
         normalizer: of a group's scores, torch-pruning's names, a callable or None.
         unit_batch: units per pass for ``path="neuron"``.

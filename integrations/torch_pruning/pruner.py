@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from singe_plugin.budget import BY_SCORE, Target, count_macs, count_params, plan
 from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import materialise
+from singe_plugin.objective import ObjectiveLike, get_objective, materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
@@ -67,8 +69,10 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
       channel groups are accepted and not needed.
     - attention: head dimensions are pruned by ``pruning_ratio``; whole heads with ``prune_num_heads`` and
       ``head_pruning_ratio``; ``prune_head_dims=False`` leaves the dimensions.
-    - parameter objects survive removals: optimizer, scheduler, hooks and ``requires_grad`` stay valid, optimizer
-      state and EMA are cut along.
+    - parameter objects survive removals: scheduler, hooks and ``requires_grad`` stay valid, and the state of the
+      optimizers and EMA copies that are given here or to ``finetune`` is cut along. Another optimizer over the same
+      parameters is told at its next step (:mod:`singe_plugin.stale`).
+    - ``step`` refuses what only ``run`` obeys.
     - a failure rolls the model back.
 
     Args:
@@ -86,7 +90,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             removes units of all of them.
         rounds, schedule: how many rounds (None is 4; 1 scores the intact model only), and how fast the target is
             approached over them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
-        finetune: a :class:`~singe_plugin.FineTune`, or None.
+        finetune: a :class:`~singe_plugin.FineTune`, or None. Without a loss of its own it minimises the importance's F.
         callbacks: see :mod:`singe_plugin.events`.
         batches: data for importances that need gradients: torch-pruning's (Taylor, Hessian, OBD-C), and a
             :class:`SInGEImportance` that is not bound yet.
@@ -132,6 +136,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> None:
         check_arguments(model, example_inputs, importance)
         self.target = None if target is None else Target.parse(target)
+        given = {"ratios": ratios, "units_per_step": units_per_step, "rounds": rounds}
         order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step, default_units=1)
         self.ratios = check_ratios(ratios)
         check_rounds(rounds, schedule)
@@ -142,10 +147,17 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, callbacks
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
+        self._objective: ObjectiveLike = "loss"
         self.trackers = Trackers(
             [o for o in (optimizer,) if o is not None],
             [e for e in (ema, getattr(finetune, "ema", None)) if e is not None],
         )
+        self._only_run = {
+            "target": target is not None, "ratios": given["ratios"] is not None,
+            "units_per_step": given["units_per_step"] is not None, "order": order != "layers",
+            "rounds": given["rounds"] is not None, "schedule": schedule != "cubic", "finetune": finetune is not None,
+            "callbacks": bool(callbacks),
+        }  # fmt: skip
         self._take(options)
         graph = AxisGraph(model, example_inputs, self.ignored_layers, self.ignored_params, forward_of(options))
         if verify:
@@ -281,7 +293,17 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 yield AxisGroup(self.DG, group.axis_group, own.argsort(stable=True)[: size - kept].tolist())
 
     def step(self, interactive: bool = False) -> Any:
-        """As ``BasePruner.step``; without ``interactive``, a failure rolls the whole step back."""
+        """As ``BasePruner.step``; without ``interactive``, a failure rolls the whole step back.
+
+        Raises:
+            ConfigError: if the pruner was given what only :meth:`run` obeys (a target, ratios, an order, fine-tuning).
+        """
+        ignored = [name for name, was_given in self._only_run.items() if was_given]
+        if ignored:
+            raise ConfigError(
+                f"step() prunes by pruning_ratio and iterative_steps, and would ignore {', '.join(ignored)}; call "
+                "run(), or leave these out"
+            )
         before: int = self.current_step
         self.current_step += 1
         self.DG.trackers = self._all_trackers()
@@ -305,6 +327,16 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             pruner = self.DG.get_pruner_of_module(module)
             function = pruner.prune_out_channels if is_out else pruner.prune_in_channels
             self.DG.get_pruning_group(module, function, idxs).prune()
+
+    @property
+    def objective(self) -> ObjectiveLike:
+        """F: a :class:`SInGEImportance`'s own, else ``"loss"`` or what it is set to; fine-tuning minimises it, too."""
+        return self.importance.options.objective if isinstance(self.importance, SInGEImportance) else self._objective
+
+    @objective.setter
+    def objective(self, objective: ObjectiveLike) -> None:
+        get_objective(objective)
+        self._objective = objective
 
     def _all_trackers(self) -> Trackers:
         own = list(self.finetune.optimizers) if self.finetune is not None else []
@@ -418,6 +450,10 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         callback = Callbacks([history, *self.callbacks])
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
         self._check_data()
+        if self.finetune is not None:
+            self.finetune.minimise(self.objective)
+        if progress is None:
+            self._check_objective(self.host())
         with all_or_nothing(self.model, self.finetune, self._all_trackers(), self.DG.axis_graph):
             if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
                 self.finetune.prepare(self.model)
@@ -435,6 +471,24 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             history,
             dict(self.left_whole),
         )
+
+    def _check_objective(self, host: TorchPruningHost) -> None:
+        """Say before anything is pruned that F does not fit the outputs, or does not depend on a layer.
+
+        Rounds begin with a scoring of all layers, which says so too.
+        """
+        importance, batches = self.importance, self.batches
+        if isinstance(importance, SInGEImportance) and importance.options.rule.needs_gradient:
+            batches = importance.batches
+            if self.order == "layers" and batches is not None:
+                probe = copy(importance)
+                probe.batches = list(islice(batches, 1))
+                probe.options = replace(importance.options, criterion="grad", path="layer", normalizer=None)
+                for spec in host.layers():
+                    host.score(spec.name, probe)
+        if self.finetune is not None:
+            for batch in islice(batches or (), 1):
+                self.finetune.check(self.model, batch)
 
     def _check_data(self) -> None:
         """Say before anything happens that the importance has no data, or another model."""

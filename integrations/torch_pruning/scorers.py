@@ -16,7 +16,7 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.objective import call_model, check_classes, split_batch, to_device
+from singe_plugin.objective import call_model, check_head, check_logits, get_objective, inputs_for, to_device
 from singe_plugin.state import model_device, plain_layers, preserved
 
 from .host import TorchPruningHost
@@ -90,14 +90,29 @@ class RoundScorer:
         return torch.as_tensor(self._scores[layer])
 
 
-def _loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Any:
-    inputs, targets = split_batch(batch)
+def _loss(pruner: Any, batch: Any, per_example: bool = False) -> Any:
+    """F on a batch as ``pruner.objective`` says; one for each example, on request."""
+    model, objective = pruner.model, pruner.objective
+    check_head(model, objective)
+    inputs, targets = inputs_for(model, batch)
     try:
         outputs = call_model(model, inputs)
-        if not isinstance(outputs, torch.Tensor):
-            raise ScoringError(f"the model returns {type(outputs).__name__}, not logits; only SInGE takes an objective")
-        check_classes(targets, outputs)
-        return functional.cross_entropy(outputs, targets, reduction=reduction)
+        if not per_example:
+            value = get_objective(objective)(outputs, targets)
+        elif objective == "loss" and isinstance(outputs, torch.Tensor):
+            check_logits(outputs, targets)
+            value = functional.cross_entropy(outputs, targets, reduction="none")
+        else:
+            raise ScoringError(
+                "GroupHessianImportance needs a loss for every example, which there is for objective='loss' on logits "
+                f"only (the model returns {type(outputs).__name__}); use another importance"
+            )
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            raise ScoringError(
+                "F does not depend on the model through autograd (an objective that is constant, a detached output, or "
+                "torch.no_grad() inside the forward); give another objective, or use tp.importance.MagnitudeImportance"
+            )
+        return value
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
             raise
@@ -108,13 +123,13 @@ def _loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Any:
 
 def _taylor(pruner: Any, importance: Any, batches: list[Any]) -> None:
     for batch in batches:
-        (_loss(pruner.model, batch) / len(batches)).backward()
+        (_loss(pruner, batch) / len(batches)).backward()
 
 
 def _hessian(pruner: Any, importance: Any, batches: list[Any]) -> None:
     importance.zero_grad()
     for batch in batches:
-        losses = _loss(pruner.model, batch, "none")
+        losses = _loss(pruner, batch, per_example=True)
         for loss in losses:
             pruner.model.zero_grad()
             loss.backward(retain_graph=True)
@@ -133,7 +148,7 @@ def _obdc(pruner: Any, importance: Any, batches: list[Any]) -> None:
             module.register_full_backward_hook(importance._save_grad_output)
     for batch in batches:
         pruner.model.zero_grad()
-        _loss(pruner.model, batch).backward()
+        _loss(pruner, batch).backward()
         importance.step()
     for module, fisher in importance.Fisher.items():
         if module.bias is not None:  # torch-pruning counts a column for the bias here, but not when it scores

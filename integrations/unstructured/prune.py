@@ -91,7 +91,7 @@ def prune_weights(
     holds them when training goes on.
 
     Args:
-        model, data: see :func:`singe_plugin.prune`, as for everything that is not named here.
+        model, data: see :func:`singe_plugin.prune`, as for everything that is not named here (``objective`` among it).
         sparsity, scope, pattern, layers, ignored_layers, order, schedule, units_per_step, max_sparsity: see
             :class:`UnstructuredPruner`. The layers that are ignored are dense in the result.
         rounds: between two rounds all layers are scored again and fine-tuned; 1 is one-shot, None is 10.
@@ -120,7 +120,9 @@ def prune_weights(
         scoring = ScoringOptions(
             criterion, p, mu, steps, quadrature, nodes, path, objective, amp=amp, channels_last=channels_last
         )
-        finetune, in_force = fine_tuning(stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last)
+        finetune, in_force = fine_tuning(
+            stage, finetune, finetune_steps, finetune_every, lr, amp, channels_last, objective
+        )
         options |= in_force
         pruner = UnstructuredPruner(
             model, stage.batches, sparsity=sparsity, scope=scope, pattern=pattern, layers=layers,
@@ -203,6 +205,7 @@ def _run(
         write_checkpoint(checkpoint, model, state, finetune, history, fingerprint, {"before": vars(before)})
 
     outcome = pruner.run(progress, write if checkpoint is not None else None, history)
+    options["lr"] = finetune.rate()  # a function has made the optimizer by now
     masks = pruner.fold()
     after = replace(measure(model, stage, latency), nonzero=outcome.nonzero, effective_macs=outcome.effective_macs)
     rows = [LayerRow(row.name, block_of(row.name), row.weights, row.nonzero) for row in outcome.layers]

@@ -108,6 +108,7 @@ class UnstructuredPruner:
             ]0, 1[ (0.1), or ``"layer"``.
         max_sparsity: the largest fraction of one layer that goes; at least one weight stays.
         finetune: a :class:`~singe_plugin.FineTune`, or None; ``every`` is a removal (a round), a layer or the end.
+            Without a loss of its own it minimises the objective that is scored with.
         callbacks: see :mod:`singe_plugin.events`; ``params`` in events counts what is not masked.
         example_inputs: for tracing and counting; by default two examples of the first batch.
         scoring: a ready :class:`~singe_plugin.ScoringOptions`; or give its fields:
@@ -215,19 +216,37 @@ class UnstructuredPruner:
             SingeError: if something fails on the way; model, optimizer and EMA are rolled back, masks included.
         """
         history = history or History()
+        if self.finetune is not None:
+            self.finetune.minimise(self.scoring.objective)
         try:
             with all_or_nothing(self.model, self.finetune, self._trackers()):
                 if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
                     self.finetune.prepare(self.model)
                 host = self.host()
                 callback = _Unmasked(host, [history, *self.callbacks])
-                progress = CountedProgress({}) if progress is None else progress
+                if progress is None:
+                    progress = CountedProgress({})
+                    self._check_objective(host)
                 if not progress.finished:
                     self._prune(host, progress, callback, checkpoint)
                 return self._outcome(host, progress, history)
         except BaseException:
             self._host = None  # what it has counted is of the masks before they were rolled back
             raise
+
+    def _check_objective(self, host: WeightHost) -> None:
+        """Say before anything is masked that F does not fit the outputs, or does not depend on a layer.
+
+        Rounds begin with a scoring of all layers, which says so too.
+        """
+        first = [] if self.batches is None else self.batches[:1]
+        if self.order == "layers" and self.scoring.rule.needs_gradient:
+            probe = replace(self.scoring, criterion="grad", path="layer", normalizer=None)
+            for spec in host.layers():
+                score_units(self.model, host.units(spec.name), first, probe)
+        if self.finetune is not None:
+            for batch in first:
+                self.finetune.check(self.model, batch)
 
     def _prune(
         self,
