@@ -25,6 +25,7 @@ from singe_plugin.state import preserved
 
 __all__ = [
     "BY_SCORE",
+    "MIN_WIDTH",
     "RATIOS",
     "CostModel",
     "LayerSpec",
@@ -40,6 +41,7 @@ __all__ = [
 BY_SCORE = ("global", "per_cost")
 RATIOS = ("uniform", "block", *BY_SCORE)
 POINT = 0.01
+MIN_WIDTH = 1  # units that a layer keeps at least, where nothing is said
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 
@@ -160,6 +162,7 @@ class LayerSpec:
         block: the name of its block; layers of a block get one ratio under ``ratios="block"``.
         channels_per_unit: above 1 for grouped layers and heads.
         max_ratio: the largest fraction of its units that may go.
+        min_units: how many of its units stay at least; all of them, if there are fewer.
     """
 
     name: str
@@ -167,12 +170,13 @@ class LayerSpec:
     block: str
     channels_per_unit: int = 1
     max_ratio: float = 1.0
+    min_units: int = 1
 
     def kept_for(self, kept: float, round_to: int | None) -> int:
-        """The number of units kept that is nearest to ``kept`` and allowed: at least one, channels a multiple of
-        ``round_to``."""
+        """The number of units kept that is nearest to ``kept`` and allowed: at least ``min_units``, channels a multiple
+        of ``round_to``."""
         quantum = self.quantum(round_to)
-        floor = max(1, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
+        floor = max(1, self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
         if quantum == 1:
             return min(self.units, max(floor, round(kept)))
         lowest = math.ceil(floor / quantum) * quantum
@@ -312,7 +316,7 @@ def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: floa
     if abs(reached - wanted) > point:
         raise BudgetError(
             f"target {target.kind}={target.fraction:g} cannot be met within one point: {what} "
-            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to and max_pruning_ratio"
+            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to, max_pruning_ratio and min_width"
         )
 
 

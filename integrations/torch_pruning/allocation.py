@@ -81,7 +81,7 @@ def _nearest(
         return counts
     raise BudgetError(
         f"target {target.kind}={target.fraction:g} cannot be met within one point: the nearest that was reached is "
-        f"{target.kind}={reached:.4f}; choose that, or relax round_to and max_pruning_ratio"
+        f"{target.kind}={reached:.4f}; choose that, or relax round_to, max_pruning_ratio and min_width"
     )
 
 
@@ -141,8 +141,8 @@ class Rounds:
                 return {}
             raise BudgetError(
                 f"target {kind}={whole:g} cannot be met within one point: {kind}={reached:.4f} is reached, and no "
-                "whole units of what is left lead closer; choose that, prune more layers, or relax round_to and "
-                "max_pruning_ratio"
+                "whole units of what is left lead closer; choose that, prune more layers, or relax round_to, "
+                "max_pruning_ratio and min_width"
             ) from error
 
     def _spec(self, spec: LayerSpec) -> LayerSpec:

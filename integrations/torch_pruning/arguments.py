@@ -47,6 +47,12 @@ def check_ratios(ratios: Any) -> Any:
     raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
 
 
+def check_min_width(width: Any) -> int:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ConfigError(f"min_width={width!r} is not a number of units; give a whole number >= 1 (1 is no limit)")
+    return width
+
+
 def base_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What was given of ``BasePruner``'s arguments behind the first three, and the defaults of the others.
 

@@ -26,7 +26,7 @@ from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from ..checks import check_parts, parts_of
 from ..rollback import all_or_nothing
 from .allocation import Rounds, counts_for, sizes
-from .arguments import base_options, check_arguments, check_ratios, forward_of
+from .arguments import base_options, check_arguments, check_min_width, check_ratios, forward_of
 from .graph import AxisDependencyGraph, AxisGroup
 from .host import TorchPruningHost, channels_per_unit, scores_per_unit
 from .importance import SInGEImportance
@@ -86,6 +86,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             removes units of all of them.
         rounds, schedule: how many rounds (None is 4; 1 scores the intact model only), and how fast the target is
             approached over them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
+        min_width: how many units of a layer stay at least, in ``run`` and in ``step``, beside ``max_pruning_ratio``; a
+            layer that has no more is left as it is.
         finetune: a :class:`~singe_plugin.FineTune`, or None.
         callbacks: see :mod:`singe_plugin.events`.
         batches: data for importances that need gradients: torch-pruning's (Taylor, Hessian, OBD-C), and a
@@ -122,6 +124,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         order: str = "layers",
         rounds: int | None = None,
         schedule: str = "cubic",
+        min_width: int = 1,
         finetune: FineTune | None = None,
         callbacks: Iterable[Callback] = (),
         batches: Iterable[Any] | None = None,
@@ -136,6 +139,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.ratios = check_ratios(ratios)
         check_rounds(rounds, schedule)
         self.order, self.rounds, self.schedule = order, rounds, schedule
+        self.min_width = check_min_width(min_width)
         options = base_options(args, kwargs)
         options["ignored_layers"] = parts_of(model, options["ignored_layers"])
         check_parts(model, finetune, callbacks := list(callbacks), options["ignored_layers"])
@@ -272,11 +276,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         chosen = owner[scores.argsort(stable=True)[:count]].bincount(minlength=len(members)).tolist()
         for (group, own), number in zip(members, chosen, strict=True):
             size, first = group.axis_group.size, self._initial[group.axis_group.name]
-            kept = max(size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), 1)
+            kept = max(size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), self.min_width)
             if self.round_to:
                 per_unit = channels_per_unit(group.axis_group)
                 quantum = self.round_to // math.gcd(self.round_to, per_unit)
-                kept = max(kept - kept % quantum, min(quantum, size))
+                kept = max(kept - kept % quantum, math.ceil(self.min_width / quantum) * quantum)
             if kept < size:
                 yield AxisGroup(self.DG, group.axis_group, own.argsort(stable=True)[: size - kept].tolist())
 
@@ -324,6 +328,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._all_trackers(),
             self.example_inputs,
             min(self.max_pruning_ratio, 1.0),
+            self.min_width,
         )
 
     def score_layer(self, host: TorchPruningHost, layer: str) -> Tensor:
