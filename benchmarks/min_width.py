@@ -1,8 +1,10 @@
 """How narrow may a layer become? Evidence for the default of ``min_width``, on a trained ResNet-56.
 
-A row is one pruning (the defaults but for smaller scoring batches; no fine-tuning) to a target with a ``min_width``: accuracy right afterwards on held-out
-training images, the narrowest layer, and the latency as a ratio to the unpruned network, measured alternately in one
-process. Rows that are stored are not computed again; ``--table`` prints what is stored as a table.
+A row is one pruning to a target with a ``min_width`` (criterion and ratios by default, smaller scoring batches, no
+fine-tuning): accuracy right afterwards on held-out training images, the narrowest layer, and the latency as a ratio to
+the unpruned network, measured alternately in one process. With one round the scores of the intact network are those of
+all rows of a seed, and are computed once. Rows that are stored are not computed again; ``--table`` prints what is
+stored.
 
     python benchmarks/min_width.py --weights resnet56.safetensors --data cifar10.npz
 """
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Subset
 import singe_plugin
 from singe_plugin.data import evaluate
 from singe_plugin.folding import fold_batchnorm
+from singe_plugin.integrations.torch_pruning import SInGEImportance
 from singe_plugin.report import markdown_table
 
 from records import append, environment, read
@@ -56,18 +59,36 @@ def folded(model: nn.Module, batch: Tensor) -> nn.Module:
     return quick.to(memory_format=torch.channels_last)
 
 
-def row_of(setting: Setting, images: Subset[Any], spec: dict[str, Any]) -> dict[str, Any]:
+class Remembered(SInGEImportance):
+    """Scores of the intact network, computed once."""
+
+    def __init__(self, scores: dict[str, Tensor], nodes: int) -> None:
+        super().__init__(nodes=nodes)
+        self.scores = scores
+
+    def score_units(self, group: Any, units: Any) -> Tensor:
+        name = group.axis_group.name
+        if name not in self.scores:
+            self.scores[name] = super().score_units(group, units)
+        return self.scores[name]
+
+
+def row_of(setting: Setting, images: Subset[Any], spec: dict[str, Any], scores: dict[str, Tensor]) -> dict[str, Any]:
     """Prune and measure."""
     start = time.perf_counter()
+    importance = Remembered(scores, nodes=1) if spec["rounds"] == 1 else None
     try:
-        result = singe_plugin.prune(setting.make(), setting.train, finetune_steps=0, verify=False, **spec)
+        result = singe_plugin.prune(
+            setting.make(), setting.train, finetune_steps=0, verify=False, importance=importance, **spec
+        )
     except singe_plugin.SingeError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     widths = [row.units_after for row in result.layers]
     batch = torch.stack([images[i][0] for i in range(16)])
     return {
-        "accuracy": evaluate(folded(result.model, batch), DataLoader(images, 125)), "removed_params": result.removed_params,
-        "removed_macs": result.removed_macs, "narrowest": min(widths), "under_4": sum(w < 4 for w in widths),
+        "accuracy": evaluate(folded(result.model, batch), DataLoader(images, 125)),
+        "removed_params": result.removed_params, "removed_macs": result.removed_macs, "narrowest": min(widths),
+        "under_4": sum(w < 4 for w in widths),
         "latency_ratio": latency_ratio(result.model.eval(), setting.make(), batch),
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
@@ -76,8 +97,8 @@ def row_of(setting: Setting, images: Subset[Any], spec: dict[str, Any]) -> dict[
 def table(rows: list[dict[str, Any]]) -> str:
     """The mean over the seeds per target and width."""
     lines = []
-    for target, width in itertools.product(TARGETS, WIDTHS):
-        same = [r for r in rows if (r["target"], r["min_width"]) == (target, width)]
+    for rounds, target, width in itertools.product(sorted({r["rounds"] for r in rows}), TARGETS, WIDTHS):
+        same = [r for r in rows if (r["rounds"], r["target"], r["min_width"]) == (rounds, target, width)]
         good = [r for r in same if "accuracy" in r]
         if not same:
             continue
@@ -86,7 +107,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{mean(r['latency_ratio'] for r in good):.2f}", " ".join(str(r["narrowest"]) for r in good),
             f"{mean(r['under_4'] for r in good):.1f}",
         ] if good else ["cannot be met", "", "", "", ""]  # fmt: skip
-        lines.append([f"{target}, min_width={width}", *shown])
+        lines.append([f"{target}, {rounds} round(s), min_width={width}", *shown])
     header = ["", "held-out accuracy (%), per seed", "mean", "latency ratio", "narrowest layer", "layers under 4 units"]
     return markdown_table(header, lines)
 
@@ -111,11 +132,12 @@ def main() -> None:
         images = Subset(setting.held_out, range(args.images))
         about = {"data": f"{setting.data}, {args.images} held-out training images", "weights": setting.weights}
         about |= environment()
+        scores: dict[int, dict[str, Tensor]] = {seed: {} for seed in range(args.seeds)}
         for seed, target, width in itertools.product(range(args.seeds), args.targets, args.widths):
             values = (target, width, seed, args.scoring_batch_size, args.rounds)
             spec = dict(zip(KEY, values, strict=True))
             if spec not in [{name: row[name] for name in KEY} for row in read(args.output)]:
-                found = row_of(setting, images, spec)
+                found = row_of(setting, images, spec, scores[seed])
                 append(args.output, {**spec, **found, **about})
                 print(spec, found, flush=True)
     print(table(read(args.output)))

@@ -316,7 +316,8 @@ def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: floa
     if abs(reached - wanted) > point:
         raise BudgetError(
             f"target {target.kind}={target.fraction:g} cannot be met within one point: {what} "
-            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to, max_pruning_ratio and min_width"
+            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to, max_pruning_ratio and "
+            "min_width"
         )
 
 
