@@ -89,9 +89,9 @@ def prune(
         target: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``. With a ratio per layer give None, or
             what the ratios come to; with other ratios None removes half of the units.
         finetune_steps, finetune_every, lr: see :class:`~singe_plugin.FineTune`; or give a ready one as ``finetune``.
-        ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, min_width, ignored_layers,
-            verify: see :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. With ``order="layers"`` a tenth of a layer
-            goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
+        ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, min_width, ignored_layers, verify:
+            see :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. With ``order="layers"`` a tenth of a
+            layer goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
         criterion, p, mu, steps, quadrature, nodes, path, objective, group_reduction: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEImportance`; or give any torch-pruning importance.
             ``nodes`` is 1 in rounds and 5 with ``order="layers"``, if not given.
