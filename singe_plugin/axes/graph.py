@@ -306,8 +306,8 @@ class AxisGraph:
         group = self.groups.pop(name)
         group.leaf.root().fixed = reason
         self._dropped[name] = reason
-        self.left_whole = dict(why_whole(self)) | self._dropped
         self.rank()
+        self.left_whole = dict(why_whole(self)) | self._dropped
 
     def outputs_of(self, held: Held) -> list[Axis]:
         """The axes of a parameter along which it produces units."""

@@ -10,22 +10,19 @@ from torch import nn
 from .algebra import leaves
 
 if TYPE_CHECKING:
-    from .graph import AxisGraph, Held
+    from .graph import AxisGraph, Group, Held
 
 __all__ = ["unwritten", "why_whole"]
 
 _NO_WRITER = "no convolution or linear layer writes its units, and only such groups are pruned"
 _ONE = "it has one output channel"
+_HEADS = "its units are whole attention heads, which go with prune_num_heads=True only"
+_OVERLAP = "its units (group {!r}) overlap with those of a group with smaller ones, which is pruned instead"
 
 
 def unwritten(graph: AxisGraph) -> list[Held]:
-    """The parameters with two or more dimensions from whose outputs no group removes anything."""
-    written = {
-        id(part.tensor)
-        for group in graph.groups.values()
-        for part in group.slices()
-        if part.is_parameter and not part.reads
-    }
+    """The parameters with two or more dimensions from whose outputs no group removes anything, unless on request."""
+    written = {key for group in graph.groups.values() if not group.secondary for key in _written(group)}
     return [
         held
         for held in graph.held
@@ -33,11 +30,18 @@ def unwritten(graph: AxisGraph) -> list[Held]:
     ]
 
 
+def _written(group: Group) -> set[int]:
+    return {id(part.tensor) for part in group.slices() if part.is_parameter and not part.reads}
+
+
 def why_whole(graph: AxisGraph) -> Iterator[tuple[str, str]]:
     """``(name, reason)`` for all of :func:`unwritten`: the name of the layer, or that of a parameter alone."""
+    on_request = {key: group for group in graph.groups.values() if group.secondary for key in _written(group)}
     found: dict[nn.Module, dict[str, str]] = {}
     for held in unwritten(graph):
-        found.setdefault(held.owner, {})[held.attr] = _reason(graph, held)
+        group = on_request.get(id(held.tensor))
+        reason = _reason(graph, held) if group is None else _HEADS if group.is_heads else _OVERLAP.format(group.name)
+        found.setdefault(held.owner, {})[held.attr] = reason
     for owner, reasons in found.items():
         name = graph.names[owner]
         layer, computed, _ = name.rpartition(".parametrizations.")
