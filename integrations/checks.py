@@ -2,28 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from singe_plugin.errors import ConfigError
+from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune
+from singe_plugin.objective import split_batch, tensors_in
 
-__all__ = ["check_model", "check_parts", "parts_of"]
+__all__ = ["check_here", "check_launcher", "check_model", "check_parts", "parts_of"]
+
+
+_PLAIN = "prune the plain float model, then convert it"
+_ALONE = "prune in one process, save the result, and load it in all of them"
+
+
+def check_here() -> None:
+    """Raise :class:`ConfigError` if nothing may be scored or removed here: in one of several processes of a process
+    group, or under ``torch.inference_mode()``.
+
+    Each process would score on data of its own and remove other units: the networks would no longer be the same.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "torch.inference_mode() is in force, under which nothing can be differentiated and what is made can never be "
+            "trained; call this outside of it (torch.no_grad() is no obstacle)"
+        )
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise ConfigError(
+            f"torch.distributed is initialised and this is process {group.get_rank()} of {group.get_world_size()}; each "
+            f"would score on its own data and remove other units; {_ALONE}"
+        )
+
+
+def check_launcher() -> None:
+    """As :func:`check_here`, for a command that a launcher (``torchrun``) runs in several processes."""
+    check_here()
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise ConfigError(f"WORLD_SIZE={count}: a launcher runs this command in {count} processes; {_ALONE}")
 
 
 def check_model(model: Any) -> None:
-    """Raise :class:`ConfigError` unless this is a plain model that can be changed."""
+    """Raise :class:`ConfigError` unless this is a plain model that can be changed, in the only process that does it."""
+    check_here()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if type(model).__name__ == "OptimizedModule" or isinstance(model, torch.jit.ScriptModule):
         raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(
+                f"{name!r} is scripted (torch.jit), and nothing of it can be seen or cut; put the plain module in its "
+                "place, prune, then script it"
+            )
+    check_parameters(model)
     check_devices(model)
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise :class:`ConfigError` unless every parameter has real values that a gradient can be taken for."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigError(f"{name!r} has no shape yet (its layer is lazy); run the model on a batch first")
+        if parameter.is_meta:
+            raise ConfigError(f"the model is on the meta device ({name!r}) and has no values; load its weights first")
+        if parameter.is_inference():
+            raise ConfigError(
+                f"{name!r} was made under torch.inference_mode() and can never be differentiated; copy the model "
+                "outside of it: model = copy.deepcopy(model)"
+            )
+        if parameter.is_complex() or parameter.layout is not torch.strided or parameter.is_quantized:
+            kind = parameter.layout if parameter.layout is not torch.strided else parameter.dtype
+            raise ConfigError(f"{name!r} has values of {kind}, which are not supported; {_PLAIN}")
+    if next(model.parameters(), None) is None:
+        raise ConfigError(f"{type(model).__name__} has no parameters, so there is nothing to prune; {_PLAIN}")
 
 
 def check_devices(model: nn.Module) -> None:
@@ -39,6 +102,28 @@ def check_devices(model: nn.Module) -> None:
     if len(first) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
         raise ConfigError(f"the model is spread over several devices ({places}); move it to one, as model.to('cuda:0')")
+
+
+def check_batch(batch: Any) -> None:
+    """Raise :class:`DataError` for a batch that no model can be run on: values that are not there, or no tensors."""
+    inputs, targets = split_batch(batch)
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        for tensor in tensors_in(value):
+            if tensor.is_meta:
+                raise DataError(f"the {what} of a batch are on meta and have no values; load them first")
+        arrays = [part for part in _parts(value) if isinstance(part, (np.ndarray, bytes))]
+        if arrays:
+            raise DataError(
+                f"the {what} of a batch hold a {type(arrays[0]).__name__}, and models take tensors; convert it "
+                "(torch.from_numpy), or give a Dataset, whose examples are put together and converted"
+            )
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """The arguments in a model's inputs."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def parts_of(model: nn.Module, given: Any, what: str = "ignored_layers") -> list[Any]:

@@ -24,7 +24,7 @@ from singe_plugin.objective import tensors_in, to_device
 from singe_plugin.result import Metrics
 from singe_plugin.state import RngState, model_device
 
-from .checks import check_devices
+from .checks import check_batch, check_model
 
 __all__ = [
     "Stage",
@@ -89,16 +89,14 @@ def staged(
     Raises:
         ConfigError, ArtifactError, DataError: for arguments that cannot mean anything; nothing is touched then.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if resume and out_dir is None:
         raise ConfigError("resume=True needs out_dir, the folder of the run to continue")
     sizes = {"scoring_batch_size": scoring_batch_size, "scoring_batch_count": scoring_batch_count}
     check_counts(1, **sizes, batch_size=batch_size)
     check_counts(0, seed=seed, workers=workers)
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise ConfigError("the model is on the meta device and has no values; load its weights first")
-    check_devices(model)
+    if seed >= 2**64:
+        raise ConfigError(f"seed={seed} is too large for torch's generators; give a whole number below 2**64")
     if any(t.is_meta for t in tensors_in(example_inputs)):
         raise ConfigError(
             "example_inputs are on meta and have no values; move them to the model's device, or leave them out"
@@ -108,6 +106,11 @@ def staged(
     if out_dir is not None:
         check_out_dir(out_dir)
     if builder is not None:
+        if not isinstance(builder, Builder):
+            raise ConfigError(
+                f"builder must be a Builder, got {builder!r}; use Builder.factory('package.module:function', ...) or "
+                "Builder.timm(name, ...)"
+            )
         builder.check(model)
     if where.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]  # it has random states from then on
@@ -118,6 +121,8 @@ def staged(
         _move(model, finetune, where)
         loader = as_loader(data, batch_size, workers, True, seed)
         batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
+        for batch in batches:
+            check_batch(batch)
         example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
         validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
         builder = builder if builder is not None else Builder.infer(model)

@@ -40,8 +40,9 @@ __all__ = [
 
 BY_SCORE = ("global", "per_cost")
 RATIOS = ("uniform", "block", *BY_SCORE)
+KINDS = ("params", "macs")
 POINT = 0.01
-MIN_WIDTH = 1  # units that a layer keeps at least, where nothing is said
+MIN_WIDTH = 4  # units that a layer keeps at least in prune(), where nothing is said (benchmarks/results/min_width.jsonl)
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 
@@ -116,6 +117,15 @@ def measure_latency(model: nn.Module, example_inputs: Any, repeats: int = 20, wa
     return 1000 * times[len(times) // 2]
 
 
+def check_kind(kind: object) -> None:
+    """Raise :class:`ConfigError` for something that is not counted."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"target {kind!r} is unknown: what can be counted, and so be a target, is {' and '.join(KINDS)} (one MAC is "
+            "one multiply-add, two FLOPs); give e.g. 'macs=0.5'"
+        )
+
+
 @dataclass(frozen=True)
 class Target:
     """A fraction of the parameters or MACs to remove.
@@ -127,6 +137,9 @@ class Target:
 
     kind: str
     fraction: float
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:
@@ -143,8 +156,9 @@ class Target:
                 fraction = float(number)
             except ValueError:
                 fraction = math.nan
-        kind = kind.strip()
-        if kind not in ("params", "macs") or not 0 < fraction < 1:
+        if (kind := kind.strip()) and not math.isnan(fraction):
+            check_kind(kind)
+        if kind not in KINDS or not 0 < fraction < 1:
             raise ConfigError(
                 f"target={text!r} is not a target; give the fraction to remove, inside ]0, 1[, as 'params=0.5' or "
                 "'macs=0.5'"
@@ -226,6 +240,7 @@ class CostModel:
 
     def cost(self, kind: str, removed: Mapping[str, int]) -> float:
         """``"params"`` or ``"macs"`` after the removals."""
+        check_kind(kind)
         if kind == "params":
             return self.fixed_params + sum(t.elements(removed) for t in self.tensors)
         moving = sum(t.macs for t in self.tensors)

@@ -19,7 +19,7 @@ from singe_plugin import __version__
 from singe_plugin.algorithm import units_per_removal
 from singe_plugin.budget import MIN_WIDTH, RATIOS
 from singe_plugin.criteria import CRITERIA
-from singe_plugin.datasets import TORCHVISION
+from singe_plugin.datasets import NO_DATA, TORCHVISION
 from singe_plugin.errors import SingeError
 from singe_plugin.finetune import SCHEDULES
 from singe_plugin.models import parse_pairs
@@ -102,7 +102,7 @@ _model = _stacked(
     click.option("--seed", default=0, show_default=True, help="Of everything random."),
 )
 _data = _stacked(
-    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}; by default the folder, else digits."),
+    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}; by default the folder."),
     click.option("--data-dir", type=click.Path(), help="Folder of images (train/ and val/ in it, or classes)."),
     click.option("--dataset-download", is_flag=True, help="Let torchvision download the dataset."),
     click.option("--no-aug", is_flag=True, help="No training augmentation."),
@@ -282,10 +282,14 @@ def prune(
 ) -> None:
     """Prune a timm model and fine-tune it on the way; save it with a report.
 
-    Units (channels, heads) are removed; with --granularity weight, single weights are masked.
+    Needs data: --data-dir or --dataset. Units (channels, heads) are removed; with --granularity weight, single weights are masked.
     """
+    from singe_plugin.integrations.checks import check_launcher
     from singe_plugin.runs import run_prune
 
+    if options["dataset"] is None and options["data_dir"] is None:
+        raise click.UsageError(NO_DATA)
+    check_launcher()
     options = _for(granularity, options)
     with _stdout_for_json(as_json):
         model = _model_options(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +27,7 @@ __all__ = [
 Objective: TypeAlias = Callable[[Any, Any], Tensor]
 ObjectiveLike: TypeAlias = str | Objective
 
+MOST_BATCHES, MOST_BYTES = 1024, 4 * 2**30  # of a one-shot iterator, which has to be kept
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -213,13 +215,32 @@ def to_device(value: Any, device: torch.device, channels_last: bool = False) -> 
     return value
 
 
+def in_memory(batches: Iterable[Any]) -> list[Any]:
+    """All batches as a list, as long as they are few enough: a generator may never end.
+
+    Raises:
+        DataError: at ``MOST_BATCHES`` batches, or ``MOST_BYTES`` of tensors.
+    """
+    found, size = [], 0
+    for batch in batches:
+        found.append(batch)
+        size += sum(t.nbytes for t in tensors_in(batch))
+        if len(found) > MOST_BATCHES or size > MOST_BYTES:
+            raise DataError(
+                f"a {type(batches).__name__} gave {len(found)} batches of {size / 2**30:.1f} GiB in all and goes on, and "
+                "it has to be kept to be read more than once; give a DataLoader, or a list of as many batches as are "
+                "needed, e.g. list(itertools.islice(batches, 100))"
+            )
+    return found
+
+
 def materialise(batches: Iterable[Any] | None) -> Iterable[Any]:
     """Make sure that the batches can be iterated more than once (a one-shot iterator becomes a list).
 
     Raises:
-        DataError: if ``batches`` is not an iterable of batches, or is a lone tensor.
+        DataError: if ``batches`` is not an iterable of batches, or is a lone tensor or array, or does not end.
     """
-    if isinstance(batches, (Tensor, str, bytes)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (Tensor, np.ndarray, str, bytes)) or not isinstance(batches, Iterable):
         raise DataError(
             f"batches must be an iterable of (inputs, targets), e.g. a DataLoader or a list, got "
             f"{type(batches).__name__}"
@@ -227,5 +248,5 @@ def materialise(batches: Iterable[Any] | None) -> Iterable[Any]:
     if isinstance(batches, Mapping):
         raise DataError("batches is one mapping; wrap a single batch in a list: [batch]")
     if isinstance(batches, Iterator):  # not by calling iter(): a DataLoader would draw a seed and start its workers
-        return list(batches)
+        return in_memory(batches)
     return batches

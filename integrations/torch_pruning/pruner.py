@@ -23,7 +23,7 @@ from singe_plugin.objective import materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
-from ..checks import check_parts, parts_of
+from ..checks import check_here, check_parts, parts_of
 from ..rollback import all_or_nothing
 from .allocation import Rounds, counts_for, sizes
 from .arguments import base_options, check_arguments, check_min_width, check_ratios, forward_of
@@ -286,6 +286,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def step(self, interactive: bool = False) -> Any:
         """As ``BasePruner.step``; without ``interactive``, a failure rolls the whole step back."""
+        check_here()
         before: int = self.current_step
         self.current_step += 1
         self.DG.trackers = self._all_trackers()
@@ -419,6 +420,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             BudgetError: before anything is removed, if the target cannot be met.
             SingeError: if something fails on the way; the model, optimizer and EMA are rolled back.
         """
+        check_here()
         history = history or History()
         callback = Callbacks([history, *self.callbacks])
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
