@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +11,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from singe_plugin.data import few, lone_example
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import split_batch, tensors_in
+from singe_plugin.objective import call_model, split_batch, tensors_in
+from singe_plugin.state import RngState, preserved
 
-__all__ = ["check_here", "check_launcher", "check_model", "check_parts", "parts_of"]
+__all__ = ["check_batch", "check_here", "check_launcher", "check_lone", "check_model", "check_parts", "parts_of"]
 
 
 _PLAIN = "prune the plain float model, then convert it"
@@ -32,14 +33,14 @@ def check_here() -> None:
     """
     if torch.is_inference_mode_enabled():
         raise ConfigError(
-            "torch.inference_mode() is in force, under which nothing can be differentiated and what is made can never be "
-            "trained; call this outside of it (torch.no_grad() is no obstacle)"
+            "torch.inference_mode() is in force, under which nothing can be differentiated and what is made can never "
+            "be trained; call this outside of it (torch.no_grad() is no obstacle)"
         )
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         raise ConfigError(
-            f"torch.distributed is initialised and this is process {group.get_rank()} of {group.get_world_size()}; each "
-            f"would score on its own data and remove other units; {_ALONE}"
+            f"torch.distributed is initialised and this is process {group.get_rank()} of {group.get_world_size()}; "
+            f"each would score on its own data and remove other units; {_ALONE}"
         )
 
 
@@ -117,6 +118,28 @@ def check_batch(batch: Any) -> None:
                 f"the {what} of a batch hold a {type(arrays[0]).__name__}, and models take tensors; convert it "
                 "(torch.from_numpy), or give a Dataset, whose examples are put together and converted"
             )
+
+
+def check_lone(model: nn.Module, finetune: FineTune | None, example: Any) -> None:
+    """Raise :class:`DataError` if fine-tuning would meet a batch of one example, and a batch-norm that it stops at."""
+    if finetune is None or not finetune.steps or finetune.step_fn is not None or example is None:
+        return
+    if not lone_example(finetune.loader):
+        return
+    rng = RngState.capture()
+    try:
+        with preserved(model), torch.no_grad():
+            model.train()
+            call_model(model, few(example, 1))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            f"a batch of the fine-tuning data has a single example, on which a batch-norm of {type(model).__name__} "
+            "cannot train; give the loader drop_last=True, or another batch size"
+        ) from error
+    finally:
+        rng.restore()
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -42,7 +42,7 @@ BY_SCORE = ("global", "per_cost")
 RATIOS = ("uniform", "block", *BY_SCORE)
 KINDS = ("params", "macs")
 POINT = 0.01
-MIN_WIDTH = 4  # units that a layer keeps at least in prune(), where nothing is said (benchmarks/results/min_width.jsonl)
+MIN_WIDTH = 4  # units that a layer keeps at least in prune(), if nothing is said (benchmarks/min_width.py)
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 
@@ -121,8 +121,8 @@ def check_kind(kind: object) -> None:
     """Raise :class:`ConfigError` for something that is not counted."""
     if kind not in KINDS:
         raise ConfigError(
-            f"target {kind!r} is unknown: what can be counted, and so be a target, is {' and '.join(KINDS)} (one MAC is "
-            "one multiply-add, two FLOPs); give e.g. 'macs=0.5'"
+            f"target {kind!r} is unknown: what can be counted, and so be a target, is {' and '.join(KINDS)} (one MAC "
+            "is one multiply-add, two FLOPs); give e.g. 'macs=0.5'"
         )
 
 

@@ -282,7 +282,8 @@ def prune(
 ) -> None:
     """Prune a timm model and fine-tune it on the way; save it with a report.
 
-    Needs data: --data-dir or --dataset. Units (channels, heads) are removed; with --granularity weight, single weights are masked.
+    Needs data: --data-dir or --dataset. Units (channels, heads) are removed; with --granularity weight, single weights
+    are masked.
     """
     from singe_plugin.integrations.checks import check_launcher
     from singe_plugin.runs import run_prune

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.events import Callback, FinetuneStep
-from singe_plugin.objective import Objective, call_model, check_classes, materialise, split_batch, to_device
+from singe_plugin.objective import Objective, call_model, check_classes, materialise, read, split_batch, to_device
 from singe_plugin.state import RngState, casts_forgotten, model_device, train_mode_of
 
 __all__ = ["SCHEDULES", "BatchStream", "FineTune", "beside", "loader_generators", "phase_share"]
@@ -50,7 +50,7 @@ class BatchStream:
             if self._iterator is None:
                 self.start = RngState.capture()
                 self._starts = [g.get_state() for g in self.generators]
-                self._iterator, self.taken = iter(self.batches), 0
+                self._iterator, self.taken = read(self.batches, "the fine-tuning loader"), 0
             try:
                 batch = next(self._iterator)
             except StopIteration:
@@ -74,7 +74,7 @@ class BatchStream:
         for generator, state in zip(self.generators, position["loaders"], strict=True):
             generator.set_state(state)
         self._starts = list(position["loaders"])
-        self._iterator = iter(self.batches)
+        self._iterator = read(self.batches, "the fine-tuning loader")
         for _ in range(position["taken"]):
             next(self._iterator)
             self.taken += 1

@@ -118,8 +118,8 @@ class Inspection:
                 f"{options['target'] or 'no target'} in {how}, {by}: "
                 f"{cost.units_removed} units removed, {cost.scorings} scorings of {cost.passes_per_scoring} passes"
                 f"{' per unit' if self.options['path'] == 'neuron' else ''} on each of "
-                f"{options['scoring_batch_count']} batches = {cost.scoring_passes} forward and backward passes, plus {cost.finetune_passes} fine-tuning steps: "
-                f"{cost.total_passes} passes in all"
+                f"{options['scoring_batch_count']} batches = {cost.scoring_passes} forward and backward passes, plus "
+                f"{cost.finetune_passes} fine-tuning steps: {cost.total_passes} passes in all"
             )
         return "\n\n".join(parts)
 

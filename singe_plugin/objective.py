@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin.errors import ConfigError, DataError
+from singe_plugin.errors import ConfigError, DataError, SingeError
 
 __all__ = [
     "Objective",
@@ -222,16 +222,43 @@ def in_memory(batches: Iterable[Any]) -> list[Any]:
         DataError: at ``MOST_BATCHES`` batches, or ``MOST_BYTES`` of tensors.
     """
     found, size = [], 0
-    for batch in batches:
+    for batch in read(batches, "reading the batches"):
         found.append(batch)
         size += sum(t.nbytes for t in tensors_in(batch))
         if len(found) > MOST_BATCHES or size > MOST_BYTES:
             raise DataError(
-                f"a {type(batches).__name__} gave {len(found)} batches of {size / 2**30:.1f} GiB in all and goes on, and "
-                "it has to be kept to be read more than once; give a DataLoader, or a list of as many batches as are "
-                "needed, e.g. list(itertools.islice(batches, 100))"
+                f"a {type(batches).__name__} gave {len(found)} batches of {size / 2**30:.1f} GiB in all and goes on, "
+                "and it has to be kept to be read more than once; give a DataLoader, or a list of as many batches as "
+                "are needed, e.g. list(itertools.islice(batches, 100))"
             )
     return found
+
+
+def read(batches: Iterable[Any], what: str) -> Iterator[Any]:
+    """The batches one by one; what the code behind them raises becomes one error that says where.
+
+    Raises:
+        DataError: with the original error as its cause.
+
+    Example:
+        >>> list(read([1, 2], "data"))
+        [1, 2]
+    """
+    number, iterator = 0, None
+    while True:
+        try:
+            iterator = iter(batches) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{what} failed at batch {number} with {type(error).__name__}: {error}; see the error above for where"
+            ) from error
+        yield batch
+        number += 1
 
 
 def materialise(batches: Iterable[Any] | None) -> Iterable[Any]:

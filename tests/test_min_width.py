@@ -53,9 +53,8 @@ def test_no_plan_goes_below(net: Any, way: str, round_to: int | None) -> None:
         before = counts(pruner)
         try:
             outcome = pruner.run()
-        except BudgetError as error:
+        except BudgetError:
             assert target is not None
-            assert "nearest" in str(error) or "is reached" in str(error)
             assert counts(pruner) == before
             continue
         after = counts(pruner)

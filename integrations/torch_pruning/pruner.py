@@ -23,7 +23,7 @@ from singe_plugin.objective import materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
-from ..checks import check_here, check_parts, parts_of
+from ..checks import check_here, check_lone, check_parts, parts_of
 from ..rollback import all_or_nothing
 from .allocation import Rounds, counts_for, sizes
 from .arguments import base_options, check_arguments, check_min_width, check_ratios, forward_of
@@ -425,6 +425,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         callback = Callbacks([history, *self.callbacks])
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
         self._check_data()
+        check_lone(self.model, self.finetune, self.example_inputs)
         if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
         host = self.host()

@@ -22,7 +22,7 @@ from singe_plugin.rounds import check_rounds, decided, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device
 
-from ..checks import check_here, check_model, check_parts
+from ..checks import check_here, check_lone, check_model, check_parts
 from ..rollback import all_or_nothing
 from ..staging import examples_in
 from .allocation import Allocation, Scope, layer_ratios
@@ -215,6 +215,7 @@ class UnstructuredPruner:
             SingeError: if something fails on the way; model, optimizer and EMA are rolled back, masks included.
         """
         check_here()
+        check_lone(self.model, self.finetune, self.example_inputs)
         history = history or History()
         if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
             self.finetune.prepare(self.model)
