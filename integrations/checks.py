@@ -106,12 +106,21 @@ def check_devices(model: nn.Module) -> None:
 
 
 def check_batch(batch: Any) -> None:
-    """Raise :class:`DataError` for a batch that no model can be run on: values that are not there, or no tensors."""
+    """Raise :class:`DataError` for a batch that cannot be scored on: values that are not there, or no dense tensors."""
     inputs, targets = split_batch(batch)
     for what, value in (("inputs", inputs), ("targets", targets)):
         for tensor in tensors_in(value):
             if tensor.is_meta:
                 raise DataError(f"the {what} of a batch are on meta and have no values; load them first")
+            if tensor.layout is not torch.strided:
+                raise DataError(f"the {what} of a batch are {tensor.layout}, not dense; give tensor.to_dense()")
+            if tensor.is_inference():
+                raise DataError(
+                    f"the {what} of a batch were made under torch.inference_mode(), and nothing can be differentiated "
+                    "with them; make them outside of it, or give tensor.clone()"
+                )
+            if tensor.ndim and not len(tensor):
+                raise DataError(f"the {what} of a batch have the shape {tuple(tensor.shape)}: there is no example")
         arrays = [part for part in _parts(value) if isinstance(part, (np.ndarray, bytes))]
         if arrays:
             raise DataError(

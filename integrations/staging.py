@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from singe_plugin.axes import Snapshot
 from singe_plugin.budget import count_macs, count_params, measure_latency
 from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
-from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.errors import ArtifactError, ConfigError, DataError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.finetune import FineTune, loader_generators
 from singe_plugin.objective import tensors_in, to_device
@@ -125,6 +125,8 @@ def staged(
             check_batch(batch)
         example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
         validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
+        if isinstance(validation, Sized) and not len(validation):
+            raise DataError("val_data is empty; give at least one batch, or leave it out")
         builder = builder if builder is not None else Builder.infer(model)
         stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
         rollback = Snapshot(model, values=True)
@@ -197,7 +199,7 @@ def resolve_device(device: str | torch.device | None, home: torch.device | None 
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is not a device: {error}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={str(device)!r} was asked for, but CUDA is not available; use device='cpu'")
@@ -249,7 +251,10 @@ def check_out_dir(out_dir: str | Path) -> Path:
     Raises:
         ArtifactError: if it is a file, or cannot be made.
     """
-    path = Path(out_dir)
+    try:
+        path = Path(out_dir)
+    except TypeError as error:
+        raise ConfigError(f"out_dir={out_dir!r} is not the path of a folder; give a string or a Path") from error
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

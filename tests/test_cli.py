@@ -136,7 +136,7 @@ def test_inspect_counts_what_prune_does(pruned: tuple[Path, dict[str, Any]]) -> 
 
 
 def test_inspect_neuron_path_and_text() -> None:
-    result = singe("inspect", *MODEL, "--path", "neuron", "--units-per-step", "layer", "--json")
+    result = singe("inspect", *MODEL, "--path", "neuron", "--units-per-step", "layer", "--min-width", 1, "--json")
     found = json.loads(result.stdout)
     assert found["cost"]["scoring_passes"] == 5 * sum(g["units"] for g in found["groups"])
     text = singe("inspect", *MODEL, "--ratios", "global").stdout

@@ -154,7 +154,9 @@ class Rounds:
 def few_units(specs: list[LayerSpec], costs: CostModel, kind: str) -> float:
     """What a few of the cheapest units cost: a round that left less to go would leave the last one no choice.
 
-    Where units are a good part of the model, one too many or too few may miss the target.
+    Where units are a good part of the model, one too many or too few may miss the target. Layers that have no more than
+    they keep are no choice.
     """
     whole = costs.cost(kind, {})
-    return 6 * min((whole - costs.cost(kind, {spec.name: 1}) for spec in specs if spec.units > 1), default=0.0)
+    can_go = (spec for spec in specs if spec.kept_for(spec.units - 1, None) < spec.units)
+    return 6 * min((whole - costs.cost(kind, {spec.name: 1}) for spec in can_go), default=0.0)
