@@ -1,4 +1,4 @@
-"""Two processes, each with its own data, would end with different networks: everything that scores or removes refuses."""
+"""Two processes, each with its own data, would end with two networks: everything that scores or removes refuses."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def entry_points(folder: Path) -> dict[str, Callable[[], Any]]:
     model, early = Chain(), Chain()
     magnitude = tp.importance.MagnitudeImportance()
     pruner = SInGEPruner(early, X, magnitude, target="params=0.5")
-    importance = SInGEImportance().bind(early, GOOD)
     weights = UnstructuredPruner(Chain(), GOOD, sparsity=0.5)
     nni = NNIPruner(Chain(), CONFIG, batches=GOOD)
-    group = tp.DependencyGraph().build_dependency(Chain(), X).get_pruning_group
-    conv = early.conv1
+    scored = Chain()
+    importance = SInGEImportance().bind(scored, GOOD)
+    graph = tp.DependencyGraph().build_dependency(scored, X)
+    group = graph.get_pruning_group(scored.conv1, tp.prune_conv_out_channels, list(range(8)))
     return {
         "prune": lambda: prune(model, GOOD),
         "prune_weights": lambda: prune_weights(model, GOOD),
@@ -45,7 +46,7 @@ def entry_points(folder: Path) -> dict[str, Callable[[], Any]]:
         "SInGEPruner.step": pruner.step,
         "SInGEPruner.step, interactive": lambda: pruner.step(interactive=True),
         "SInGEImportance.bind": lambda: SInGEImportance().bind(model, GOOD),
-        "SInGEImportance": lambda: importance(group(conv, tp.prune_conv_out_channels, [0])),
+        "SInGEImportance": lambda: importance(group),
         "UnstructuredPruner": lambda: UnstructuredPruner(model, GOOD),
         "UnstructuredPruner.run": weights.run,
         "NNI's pruner": lambda: NNIPruner(model, CONFIG, batches=GOOD),
