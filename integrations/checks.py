@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -15,10 +14,10 @@ from singe_plugin.data import few, lone_example
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import call_model, split_batch, tensors_in
+from singe_plugin.objective import call_model
 from singe_plugin.state import RngState, preserved
 
-__all__ = ["check_batch", "check_here", "check_launcher", "check_lone", "check_model", "check_parts", "parts_of"]
+__all__ = ["check_here", "check_launcher", "check_lone", "check_model", "check_parts", "parts_of"]
 
 
 _PLAIN = "prune the plain float model, then convert it"
@@ -105,30 +104,6 @@ def check_devices(model: nn.Module) -> None:
         raise ConfigError(f"the model is spread over several devices ({places}); move it to one, as model.to('cuda:0')")
 
 
-def check_batch(batch: Any) -> None:
-    """Raise :class:`DataError` for a batch that cannot be scored on: values that are not there, or no dense tensors."""
-    inputs, targets = split_batch(batch)
-    for what, value in (("inputs", inputs), ("targets", targets)):
-        for tensor in tensors_in(value):
-            if tensor.is_meta:
-                raise DataError(f"the {what} of a batch are on meta and have no values; load them first")
-            if tensor.layout is not torch.strided:
-                raise DataError(f"the {what} of a batch are {tensor.layout}, not dense; give tensor.to_dense()")
-            if tensor.is_inference():
-                raise DataError(
-                    f"the {what} of a batch were made under torch.inference_mode(), and nothing can be differentiated "
-                    "with them; make them outside of it, or give tensor.clone()"
-                )
-            if tensor.ndim and not len(tensor):
-                raise DataError(f"the {what} of a batch have the shape {tuple(tensor.shape)}: there is no example")
-        arrays = [part for part in _parts(value) if isinstance(part, (np.ndarray, bytes))]
-        if arrays:
-            raise DataError(
-                f"the {what} of a batch hold a {type(arrays[0]).__name__}, and models take tensors; convert it "
-                "(torch.from_numpy), or give a Dataset, whose examples are put together and converted"
-            )
-
-
 def check_lone(model: nn.Module, finetune: FineTune | None, example: Any) -> None:
     """Raise :class:`DataError` if fine-tuning would meet a batch of one example, and a batch-norm that it stops at."""
     if finetune is None or not finetune.steps or finetune.step_fn is not None or example is None:
@@ -149,13 +124,6 @@ def check_lone(model: nn.Module, finetune: FineTune | None, example: Any) -> Non
         ) from error
     finally:
         rng.restore()
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    """The arguments in a model's inputs."""
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def parts_of(model: nn.Module, given: Any, what: str = "ignored_layers") -> list[Any]:

@@ -20,11 +20,11 @@ from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ArtifactError, ConfigError, DataError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.finetune import FineTune, loader_generators
-from singe_plugin.objective import tensors_in, to_device
+from singe_plugin.objective import check_batch, split_batch, tensors_in, to_device
 from singe_plugin.result import Metrics
 from singe_plugin.state import RngState, model_device
 
-from .checks import check_batch, check_model
+from .checks import check_model
 
 __all__ = [
     "Stage",
@@ -123,6 +123,10 @@ def staged(
         batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
         for batch in batches:
             check_batch(batch)
+        if example_inputs is None and any(
+            t.layout is not torch.strided for t in tensors_in(split_batch(batches[0])[0])
+        ):
+            raise DataError("the inputs of a batch are sparse; give tensor.to_dense(), or example_inputs to trace with")
         example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
         validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
         if isinstance(validation, Sized) and not len(validation):

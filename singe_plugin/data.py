@@ -37,7 +37,7 @@ def as_loader(data: Any, batch_size: int, workers: int = 0, shuffle: bool = True
     if isinstance(data, IterableDataset):
         raise DataError("an IterableDataset has no length and cannot be drawn from; give a DataLoader over it")
     if is_dataset(data):
-        if len(data) == 0:
+        if _length(data) == 0:
             raise DataError("the dataset is empty; give one with at least one example")
         generator = torch.Generator().manual_seed(seed) if shuffle else None
         drop = shuffle and len(data) > batch_size > 1 and len(data) % batch_size == 1
@@ -45,6 +45,16 @@ def as_loader(data: Any, batch_size: int, workers: int = 0, shuffle: bool = True
             data, batch_size=batch_size, shuffle=shuffle, num_workers=workers, generator=generator, drop_last=drop
         )
     return materialise(data)
+
+
+def _length(data: Any) -> int:
+    try:
+        return len(data)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"a {type(data).__name__} says no length ({error}), so nothing can be drawn from it; give it a __len__, or "
+            "give a DataLoader over it"
+        ) from error
 
 
 def is_dataset(data: Any) -> bool:

@@ -16,6 +16,7 @@ __all__ = [
     "Objective",
     "ObjectiveLike",
     "call_model",
+    "check_batch",
     "check_classes",
     "cross_entropy",
     "get_objective",
@@ -155,6 +156,31 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     raise DataError(f"a batch must be a pair (inputs, targets) or a mapping with targets, got {form}")
 
 
+def check_batch(batch: Any) -> None:
+    """Raise :class:`DataError` for a batch that cannot be scored on: values that are not there, or no tensors."""
+    inputs, targets = split_batch(batch)
+    if inputs is None:
+        raise DataError("the inputs of a batch are None; give (inputs, targets)")
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        for tensor in tensors_in(value):
+            if tensor.is_meta:
+                raise DataError(f"the {what} of a batch are on meta and have no values; load them first")
+            if tensor.is_inference():
+                raise DataError(
+                    f"the {what} of a batch were made under torch.inference_mode(), and nothing can be differentiated "
+                    "with them; make them outside of it, or give tensor.clone()"
+                )
+            if tensor.ndim and not len(tensor):
+                raise DataError(f"the {what} of a batch have the shape {tuple(tensor.shape)}: there is no example")
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else [value]
+        for part in parts:
+            if isinstance(part, (np.ndarray, bytes)):
+                raise DataError(
+                    f"the {what} of a batch hold a {type(part).__name__}, and models take tensors; convert it "
+                    "(torch.from_numpy), or give a Dataset, whose examples are put together and converted"
+                )
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call the model: a tensor is its one argument, a tuple or list its arguments, a mapping its keywords.
 
@@ -224,7 +250,7 @@ def in_memory(batches: Iterable[Any]) -> list[Any]:
     found, size = [], 0
     for batch in read(batches, "reading the batches"):
         found.append(batch)
-        size += sum(t.nbytes for t in tensors_in(batch))
+        size += sum(t.numel() * t.element_size() for t in tensors_in(batch))
         if len(found) > MOST_BATCHES or size > MOST_BYTES:
             raise DataError(
                 f"a {type(batches).__name__} gave {len(found)} batches of {size / 2**30:.1f} GiB in all and goes on, "

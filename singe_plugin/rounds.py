@@ -131,7 +131,7 @@ def check_rounds(rounds: object, course: object) -> None:
             f"rounds={rounds!r} is not a number of rounds; give a whole number >= 1 (1 is one-shot) and at most "
             f"{MOST_ROUNDS}: every round scores all layers"
         )
-    if course not in COURSES:
+    if not isinstance(course, str) or course not in COURSES:
         raise ConfigError(f"unknown schedule {course!r}; choose one of {', '.join(COURSES)}")
 
 

@@ -19,8 +19,10 @@ from singe_plugin.decay import LayerStats, Measured, decaying, weight_norms
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.objective import (
     ObjectiveLike,
+    check_batch,
     get_objective,
     materialise,
+    read,
     split_batch,
     to_device,
 )
@@ -259,7 +261,8 @@ def _per_batch(
         forget_caches(model)
         with decaying(model, group) as rows:
             start = weight_norms(group, rows, options.degree)
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(read(batches, "reading the batches to score on")):
+                check_batch(batch)
                 inputs, targets = split_batch(batch)
                 moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
                 walker = Walker(model, group, rows, options, path, index, *moved, inner)

@@ -82,6 +82,19 @@ class Broken(Dataset[Any]):
         return X[index], int(Y[index])
 
 
+class Endless(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return X[0], 0
+
+
+class Lying(Endless):
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> Any:
+        return X[index], int(Y[index])
+
+
 class Failing:
     """Batches up to a number, then an error of the user's code."""
 
@@ -226,6 +239,16 @@ def pruner(example: Any = X[:2], **options: Any) -> Callable[[nn.Module], Any]:
     return lambda model: SInGEPruner(model, example, MAGNITUDE, **options)
 
 
+def scoring(batches: Any, importance: Any = None) -> Callable[[nn.Module], Any]:
+    """A pruner's run, with batches that are read only when a layer is scored."""
+
+    def act(model: nn.Module) -> Any:
+        given = SInGEImportance().bind(model, batches) if importance is None else importance
+        return SInGEPruner(model, X[:2], given, batches=batches, target="params=0.5").run()
+
+    return act
+
+
 def under_inference(act: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
     def run(model: nn.Module) -> Any:
         with torch.inference_mode():
@@ -268,7 +291,7 @@ CASES = {
     "a batch of nothing": Case(pruning([(X[:0], Y[:0])]), DataError, (r"\(0, 2, 6, 6\)", "no example")),
     "inputs on meta": Case(pruning([(X.to("meta"), Y)]), DataError, ("inputs.*on meta",)),
     "targets on meta": Case(pruning([(X, Y.to("meta"))]), DataError, ("targets.*on meta",)),
-    "sparse inputs": Case(pruning([(X.to_sparse(), Y)]), DataError, ("sparse_coo", "to_dense")),
+    "sparse inputs": Case(pruning([(X.to_sparse(), Y)]), DataError, ("sparse", "to_dense")),
     "inputs in dictionaries on meta": Case(
         pruning([{"pixel_values": X.to("meta"), "y": Y}]), DataError, ("on meta",), Keywords
     ),
@@ -303,6 +326,25 @@ CASES = {
         DataError,
         ("single example",),
         pooled,
+    ),
+    "a dataset without a length": Case(pruning(Endless()), DataError, ("Endless says no length", "__len__")),
+    "a dataset that lies": Case(pruning(Lying()), DataError, ("example [0-9]+", "IndexError")),
+    "a sampler of what is not there": Case(
+        pruning(DataLoader(single(), 2, sampler=[99])), DataError, ("batch 0", "99")
+    ),
+    "a collate_fn that fails": Case(
+        pruning(DataLoader(single(), 2, collate_fn=lambda batch: 1 / 0)), DataError, ("ZeroDivisionError",)
+    ),
+    "no inputs, weights": Case(lambda m: UnstructuredPruner(m, [(None, Y)]), DataError, ("inputs.*None",)),
+    "on meta, weights": Case(lambda m: UnstructuredPruner(m, [(X.to("meta"), Y)]), DataError, ("inputs.*on meta",)),
+    "on meta, to score on": Case(scoring([(X.to("meta"), Y)]), DataError, ("inputs.*on meta",)),
+    "arrays to score on": Case(scoring([(X.numpy(), Y)]), DataError, ("inputs.*ndarray",)),
+    "failing to score on": Case(scoring(Failing(1)), DataError, ("to score on.*batch 1", "disk")),
+    "failing, for gradients": Case(
+        scoring(Failing(1), tp.importance.TaylorImportance()), DataError, ("to score on.*batch 1", "disk")
+    ),
+    "nothing, for gradients": Case(
+        scoring([(X[:0], Y[:0])], tp.importance.TaylorImportance()), DataError, ("no example",)
     ),
     # val_data
     "val_data with too few classes": Case(pruning(val_data=[(X, Y[:5])]), DataError, ("5 targets", "8 outputs")),
@@ -354,6 +396,7 @@ CASES = {
     "min_width": Case(pruning(min_width=0), ConfigError, ("min_width=0", ">= 1")),
     "min_width, half": Case(pruner(min_width=2.5), ConfigError, ("min_width=2.5", ">= 1")),
     "min_width of all": Case(pruning(min_width=10**9), BudgetError, (r"nearest.*params=0\.0000", "min_width")),
+    "schedule": Case(pruning(schedule=["cubic"]), ConfigError, (r"\['cubic'\]", "cubic, linear")),
     # targets
     "flops": Case(pruning(target="flops=0.5"), ConfigError, ("'flops'", "params and macs")),
     "latency": Case(pruner(target="latency=0.5"), ConfigError, ("'latency'", "params and macs")),

@@ -17,7 +17,7 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History, LayerDone, RunEnded
 from singe_plugin.finetune import FineTune
 from singe_plugin.masks import fold_masks, masks_of
-from singe_plugin.objective import in_memory, materialise
+from singe_plugin.objective import check_batch, in_memory, materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device
@@ -165,6 +165,8 @@ class UnstructuredPruner:
                 f"criterion {self.scoring.criterion!r} differentiates F on data, and there is none; give batches of "
                 "(inputs, targets), or use criterion='l1'"
             )
+        for batch in self.batches or ():
+            check_batch(batch)
         if example_inputs is None and self.batches:
             example_inputs = example_from(self.batches[0], model_device(model))
         self.example_inputs = example_inputs
