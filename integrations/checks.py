@@ -17,7 +17,7 @@ from singe_plugin.finetune import FineTune
 from singe_plugin.objective import call_model
 from singe_plugin.state import RngState, preserved
 
-__all__ = ["check_here", "check_launcher", "check_lone", "check_model", "check_parts", "parts_of"]
+__all__ = ["check_alone", "check_here", "check_launcher", "check_lone", "check_model", "check_parts", "parts_of"]
 
 
 _PLAIN = "prune the plain float model, then convert it"
@@ -25,16 +25,20 @@ _ALONE = "prune in one process, save the result, and load it in all of them"
 
 
 def check_here() -> None:
-    """Raise :class:`ConfigError` if nothing may be scored or removed here: in one of several processes of a process
-    group, or under ``torch.inference_mode()``.
-
-    Each process would score on data of its own and remove other units: the networks would no longer be the same.
-    """
+    """Raise :class:`ConfigError` if nothing may be removed here: in one of several processes, or in inference mode."""
+    check_alone()
     if torch.is_inference_mode_enabled():
         raise ConfigError(
             "torch.inference_mode() is in force, under which nothing can be differentiated and what is made can never "
             "be trained; call this outside of it (torch.no_grad() is no obstacle)"
         )
+
+
+def check_alone() -> None:
+    """Raise :class:`ConfigError` if this is one of several processes of a process group.
+
+    Each would score on data of its own and remove other units: the networks would no longer be the same.
+    """
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         raise ConfigError(

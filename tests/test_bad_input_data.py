@@ -373,9 +373,6 @@ CASES = {
     "prune under inference_mode": Case(under_inference(pruning()), ConfigError, ("outside of it",)),
     "a pruner under inference_mode": Case(under_inference(pruner()), ConfigError, ("outside of it",)),
     "step under inference_mode": Case(stepped_under_inference, ConfigError, ("outside of it",)),
-    "bind under inference_mode": Case(
-        under_inference(lambda m: SInGEImportance().bind(m, GOOD)), ConfigError, ("outside of it",)
-    ),
     "weights under inference_mode": Case(
         under_inference(lambda m: prune_weights(m, GOOD)), ConfigError, ("outside of it",)
     ),
