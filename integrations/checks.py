@@ -78,7 +78,8 @@ def check_parameters(model: nn.Module) -> None:
     """Raise :class:`ConfigError` unless every parameter has real values that a gradient can be taken for."""
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            raise ConfigError(f"{name!r} has no shape yet (its layer is lazy); run the model on a batch first")
+            layer = name.rpartition(".")[0] or type(model).__name__
+            raise ConfigError(f"layer {layer!r} has no weights yet (it is lazy); run the model on a batch first")
         if parameter.is_meta:
             raise ConfigError(f"the model is on the meta device ({name!r}) and has no values; load its weights first")
         if parameter.is_inference():

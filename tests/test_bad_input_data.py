@@ -353,9 +353,9 @@ CASES = {
     "val_data that is a number": Case(pruning(val_data=3), DataError, ("got int",)),
     "val_data of nothing": Case(pruning(val_data=[]), DataError, ("val_data is empty",)),
     # the model
-    "lazy": Case(pruning(), ConfigError, ("'0.weight'", "lazy", "run the model on a batch"), lazy),
-    "lazy, a pruner": Case(pruner(), ConfigError, ("'0.weight'", "lazy"), lazy),
-    "lazy, weights": Case(lambda m: UnstructuredPruner(m, GOOD), ConfigError, ("'0.weight'", "lazy"), lazy),
+    "lazy": Case(pruning(), ConfigError, ("layer '0'", "lazy", "run the model on a batch"), lazy),
+    "lazy, a pruner": Case(pruner(), ConfigError, ("layer '0'", "lazy"), lazy),
+    "lazy, weights": Case(lambda m: UnstructuredPruner(m, GOOD), ConfigError, ("layer '0'", "lazy"), lazy),
     "a scripted part": Case(pruning(), ConfigError, ("'bn2' is scripted", "plain module"), scripted),
     "a traced model": Case(pruning(), ConfigError, ("scripted",), lambda: torch.jit.trace(Chain().eval(), X)),
     "no parameters": Case(pruning(vectors()), ConfigError, ("no parameters",), lambda: nn.Sequential(nn.ReLU())),
