@@ -121,8 +121,8 @@ def check_kind(kind: object) -> None:
     """Raise :class:`ConfigError` for something that is not counted."""
     if kind not in KINDS:
         raise ConfigError(
-            f"target kind {kind!r} is unknown: what can be counted, and so be a target, is {' and '.join(KINDS)} (one "
-            "MAC is one multiply-add, two FLOPs); give e.g. 'macs=0.5'"
+            f"{kind!r} is not a target kind: what can be counted, and so be a target, is {' and '.join(KINDS)} (one "
+            "MAC is one multiply-add, two FLOPs); give e.g. 'params=0.5' or 'macs=0.5'"
         )
 
 
