@@ -272,8 +272,8 @@ def read_extras(directory: str | Path) -> dict[str, Any]:
 
 
 _RESULT_KEYS = (
-    "before", "after", "removed_params", "removed_macs", "sparsity", "weight_sparsity", "layers", "left_whole",
-    "history", "options", "versions", "builder",
+    "before", "after", "removed_params", "removed_macs", "sparsity", "weight_sparsity", "layers", "warnings",
+    "left_whole", "history", "options", "versions", "builder",
 )  # fmt: skip
 
 
