@@ -56,6 +56,7 @@ NETWORKS = {"resnet56": PEER_TARGETS, "resnet56_converged": PEER_TARGETS, "mobil
 # of every row; a row's options replace it
 BASE: dict[str, Any] = {
     "order": "rounds", "rounds": 4, "ratios": "per_cost", "mu": 0.95, "nodes": 3, "scoring_batch_count": 1,
+    "min_width": 1,
 }  # fmt: skip
 # the paper's order: one layer after the other, each scored once; a ratio per block
 LAYERS: dict[str, Any] = {"order": "layers", "units_per_step": "layer", "ratios": "block"}
@@ -84,7 +85,8 @@ COMPARED: list[tuple[str, float, str, dict[str, Any]]] = [
 ] + [("ig", 0.9, every, LAYERS) for every in ("post", "layer")]  # fmt: skip
 OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
 OF_PRUNE = (
-    "ratios", "units_per_step", "order", "rounds", "schedule", "max_pruning_ratio", "scoring_batch_size",
+    "ratios", "units_per_step", "order", "rounds", "schedule", "max_pruning_ratio", "min_width",
+    "scoring_batch_size",
     "scoring_batch_count", "fold",
 )  # fmt: skip
 

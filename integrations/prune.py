@@ -11,6 +11,7 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.artifact import Builder, describe_structure
+from singe_plugin.budget import MIN_WIDTH
 from singe_plugin.checkpoint import (
     CHECKPOINT,
     fitting,
@@ -52,6 +53,7 @@ def prune(
     schedule: str = "cubic",
     round_to: int | None = None,
     max_pruning_ratio: float = 0.95,
+    min_width: int = MIN_WIDTH,
     ignored_layers: Iterable[nn.Module | str] = (),
     criterion: str = "ig",
     p: float = 2,
@@ -96,9 +98,9 @@ def prune(
             what the ratios come to; with other ratios None removes half of the units.
         finetune_steps, finetune_every, lr: see :class:`~singe_plugin.FineTune`; or give a ready one as ``finetune``.
             What is minimised is ``objective``, unless the ready one has a ``loss`` or ``step_fn``.
-        ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, ignored_layers, verify: see
-            :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. With ``order="layers"`` a tenth of a layer
-            goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
+        ratios, units_per_step, order, rounds, schedule, round_to, max_pruning_ratio, min_width, ignored_layers, verify:
+            see :class:`~singe_plugin.integrations.torch_pruning.SInGEPruner`. With ``order="layers"`` a tenth of a
+            layer goes between two scorings; ``units_per_step=1`` is Algorithm 1 to the letter.
         criterion, p, mu, steps, quadrature, nodes, path, objective, group_reduction: see
             :class:`~singe_plugin.integrations.torch_pruning.SInGEImportance`; or give any torch-pruning importance.
             ``objective`` is F for these, too: ``"loss"`` (cross-entropy, or the loss that the model computes itself
@@ -171,7 +173,7 @@ def prune(
             model, stage.example, importance, target=target, ratios=ratios, units_per_step=units_per_step,
             order=order, rounds=rounds, schedule=schedule, finetune=finetune,
             callbacks=callbacks_of(callbacks, progress), batches=stage.batches, verify=verify, round_to=round_to,
-            max_pruning_ratio=max_pruning_ratio, ignored_layers=ignored_layers,
+            max_pruning_ratio=max_pruning_ratio, min_width=min_width, ignored_layers=ignored_layers,
         )  # fmt: skip
         pruner.objective = objective
         checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
@@ -191,6 +193,7 @@ _RECORDED = frozenset(
         "schedule",
         "round_to",
         "max_pruning_ratio",
+        "min_width",
         "criterion",
         "p",
         "mu",

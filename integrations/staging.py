@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,16 @@ from singe_plugin.axes import Trackers
 from singe_plugin.budget import count_macs, count_params, measure_latency
 from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
-from singe_plugin.errors import ConfigError
+from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.files import digest, locked, make_folder, sweep
 from singe_plugin.finetune import FineTune, loader_generators
 from singe_plugin.masks import named_tensors
-from singe_plugin.objective import ObjectiveLike, tensors_in, to_device
+from singe_plugin.objective import ObjectiveLike, check_batch, split_batch, tensors_in, to_device
 from singe_plugin.result import Metrics
 from singe_plugin.state import RngState, model_device
 
-from .checks import check_devices
+from .checks import check_model
 from .rollback import all_or_nothing
 
 __all__ = [
@@ -94,16 +94,14 @@ def staged(
     Raises:
         ConfigError, ArtifactError, DataError: for arguments that cannot mean anything; nothing is touched then.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if resume and out_dir is None:
         raise ConfigError("resume=True needs out_dir, the folder of the run to continue")
     sizes = {"scoring_batch_size": scoring_batch_size, "scoring_batch_count": scoring_batch_count}
     check_counts(1, **sizes, batch_size=batch_size)
     check_counts(0, seed=seed, workers=workers)
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise ConfigError("the model is on the meta device and has no values; load its weights first")
-    check_devices(model)
+    if seed >= 2**64:
+        raise ConfigError(f"seed={seed} is too large for torch's generators; give a whole number below 2**64")
     if any(t.is_meta for t in tensors_in(example_inputs)):
         raise ConfigError(
             "example_inputs are on meta and have no values; move them to the model's device, or leave them out"
@@ -111,6 +109,11 @@ def staged(
     home = model_device(model)
     where = resolve_device(device, home)
     if builder is not None:
+        if not isinstance(builder, Builder):
+            raise ConfigError(
+                f"builder must be a Builder, got {builder!r}; use Builder.factory('package.module:function', ...) or "
+                "Builder.timm(name, ...)"
+            )
         builder.check(model)
     if where.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]  # it has random states from then on
@@ -123,8 +126,11 @@ def staged(
             _move(model, finetune, where)
             loader = as_loader(data, batch_size, workers, True, seed)
             batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
+            _check_batches(batches, example_inputs)
             example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
             validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
+            if isinstance(validation, Sized) and not len(validation):
+                raise DataError("val_data is empty; give at least one batch, or leave it out")
             builder = builder if builder is not None else Builder.infer(model)
             stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
             with all_or_nothing(model, tune, _trackers(finetune)):
@@ -134,6 +140,15 @@ def staged(
             rng.restore()
             for generator, state in generators:
                 generator.set_state(state)
+
+
+def _check_batches(batches: list[Any], example_inputs: Any) -> None:
+    """Raise :class:`DataError` for batches that cannot be scored on or, without example inputs, traced with."""
+    for batch in batches:
+        check_batch(batch)
+    sparse = any(t.layout is not torch.strided for t in tensors_in(split_batch(batches[0])[0]))
+    if example_inputs is None and sparse:
+        raise DataError("the inputs of a batch are sparse; give tensor.to_dense(), or example_inputs to trace with")
 
 
 @contextmanager
@@ -212,7 +227,7 @@ def resolve_device(device: str | torch.device | None, home: torch.device | None 
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is not a device: {error}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={str(device)!r} was asked for, but CUDA is not available; use device='cpu'")
@@ -305,4 +320,8 @@ def check_out_dir(out_dir: str | Path) -> Path:
     Raises:
         ArtifactError: if it is a file, cannot be made, or must not be written to.
     """
-    return make_folder(out_dir)
+    try:
+        path = Path(out_dir)
+    except TypeError as error:
+        raise ConfigError(f"out_dir={out_dir!r} is not the path of a folder; give a string or a Path") from error
+    return make_folder(path)

@@ -25,6 +25,7 @@ from singe_plugin.state import preserved, unfused_attention
 
 __all__ = [
     "BY_SCORE",
+    "MIN_WIDTH",
     "RATIOS",
     "CostModel",
     "LayerSpec",
@@ -39,7 +40,9 @@ __all__ = [
 
 BY_SCORE = ("global", "per_cost")
 RATIOS = ("uniform", "block", *BY_SCORE)
+KINDS = ("params", "macs")
 POINT = 0.01
+MIN_WIDTH = 4  # units that a layer keeps at least in prune(), if nothing is said (benchmarks/min_width.py)
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 
@@ -114,6 +117,15 @@ def measure_latency(model: nn.Module, example_inputs: Any, repeats: int = 20, wa
     return 1000 * times[len(times) // 2]
 
 
+def check_kind(kind: object) -> None:
+    """Raise :class:`ConfigError` for something that is not counted."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"{kind!r} is not a target kind: what can be counted, and so be a target, is {' and '.join(KINDS)} (one "
+            "MAC is one multiply-add, two FLOPs); give e.g. 'params=0.5' or 'macs=0.5'"
+        )
+
+
 @dataclass(frozen=True)
 class Target:
     """A fraction of the parameters or MACs to remove.
@@ -125,6 +137,9 @@ class Target:
 
     kind: str
     fraction: float
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:
@@ -141,8 +156,9 @@ class Target:
                 fraction = float(number)
             except ValueError:
                 fraction = math.nan
-        kind = kind.strip()
-        if kind not in ("params", "macs") or not 0 < fraction < 1:
+        if (kind := kind.strip()) and not math.isnan(fraction):
+            check_kind(kind)
+        if kind not in KINDS or not 0 < fraction < 1:
             raise ConfigError(
                 f"target={text!r} is not a target; give the fraction to remove, inside ]0, 1[, as 'params=0.5' or "
                 "'macs=0.5'"
@@ -160,6 +176,7 @@ class LayerSpec:
         block: the name of its block; layers of a block get one ratio under ``ratios="block"``.
         channels_per_unit: above 1 for grouped layers and heads.
         max_ratio: the largest fraction of its units that may go.
+        min_units: how many of its units stay at least; all of them, if there are fewer.
     """
 
     name: str
@@ -167,12 +184,13 @@ class LayerSpec:
     block: str
     channels_per_unit: int = 1
     max_ratio: float = 1.0
+    min_units: int = 1
 
     def kept_for(self, kept: float, round_to: int | None) -> int:
-        """The number of units kept that is nearest to ``kept`` and allowed: at least one, channels a multiple of
-        ``round_to``."""
+        """The number of units kept that is nearest to ``kept`` and allowed: at least ``min_units``, channels a multiple
+        of ``round_to``."""
         quantum = self.quantum(round_to)
-        floor = max(1, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
+        floor = max(1, self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
         if quantum == 1:
             return min(self.units, max(floor, round(kept)))
         lowest = math.ceil(floor / quantum) * quantum
@@ -222,6 +240,7 @@ class CostModel:
 
     def cost(self, kind: str, removed: Mapping[str, int]) -> float:
         """``"params"`` or ``"macs"`` after the removals."""
+        check_kind(kind)
         if kind == "params":
             return self.fixed_params + sum(t.elements(removed) for t in self.tensors)
         moving = sum(t.macs for t in self.tensors)
@@ -312,7 +331,8 @@ def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: floa
     if abs(reached - wanted) > point:
         raise BudgetError(
             f"target {target.kind}={target.fraction:g} cannot be met within one point: {what} "
-            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to and max_pruning_ratio"
+            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to, max_pruning_ratio and "
+            "min_width"
         )
 
 

@@ -17,9 +17,9 @@ from click.core import ParameterSource
 
 from singe_plugin import __version__
 from singe_plugin.algorithm import units_per_removal
-from singe_plugin.budget import RATIOS
+from singe_plugin.budget import MIN_WIDTH, RATIOS
 from singe_plugin.criteria import CRITERIA
-from singe_plugin.datasets import TORCHVISION
+from singe_plugin.datasets import NO_DATA, TORCHVISION
 from singe_plugin.errors import SingeError
 from singe_plugin.finetune import SCHEDULES
 from singe_plugin.models import parse_pairs
@@ -102,7 +102,7 @@ _model = _stacked(
     click.option("--seed", default=0, show_default=True, help="Of everything random."),
 )
 _data = _stacked(
-    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}; by default the folder, else digits."),
+    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}; by default the folder."),
     click.option("--data-dir", type=click.Path(), help="Folder of images (train/ and val/ in it, or classes)."),
     click.option("--dataset-download", is_flag=True, help="Let torchvision download the dataset."),
     click.option("--no-aug", is_flag=True, help="No training augmentation."),
@@ -140,6 +140,13 @@ _pruning = _stacked(
     click.option("--schedule", default="cubic", show_default=True, type=click.Choice(list(COURSES)), help="Of rounds."),
     click.option("--round-to", type=click.IntRange(1), help="Keep multiples of this many channels."),
     click.option("--max-pruning-ratio", default=0.95, show_default=True, type=float, help="Of one layer."),
+    click.option(
+        "--min-width",
+        default=MIN_WIDTH,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Units that a layer keeps at least.",
+    ),
     click.option("--criterion", default="ig", show_default=True, type=click.Choice(list(CRITERIA))),
     click.option("-p", "--norm", "p", default=2.0, show_default=True, type=float, help="Degree of the norms."),
     click.option("--mu", default=0.9, show_default=True, type=float, help="Decay rate of the path (weights: 0.8)."),
@@ -176,7 +183,7 @@ _weights = _stacked(
 )
 _DECIDED = ("order", "ratios", "rounds", "units_per_step")
 _OF_WEIGHTS = ("sparsity", "scope", "pattern", "max_sparsity", "ignored_layers")
-_OF_UNITS = ("target", "ratios", "round_to", "max_pruning_ratio", "group_reduction", "no_verify")
+_OF_UNITS = ("target", "ratios", "round_to", "max_pruning_ratio", "min_width", "group_reduction", "no_verify")
 _output = _stacked(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
@@ -275,10 +282,15 @@ def prune(
 ) -> None:
     """Prune a timm model and fine-tune it on the way; save it with a report.
 
-    Units (channels, heads) are removed; with --granularity weight, single weights are masked.
+    Needs data: --data-dir or --dataset. Units (channels, heads) are removed; with --granularity weight, single weights
+    are masked.
     """
+    from singe_plugin.integrations.checks import check_launcher
     from singe_plugin.runs import run_prune
 
+    if options["dataset"] is None and options["data_dir"] is None:
+        raise click.UsageError(NO_DATA)
+    check_launcher()
     options = _for(granularity, options)
     with _stdout_for_json(as_json):
         model = _model_options(options)

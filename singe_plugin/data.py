@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from singe_plugin.errors import DataError
-from singe_plugin.objective import call_model, materialise, split_batch, to_device
+from singe_plugin.errors import DataError, SingeError
+from singe_plugin.objective import call_model, materialise, read, split_batch, tensors_in, to_device
 from singe_plugin.state import model_device, preserved
 
-__all__ = ["as_loader", "evaluate", "example_from", "few", "scoring_batches"]
+__all__ = ["as_loader", "evaluate", "example_from", "few", "is_dataset", "lone_example", "scoring_batches"]
 
 
 def as_loader(data: Any, batch_size: int, workers: int = 0, shuffle: bool = True, seed: int = 0) -> Iterable[Any]:
     """A map-style dataset becomes a DataLoader; anything that yields batches stays what it is.
+
+    A last batch of a single example is left out where batches are shuffled for training: batch-norm cannot train on it.
 
     Raises:
         DataError: if ``data`` is neither, or is empty.
@@ -33,14 +36,62 @@ def as_loader(data: Any, batch_size: int, workers: int = 0, shuffle: bool = True
     """
     if isinstance(data, IterableDataset):
         raise DataError("an IterableDataset has no length and cannot be drawn from; give a DataLoader over it")
-    if isinstance(data, Dataset):
-        if len(data) == 0:  # type: ignore[arg-type]
+    if is_dataset(data):
+        if _length(data) == 0:
             raise DataError("the dataset is empty; give one with at least one example")
         generator = torch.Generator().manual_seed(seed) if shuffle else None
+        drop = shuffle and len(data) > batch_size > 1 and len(data) % batch_size == 1
         return DataLoader(
-            data, batch_size=batch_size, shuffle=shuffle, num_workers=workers, generator=generator, drop_last=False
+            data, batch_size=batch_size, shuffle=shuffle, num_workers=workers, generator=generator, drop_last=drop
         )
     return materialise(data)
+
+
+def _length(data: Any) -> int:
+    try:
+        return len(data)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"a {type(data).__name__} says no length ({error}), so nothing can be drawn from it; give it a __len__, or "
+            "give a DataLoader over it"
+        ) from error
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether examples can be drawn from it: torch's datasets, and whatever else has a length and single examples.
+
+    A list of examples (``(image, class)``, or a dictionary as Hugging Face's datasets give) is told from a list of
+    batches by its targets: an example has one class.
+
+    Example:
+        >>> is_dataset([(torch.zeros(3), 1)]), is_dataset([(torch.zeros(2, 3), torch.tensor([1, 0]))])
+        (True, False)
+    """
+    if isinstance(data, Dataset):
+        return True
+    if isinstance(data, (Tensor, np.ndarray, str, bytes, Mapping)):
+        return False
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
+        return False
+    try:
+        _, target = split_batch(data[0])
+    except (DataError, KeyError, IndexError, TypeError):  # no examples by number
+        return False
+    if isinstance(target, Tensor):
+        return target.ndim == 0 and not target.is_floating_point()
+    return isinstance(target, (int, np.integer))
+
+
+def lone_example(loader: Any) -> bool:
+    """Whether one of the batches is a single example, as far as that can be told without reading them."""
+    if isinstance(loader, DataLoader):
+        if loader.batch_size is None or loader.drop_last or isinstance(loader.dataset, IterableDataset):
+            return False
+        return loader.batch_size == 1 or len(loader.sampler) % loader.batch_size == 1  # type: ignore[arg-type]
+    if not isinstance(loader, (list, tuple)):
+        return False
+    firsts = [next(tensors_in(batch), None) for batch in loader]
+    return any(first is not None and first.ndim > 0 and len(first) == 1 for first in firsts)
 
 
 def scoring_batches(data: Any, loader: Iterable[Any], batch_size: int, count: int, seed: int = 0) -> list[Any]:
@@ -56,13 +107,12 @@ def scoring_batches(data: Any, loader: Iterable[Any], batch_size: int, count: in
     Raises:
         DataError: if there is no batch.
     """
-    if isinstance(data, Dataset):
-        total = len(data)  # type: ignore[arg-type]
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-        chunks = [order[i * batch_size : (i + 1) * batch_size] for i in range(count)]
-        return [_collate(data, chunk) for chunk in chunks if chunk]
+    if is_dataset(data):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+        starts = range(0, min(len(order), count * batch_size), batch_size)
+        return [_collate(data, order[start : start + batch_size]) for start in starts]
     batches = []
-    for batch in loader:
+    for batch in read(loader, "reading the data"):
         batches.append(batch)
         if len(batches) == count:
             break
@@ -71,10 +121,22 @@ def scoring_batches(data: Any, loader: Iterable[Any], batch_size: int, count: in
     return batches
 
 
-def _collate(data: Any, chunk: list[int]) -> Any:
+def _example(data: Any, index: int) -> Any:
     try:
-        return default_collate([data[i] for i in chunk])
-    except (RuntimeError, TypeError) as error:
+        return data[index]
+    except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"example {index} of the dataset cannot be read: {type(error).__name__}: {error}; see the error above"
+        ) from error
+
+
+def _collate(data: Any, chunk: list[int]) -> Any:
+    examples = [_example(data, i) for i in chunk]
+    try:
+        return default_collate(examples)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise DataError(
             f"{len(chunk)} examples of the dataset do not make a batch: {error}; give them one shape, or give a "
             "DataLoader with its own collate_fn"
@@ -94,7 +156,10 @@ def few(value: Any, count: int) -> Any:
     if isinstance(value, dict):
         return {k: few(v, count) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(few(v, count) for v in value)
+        taken = [few(v, count) for v in value]
+        if hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*taken)
+        return tuple(taken) if isinstance(value, tuple) else taken
     return value
 
 
@@ -109,7 +174,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
     right = total = 0
     with preserved(model), torch.no_grad():
         model.eval()
-        for batch in batches:
+        for batch in read(batches, "reading val_data"):
             inputs, targets = split_batch(to_device(batch, device))
             try:
                 outputs = call_model(model, inputs)
@@ -123,6 +188,11 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
             usable = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim == 2
             if not usable or targets.ndim != 1 or targets.is_floating_point():
                 return None
+            if len(outputs) != len(targets):
+                raise DataError(
+                    f"a batch of val_data has {len(targets)} targets, and the model returns {len(outputs)} outputs for "
+                    "it; give one class for each example"
+                )
             right += int((outputs.argmax(1) == targets).sum())
             total += len(targets)
     return right / total if total else None

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 from singe_plugin.errors import ConfigError, DataError
 
 __all__ = [
+    "NO_DATA",
     "TORCHVISION",
     "DataConfig",
     "Splits",
@@ -37,6 +38,10 @@ TORCHVISION = {
     "torch/mnist": "MNIST",
     "torch/fashion_mnist": "FashionMNIST",
 }
+NO_DATA = (
+    "there is no data: give what the model was trained on, --data-dir FOLDER (one folder of images per class) or "
+    f"--dataset {'|'.join(TORCHVISION)} with --data-dir; --dataset digits is for trying things out"
+)
 _DEMO = 'pip install "singe_plugin[demo]"'
 _UNFLIPPABLE = ("torch/mnist", "torch/fashion_mnist")
 
@@ -129,15 +134,15 @@ def load_splits(
 
     Args:
         config: the preprocessing.
-        dataset: ``"digits"``, a name of ``TORCHVISION``, ``"folder"``, or None: the folder if there is one, else the
-            digits.
+        dataset: ``"digits"``, a name of ``TORCHVISION``, ``"folder"``, or None: the folder of ``data_dir``.
         data_dir: the folder of images, or where torchvision keeps its files.
         download: let torchvision download what is missing.
         seed: of the split where the source has none.
         augment: use timm's training augmentation (never for digits).
 
     Raises:
-        ConfigError: for an unknown name, or a missing ``data_dir``.
+        ConfigError: for an unknown name, a missing ``data_dir``, or where nothing is named: a model is never trained on
+            data that nobody chose.
         DataError: if the data is not there or not usable.
 
     Example:
@@ -145,7 +150,9 @@ def load_splits(
         >>> len(splits.train), len(splits.val), splits.train[0][0].shape
         (1297, 500, torch.Size([1, 8, 8]))
     """
-    name = dataset or ("digits" if data_dir is None else "folder")
+    if dataset is None and data_dir is None:
+        raise ConfigError(NO_DATA)
+    name = dataset or "folder"
     if name == "digits":
         return digits(config, seed=seed)
     if name != "folder" and name not in TORCHVISION:

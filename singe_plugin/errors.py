@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "FoldingError",
     "GroupError",
+    "MissingPackageError",
     "RemovalError",
     "ScoringError",
     "SingeError",
@@ -48,6 +49,10 @@ class FoldingError(SingeError, RuntimeError):
 
 class GroupError(SingeError, RuntimeError):
     """A group of coupled layers is not understood well enough to be scored or pruned."""
+
+
+class MissingPackageError(SingeError, ImportError):
+    """A package that only a part of this one needs is not installed; the message says how to install it."""
 
 
 class BudgetError(SingeError, ValueError):

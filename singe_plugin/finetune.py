@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.events import Callback, FinetuneStep
 from singe_plugin.losses import check_loss, loss_on, unmoved
-from singe_plugin.objective import Objective, ObjectiveLike, get_objective, inputs_for, materialise, to_device
+from singe_plugin.objective import Objective, ObjectiveLike, get_objective, inputs_for, materialise, read, to_device
 from singe_plugin.state import RngState, casts_forgotten, model_device, train_mode_of
 
 __all__ = ["SCHEDULES", "BatchStream", "FineTune", "beside", "loader_generators", "phase_share"]
@@ -53,7 +53,7 @@ class BatchStream:
             if self._iterator is None:
                 self.start = RngState.capture()
                 self._starts = [g.get_state() for g in self.generators]
-                self._iterator, self.taken = iter(self.batches), 0
+                self._iterator, self.taken = read(self.batches, "the fine-tuning loader"), 0
             try:
                 batch = next(self._iterator)
             except StopIteration:
@@ -77,7 +77,7 @@ class BatchStream:
         for generator, state in zip(self.generators, position["loaders"], strict=True):
             generator.set_state(state)
         self._starts = list(position["loaders"])
-        self._iterator = iter(self.batches)
+        self._iterator = read(self.batches, "the fine-tuning loader")
         for _ in range(position["taken"]):
             next(self._iterator)
             self.taken += 1

@@ -117,9 +117,9 @@ class Inspection:
             parts.append(
                 f"{options['target'] or 'no target'} in {how}, {by}: "
                 f"{cost.units_removed} units removed, {cost.scorings} scorings of {cost.passes_per_scoring} passes"
-                f"{' per unit' if self.options['path'] == 'neuron' else ''} "
-                f"= {cost.scoring_passes} forward and backward passes, plus {cost.finetune_passes} fine-tuning steps: "
-                f"{cost.total_passes} passes in all"
+                f"{' per unit' if self.options['path'] == 'neuron' else ''} on each of "
+                f"{options['scoring_batch_count']} batches = {cost.scoring_passes} forward and backward passes, plus "
+                f"{cost.finetune_passes} fine-tuning steps: {cost.total_passes} passes in all"
             )
         return "\n\n".join(parts)
 
@@ -150,7 +150,8 @@ def inspect_model(
 
     Args:
         model: left as it was.
-        example_inputs: a batch to trace with; its first dimension is the number of examples.
+        example_inputs: a batch to trace with: a tensor, a tuple of arguments or a dict of keywords. The first dimension
+            of its first tensor is the number of examples.
         target, units_per_step, finetune_steps: of the run whose cost is wanted.
         scoring: how units would be scored; None as :func:`singe_plugin.prune` does.
         scoring_batch_count: batches per scoring; None as :func:`singe_plugin.prune` takes.
@@ -166,6 +167,8 @@ def inspect_model(
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 30)
     """
+    from singe_plugin.integrations.staging import examples_in
+
     order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step)
     nodes, scoring_batch_count = scored_on(order, None, scoring_batch_count)
     scoring = scoring or ScoringOptions(nodes=nodes)
@@ -202,11 +205,8 @@ def inspect_model(
         "scoring_batch_count": scoring_batch_count,
         "finetune_steps": finetune_steps,
     }
-    examples = max(len(example_inputs), 1)
-    return Inspection(
-        count_params(model), count_macs(model, example_inputs) // examples, rows, dict(pruner.left_whole), shown, cost,
-        problem,
-    )  # fmt: skip
+    macs = count_macs(model, example_inputs) // examples_in(example_inputs)
+    return Inspection(count_params(model), macs, rows, dict(pruner.left_whole), shown, cost, problem)
 
 
 def figure_two(model: nn.Module, data: Dataset[Any], batch_size: int = 64, seed: int = 0) -> list[Curves]:

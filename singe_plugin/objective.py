@@ -9,16 +9,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin.errors import ConfigError, DataError
+from singe_plugin.errors import ConfigError, DataError, SingeError
 
 __all__ = [
     "Objective",
     "ObjectiveLike",
     "call_model",
+    "check_batch",
     "check_classes",
     "check_head",
     "check_logits",
@@ -35,6 +37,7 @@ __all__ = [
 Objective: TypeAlias = Callable[[Any, Any], Tensor]
 ObjectiveLike: TypeAlias = str | Objective
 
+MOST_BATCHES, MOST_BYTES = 1024, 4 * 2**30  # of a one-shot iterator, which has to be kept
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -299,6 +302,31 @@ def inputs_for(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     return inputs, targets
 
 
+def check_batch(batch: Any) -> None:
+    """Raise :class:`DataError` for a batch that cannot be scored on: values that are not there, or no tensors."""
+    inputs, targets = split_batch(batch)
+    if inputs is None:
+        raise DataError("the inputs of a batch are None; give (inputs, targets)")
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        for tensor in tensors_in(value):
+            if tensor.is_meta:
+                raise DataError(f"the {what} of a batch are on meta and have no values; load them first")
+            if tensor.is_inference():
+                raise DataError(
+                    f"the {what} of a batch were made under torch.inference_mode(), and nothing can be differentiated "
+                    "with them; make them outside of it, or give tensor.clone()"
+                )
+            if tensor.ndim and not len(tensor):
+                raise DataError(f"the {what} of a batch have the shape {tuple(tensor.shape)}: there is no example")
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else [value]
+        for part in parts:
+            if isinstance(part, (np.ndarray, bytes)):
+                raise DataError(
+                    f"the {what} of a batch hold a {type(part).__name__}, and models take tensors; convert it "
+                    "(torch.from_numpy), or give a Dataset, whose examples are put together and converted"
+                )
+
+
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call the model: a tensor is its one argument, a tuple or list its arguments, a mapping its keywords.
 
@@ -398,13 +426,59 @@ def to_device(value: Any, device: torch.device, channels_last: bool = False) -> 
     return value
 
 
+def in_memory(batches: Iterable[Any]) -> list[Any]:
+    """All batches as a list, as long as they are few enough: a generator may never end.
+
+    Raises:
+        DataError: at ``MOST_BATCHES`` batches, or ``MOST_BYTES`` of tensors.
+    """
+    found, size = [], 0
+    for batch in read(batches, "reading the batches"):
+        found.append(batch)
+        size += sum(t.numel() * t.element_size() for t in tensors_in(batch))
+        if len(found) > MOST_BATCHES or size > MOST_BYTES:
+            raise DataError(
+                f"a {type(batches).__name__} gave {len(found)} batches of {size / 2**30:.1f} GiB in all and goes on, "
+                "and it has to be kept to be read more than once; give a DataLoader, or a list of as many batches as "
+                "are needed, e.g. list(itertools.islice(batches, 100))"
+            )
+    return found
+
+
+def read(batches: Iterable[Any], what: str) -> Iterator[Any]:
+    """The batches one by one; what the code behind them raises becomes one error that says where.
+
+    Raises:
+        DataError: with the original error as its cause.
+
+    Example:
+        >>> list(read([1, 2], "data"))
+        [1, 2]
+    """
+    number, iterator = 0, None
+    while True:
+        try:
+            iterator = iter(batches) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{what} failed at batch {number} with {type(error).__name__}: {error}; see the error above for where"
+            ) from error
+        yield batch
+        number += 1
+
+
 def materialise(batches: Iterable[Any] | None) -> Iterable[Any]:
     """Make sure that the batches can be iterated more than once (a one-shot iterator becomes a list).
 
     Raises:
-        DataError: if ``batches`` is not an iterable of batches, or is a lone tensor.
+        DataError: if ``batches`` is not an iterable of batches, or is a lone tensor or array, or does not end.
     """
-    if isinstance(batches, (Tensor, str, bytes)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (Tensor, np.ndarray, str, bytes)) or not isinstance(batches, Iterable):
         raise DataError(
             f"batches must be an iterable of (inputs, targets), e.g. a DataLoader or a list, got "
             f"{type(batches).__name__}"
@@ -412,5 +486,5 @@ def materialise(batches: Iterable[Any] | None) -> Iterable[Any]:
     if isinstance(batches, Mapping):
         raise DataError("batches is one mapping; wrap a single batch in a list: [batch]")
     if isinstance(batches, Iterator):  # not by calling iter(): a DataLoader would draw a seed and start its workers
-        return list(batches)
+        return in_memory(batches)
     return batches

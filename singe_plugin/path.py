@@ -121,6 +121,9 @@ class DecayPath:
         return (self.weights * self.scales).sum() if self.measure == "product" else self.weights.sum()
 
 
+MOST_NODES, MOST_STEPS = 1000, 100_000  # every one is a forward and backward pass for each layer and batch
+
+
 def _mass(mu: float, steps: int) -> float:
     """The geometric sum, i.e. what the path adds up to when the gradient is constant."""
     return (1 - mu ** (steps + 1)) / (1 - mu)
@@ -154,12 +157,17 @@ def decay_path(
     to_zero = steps is None
     if steps is None:
         steps = default_steps(mu)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ConfigError(f"steps={steps!r} is not a number of decays; give a whole number >= 0, or None")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_STEPS:
+        raise ConfigError(
+            f"steps={steps!r} is not a number of decays; give a whole number >= 0 and at most {MOST_STEPS}, or None"
+        )
     if quadrature not in QUADRATURES:
         raise ConfigError(f"unknown quadrature {quadrature!r}; choose one of {', '.join(QUADRATURES)}")
-    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
-        raise ConfigError(f"nodes={nodes!r} is not a number of quadrature nodes; give a whole number >= 1")
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or not 1 <= nodes <= MOST_NODES:
+        raise ConfigError(
+            f"nodes={nodes!r} is not a number of quadrature nodes; give a whole number >= 1 and at most {MOST_NODES} "
+            "(5 are close to the exact integral)"
+        )
     if quadrature == "geometric":
         scales = torch.tensor([mu**s for s in range(steps + 1)], dtype=torch.float64)
         return DecayPath(scales, torch.ones_like(scales), mu, steps, quadrature, measure)

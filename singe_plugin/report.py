@@ -138,6 +138,7 @@ def report_data(result: Result) -> dict[str, Any]:
         "sparsity": result.sparsity,
         "weight_sparsity": result.weight_sparsity,
         "layers": [asdict(row) for row in result.layers],
+        "warnings": list(result.warnings),
         "left_whole": dict(result.left_whole),
         "history": history_summary(result.history),
         "options": dict(result.options),
@@ -178,6 +179,8 @@ def markdown(
     """
     parts = [f"# {title}", *(["\n".join(intro)] if intro else [])]
     parts += ["## Before and after", markdown_table(["", "before", "after", "change"], _change_rows(data))]
+    if data["warnings"]:
+        parts += ["## Warnings", "\n".join(f"- {text}" for text in data["warnings"])]
     if data["builder"]:
         parts.append(f"Architecture: `{data['builder']['name']}` {_code(data['builder']['options'])}".rstrip())
     parts += [f"![{Path(name).stem}]({name})" for name in plots]
@@ -267,8 +270,8 @@ def read_extras(directory: str | Path) -> dict[str, Any]:
 
 
 _RESULT_KEYS = (
-    "before", "after", "removed_params", "removed_macs", "sparsity", "weight_sparsity", "layers", "left_whole",
-    "history", "options", "versions", "builder",
+    "before", "after", "removed_params", "removed_macs", "sparsity", "weight_sparsity", "layers", "warnings",
+    "left_whole", "history", "options", "versions", "builder",
 )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from singe_plugin.events import History
 
 __all__ = ["LayerRow", "Metrics", "Result", "package_versions"]
 
+NARROW, SHARE = 4, 0.1  # what is left of a layer, in units and of what it had, below which it is warned of
+
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:
     """The versions of Python and of those packages that are installed.
@@ -61,6 +63,21 @@ class LayerRow:
     block: str
     units_before: int
     units_after: int
+
+    @property
+    def narrow(self) -> str | None:
+        """What there is to say of a layer that lost nearly all its units; None for others.
+
+        Example:
+            >>> LayerRow("conv1", "conv1", 16, 1).narrow
+            "layer 'conv1' has 1 of 16 units left; the network may not recover, min_width keeps more"
+            >>> LayerRow("conv1", "conv1", 16, 4).narrow
+        """
+        few = self.units_after < NARROW or self.units_after < SHARE * self.units_before
+        if self.units_after >= self.units_before or not few:
+            return None
+        left = f"{self.units_after} of {self.units_before} units left"
+        return f"layer {self.name!r} has {left}; the network may not recover, min_width keeps more"
 
 
 @dataclass
@@ -118,8 +135,18 @@ class Result:
             return None
         return 1 - sum(r.units_after for r in self.layers) / max(sum(r.units_before for r in self.layers), 1)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be looked at before the model is used: layers left with next to no units (see :class:`LayerRow`).
+
+        Single weights have no widths.
+        """
+        if self.sparsity is not None:
+            return []
+        return [row.narrow for row in self.layers if row.narrow is not None]
+
     def summary(self) -> str:
-        """The before/after table as text."""
+        """The before/after table as text, and below it what is to be known of the layers."""
         rows = [("", "before", "after", "change")]
         rows.append(_row("parameters", self.before.params, self.after.params, "{:,.0f}"))
         if self.before.nonzero is not None and self.after.nonzero is not None:
@@ -142,6 +169,10 @@ class Result:
                 f"sparsity: {self.weight_sparsity:.2%} of the pruned layers' weights, "
                 f"{self.sparsity:.2%} of all parameters"
             )
+        warnings = self.warnings
+        lines += [f"warning: {text}" for text in warnings[:3]]
+        if len(warnings) > 3:
+            lines.append(f"warning: {len(warnings) - 3} more layers with next to no units left, see warnings")
         for name, reason in list(self.left_whole.items())[:3]:
             lines.append(f"left whole: {name} ({reason})")
         if len(self.left_whole) > 3:

@@ -51,6 +51,7 @@ SCORED_ON: dict[str, tuple[int, int]] = {"layers": (5, 1), "rounds": (1, 4)}
 one node on four batches is fewer passes than five on one (docs/results.md, more data). The paper scores on one batch.
 """
 
+MOST_ROUNDS = 1000
 UNITS_PER_STEP = 0.1
 """Of a layer, between two scorings, where layers go one after the other and nothing else is given."""
 
@@ -125,9 +126,12 @@ def scored_on(order: str, nodes: int | None, batches: int | None) -> tuple[int, 
 
 def check_rounds(rounds: object, course: object) -> None:
     """Raise :class:`ConfigError` for a number of rounds or a course that cannot mean anything."""
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ConfigError(f"rounds={rounds!r} is not a number of rounds; give a whole number >= 1 (1 is one-shot)")
-    if course not in COURSES:
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= MOST_ROUNDS:
+        raise ConfigError(
+            f"rounds={rounds!r} is not a number of rounds; give a whole number >= 1 (1 is one-shot) and at most "
+            f"{MOST_ROUNDS}: every round scores all layers"
+        )
+    if not isinstance(course, str) or course not in COURSES:
         raise ConfigError(f"unknown schedule {course!r}; choose one of {', '.join(COURSES)}")
 
 

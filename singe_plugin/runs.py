@@ -52,7 +52,7 @@ def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -
 def _data_for(named: NamedModel, options: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
     options = dict(options)
     size = options.pop("img_size", None)
-    if size is None and options["data_dir"] is None and options["dataset"] in (None, "digits"):
+    if size is None and options["dataset"] == "digits":
         fixed = (getattr(named.model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
         size = None if fixed else 32
     config = data_config(named.model, size)

@@ -23,10 +23,12 @@ from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.objective import (
     ObjectiveLike,
     call_model,
+    check_batch,
     check_head,
     get_objective,
     inputs_for,
     materialise,
+    read,
     to_device,
 )
 from singe_plugin.path import DecayPath, decay_path
@@ -276,7 +278,8 @@ def _per_batch(
     device = model_device(model)
     with _measuring(model), decaying(model, group) as rows:
         start = weight_norms(group, rows, options.degree)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(read(batches, "reading the batches to score on")):
+            check_batch(batch)
             inputs, targets = inputs_for(model, batch)
             moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
             if not index:

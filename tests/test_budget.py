@@ -106,7 +106,7 @@ def test_latency_is_measured_in_eval_mode_and_leaves_no_trace() -> None:
 TARGETS = {"params=0.5": ("params", 0.5), "macs=0.25": ("macs", 0.25), " params = 1e-1": ("params", 0.1)}
 NO_TARGETS: list[Any] = [
     "params", "params=", "params=x", "params=0", "params=1", "params=-0.1", "params=nan", "params=50%", "flops=0.5",
-    "=0.5", "", "params=0.5=0.5", 0.5, None, Target("macs", 2.0), Target("size", 0.5),
+    "=0.5", "", "params=0.5=0.5", 0.5, None, Target("macs", 2.0),
 ]  # fmt: skip
 
 

@@ -272,7 +272,7 @@ def test_a_point_is_one_of_the_whole_and_not_of_what_is_left() -> None:
     for seed in range(4):
         torch.manual_seed(seed)
         result = prune(Chain(), BATCHES, nodes=1, finetune_steps=0, verify=False, order="rounds", rounds=3,
-                       target="params=0.4")  # fmt: skip
+                       target="params=0.4", min_width=1)  # fmt: skip
         assert result.removed_params == pytest.approx(0.4, abs=0.01)
 
 
@@ -296,7 +296,7 @@ def test_whole_units_of_a_small_network_meet_the_target_in_rounds(net: Any, roun
     for target in (0.3, 0.45, 0.5, 0.7):
         torch.manual_seed(0)
         result = prune(net(), BATCHES, criterion="l2", finetune_steps=0, verify=False, rounds=rounds,
-                       target=f"params={target}")  # fmt: skip
+                       target=f"params={target}", min_width=1)  # fmt: skip
         assert result.removed_params == pytest.approx(target, abs=0.01)
 
 
@@ -333,7 +333,7 @@ def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count:
     batches = images(6)
     model, passes = Chain(), []
     model.conv3.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
-    result = prune(model, batches, target="params=0.3", finetune_steps=0, verify=False, **given)
+    result = prune(model, batches, target="params=0.3", finetune_steps=0, verify=False, min_width=1, **given)
     scorings = len(result.history.select("layer_scored"))
     first = 0 if result.options["order"] == "rounds" else len(result.layers)
     assert sum(passes) - first == nodes * count * scorings > 0

@@ -29,6 +29,7 @@ from singe_plugin.models import create_model, parse_pairs
 SHAPE = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_type": "deep", "stem_width": 4}
 MODEL = ["--model", "resnet18", "--in-chans", "1", "--num-classes", "10", "--img-size", "16"]
 MODEL += [part for key, value in SHAPE.items() for part in ("--model-kwargs", f"{key}={value}")]
+DIGITS = ["--dataset", "digits"]
 FAST = ["--nodes", "2", "--units-per-step", "0.5", "--device", "cpu"]
 
 
@@ -51,7 +52,7 @@ def failed(result: Result, *parts: str) -> None:
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One pruned network for several tests: its folder and what --json said."""
     output = tmp_path_factory.mktemp("cli") / "out"
-    result = singe("prune", *MODEL, *FAST, "--finetune-steps", 6, "--latency", "--json", "--output", output)
+    result = singe("prune", *MODEL, *DIGITS, *FAST, "--finetune-steps", 6, "--latency", "--json", "--output", output)
     assert result.exit_code == 0, result.stderr
     assert "note: the weights are random" in result.stderr
     return output, json.loads(result.stdout)
@@ -135,7 +136,7 @@ def test_inspect_counts_what_prune_does(pruned: tuple[Path, dict[str, Any]]) -> 
 
 
 def test_inspect_neuron_path_and_text() -> None:
-    result = singe("inspect", *MODEL, "--path", "neuron", "--units-per-step", "layer", "--json")
+    result = singe("inspect", *MODEL, "--path", "neuron", "--units-per-step", "layer", "--min-width", 1, "--json")
     found = json.loads(result.stdout)
     assert found["cost"]["scoring_passes"] == 5 * sum(g["units"] for g in found["groups"])
     text = singe("inspect", *MODEL, "--ratios", "global").stdout
@@ -220,7 +221,7 @@ def _contents(output: Path) -> tuple[bytes, Any]:
 
 def test_kill_and_resume_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
-        return ["prune", *MODEL, *FAST, "--finetune-steps", "30", "--quiet", "--output", str(tmp_path / name)]
+        return ["prune", *MODEL, *DIGITS, *FAST, "--finetune-steps", "30", "--quiet", "--output", str(tmp_path / name)]
 
     assert singe(*command("whole")).exit_code == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -254,7 +255,7 @@ def test_interrupted_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("singe_plugin.finetune.FineTune.run", interrupt)
-    result = singe("prune", *MODEL, *FAST, "--no-curves", "--output", tmp_path)
+    result = singe("prune", *MODEL, *DIGITS, *FAST, "--no-curves", "--output", tmp_path)
     assert result.exit_code == 130
     lines = result.stderr.strip().splitlines()
     assert lines[-1].startswith("interrupted; the same command with --resume continues")
@@ -281,18 +282,22 @@ def test_interrupted_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_errors_of_prune(tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
-    failed(singe("prune", *arguments, "--no-curves", "--quiet", "--output", tmp_path / "out"), *parts)
+    data = [] if "--data-dir" in arguments else DIGITS
+    failed(singe("prune", *data, *arguments, "--no-curves", "--quiet", "--output", tmp_path / "out"), *parts)
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["prune"], "Missing option '--model'"),
-        (["prune", *MODEL, "--criterion", "nonsense"], "nonsense"),
-        (["prune", *MODEL, "--units-per-step", "some"], "is not a number of units"),
-        (["prune", *MODEL, "--units-per-step", "0"], "units_per_step=0"),
-        (["prune", *MODEL, "--ratios", "some"], "NAME=RATIO"),
-        (["prune", *MODEL, "--in-chans", "4"], "'4' is not one of"),
+        (["prune", *MODEL], "there is no data: give what the model was trained on, --data-dir FOLDER"),
+        (["prune", *MODEL, "--granularity", "weight"], "--dataset digits is for trying things out"),
+        (["prune", *MODEL, *DIGITS, "--min-width", "0"], "--min-width"),
+        (["prune", *MODEL, *DIGITS, "--criterion", "nonsense"], "nonsense"),
+        (["prune", *MODEL, *DIGITS, "--units-per-step", "some"], "is not a number of units"),
+        (["prune", *MODEL, *DIGITS, "--units-per-step", "0"], "units_per_step=0"),
+        (["prune", *MODEL, *DIGITS, "--ratios", "some"], "NAME=RATIO"),
+        (["prune", *MODEL, *DIGITS, "--in-chans", "4"], "'4' is not one of"),
         (["nonsense"], "No such command"),
         (["report"], "Missing argument"),
     ],
@@ -334,7 +339,7 @@ def test_report_of_a_folder_without_a_result(tmp_path: Path) -> None:
 
 def test_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    failed(singe("prune", *MODEL, "--output", tmp_path / "file"), "cannot be used as an output folder")
+    failed(singe("prune", *MODEL, *DIGITS, "--output", tmp_path / "file"), "cannot be used as an output folder")
 
 
 def test_random_weights_follow_the_seed_and_leave_the_caller_alone() -> None:

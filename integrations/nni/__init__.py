@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 
-from singe_plugin.errors import ConfigError
+from singe_plugin.errors import MissingPackageError
 
 if importlib.util.find_spec("nni") is None:
-    raise ConfigError("NNI is not installed; it is an extra: pip install 'singe_plugin[nni]'")
+    raise MissingPackageError("NNI is not installed; it is an extra: pip install 'singe_plugin[nni]'", name="nni")
 
 from .evaluators import LightningEvaluator, TorchEvaluator, TransformersEvaluator
 from .pruner import SInGEPruner

@@ -8,7 +8,7 @@ from typing import Any
 from singe_plugin.algorithm import units_per_removal
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.finetune import SCHEDULES
-from singe_plugin.objective import materialise
+from singe_plugin.objective import check_batch, in_memory, materialise
 
 __all__ = ["MODES", "batches_of", "check_schedule", "check_without_evaluator"]
 
@@ -38,9 +38,11 @@ def check_schedule(
 
 def batches_of(batches: Iterable[Any] | None) -> list[Any] | None:
     """The batches to score on, or None; :class:`DataError` if there are none in it."""
-    found = None if batches is None else list(materialise(batches))
+    found = None if batches is None else in_memory(materialise(batches))
     if found is not None and not found:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+    for batch in found or ():
+        check_batch(batch)
     return found
 
 

@@ -25,6 +25,7 @@ from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup, subgroup
 
+from ..checks import check_here
 from .arguments import batches_of, check_schedule, check_without_evaluator
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
@@ -142,6 +143,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         callbacks: Iterable[Callback] = (),
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
     ) -> None:
+        check_here()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if any("_nni_wrapper" in m._modules for m in model.modules()):
@@ -315,6 +317,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
 
     def _calculate_metrics(self, data: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """One metric per block of every target, ``[C, 1, 1, 1]`` for output channels; what is masked already has -1."""
+        check_here()
         metrics: dict[str, dict[str, Tensor]] = {}
         for piece in self.pieces:
             keys = [key for key in piece.members if key[1] in data.get(key[0], {})]

@@ -81,7 +81,7 @@ def _nearest(
         return counts
     raise BudgetError(
         f"target {target.kind}={target.fraction:g} cannot be met within one point: the nearest that was reached is "
-        f"{target.kind}={reached:.4f}; choose that, or relax round_to and max_pruning_ratio"
+        f"{target.kind}={reached:.4f}; choose that, or relax round_to, max_pruning_ratio and min_width"
     )
 
 
@@ -141,8 +141,8 @@ class Rounds:
                 return {}
             raise BudgetError(
                 f"target {kind}={whole:g} cannot be met within one point: {kind}={reached:.4f} is reached, and no "
-                "whole units of what is left lead closer; choose that, prune more layers, or relax round_to and "
-                "max_pruning_ratio"
+                "whole units of what is left lead closer; choose that, prune more layers, or relax round_to, "
+                "max_pruning_ratio and min_width"
             ) from error
 
     def _spec(self, spec: LayerSpec) -> LayerSpec:
@@ -154,7 +154,9 @@ class Rounds:
 def few_units(specs: list[LayerSpec], costs: CostModel, kind: str) -> float:
     """What a few of the cheapest units cost: a round that left less to go would leave the last one no choice.
 
-    Where units are a good part of the model, one too many or too few may miss the target.
+    Where units are a good part of the model, one too many or too few may miss the target. Layers that have no more than
+    they keep are no choice.
     """
     whole = costs.cost(kind, {})
-    return 6 * min((whole - costs.cost(kind, {spec.name: 1}) for spec in specs if spec.units > 1), default=0.0)
+    can_go = (spec for spec in specs if spec.kept_for(spec.units - 1, None) < spec.units)
+    return 6 * min((whole - costs.cost(kind, {spec.name: 1}) for spec in can_go), default=0.0)

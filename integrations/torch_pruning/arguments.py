@@ -16,6 +16,8 @@ from singe_plugin.state import model_device
 
 from ..checks import check_model
 
+_MOST_STEPS = 100_000
+
 
 def check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
     check_model(model)
@@ -30,6 +32,11 @@ def check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
     flat = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
     tensors = [example_inputs] if isinstance(example_inputs, Tensor) else [t for t in flat if isinstance(t, Tensor)]
     for tensor in tensors:
+        if tensor.ndim and not len(tensor):
+            raise ConfigError(
+                f"example_inputs have the shape {tuple(tensor.shape)}: there is no example in them, and nothing could "
+                "be verified with it; give two examples"
+            )
         if tensor.device != device:
             raise ConfigError(
                 f"example_inputs are on {tensor.device} but the model is on {device}; move one to the other"
@@ -45,6 +52,12 @@ def check_ratios(ratios: Any) -> Any:
     if isinstance(ratios, str) and ratios in RATIOS:
         return ratios
     raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
+
+
+def check_min_width(width: Any) -> int:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ConfigError(f"min_width={width!r} is not a number of units; give a whole number >= 1 (1 is no limit)")
+    return width
 
 
 def base_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +93,10 @@ def check_base_arguments(kwargs: dict[str, Any]) -> None:
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
         raise ConfigError(f"round_to={round_to!r} is not a number of channels; give a whole number >= 1, or None")
     steps = kwargs.get("iterative_steps", 1)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"iterative_steps={steps!r} is not a number of steps; give a whole number >= 1")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+        raise ConfigError(
+            f"iterative_steps={steps!r} is not a number of steps; give a whole number >= 1 and at most {_MOST_STEPS}"
+        )
     top = kwargs.get("max_pruning_ratio", 1.0)
     if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
         raise ConfigError(f"max_pruning_ratio={top!r} is not a fraction inside ]0, 1]")

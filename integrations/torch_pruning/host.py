@@ -41,6 +41,7 @@ class TorchPruningHost:
         trackers: optimizers and EMA copies to cut along.
         example_inputs: for counting MACs.
         max_ratio: the largest fraction of a layer's units that may go.
+        min_width: how many units of a layer stay at least.
     """
 
     def __init__(
@@ -50,14 +51,23 @@ class TorchPruningHost:
         trackers: Trackers,
         example_inputs: Any,
         max_ratio: float = 1.0,
+        min_width: int = 1,
     ) -> None:
-        self.graph, self.trackers, self.example_inputs, self.max_ratio = graph, trackers, example_inputs, max_ratio
+        self.graph, self.trackers, self.example_inputs = graph, trackers, example_inputs
+        self.max_ratio, self.min_width = max_ratio, min_width
         self.model: nn.Module = graph.model
         self._groups: dict[str, Group] = {name: graph.axis_graph.groups[name] for name in groups}
 
     def layers(self) -> list[LayerSpec]:
         return [
-            LayerSpec(name, group.size, block_of(name), channels_per_unit(group), self.max_ratio)
+            LayerSpec(
+                name,
+                group.size,
+                block_of(name),
+                channels_per_unit(group),
+                self.max_ratio,
+                max(self.min_width, group.least),
+            )  # fmt: skip
             for name, group in self._groups.items()
         ]
 

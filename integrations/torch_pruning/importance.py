@@ -16,6 +16,7 @@ from singe_plugin.reduction import NormalizerLike
 from singe_plugin.scoring import ScoringOptions, score_error, score_units
 from singe_plugin.units import UnitGroup
 
+from ..checks import check_alone
 from .graph import AxisGroup
 from .groups import unit_group
 
@@ -109,6 +110,7 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             ConfigError: if ``model`` is not a module.
             DataError: if ``batches`` is not an iterable of batches, or is empty.
         """
+        check_alone()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"bind(model, batches) needs a torch.nn.Module, got {type(model).__name__}")
         usable = materialise(batches)
@@ -135,6 +137,7 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             group: a torch-pruning group.
             units: positions into the root's indices; None makes every root channel its own unit.
         """
+        check_alone()
         options = self.options
         if isinstance(group, AxisGroup) and group.axis_group.only_training:
             options = replace(options, criterion="l2")  # F does not depend on an auxiliary head

@@ -25,10 +25,10 @@ from singe_plugin.objective import ObjectiveLike, get_objective, materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
-from ..checks import check_parts, parts_of
+from ..checks import check_here, check_lone, check_parts, parts_of
 from ..rollback import all_or_nothing
 from .allocation import Rounds, counts_for, sizes
-from .arguments import base_options, check_arguments, check_ratios, forward_of
+from .arguments import base_options, check_arguments, check_min_width, check_ratios, forward_of
 from .graph import AxisDependencyGraph, AxisGroup
 from .host import TorchPruningHost, channels_per_unit, scores_per_unit
 from .importance import SInGEImportance
@@ -90,6 +90,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             removes units of all of them.
         rounds, schedule: how many rounds (None is 4; 1 scores the intact model only), and how fast the target is
             approached over them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
+        min_width: how many units of a layer stay at least, in ``run`` and in ``step``, beside ``max_pruning_ratio``; a
+            layer that has no more is left as it is.
         finetune: a :class:`~singe_plugin.FineTune`, or None. Without a loss of its own it minimises the importance's F.
         callbacks: see :mod:`singe_plugin.events`.
         batches: data for importances that need gradients: torch-pruning's (Taylor, Hessian, OBD-C), and a
@@ -126,6 +128,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         order: str = "layers",
         rounds: int | None = None,
         schedule: str = "cubic",
+        min_width: int = 1,
         finetune: FineTune | None = None,
         callbacks: Iterable[Callback] = (),
         batches: Iterable[Any] | None = None,
@@ -141,6 +144,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.ratios = check_ratios(ratios)
         check_rounds(rounds, schedule)
         self.order, self.rounds, self.schedule = order, rounds, schedule
+        self.min_width = check_min_width(min_width)
         options = base_options(args, kwargs)
         options["ignored_layers"] = parts_of(model, options["ignored_layers"])
         check_parts(model, finetune, callbacks := list(callbacks), options["ignored_layers"])
@@ -284,11 +288,12 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         chosen = owner[scores.argsort(stable=True)[:count]].bincount(minlength=len(members)).tolist()
         for (group, own), number in zip(members, chosen, strict=True):
             size, first = group.axis_group.size, self._initial[group.axis_group.name]
-            kept = max(size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), 1)
+            least = max(self.min_width, group.axis_group.least)
+            kept = max(size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), least)
             if self.round_to:
                 per_unit = channels_per_unit(group.axis_group)
                 quantum = self.round_to // math.gcd(self.round_to, per_unit)
-                kept = max(kept - kept % quantum, min(quantum, size))
+                kept = max(kept - kept % quantum, math.ceil(least / quantum) * quantum)
             if kept < size:
                 yield AxisGroup(self.DG, group.axis_group, own.argsort(stable=True)[: size - kept].tolist())
 
@@ -298,6 +303,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         Raises:
             ConfigError: if the pruner was given what only :meth:`run` obeys (a target, ratios, an order, fine-tuning).
         """
+        check_here()
         ignored = [name for name, was_given in self._only_run.items() if was_given]
         if ignored:
             raise ConfigError(
@@ -356,6 +362,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._all_trackers(),
             self.example_inputs,
             min(self.max_pruning_ratio, 1.0),
+            self.min_width,
         )
 
     def score_layer(self, host: TorchPruningHost, layer: str) -> Tensor:
@@ -446,10 +453,12 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             BudgetError: before anything is removed, if the target cannot be met.
             SingeError: if something fails on the way; the model, optimizer and EMA are rolled back.
         """
+        check_here()
         history = history or History()
         callback = Callbacks([history, *self.callbacks])
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
         self._check_data()
+        check_lone(self.model, self.finetune, self.example_inputs)
         if self.finetune is not None:
             self.finetune.minimise(self.objective)
         if progress is None:

@@ -6,7 +6,7 @@ gradients, Hessian needs them per sample, OBD-C needs its hooks; SInGE and the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,16 @@ from torch import nn
 
 from singe_plugin.algorithm import Progress
 from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.objective import call_model, check_head, check_logits, get_objective, inputs_for, to_device
+from singe_plugin.objective import (
+    call_model,
+    check_batch,
+    check_head,
+    check_logits,
+    get_objective,
+    inputs_for,
+    read,
+    to_device,
+)
 from singe_plugin.state import model_device, plain_layers, preserved
 
 from .host import TorchPruningHost
@@ -53,11 +62,18 @@ def with_gradients(pruner: Any, importance: Any, batches: Iterable[Any] | None, 
         for parameter in model.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
-        ready = [to_device(batch, model_device(model)) for batch in batches]
+        ready = [to_device(batch, model_device(model)) for batch in checked(batches)]
         if not ready:
             raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
         _PREPARE[next(kind for kind in _PREPARE if isinstance(importance, kind))](pruner, importance, ready)
         return score()
+
+
+def checked(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, each of a form that can be scored on."""
+    for batch in read(batches, "reading the batches to score on"):
+        check_batch(batch)
+        yield batch
 
 
 class RoundScorer:

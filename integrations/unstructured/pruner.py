@@ -17,12 +17,12 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History, LayerDone, RunEnded
 from singe_plugin.finetune import FineTune
 from singe_plugin.masks import fold_masks, masks_of
-from singe_plugin.objective import materialise
+from singe_plugin.objective import check_batch, in_memory, materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device
 
-from ..checks import check_model, check_parts
+from ..checks import check_here, check_lone, check_model, check_parts
 from ..rollback import all_or_nothing
 from ..staging import examples_in
 from .allocation import Allocation, Scope, layer_ratios
@@ -160,12 +160,14 @@ class UnstructuredPruner:
         order, _, rounds, units_per_step = decided(order, None, rounds, units_per_step, 1)
         check_rounds(rounds, schedule)
         self.order, self.rounds, self.schedule, self.units_per_step = order, rounds, schedule, units_per_step
-        self.batches = None if batches is None else list(materialise(batches))
+        self.batches = None if batches is None else in_memory(materialise(batches))
         if self.batches == [] or (self.batches is None and self.scoring.rule.needs_gradient):
             raise DataError(
                 f"criterion {self.scoring.criterion!r} differentiates F on data, and there is none; give batches of "
                 "(inputs, targets), or use criterion='l1'"
             )
+        for batch in self.batches or ():
+            check_batch(batch)
         if example_inputs is None and self.batches:
             example_inputs = example_from(self.batches[0], model_device(model))
         self.example_inputs = example_inputs
@@ -215,6 +217,8 @@ class UnstructuredPruner:
             BudgetError: before anything is masked, if the sparsity cannot be reached.
             SingeError: if something fails on the way; model, optimizer and EMA are rolled back, masks included.
         """
+        check_here()
+        check_lone(self.model, self.finetune, self.example_inputs)
         history = history or History()
         if self.finetune is not None:
             self.finetune.minimise(self.scoring.objective)

@@ -20,6 +20,7 @@ from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup, refuse_tied
 
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves, size_of, split
 from .layers import adapt
+from .reasons import why_whole
 from .scales import ImpliedScale, implied_scales
 from .trace import Forward, Trace, trace
 
@@ -123,7 +124,8 @@ class AxisGraph:
 
     Attributes:
         groups: by name, in forward order.
-        left_whole: layer -> why its outputs belong to no group.
+        left_whole: layer, or a parameter alone -> why nothing is removed from its outputs; all with two dimensions or
+            more that no group writes are there.
         history: what a host notes of its removals; undone together with them.
 
     Raises:
@@ -174,8 +176,9 @@ class AxisGraph:
                 if not leaf.fixed:
                     self._places.setdefault(leaf, []).append((held, dim))
         self.groups: dict[str, Group] = {}
+        self._dropped: dict[str, str] = {}
         self._find_groups()
-        self.left_whole = dict(self._reasons())
+        self.left_whole = dict(why_whole(self))
 
     def _traced(self) -> Trace:
         """The trace of the example, or of a smaller image if the example is large and the model takes one."""
@@ -306,16 +309,15 @@ class AxisGraph:
         """Leave a group whole."""
         group = self.groups.pop(name)
         group.leaf.root().fixed = reason
-        self.left_whole[name] = reason
+        self._dropped[name] = reason
         self.rank()
+        self.left_whole = dict(why_whole(self)) | self._dropped
 
-    def _reasons(self) -> Iterator[tuple[str, str]]:
-        for held in self.held:
-            if isinstance(held.owner, _LAYERS) and held.attr == "weight":
-                out = leaves(_out_axis(held))
-                if all(leaf.fixed for leaf in out):
-                    reasons = [leaf.fixed for leaf in out if leaf.fixed]
-                    yield self.names[held.owner], reasons[-1] if reasons else "it has one output channel"
+    def outputs_of(self, held: Held) -> list[Axis]:
+        """The axes of a parameter along which it produces units."""
+        if isinstance(held.owner, _LAYERS) and held.attr == "weight":
+            return [_out_axis(held)]
+        return [axis for dim, axis in enumerate(held.axes) if not self.reads(held, dim)]
 
     def reads(self, held: Held, dim: int) -> bool:
         """Whether a dimension of a parameter or buffer only reads units, instead of producing them.

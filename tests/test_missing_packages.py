@@ -1,0 +1,31 @@
+"""What is not installed is an ``ImportError`` that says what to install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HIDDEN = """
+import sys
+sys.modules["nni"] = None
+try:
+    import {module}
+except ImportError as error:
+    from singe_plugin import SingeError
+    assert isinstance(error, SingeError), type(error).__mro__
+    assert error.name == "nni"
+    print(error)
+else:
+    print("imported")
+import singe_plugin
+assert callable(singe_plugin.prune)
+"""
+
+
+@pytest.mark.parametrize("module", ["singe_plugin.integrations.nni", "singe_plugin.integrations.nni.pruner"])
+def test_nni(module: str) -> None:
+    found = subprocess.run([sys.executable, "-c", HIDDEN.format(module=module)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "pip install 'singe_plugin[nni]'" in found.stdout
