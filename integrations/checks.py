@@ -70,8 +70,8 @@ def check_model(model: Any) -> None:
                 f"{name!r} is scripted (torch.jit), and nothing of it can be seen or cut; put the plain module in its "
                 "place, prune, then script it"
             )
-    check_parameters(model)
     check_devices(model)
+    check_parameters(model)
 
 
 def check_parameters(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
-from singe_plugin.files import digest, locked, make_folder, sweep
+from singe_plugin.files import digest, locked, sweep
 from singe_plugin.finetune import FineTune, loader_generators
 from singe_plugin.masks import named_tensors
 from singe_plugin.objective import ObjectiveLike, check_batch, split_batch, tensors_in, to_device
@@ -33,7 +33,6 @@ from .rollback import all_or_nothing
 __all__ = [
     "Stage",
     "callbacks_of",
-    "check_out_dir",
     "described",
     "examples_in",
     "fine_tuning",
@@ -312,16 +311,3 @@ def _length(batches: Any) -> int | None:
         return len(batches)
     except TypeError:  # an iterable without a length, or a loader over one
         return None
-
-
-def check_out_dir(out_dir: str | Path) -> Path:
-    """A folder that can be written to, made if need be.
-
-    Raises:
-        ArtifactError: if it is a file, cannot be made, or must not be written to.
-    """
-    try:
-        path = Path(out_dir)
-    except TypeError as error:
-        raise ConfigError(f"out_dir={out_dir!r} is not the path of a folder; give a string or a Path") from error
-    return make_folder(path)

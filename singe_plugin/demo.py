@@ -130,14 +130,14 @@ def run_demo(
         DataError: if scikit-learn is missing.
         ArtifactError: if the saved network does not compute what it did.
     """
-    from singe_plugin.integrations.staging import check_out_dir
+    from singe_plugin.files import make_folder
 
     started = time.perf_counter()
     settings = DemoSettings.quick() if quick else DemoSettings()
     rng, threads = RngState.capture(), torch.get_num_threads()
     torch.set_num_threads(1)  # more gain little on a network this small, and would change the last bits
     try:
-        return _run(check_out_dir(output), seed, settings, say, progress, started)
+        return _run(make_folder(output), seed, settings, say, progress, started)
     finally:
         torch.set_num_threads(threads)
         rng.restore()

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from singe_plugin.errors import ArtifactError
+from singe_plugin.errors import ArtifactError, ConfigError
 
 __all__ = [
     "describe",
@@ -48,8 +48,11 @@ def make_folder(path: str | Path) -> Path:
     """A folder that can be written to, made if need be.
 
     Raises:
+        ConfigError: if it is no path.
         ArtifactError: if it is a file, cannot be made, or must not be written to.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"{path!r} is not the path of a folder; give a string or a Path")
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,7 @@ class RunCost:
         scorings: how often a layer is scored.
         passes_per_scoring: for one layer and one batch; with ``path="neuron"``, for one unit.
         scoring_passes: of the whole run.
+        probing_passes: one for each layer where layers go one after the other: whether F depends on it.
         finetune_passes: one per fine-tuning step.
     """
 
@@ -59,12 +60,13 @@ class RunCost:
     scorings: int
     passes_per_scoring: int
     scoring_passes: int
+    probing_passes: int
     finetune_passes: int
 
     @property
     def total_passes(self) -> int:
-        """Scoring and fine-tuning together."""
-        return self.scoring_passes + self.finetune_passes
+        """Scoring, probing and fine-tuning together."""
+        return self.scoring_passes + self.probing_passes + self.finetune_passes
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Inspection:
                 f"{cost.units_removed} units removed, {cost.scorings} scorings of {cost.passes_per_scoring} passes"
                 f"{' per unit' if self.options['path'] == 'neuron' else ''} on each of "
                 f"{options['scoring_batch_count']} batches = {cost.scoring_passes} forward and backward passes, plus "
+                f"{f'{cost.probing_passes} to see that F depends on every layer, ' if cost.probing_passes else ''}"
                 f"{cost.finetune_passes} fine-tuning steps: {cost.total_passes} passes in all"
             )
         return "\n\n".join(parts)
@@ -189,7 +192,8 @@ def inspect_model(
             rows.append(GroupRow(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
         plan = pruner.plan()
         alive = _units_at_scorings({spec.name: spec.units for spec in specs}, plan, pruner, by_score)
-        cost = _cost(alive, sum(plan.values()), scoring, scoring_batch_count, finetune_steps)
+        probing = len(specs) if order == "layers" and scoring.rule.needs_gradient else 0
+        cost = _cost(alive, sum(plan.values()), scoring, scoring_batch_count, probing, finetune_steps)
     except BudgetError as error:
         problem = str(error)
     names = {module: name for name, module in model.named_modules()}
@@ -243,10 +247,13 @@ def _units_at_scorings(units: dict[str, int], plan: dict[str, int], pruner: Any,
     return found
 
 
-def _cost(alive: list[int], removed: int, scoring: ScoringOptions, batches: int, finetune_steps: int) -> RunCost:
+def _cost(
+    alive: list[int], removed: int, scoring: ScoringOptions, batches: int, probing: int, finetune_steps: int
+) -> RunCost:
     """Count the passes of all scorings."""
     evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
-    return RunCost(removed, len(alive), scoring.passes, evaluations * scoring.passes * batches, finetune_steps)
+    passes = evaluations * scoring.passes * batches
+    return RunCost(removed, len(alive), scoring.passes, passes, probing, finetune_steps)
 
 
 def _few(names: tuple[str, ...], most: int = 3) -> str:

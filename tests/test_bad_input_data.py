@@ -384,7 +384,7 @@ CASES = {
     "rounds of weights": Case(lambda m: prune_weights(m, GOOD, rounds=10**6), ConfigError, ("rounds=1000000",)),
     "iterative_steps": Case(pruner(iterative_steps=10**9), ConfigError, ("iterative_steps=1000000000", "at most")),
     "builder": Case(pruning(builder="resnet18"), ConfigError, ("'resnet18'", "Builder.factory")),
-    "out_dir": Case(pruning(out_dir=3), ConfigError, ("out_dir=3", "path of a folder")),
+    "out_dir": Case(pruning(out_dir=3), ConfigError, ("3 is not the path of a folder",)),
     "device": Case(pruning(device=3.5), ConfigError, ("3.5", "not a device")),
     "callbacks": Case(pruning(callbacks="abc"), ConfigError, ("'a'", "Callback")),
     "ratios": Case(pruning(ratios={"conv1"}), ConfigError, ("conv1", "give a dict")),

@@ -28,6 +28,7 @@ from killed import holding, limited, process
 from small_nets import Chain, Trace, images
 
 BATCHES = images()
+PRUNE = ["prune", "--model", "test_resnet", "--dataset", "digits", "--output"]
 FAST: dict[str, Any] = {"nodes": 1, "finetune_steps": 2, "rounds": 2}
 CURVES = [Curves("conv", (0, 2), ((2.0, 1.0), (3.0, 1.5)), ((0.1, 0.2), (0.3, 0.1)))]
 
@@ -179,7 +180,7 @@ def test_a_read_only_folder(result: Result, tmp_path: Path, monkeypatch: pytest.
     for action in (lambda: pruned(Chain(), tmp_path), lambda: write_report(result, tmp_path)):
         with pytest.raises(ArtifactError, match="it is read-only; choose another folder"):
             action()
-    shown = CliRunner().invoke(main, ["prune", "--model", "test_resnet", "--output", str(tmp_path)])
+    shown = CliRunner().invoke(main, [*PRUNE, str(tmp_path)])
     assert (shown.exit_code, shown.stdout) == (1, "")
     assert len(shown.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
@@ -226,7 +227,7 @@ def test_a_folder_that_another_process_runs_in(tmp_path: Path) -> None:
             with pytest.raises(ArtifactError, match=rf"process {other.pid} is running in .* already; wait for its end"):
                 run(net, tmp_path)
         trace.assert_unchanged()
-        shown = CliRunner().invoke(main, ["prune", "--model", "test_resnet", "--output", str(tmp_path)])
+        shown = CliRunner().invoke(main, [*PRUNE, str(tmp_path)])
         assert shown.exit_code == 1
         assert f"process {other.pid} is running in" in shown.stderr
     finally:

@@ -49,6 +49,9 @@ def test_the_passes_that_are_printed_multiply_to_their_sum(options: dict[str, An
     numbers = re.search(r"(\d+) scorings of (\d+) passes on each of (\d+) batches = (\d+) forward", text)
     assert numbers is not None, text
     scorings, each, batches, total = map(int, numbers.groups())
+    probing = re.search(r"(\d+) to see that F depends on every layer", text)
+    more = 0 if probing is None else int(probing.group(1))
     assert scorings * each * batches == total
-    assert f"{total + 7} passes in all" in text
-    assert total == len(passes)
+    assert f"{total + more + 7} passes in all" in text
+    assert total + more == len(passes)
+    assert bool(more) == (options.get("order") == "layers")

@@ -89,7 +89,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     "bilinear": (
         lambda: Applied(lambda m, x: m.fc(m.two(m.a(x), m.a(x))), a=nn.Linear(4, 6), two=nn.Bilinear(6, 6, 8),
                         fc=nn.Linear(8, 2)),
-        X, {"a": "_trilinear in Bilinear has no rule", "two": "_trilinear in Bilinear has no rule", "fc": "output"},
+        X, {"two": "no convolution or linear layer writes its units", "fc": "output"},
     ),
     "attention": (attending, TOKENS, {"fc": "it reaches the model's output"}),
     "attention with more": (lambda: attending(add_bias_kv=True), TOKENS, {"attention.in_proj_weight": "kept whole"}),

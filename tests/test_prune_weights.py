@@ -147,7 +147,7 @@ def test_a_failure_leaves_the_model_as_it_was(place: tuple[str, int]) -> None:
 MODEL = ["--model", "resnet18", "--in-chans", "1", "--num-classes", "10", "--img-size", "16"]
 MODEL += ["--model-kwargs", "layers=[1, 1, 1, 1]", "--model-kwargs", "channels=[8, 8, 16, 16]"]
 MODEL += ["--model-kwargs", "stem_type=deep", "--model-kwargs", "stem_width=4", "--device", "cpu"]
-WEIGHT = ["prune", *MODEL, "--granularity", "weight", "--nodes", "2", "--finetune-steps", "4"]
+WEIGHT = ["prune", *MODEL, "--dataset", "digits", "--granularity", "weight", "--nodes", "2", "--finetune-steps", "4"]
 ROUNDS = ["--rounds", "2"]
 
 
@@ -202,7 +202,7 @@ def test_patterns_and_scopes_on_the_command_line(tmp_path: Path) -> None:
     ],
 )
 def test_options_of_the_other_granularity(arguments: list[str], flag: str) -> None:
-    result = singe("prune", *MODEL, *arguments)
+    result = singe("prune", *MODEL, "--dataset", "digits", *arguments)
     assert result.exit_code == 2
     assert flag in result.stderr
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin.errors import ScoringError
+from singe_plugin.errors import DataError, ScoringError
 from singe_plugin.scoring import ScoringOptions, path_gradient_norms, score_error, score_units
 from singe_plugin.state import RngState
 from singe_plugin.units import Producer, Slot, UnitGroup
@@ -248,11 +248,11 @@ def test_a_failure_at_any_point_leaves_no_trace(way: str, place: str, error: typ
         fuse.set(k, error)
         rng = RngState.capture()
         # an error in F is explained by ours, except for what is nobody's error
-        with pytest.raises((error, ScoringError)) as caught:
+        with pytest.raises((error, ScoringError, DataError)) as caught:
             score_units(model, group, loader, chosen)
         if error is KeyboardInterrupt:
             assert caught.type is KeyboardInterrupt
-        elif place in ("forward", "objective"):
+        elif place in ("forward", "objective", "loader"):
             assert isinstance(caught.value.__cause__, Boom)
         assert fuse.calls == k + 1
         assert photograph(model) == before, f"call {k} of {calls}"

@@ -225,6 +225,7 @@ def pruned(net: nn.Module, ema: nn.Module, place: str, fault: Fault, out_dir: Pa
         singe_plugin.prune(
             net, batches_for(2), target="params=0.38", order=order, finetune=FineTune(loader, 4, ema=ema), nodes=1,
             out_dir=out_dir, callbacks=[Events(fault)] if place == "callback" else [], max_pruning_ratio=0.9,
+            min_width=1,
         )  # fmt: skip
 
 

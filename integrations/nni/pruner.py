@@ -483,6 +483,9 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             with preserved(self.bound_model):
                 self.bound_model.eval()
                 call_model(self.track_forward, self.graph.inputs)
+                shapes = [space.shape for space in open_spaces]
+            for space, shape in zip(open_spaces, shapes, strict=True):
+                space.shape = shape  # the one thing that is to be kept of that pass
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         try:

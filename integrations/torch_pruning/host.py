@@ -67,7 +67,7 @@ class TorchPruningHost:
                 channels_per_unit(group),
                 self.max_ratio,
                 max(self.min_width, group.least),
-            )  # fmt: skip
+            )
             for name, group in self._groups.items()
         ]
 

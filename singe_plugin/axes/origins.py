@@ -109,6 +109,8 @@ def _carried(operator: str, args: Any, origins: list[Dims], source: Tensor, resu
         return [o for d, o in enumerate(origins) if d != args[1] % ndim]
     if operator == "unbind":
         return [o for d, o in enumerate(origins) if d != (args[1] if len(args) > 1 else 0) % ndim]
+    if ndim == 1 and result.ndim > 1 and "norm" in operator:  # one number per channel
+        return [frozenset(), origins[0], *[frozenset()] * (result.ndim - 2)]
     if ndim <= result.ndim:
         return [frozenset()] * (result.ndim - ndim) + origins
     return [frozenset().union(*origins)] * result.ndim
