@@ -111,11 +111,13 @@ def remove_unevenly(network: Stranger, pruner: Any, truth: Truth, r: random.Rand
     """From some layers one unit, from others all but one, from others a number that does not divide."""
     host = pruner.host()
     for number in range(2):
-        units = {layer.name: layer.units for layer in host.layers() if layer.units > 1}
+        layers = {layer.name: layer for layer in host.layers()}
+        units = {name: layer.units - layer.min_units + 1 for name, layer in layers.items()}
+        units = {name: count for name, count in units.items() if count > 1}
         for name in r.sample(sorted(units), r.randint(min(1, len(units)), len(units))):
             most = units[name] - 1
             count = r.choice([1, r.randint(1, most), r.randint(1, max(most // 2, 1)), most if number else 1])
-            host.remove(name, r.sample(range(units[name]), count))
+            host.remove(name, r.sample(range(layers[name].units), count))
             outcome.removals += 1
         compare(truth, network.model, network.fresh_inputs(number, 2 + 2 * number))
 

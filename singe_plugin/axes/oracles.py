@@ -420,13 +420,13 @@ def _bench(graph: AxisGraph, inputs: Any) -> Iterator[_Bench]:
 
 @contextmanager
 def _elsewhere(bench: _Bench, inputs: Any) -> Iterator[_Bench | None]:
-    """The same on other inputs, with another number of examples and pixels, and in training mode.
+    """The same on other inputs and parameters, with another number of examples and pixels, and in training mode.
 
     As far as the model runs so: not every one takes other sizes. Single layers stay in eval mode.
     """
     graph = bench.graph
     for mode in (containers_training, nullcontext):
-        with mode(graph.model):
+        with randomised(graph.model, 1, bias=0.1), mode(graph.model):
             for candidate in _other_inputs(inputs, bench.inputs):
                 noise = random_inputs(candidate, 1)
                 noise = double_inputs(noise) if bench.tolerance < TOLERANCE else noise

@@ -36,14 +36,20 @@ __all__ = [
 
 
 @contextmanager
-def randomised(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0) -> Iterator[None]:
     """The model in eval mode with random affine parameters and statistics; restored on leaving.
 
     Batch-norm statistics and one-dimensional parameters are drawn anew; larger weights are kept unless they are
     (nearly) zero, as zero-initialised branches are.
+
+    Args:
+        model: the model.
+        seed: of the draw.
+        bias: the size of biases; large ones leave a channel on one side of an activation, whatever its inputs are.
     """
     generator = torch.Generator().manual_seed(seed)
     originals = [(p, p.data) for p in model.parameters()]
+    small = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
     with preserved(model), torch.no_grad():
         for parameter, _ in originals:
             parameter.grad = None  # put back by preserved; a gradient would pin the type
@@ -60,7 +66,7 @@ def randomised(model: nn.Module, seed: int = 0) -> Iterator[None]:
                     continue
                 if parameter.ndim <= 1 or data.numel() == max(data.shape):
                     sign = uniform(data, generator) * torch.where(normal(data, generator) > -1.0, 1.0, -1.0)
-                    parameter.data = sign.to(data.dtype)
+                    parameter.data = (sign * bias if id(parameter) in small else sign).to(data.dtype)
                 elif float(data.abs().max()) < 1e-3:
                     parameter.data = normal(data, generator) / max(data[0].numel(), 1) ** 0.5
             model.eval()
