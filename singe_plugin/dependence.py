@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from singe_plugin.decay import decaying
 from singe_plugin.errors import ScoringError
+from singe_plugin.masks import masks_of
 from singe_plugin.objective import call_model, get_objective, inputs_for, tensors_in, to_device
 from singe_plugin.state import forget_caches, model_device, preserved
 from singe_plugin.units import UnitGroup
@@ -35,8 +36,8 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
     """All scores of a group are zero: raise unless that is the truth.
 
     It is the truth if F stays what it is when the units go, and would depend on them with other weights. Where random
-    weights let nothing through most of the network, the zeros are taken for true. The caller preserves the model, which
-    is in eval mode.
+    weights let nothing through most of the network, or weights are masked, the zeros are taken for true. The caller
+    preserves the model, which is in eval mode.
 
     Raises:
         ScoringError: if F changes at the removal, or is the same whatever the weights of the group are.
@@ -51,6 +52,8 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
             if walker.moves():
                 return  # there is a gradient: the criterion's zeros are its own (weights that are zero, for one)
             _check_removal(walker)
+    if masks_of(model):
+        return  # what is masked lets nothing through, whatever the weights are
     objective = get_objective(options.objective)
     owned = {id(slot.tensor) for producer in group.producers for slot in producer.slots}
     mine = {name for name, parameter in model.named_parameters() if id(parameter) in owned}

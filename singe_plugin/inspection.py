@@ -168,7 +168,7 @@ def inspect_model(
         >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.48", order="layers",
         ...                       units_per_step=1, finetune_steps=10)
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
-        ([('0', 8, 56)], 30)
+        ([('0', 8, 56)], 31)
     """
     from singe_plugin.integrations.staging import examples_in
 

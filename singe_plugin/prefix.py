@@ -54,7 +54,7 @@ class PrefixCache:
         layers: the modules whose parameters will change between passes.
 
     Example:
-        >>> first, last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> first, last = torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2)
         >>> net = torch.nn.Sequential(first, last)
         >>> with PrefixCache(net, [last]) as cache:
         ...     before = net(torch.ones(1, 2))

@@ -20,6 +20,7 @@ from singe_plugin.dependence import depends_on
 from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.masks import hold_masks
 from singe_plugin.objective import cross_entropy
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
@@ -372,3 +373,12 @@ def test_only_what_is_trained_counts() -> None:
         layer.requires_grad_(False)
     with pytest.raises(DataError, match=r"does not depend on the parameters that are trained"):
         prune(model, DATA, objective=first, criterion="l2", callbacks=[Nothing()], **FAST)
+
+
+def test_what_lies_behind_masked_weights_has_true_zeros() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    hold_masks(net, {"2.weight": torch.zeros(6, 6, dtype=torch.bool)})
+    rows = torch.arange(6)
+    group = UnitGroup("0", 6, (Producer("0", (Slot(net[0], "weight"), Slot(net[0], "bias")), rows, rows),))
+    batch = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    assert score_units(net, group, [batch]).tolist() == [0.0] * 6

@@ -99,6 +99,7 @@ LINKED: dict[str, tuple[Callable[[], Any], int]] = {  # and the units of the gro
     "size(dim=-3) // 2": (lambda: network(halves(lambda m, x: x.size(dim=-3) // 2)), 8),
     "size()[1] // 2": (lambda: network(halves(lambda m, x: x.size()[1] // 2)), 8),
     "three quarters": (lambda: network(halves(lambda m, x: 3 * x.shape[1] // 4)), 4),
+    "twice a quarter": (lambda: network(halves(lambda m, x: x.shape[1] // 4 * 2)), 4),
     "shift": (lambda: network(halves(lambda m, x: x.shape[1] >> 1)), 8),
     "the other half": (lambda: network(halves(lambda m, x: x.shape[1] - x.shape[1] // 2)), 8),
     "numel": (lambda: network(halves(lambda m, x: x[0, :, 0, 0].numel() // 2)), 8),
