@@ -100,6 +100,7 @@ LINKED: dict[str, tuple[Callable[[], Any], int]] = {  # and the units of the gro
     "size()[1] // 2": (lambda: network(halves(lambda m, x: x.size()[1] // 2)), 8),
     "three quarters": (lambda: network(halves(lambda m, x: 3 * x.shape[1] // 4)), 4),
     "twice a quarter": (lambda: network(halves(lambda m, x: x.shape[1] // 4 * 2)), 4),
+    "both halves": (lambda: network(halves(lambda m, x: x.shape[1] // 2 + x.shape[1] // 2)), 8),
     "shift": (lambda: network(halves(lambda m, x: x.shape[1] >> 1)), 8),
     "the other half": (lambda: network(halves(lambda m, x: x.shape[1] - x.shape[1] // 2)), 8),
     "numel": (lambda: network(halves(lambda m, x: x[0, :, 0, 0].numel() // 2)), 8),
@@ -155,7 +156,9 @@ WHOLE: dict[str, Callable[[], Any]] = {
     "a ramp": lambda: network(ramp),
     "topk of a half": lambda: network(lambda m, x: x.topk(x.shape[1] // 2, 1).values, out=8),
     "a constant bound": lambda: network(halves(lambda m, x: 6)),
-    # what no integer can notice: the oracles do
+}  # fmt: skip
+
+UNNOTICED: dict[str, Callable[[], Any]] = {  # what no integer can notice: the oracles do
     "0.5 * c": lambda: network(halves(lambda m, x: int(0.5 * x.shape[1]))),
     "isqrt": lambda: network(halves(lambda m, x: 2 * math.isqrt(x.shape[1]))),
     "the logarithm": lambda: network(halves(lambda m, x: int(math.log2(x.shape[1])))),
@@ -194,12 +197,20 @@ def test_parts_shrink_as_the_code_will_cut(name: str) -> None:
         graph, wrong = graph_of(net)
         assert not wrong  # the trace knows it: the oracles are the last line
         assert graph.groups["conv"].size == LINKED[name][1], graph.left_whole
+        assert "conv#2" not in graph.groups  # the parts themselves are no units
         removes_what_masking_computes(net, graph, seed)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "a constant bound"])
+def test_the_trace_says_what_cannot_be_followed(name: str) -> None:
+    graph = AxisGraph(WHOLE[name](), X)
+    assert "conv" in graph.left_whole
+    assert not [group for group in graph.groups if group.startswith("conv")]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *UNNOTICED])
 def test_what_cannot_be_followed_stays_whole(name: str) -> None:
-    net = WHOLE[name]()
+    net = (WHOLE | UNNOTICED)[name]()
     graph, _ = graph_of(net)
     conv = [group for name, group in graph.groups.items() if name.startswith("conv")]
     behind = {"a constant bound": 10, "a minimum": 4}  # what is behind a bound that stays may go

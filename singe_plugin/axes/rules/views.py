@@ -107,11 +107,11 @@ def _part(t: Trace, axis: Axis, size: int, start: int, length: int, step: int) -
     """The positions ``start, start + step, ...`` of an axis, ``length`` of them."""
     if length == size:
         return axis
-    if is_fixed(axis):
+    if is_fixed(axis) or not length:
         return opaque(t, length)
     if step == 1:
         sizes = [s for s in (start, length, size - start - length) if s]
-        return split_concat(axis, sizes, t.why)[1 if start else 0] if length else ()
+        return split_concat(axis, sizes, t.why)[1 if start else 0]
     if size % step == 0 and length == size // step:
         outer, inner = split(axis, [length, step], t.why)
         t.fix(inner)
