@@ -150,6 +150,7 @@ WHOLE: dict[str, Callable[[], Any]] = {
     "roll by a half": lambda: network(lambda m, x: x.roll(x.shape[1] // 2, 1)),
     "every other of c // 8": lambda: network(lambda m, x: x[:, :: x.shape[1] // 8], out=8),
     "one in the middle": lambda: network(lambda m, x: x + x[:, x.shape[1] // 2, None]),
+    "the next power": lambda: network(halves(lambda m, x: 1 << (x.shape[1] - 1).bit_length() - 1)),
     "a divisor": lambda: network(lambda m, x: x / x.shape[1]),
     "a factor": lambda: network(lambda m, x: m.conv.out_channels * x),
     "a power": lambda: network(lambda m, x: x * x.shape[1] ** -0.5),

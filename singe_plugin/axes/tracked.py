@@ -222,6 +222,12 @@ class TrackedInt(int):
 
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
+    def bit_length(self) -> Any:
+        return self._depends(_plain(self).bit_length())
+
+    def bit_count(self) -> Any:
+        return self._depends(_plain(self).bit_count())
+
     # -- out of the integers --------------------------------------------------------------------------------------
 
     def _leaves(self, other: Any, combine: Callable[[Any, Any], Any]) -> Any:
