@@ -178,8 +178,7 @@ def cut_evenly(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
     if len(set(sizes)) > 1 or len(results) != sections:
         fix(axis, f"{name} cuts it into parts that are not equal")
         return
-    outer, inner = split(axis, [len(sizes), sizes[0] + 0], state.why)
-    fix(outer, "its parts are told apart")
+    _, inner = split(axis, [len(sizes), sizes[0] + 0], state.why)
     for result in results:
         if size_of(part := state.of(result)[dim]) == size_of(inner):
             state.unify(part, inner)

@@ -203,6 +203,12 @@ class TrackedInt(int):
     def __lshift__(self, other: Any) -> Any:
         return self * (1 << other) if type(other) is int else self._depends(_plain(self) << other, other)
 
+    def __rrshift__(self, other: Any) -> Any:
+        return self._depends(other >> _plain(self))
+
+    def __rlshift__(self, other: Any) -> Any:
+        return self._depends(other << _plain(self))
+
     def __abs__(self) -> Any:
         return self if _plain(self) >= 0 else -self
 
