@@ -153,6 +153,17 @@ def test_who_contracts_reads(how: str) -> None:
     assert set(readers(graph, "stem")) == expected
 
 
+def test_what_is_added_and_contracted_produces() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        s = m.stem(x)
+        return m.head(torch.tanh(s + m.v)).mean(1) + (s @ m.v).mean(1, keepdim=True)
+
+    net = Net(forward, stem=nn.Linear(6, 8), head=nn.Linear(8, 3))
+    net.v = nn.Parameter(torch.randn(8))
+    assert set(readers(AxisGraph(net, TOKENS), "stem")) == {("head.weight", 1)}
+    assert complete(net, TOKENS)
+
+
 def test_attention_reads_along_the_second_dimension() -> None:
     found = set(readers(AxisGraph(attention(), TOKENS), "stem"))  # it is as wide inside as outside
     assert found == {("head.weight", 1), ("mha.in_proj_weight", 1), ("mha.out_proj.weight", 1)}
