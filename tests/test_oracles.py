@@ -294,3 +294,21 @@ def test_what_is_no_number_is_never_equal(wrong: float, side: str) -> None:
     expected, found = {"expected": (bad, good), "found": (good, bad), "both": (bad, bad)}[side]
     assert oracles.relative_change([expected], [found]) == float("inf")
     assert oracles.relative_change([good], [good * 1.5]) == 0.5
+
+
+def test_every_trial_removes_another_number_from_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [layer for _ in range(5) for layer in (nn.Linear(12, 12), nn.Tanh())]
+    net = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), *layers, nn.Linear(12, 3)).eval()
+    trials: list[list[int]] = []
+    removed = oracles._Bench._removed
+
+    def watched(bench: Any, rounds: Any) -> str | None:
+        trials.extend([len(units) for units in chosen.values()] for chosen in rounds)
+        return removed(bench, rounds)
+
+    monkeypatch.setattr(oracles._Bench, "_removed", watched)
+    assert verify_groups(AxisGraph(net, torch.randn(2, 4))) == {}
+    assert all(len(set(numbers)) > 1 for numbers in trials if len(numbers) == 6)
+    counts = {number for numbers in trials for number in numbers}
+    assert {1, 2, 3, 11} <= counts  # one, all but one, and numbers that do not divide
+    assert {4, 6, 7, 8} & counts

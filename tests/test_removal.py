@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from singe_plugin.axes import removal
+from singe_plugin.axes import AxisGraph, removal, remove_units
 from singe_plugin.errors import RemovalError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 
@@ -357,3 +357,23 @@ def test_the_history_repeats_the_removals_on_a_fresh_model(net: str) -> None:
     assert_same_values(fresh, model)
     assert [entry[:2] for entry in other.pruning_history()] == [entry[:2] for entry in history]
     train(fresh, opt)
+
+
+def test_every_layer_says_how_wide_it_is_now() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8), nn.Conv2d(8, 12, 1, groups=2),
+        nn.GroupNorm(2, 12), nn.ReLU(), nn.ConvTranspose2d(12, 8, 2, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3),
+    ).eval()  # fmt: skip
+    graph = AxisGraph(net, torch.randn(2, 3, 6, 6))
+    for group in graph.groups.values():
+        remove_units(graph, group, [0])
+    said = [(m.in_channels, m.out_channels) for m in net if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    down, up = net[3].weight.shape, net[6].weight.shape
+    groups = net[3].groups, net[6].groups  # which are units, too
+    assert said == [(3, net[0].weight.shape[0]), (groups[0] * down[1], down[0]), (up[0], groups[1] * up[1])]
+    assert [net[1].num_features, net[2].num_parameters] == [net[0].weight.shape[0]] * 2
+    assert net[4].num_channels == down[0]
+    assert [(m.out_features, m.in_features) for m in (net[10], net[12])] == [m.weight.shape for m in (net[10], net[12])]
+    assert len({*said[0], *said[1], *said[2]} & {8, 12}) == 0  # nothing is as it was
+    net(torch.randn(2, 3, 6, 6))
