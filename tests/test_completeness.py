@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin import scoring
-from singe_plugin.axes import AxisGraph, verify_groups
+from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.graph import Group
 from singe_plugin.axes.substitutes import double_inputs, masked
 from singe_plugin.objective import call_model, tensors_in
@@ -22,8 +22,9 @@ from singe_plugin.units import subgroup
 from axes_networks import CASES, made
 from networks import random_network, randomise
 from references import Net
+from strangers import stranger
 
-NODES = 48
+NODES = 24
 
 
 def objective(outputs: Any, _: Any) -> Tensor:
@@ -45,12 +46,13 @@ def integral(model: nn.Module, group: Group, units: list[int], x: Any) -> Tensor
     return torch.stack([(share[:, None] * layer.inner).sum(0) for layer in stats]).sum(0)
 
 
-def complete(model: nn.Module, x: Any, most: int = 12) -> int:
-    """Compare a unit or two of every verified group with what F really loses; how many groups were compared."""
+def complete(model: nn.Module, x: Any, most: int = 8) -> int:
+    """Compare the last unit of every group with what F really loses without it; how many groups were compared.
+
+    Whether a group may be removed is another question (the oracles'): its units decay by themselves in any case.
+    """
     model, x = model.double().eval(), double_inputs(x)
     graph = AxisGraph(model, x)
-    for name, reason in verify_groups(graph).items():
-        graph.drop(name, reason)
     compared = 0
     for group in list(graph.groups.values())[:most]:
         if group.only_training:
@@ -60,7 +62,7 @@ def complete(model: nn.Module, x: Any, most: int = 12) -> int:
             continue  # a norm without an affine part cannot be masked by its parameters
         if any(p.norm is not None and p.norm.weight is None for p in producers):
             continue
-        units = sorted({0, group.size - 1})
+        units = [group.size - 1]
         with torch.no_grad():
             start = objective(call_model(model, x), None)
             changes = []
@@ -74,19 +76,30 @@ def complete(model: nn.Module, x: Any, most: int = 12) -> int:
     return compared
 
 
-@pytest.mark.parametrize("name", CASES)
+# a standardised weight does not depend on its own size: F jumps at the very end of its path
+@pytest.mark.parametrize("name", [name for name in CASES if name != "a standardised weight"])
 def test_groups_of_small_networks(name: str) -> None:
     model, x, _ = made(name)
     complete(model, x)
 
 
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 16))])
 def test_groups_of_generated_networks(chunk: int) -> None:
     networks = [random_network(seed) for seed in range(chunk * 8, chunk * 8 + 8)]
-    assert sum(complete(network.model, network.inputs) for network in networks) > 8
+    assert sum(complete(network.model, network.inputs, 4) for network in networks) > 8
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_mambaout"])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_groups_of_strangers(seed: int) -> None:
+    network = stranger(seed)
+    complete(network.model, network.inputs, 4)
+
+
+QUICK, OTHERS = ("test_resnet", "test_vit"), ("test_efficientnet", "test_convnext", "test_mambaout", "test_byobnet")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
 def test_groups_of_backbones(name: str) -> None:
     if not timm.is_model(name):
         pytest.skip("not in this timm")
