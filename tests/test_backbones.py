@@ -20,12 +20,22 @@ FAST = [
     "test_byobnet", "test_convnext", "test_efficientnet", "test_mambaout", "test_coatnet", "test_nfnet", "test_resnet",
     "test_vit", "test_vit_relpos", "lcnet_035", "ghostnet_050", "efficientvit_m0", "regnetx_002",
 ]  # fmt: skip
+LONG = {"ghostnet_050", "efficientvit_m0", "regnetx_002"}  # 15 to 50 s each: in `make slow`
 MAGNITUDE = tp.importance.MagnitudeImportance()
 
 
 def fast() -> list[Any]:
     """The names; timm did not always have all of them."""
-    return [pytest.param(n, marks=pytest.mark.skipif(not timm.is_model(n), reason="not in this timm")) for n in FAST]
+    return [
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.skipif(not timm.is_model(name), reason="not in this timm"),
+                *([pytest.mark.slow] if name in LONG else []),
+            ],
+        )
+        for name in FAST
+    ]
 
 
 @pytest.mark.parametrize("name", fast())
