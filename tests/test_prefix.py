@@ -110,7 +110,8 @@ class ReadElsewhere(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.first(x))
-        return self.head(torch.tanh(self.fc(x)) + self.early(x))
+        early = self.early(x)
+        return self.head(torch.tanh(self.fc(x)) + early)
 
 
 class Early(nn.Module):
