@@ -111,6 +111,8 @@ LINKED: dict[str, tuple[Callable[[], Any], int]] = {  # and the units of the gro
     "weight.shape[0] // 2": (lambda: network(halves(lambda m, x: m.conv.weight.shape[0] // 2)), 8),
     "from behind": (lambda: network(lambda m, x: torch.cat([
         x[:, : -(x.shape[1] // 2)], relu(x[:, -(x.shape[1] // 2) :])], 1)), 8),
+    "beside an index": (lambda: network(lambda m, x: torch.cat([
+        x[torch.arange(4).view(2, 2), : x.shape[1] // 2].flatten(0, 1) * 2, x[:, x.shape[1] // 2 :]], 1)), 8),
     "narrow": (lambda: network(lambda m, x: torch.cat([
         relu(x.narrow(1, 0, x.shape[1] // 2)), x.narrow(1, x.shape[1] // 2, x.shape[1] // 2)], 1)), 8),
     "split(c // 2)": (lambda: network(parts(lambda x: x.split(x.shape[1] // 2, 1))), 8),

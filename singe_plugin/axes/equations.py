@@ -54,6 +54,8 @@ def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
         yield "num_channels", "weight", 0
     elif isinstance(module, nn.Embedding):
         yield from (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1))
+    elif isinstance(module, nn.PReLU):
+        yield "num_parameters", "weight", 0
     elif isinstance(module, nn.RNNBase):
         yield from (("hidden_size", "weight_hh_l0", 1), ("input_size", "weight_ih_l0", 1))
 

@@ -288,7 +288,7 @@ def _sorted_out_to_two(
     single = [g for g in groups if g.least == 1 and g.size > 2] if reason.startswith((_FAILS, _NOT_FINITE)) else []
     for group in single:
         group.least = 2
-    right, wrong = sorted_out(test, groups)
+    right, wrong = sorted_out(test, groups) if single else _taken_apart(test, groups)
     if single and wrong:  # then it may have failed for another reason
         for group in single:
             group.least = 1
@@ -302,8 +302,13 @@ def sorted_out(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """The groups that pass a test together, and the others with the reason."""
-    if not groups or test(groups) is None:
-        return groups, []
+    return (groups, []) if not groups or test(groups) is None else _taken_apart(test, groups)
+
+
+def _taken_apart(
+    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
+) -> tuple[list[Group], list[tuple[Group, str]]]:
+    """The same for groups that fail together."""
     right, wrong = _halve(test, groups)
     if len(right) < 2 or (wrong and test(right) is None):
         return right, wrong

@@ -20,6 +20,7 @@ from singe_plugin.errors import RemovalError, SingeError, is_of_the_machine
 from singe_plugin.undo import Contents
 
 from .algebra import Atom, contains, size_of
+from .equations import own_widths
 from .graph import AxisGraph, Group
 from .scales import ImpliedScale
 
@@ -244,27 +245,14 @@ def _rescale(graph: AxisGraph, scale: ImpliedScale, factor: float, trackers: Tra
 
 def refresh_widths(module: nn.Module) -> None:
     """Set the attributes in which a layer keeps the shape of its own tensors."""
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
-        inner, outer = (1, 0) if not module.transposed else (0, 1)
-        sizes = list(weight.shape)
-        sizes[1] *= module.groups
-        module.out_channels, module.in_channels = sizes[outer], sizes[inner]
-    elif isinstance(module, nn.Linear) and weight is not None:
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        known = [t for t in (weight, module._buffers.get("running_mean")) if t is not None]
-        if known:
-            module.num_features = len(known[0])
-    elif isinstance(module, nn.GroupNorm) and weight is not None:
-        module.num_channels = len(weight)
-    elif isinstance(module, nn.Embedding) and weight is not None:
-        module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, nn.PReLU) and weight is not None:
-        module.num_parameters = len(weight)
-    elif isinstance(module, nn.RNNBase):
-        module.hidden_size = module._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]
-        module.input_size = module._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
+    for attr, name, dim in own_widths(module):
+        tensor: Tensor | None = module._parameters.get(name)
+        tensor = module._buffers.get(name) if tensor is None else tensor
+        if tensor is not None:
+            setattr(module, attr, tensor.shape[dim])
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        attr = "out_channels" if module.transposed else "in_channels"
+        setattr(module, attr, module.weight.shape[1] * module.groups)
 
 
 def _cut_emas(graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], trackers: Trackers) -> None:

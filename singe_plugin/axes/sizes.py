@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from singe_plugin.objective import tensors_in
 
 from .algebra import Atom, Axis, fix, is_fixed, size_of, split, split_concat
-from .tracked import TrackedInt, dimension, tracked_in
+from .tracked import TrackedInt, dimension, plain, tracked_in
 
 if TYPE_CHECKING:
     from .trace import Trace
@@ -108,7 +109,7 @@ def _size_arguments(args: Any, kwargs: Any, filled: bool = False) -> list[Any]:
 
 def _groups(state: Trace, groups: Any, axis: Axis) -> Linked:
     if groups > 1:
-        outer, _ = split(axis, [groups + 0, size_of(axis) // groups], state.why)
+        outer, _ = split(axis, [plain(groups), size_of(axis) // plain(groups)], state.why)
         yield groups, outer
 
 
@@ -149,13 +150,13 @@ def _dims_of(item: Any) -> int:
     """How many dimensions an item of an index is about."""
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
-    return item.ndim if isinstance(item, Tensor) and item.dtype.is_floating_point is False and item.ndim > 1 else 1
+    return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
 def _part(state: Trace, source: Tensor, dim: int, *numbers: Any) -> Linked:
     """What is in front of a part, the part, and what is behind it, where these numbers are their sizes."""
     axis = state.of(source)[dim]
-    sizes = [int.__int__(number) for number in numbers]
+    sizes = [plain(number) for number in numbers]
     if min(sizes) < 0 or is_fixed(axis):  # beyond the end: whether it is depends on the sizes
         for number in tracked_in(numbers):
             state.spend(number)
@@ -178,7 +179,7 @@ def cut_evenly(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
     if len(set(sizes)) > 1 or len(results) != sections:
         fix(axis, f"{name} cuts it into parts that are not equal")
         return
-    _, inner = split(axis, [len(sizes), sizes[0] + 0], state.why)
+    _, inner = split(axis, [len(sizes), sizes[0]], state.why)
     for result in results:
         if size_of(part := state.of(result)[dim]) == size_of(inner):
             state.unify(part, inner)

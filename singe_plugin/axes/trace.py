@@ -25,7 +25,7 @@ from .algebra import Axis, fix_all, fresh, is_fixed, size_of, unify
 from .equations import own_widths, solve
 from .origins import Origins
 from .sizes import CUTS, cut_evenly, link_sizes
-from .tracked import OBSERVERS, Place, Term, TrackedInt, dimension, tracked_attributes, tracked_in
+from .tracked import OBSERVERS, Place, TrackedInt, dimension, plain, tracked_attributes, tracked_in
 
 __all__ = ["AttentionCall", "Forward", "Trace", "trace"]
 
@@ -168,7 +168,7 @@ class Trace:
             return
         if size != size_of(axis):
             self.spend(size)
-        elif [size.terms] != [((Term(axes=((axis, 1),)),))]:  # else it says that a size is itself
+        elif size.terms != dimension(plain(size), axis).terms:  # else it says that a size is itself
             self.equations.append((size, axis))
 
     def spend(self, size: TrackedInt) -> None:
@@ -179,10 +179,6 @@ class Trace:
         """A size is about to become a factor (``head_dim ** -0.5``): a removal would change it."""
         where = type(self.stack[-1]).__name__ if self.stack else "the model"
         self.scales.append((size, f"{where} computes a scale from its size"))
-
-    def solve(self) -> None:
-        """Settle what the sizes that the model computes ask of its axes (see :mod:`singe_plugin.axes.equations`)."""
-        solve(self)
 
     # -- who reads whom -------------------------------------------------------------------------------------------
 
@@ -380,5 +376,5 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
             fix_all(state.of(tensor), "it reaches the model's output")
         before = dict.fromkeys(state.caches)
         state.caches = [key for key, table in tables_of(model) if key in before and table]
-    state.solve()
+    solve(state)
     return state

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .algebra import Axis
 
-__all__ = ["Place", "Term", "TrackedInt", "attribute", "dimension", "tracked_attributes", "tracked_in"]
+__all__ = ["Place", "Term", "TrackedInt", "attribute", "dimension", "plain", "tracked_attributes", "tracked_in"]
 
 OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size leaves the integers: ``head_dim ** -0.5``
 _OWN = frozenset({"training"})
@@ -41,7 +41,7 @@ class Place:
         value = self.owner.__dict__[self.attr]
         for step in self.path:
             value = getattr(value, step[1:]) if _is_attribute(step) else value[step]
-        return _plain(value)
+        return plain(value)
 
     def set(self, value: int) -> None:
         """Change it; what holds it is replaced, not changed, so that the old one can be put back."""
@@ -139,12 +139,12 @@ class TrackedInt(int):
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return self._leaves(other, lambda a, b: a + b)
-        return self._combined(_plain(self) + _plain(other), self.terms + _terms(other), *_tracked(other))
+        return self._combined(plain(self) + plain(other), self.terms + _terms(other), *_tracked(other))
 
     __radd__ = __add__
 
     def __neg__(self) -> Any:
-        return self._combined(-_plain(self), tuple(t.times(Term(Fraction(-1))) for t in self.terms))
+        return self._combined(-plain(self), tuple(t.times(Term(Fraction(-1))) for t in self.terms))
 
     def __pos__(self) -> Any:
         return self
@@ -157,11 +157,11 @@ class TrackedInt(int):
 
     def __mul__(self, other: Any) -> Any:
         if isinstance(other, (list, tuple, str)):
-            return _plain(self) * other
+            return plain(self) * other
         if not isinstance(other, int):
             return self._leaves(other, lambda a, b: a * b)
         terms = tuple(a.times(b) for a in self.terms for b in _terms(other))
-        return self._combined(_plain(self) * _plain(other), terms, *_tracked(other))
+        return self._combined(plain(self) * plain(other), terms, *_tracked(other))
 
     __rmul__ = __mul__
 
@@ -184,12 +184,12 @@ class TrackedInt(int):
     def __mod__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return self._leaves(other, lambda a, b: a % b)
-        return self._depends(_plain(self) % _plain(other), other)
+        return self._depends(plain(self) % plain(other), other)
 
     def __rmod__(self, other: Any) -> Any:
         if not isinstance(other, int):
-            return other % _plain(self) if isinstance(other, str) else self._leaves(other, lambda a, b: b % a)
-        return self._depends(other % _plain(self))
+            return other % plain(self) if isinstance(other, str) else self._leaves(other, lambda a, b: b % a)
+        return self._depends(other % plain(self))
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -198,19 +198,19 @@ class TrackedInt(int):
         return other // self, other % self
 
     def __rshift__(self, other: Any) -> Any:
-        return self // (1 << other) if type(other) is int else self._depends(_plain(self) >> other, other)
+        return self // (1 << other) if type(other) is int else self._depends(plain(self) >> other, other)
 
     def __lshift__(self, other: Any) -> Any:
-        return self * (1 << other) if type(other) is int else self._depends(_plain(self) << other, other)
+        return self * (1 << other) if type(other) is int else self._depends(plain(self) << other, other)
 
     def __rrshift__(self, other: Any) -> Any:
-        return self._depends(other >> _plain(self))
+        return self._depends(other >> plain(self))
 
     def __rlshift__(self, other: Any) -> Any:
-        return self._depends(other << _plain(self))
+        return self._depends(other << plain(self))
 
     def __abs__(self) -> Any:
-        return self if _plain(self) >= 0 else -self
+        return self if plain(self) >= 0 else -self
 
     def __round__(self, digits: Any = None) -> Any:
         return self
@@ -218,21 +218,21 @@ class TrackedInt(int):
     __floor__ = __ceil__ = __round__
 
     def __and__(self, other: Any) -> Any:
-        return self._depends(_plain(self) & other, other)
+        return self._depends(plain(self) & other, other)
 
     def __or__(self, other: Any) -> Any:
-        return self._depends(_plain(self) | other, other)
+        return self._depends(plain(self) | other, other)
 
     def __xor__(self, other: Any) -> Any:
-        return self._depends(_plain(self) ^ other, other)
+        return self._depends(plain(self) ^ other, other)
 
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
     def bit_length(self) -> Any:
-        return self._depends(_plain(self).bit_length())
+        return self._depends(plain(self).bit_length())
 
     def bit_count(self) -> Any:
-        return self._depends(_plain(self).bit_count())
+        return self._depends(plain(self).bit_count())
 
     # -- out of the integers --------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class TrackedInt(int):
         if not isinstance(other, (int, float, complex)):
             return NotImplemented
         self._tell()
-        return combine(_plain(self), other)
+        return combine(plain(self), other)
 
     def _tell(self) -> None:
         if OBSERVERS:
@@ -260,16 +260,16 @@ class TrackedInt(int):
 
     def __float__(self) -> float:  # math.sqrt(width)
         self._tell()
-        return float(_plain(self))
+        return float(plain(self))
 
     def __int__(self) -> int:  # from here on, nobody knows where it comes from
         self._tell()
-        return _plain(self)
+        return plain(self)
 
     __trunc__ = __int__
 
 
-def _plain(number: int) -> int:
+def plain(number: int) -> int:
     """The same as an ordinary integer, without telling anybody."""
     return int.__int__(number)
 
@@ -286,7 +286,7 @@ def _tracked(number: int) -> tuple[TrackedInt, ...]:
 
 def _divided(above: int, below: int) -> Any:
     """A quotient: followed if nothing is left over and what it is divided by is one product."""
-    value, rest = divmod(_plain(above), _plain(below))
+    value, rest = divmod(plain(above), plain(below))
     known = _tracked(above) + _tracked(below)
     if rest or len(_terms(below)) != 1 or isinstance(above, bool):
         return known[0]._depends(value, known[-1])
