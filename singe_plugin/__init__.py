@@ -14,7 +14,9 @@ from singe_plugin.errors import SingeError
 from singe_plugin.events import Callback, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.folding import fold_batchnorm
-from singe_plugin.scoring import ScoringOptions, score_error, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.pace import Pace
+from singe_plugin.scoring import score_error, score_units
 
 if TYPE_CHECKING:
     from singe_plugin.artifact import Builder, load, save
@@ -30,7 +32,8 @@ __all__ = [
     "FineTune",
     "History",
     "Result",
-    "ScoringOptions",
+    "Pace",
+    "Scoring",
     "SingeError",
     "UnstructuredPruner",
     "fold_batchnorm",

@@ -25,7 +25,7 @@ from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup, subgroup
 
-from ..checks import check_here
+from singe_plugin.guards import check_here
 from .arguments import batches_of, check_schedule, check_without_evaluator
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of

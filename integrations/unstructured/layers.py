@@ -20,7 +20,7 @@ from singe_plugin.objective import call_model, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, tied_parameters
 
-from ..checks import parts_of
+from singe_plugin.guards import parts_of
 
 __all__ = ["WeightLayer", "find_layers"]
 
