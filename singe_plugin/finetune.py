@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.batches import inputs_for, materialise, read
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.events import Callback, FinetuneStep
 from singe_plugin.losses import check_loss, loss_on, unmoved
-from singe_plugin.objective import Objective, ObjectiveLike, get_objective, inputs_for, materialise, read, to_device
+from singe_plugin.nested import to_device
+from singe_plugin.objective import Objective, ObjectiveLike, get_objective
 from singe_plugin.state import RngState, casts_forgotten, model_device, train_mode_of
 
 __all__ = ["SCHEDULES", "BatchStream", "FineTune", "beside", "loader_generators", "phase_share"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import FoldingError
 from singe_plugin.masks import mask_module
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import RowLayout, tied_parameters
 

@@ -13,7 +13,7 @@ from singe_plugin.algorithm import units_per_removal
 from singe_plugin.budget import BY_SCORE, count_macs, count_params
 from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
-from singe_plugin.objective import to_device
+from singe_plugin.nested import to_device
 from singe_plugin.report import Curves, gradient_curves, markdown_table
 from singe_plugin.rounds import covered, decided, scored_on
 from singe_plugin.scoring import ScoringOptions

@@ -16,21 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.batches import check_batch, inputs_for, materialise, read
 from singe_plugin.criteria import Criterion, check_degree, get_criterion
 from singe_plugin.decay import LayerStats, Measured, decaying, weight_norms
 from singe_plugin.dependence import check_zeros
 from singe_plugin.errors import ConfigError, DataError, ScoringError
-from singe_plugin.objective import (
-    ObjectiveLike,
-    call_model,
-    check_batch,
-    check_head,
-    get_objective,
-    inputs_for,
-    materialise,
-    read,
-    to_device,
-)
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.objective import ObjectiveLike, check_head, get_objective
 from singe_plugin.path import DecayPath, decay_path
 from singe_plugin.prefix import PrefixCache
 from singe_plugin.reduction import NormalizerLike, check_normalizer, check_reduction, normalize, reduce_layers

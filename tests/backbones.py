@@ -28,7 +28,7 @@ from singe_plugin.integrations.torch_pruning import (
     SInGEImportance,
     SInGEPruner,
 )
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 from singe_plugin.result import Metrics, Result
 
 from masking import Masked

@@ -14,7 +14,7 @@ from singe_plugin import scoring
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.graph import Group
 from singe_plugin.axes.substitutes import double_inputs, masked
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.path import decay_path
 from singe_plugin.scoring import ScoringOptions
 from singe_plugin.units import subgroup

@@ -18,7 +18,7 @@ from singe_plugin.finetune import beside
 from singe_plugin.integrations.staging import resolve_device
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.objective import to_device
+from singe_plugin.nested import to_device
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import RngState
 

@@ -22,7 +22,7 @@ from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.substitutes import Values
 from singe_plugin.errors import ConfigError
 from singe_plugin.folding import is_batchnorm
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
 

@@ -18,9 +18,11 @@ from nni.compression.utils.evaluator import LightningEvaluator
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, verify_groups
+from singe_plugin.batches import split_batch
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History, LayerScored
-from singe_plugin.objective import ObjectiveLike, call_model, split_batch, to_device
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.objective import ObjectiveLike
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup, subgroup

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singe_plugin.budget import RATIOS
 from singe_plugin.errors import ConfigError
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
 from singe_plugin.state import model_device
 
 from ..checks import check_model

@@ -10,8 +10,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from singe_plugin.batches import materialise
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.objective import ObjectiveLike, materialise
+from singe_plugin.objective import ObjectiveLike
 from singe_plugin.reduction import NormalizerLike
 from singe_plugin.scoring import ScoringOptions, score_error, score_units
 from singe_plugin.units import UnitGroup

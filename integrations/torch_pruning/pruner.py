@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from singe_plugin.algorithm import Pause, Progress, algorithm_1, tune
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
+from singe_plugin.batches import materialise
 from singe_plugin.budget import BY_SCORE, Target, count_macs, count_params, plan_removals
 from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import ObjectiveLike, get_objective, materialise
+from singe_plugin.objective import ObjectiveLike, get_objective
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them

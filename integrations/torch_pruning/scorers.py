@@ -15,17 +15,10 @@ import torch_pruning as tp
 from torch import nn
 
 from singe_plugin.algorithm import Progress
+from singe_plugin.batches import check_batch, inputs_for, read
 from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.objective import (
-    call_model,
-    check_batch,
-    check_head,
-    check_logits,
-    get_objective,
-    inputs_for,
-    read,
-    to_device,
-)
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.objective import check_head, check_logits, get_objective
 from singe_plugin.state import model_device, plain_layers, preserved
 
 from .host import TorchPruningHost

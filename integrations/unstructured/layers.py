@@ -16,7 +16,7 @@ from singe_plugin.decay import decaying
 from singe_plugin.errors import ConfigError, DataError, TiedParameterError
 from singe_plugin.folding import eval_outputs, foldable_pairs, relative_change
 from singe_plugin.masks import mask_module, weight_of, weight_slot
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, tied_parameters
 

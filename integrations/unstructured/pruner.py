@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from singe_plugin.algorithm import CountedProgress, Progress, algorithm_1, score, tune
 from singe_plugin.axes import Trackers
+from singe_plugin.batches import check_batch, in_memory, materialise
 from singe_plugin.budget import count_macs_by_module, count_params
 from singe_plugin.data import example_from
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History, LayerDone, RunEnded
 from singe_plugin.finetune import FineTune
 from singe_plugin.masks import fold_masks, masks_of
-from singe_plugin.objective import check_batch, in_memory, materialise
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 from singe_plugin.folding import is_batchnorm
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
 from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup, refuse_tied, tied_parameters
 
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves, size_of, split

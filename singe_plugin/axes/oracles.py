@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
-from singe_plugin.objective import map_tensors, tensors_in
+from singe_plugin.nested import map_tensors, tensors_in
 from singe_plugin.state import plain_layers, preserved
 
 from .algebra import contains
