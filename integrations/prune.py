@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from singe_plugin.algorithm import Progress
-from singe_plugin.artifact import Builder, describe_structure
+from singe_plugin.architecture import Builder, describe_structure
 from singe_plugin.budget import MIN_WIDTH
 from singe_plugin.checkpoint import (
     CHECKPOINT,

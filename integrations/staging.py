@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe_plugin.artifact import Builder, Structure
+from singe_plugin.architecture import Builder, Structure
 from singe_plugin.axes import Trackers
 from singe_plugin.batches import check_batch, split_batch
 from singe_plugin.budget import count_macs, count_params, measure_latency

@@ -17,7 +17,8 @@ from singe_plugin.folding import fold_batchnorm
 from singe_plugin.scoring import ScoringOptions, score_error, score_units
 
 if TYPE_CHECKING:
-    from singe_plugin.artifact import Builder, load, save
+    from singe_plugin.architecture import Builder
+    from singe_plugin.artifact import load, save
     from singe_plugin.integrations.prune import Result, prune
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
     from singe_plugin.masks import hold_masks
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Builder": "singe_plugin.artifact",
+    "Builder": "singe_plugin.architecture",
     "Result": "singe_plugin.integrations.prune",
     "UnstructuredPruner": "singe_plugin.integrations.unstructured",
     "hold_masks": "singe_plugin.masks",

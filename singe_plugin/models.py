@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from singe_plugin.artifact import Builder
+from singe_plugin.architecture import Builder
 from singe_plugin.errors import ArtifactError, ConfigError
 
 __all__ = ["NamedModel", "create_model", "load_weights", "parse_pairs"]

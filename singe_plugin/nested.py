@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["call_model", "leaves_in", "map_tensors", "tensors_in", "to_device"]
+__all__ = ["call_model", "leaves_in", "map_tensors", "relative_change", "tensors_in", "to_device"]
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -126,3 +127,19 @@ def to_device(value: Any, device: torch.device, channels_last: bool = False) -> 
         return move(device) if callable(move := getattr(other, "to", None)) else None
 
     return map_tensors(moved, value, by_itself)
+
+
+def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest change between two outputs, relative to the first's size; inf if shapes differ or it is no number."""
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.is_floating_point() and x.numel():
+            if not bool(torch.isfinite(y).all()):
+                return float("inf")
+            change = float((x - y).abs().max() / x.abs().max().clamp(min=1e-12))
+            if not math.isfinite(change):
+                return float("inf")
+            worst = max(worst, change)
+    return worst

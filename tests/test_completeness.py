@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin import scoring
-from singe_plugin.axes import AxisGraph
-from singe_plugin.axes.graph import Group
+from singe_plugin.axes import AxisGraph, Group
 from singe_plugin.axes.substitutes import double_inputs, masked
 from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.path import decay_path

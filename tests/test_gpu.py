@@ -12,7 +12,7 @@ from torch import nn
 
 import singe_plugin
 from singe_plugin import FineTune, Result, prune, prune_weights
-from singe_plugin.artifact import Builder
+from singe_plugin.architecture import Builder
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.budget import count_macs
 from singe_plugin.data import evaluate

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.artifact import Builder, Structure, describe_structure
+from singe_plugin.architecture import Builder, Structure, describe_structure
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, remove_units
 from singe_plugin.axes.algebra import contains
 from singe_plugin.budget import count_macs, count_params

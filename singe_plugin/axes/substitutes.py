@@ -17,7 +17,8 @@ from singe_plugin.nested import map_tensors
 from singe_plugin.state import preserved
 
 from .algebra import Axis, contains, labels
-from .graph import AxisGraph, Group
+from .graph import AxisGraph
+from .groups import Group
 
 __all__ = [
     "NormsOfTheRest",
