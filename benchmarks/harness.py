@@ -21,10 +21,10 @@ import torch_pruning as tp
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.budget import BY_SCORE
 from singe_plugin.data import evaluate
 from singe_plugin.folding import fold_batchnorm
 from singe_plugin.integrations.torch_pruning import SInGEImportance
+from singe_plugin.pace import BY_SCORE
 from singe_plugin.state import model_device
 
 from graphs import graphed_loss

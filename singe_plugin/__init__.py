@@ -26,16 +26,18 @@ from singe_plugin.errors import (
 from singe_plugin.registration import register_with_torch_pruning
 
 if TYPE_CHECKING:
-    from singe_plugin.artifact import Builder, load, save
+    from singe_plugin.architecture import Builder
+    from singe_plugin.artifact import load, save
     from singe_plugin.events import Callback, History, ProgressBar
     from singe_plugin.finetune import FineTune
     from singe_plugin.folding import fold_batchnorm
-    from singe_plugin.integrations.prune import Result, prune
+    from singe_plugin.integrations.prune import prune
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
     from singe_plugin.masks import hold_masks
     from singe_plugin.options import Scoring
     from singe_plugin.pace import Pace
+    from singe_plugin.result import Result
     from singe_plugin.scoring import score_error, score_units
 
 __version__ = "0.1.0"
@@ -74,7 +76,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "artifact": ("Builder", "load", "save"),
+    "architecture": ("Builder",),
+    "artifact": ("load", "save"),
     "events": ("Callback", "History", "ProgressBar"),
     "finetune": ("FineTune",),
     "folding": ("fold_batchnorm",),

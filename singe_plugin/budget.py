@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from singe_plugin.errors import BudgetError, ConfigError
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
 from singe_plugin.pace import BY_SCORE, RATIOS
 from singe_plugin.state import preserved, unfused_attention
 

@@ -22,10 +22,11 @@ from singe_plugin.errors import SingeError
 from singe_plugin.finetune import SCHEDULES
 from singe_plugin.models import parse_pairs
 from singe_plugin.objective import OBJECTIVES
+from singe_plugin.options import PATHS, Scoring
+from singe_plugin.pace import COURSES, ORDERS
 from singe_plugin.path import QUADRATURES
 from singe_plugin.reduction import REDUCTIONS
-from singe_plugin.rounds import COURSES, ORDERS, decided, scored_on
-from singe_plugin.scoring import PATHS, ScoringOptions
+from singe_plugin.rounds import decided, scored_on
 
 __all__ = ["demo", "inspect", "prune", "report"]
 
@@ -260,7 +261,7 @@ def prune(
     Needs data: --data-dir or --dataset. Units (channels, heads) are removed; with --granularity weight, single weights
     are masked.
     """
-    from singe_plugin.integrations.checks import check_launcher
+    from singe_plugin.guards import check_launcher
     from singe_plugin.runs import run_prune
 
     if options["dataset"] is None and options["data_dir"] is None:
@@ -295,7 +296,7 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
         options["verify"] = not options.pop("no_verify")
         order, *_ = decided(*(options[key] for key in _DECIDED))
         options["nodes"], _ = scored_on(order, options["nodes"], None)  # how many batches, the inspection decides
-        scoring = ScoringOptions(**{key: options.pop(key) for key in _SCORING})
+        scoring = Scoring(**{key: options.pop(key) for key in _SCORING})
         found, values = run_inspect(model, options.pop("img_size"), scoring, options.pop("device"), **_decided(options))
     text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"
     _finish(values, text, as_json, quiet)

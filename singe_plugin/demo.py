@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from singe_plugin.artifact import Builder, load, save
+from singe_plugin.architecture import Builder
+from singe_plugin.artifact import load, save
 from singe_plugin.budget import measure_latency
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import Splits, data_config, digits

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.batches import inputs_for
 from singe_plugin.decay import decaying
 from singe_plugin.errors import ScoringError
 from singe_plugin.masks import masks_of
-from singe_plugin.objective import call_model, inputs_for, tensors_in, to_device
+from singe_plugin.nested import call_model, tensors_in, to_device
 from singe_plugin.options import Scoring
 from singe_plugin.state import forget_caches, model_device, preserved
 from singe_plugin.units import UnitGroup

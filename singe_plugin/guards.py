@@ -14,7 +14,7 @@ from singe_plugin.data import few, lone_example
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
 from singe_plugin.state import RngState, preserved
 from singe_plugin.tuner import Tuner
 

@@ -10,13 +10,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from singe_plugin.algorithm import units_per_removal
-from singe_plugin.budget import BY_SCORE, count_macs, count_params
+from singe_plugin.budget import count_macs, count_params
 from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
-from singe_plugin.objective import to_device
+from singe_plugin.nested import to_device
+from singe_plugin.options import Scoring
+from singe_plugin.pace import BY_SCORE
 from singe_plugin.report import Curves, gradient_curves, markdown_table
 from singe_plugin.rounds import covered, decided, scored_on
-from singe_plugin.scoring import ScoringOptions
 from singe_plugin.state import model_device
 
 __all__ = ["GroupRow", "Inspection", "RunCost", "figure_two", "inspect_model", "pruner_of"]
@@ -141,7 +142,7 @@ def inspect_model(
     example_inputs: Any,
     target: str | None = "params=0.5",
     units_per_step: int | float | str | None = None,
-    scoring: ScoringOptions | None = None,
+    scoring: Scoring | None = None,
     scoring_batch_count: int | None = None,
     finetune_steps: int = 1000,
     ratios: Any = None,
@@ -170,11 +171,11 @@ def inspect_model(
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 31)
     """
-    from singe_plugin.integrations.staging import examples_in
+    from singe_plugin.staging import examples_in
 
     order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step)
     nodes, scoring_batch_count = scored_on(order, None, scoring_batch_count)
-    scoring = scoring or ScoringOptions(nodes=nodes)
+    scoring = scoring or Scoring(nodes=nodes)
     by_score = ratios in BY_SCORE
     pruner = pruner_of(
         model, example_inputs, target=target, units_per_step=units_per_step, order=order, rounds=rounds,
@@ -247,9 +248,7 @@ def _units_at_scorings(units: dict[str, int], plan: dict[str, int], pruner: Any,
     return found
 
 
-def _cost(
-    alive: list[int], removed: int, scoring: ScoringOptions, batches: int, probing: int, finetune_steps: int
-) -> RunCost:
+def _cost(alive: list[int], removed: int, scoring: Scoring, batches: int, probing: int, finetune_steps: int) -> RunCost:
     """Count the passes of all scorings."""
     evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
     passes = evaluations * scoring.passes * batches

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from singe_plugin.artifact import Builder
+from singe_plugin.architecture import Builder
 from singe_plugin.checks import closest
 from singe_plugin.errors import ArtifactError, ConfigError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from singe_plugin.artifact import describe_structure
+from singe_plugin.architecture import describe_structure
 from singe_plugin.checkpoint import (
     fitting,
     read_checkpoint,

@@ -17,9 +17,9 @@ from singe_plugin.events import ProgressBar
 from singe_plugin.files import locked
 from singe_plugin.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.models import NamedModel, create_model
+from singe_plugin.options import Scoring
 from singe_plugin.report import FILES, Curves, read_extras, report_data, write_report
 from singe_plugin.result import Result
-from singe_plugin.scoring import ScoringOptions
 
 __all__ = ["prepare", "run_inspect", "run_prune", "run_report"]
 
@@ -96,7 +96,7 @@ def _finished(
     model_options: Mapping[str, Any], prune_options: Mapping[str, Any], output: Path, say: Say
 ) -> tuple[Result, dict[str, Any]]:
     """What is there of a run that was asked to go on and is over; it must be the one that was meant."""
-    from singe_plugin.integrations.staging import described
+    from singe_plugin.fields import described
 
     result = read(output)
     mine = {"model": model_options["name"], **described(prune_options, result.options)}
@@ -130,8 +130,8 @@ def _prune(
     granularity: str,
 ) -> tuple[Result, dict[str, Any]]:
     from singe_plugin.integrations.prune import prune
-    from singe_plugin.integrations.staging import resolve_device
     from singe_plugin.integrations.unstructured import prune_weights
+    from singe_plugin.staging import resolve_device
 
     run = {"unit": prune, "weight": prune_weights}[granularity]
     named, _, splits = prepare(model_options, data_options)
@@ -165,12 +165,12 @@ def _prune(
 def run_inspect(
     model_options: Mapping[str, Any],
     img_size: int | None,
-    scoring: ScoringOptions,
+    scoring: Scoring,
     device: str | None,
     **options: Any,
 ) -> tuple[Inspection, dict[str, Any]]:
     """``singe inspect``: the groups of a model and what pruning it would cost."""
-    from singe_plugin.integrations.staging import resolve_device
+    from singe_plugin.staging import resolve_device
 
     named = create_model(**model_options)
     config = data_config(named.model, img_size)

@@ -16,18 +16,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.batches import check_batch, inputs_for, materialise, read
 from singe_plugin.decay import LayerStats, Measured, decaying, weight_norms
 from singe_plugin.dependence import check_zeros
 from singe_plugin.errors import ConfigError, DataError, ScoringError
-from singe_plugin.objective import (
-    call_model,
-    check_batch,
-    check_head,
-    inputs_for,
-    materialise,
-    read,
-    to_device,
-)
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.objective import check_head
 from singe_plugin.options import Scoring
 from singe_plugin.path import DecayPath
 from singe_plugin.prefix import PrefixCache

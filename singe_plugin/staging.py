@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe_plugin.artifact import Builder, Structure
+from singe_plugin.architecture import Builder, Structure
 from singe_plugin.axes import Trackers
+from singe_plugin.batches import check_batch, split_batch
 from singe_plugin.budget import count_macs, count_params, measure_latency
 from singe_plugin.checkpoint import CHECKPOINT, seed_everything
 from singe_plugin.checks import check_count
@@ -24,7 +25,7 @@ from singe_plugin.files import digest, locked, sweep
 from singe_plugin.finetune import FineTune
 from singe_plugin.guards import check_model
 from singe_plugin.masks import named_tensors
-from singe_plugin.objective import check_batch, split_batch, tensors_in, to_device
+from singe_plugin.nested import tensors_in, to_device
 from singe_plugin.options import Scoring
 from singe_plugin.result import Metrics
 from singe_plugin.rollback import all_or_nothing

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singe_plugin.batches import materialise, read
 from singe_plugin.errors import DataError
-from singe_plugin.objective import materialise, read
 from singe_plugin.state import RngState
 
 __all__ = ["BatchStream", "loader_generators"]

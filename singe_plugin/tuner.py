@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.batches import inputs_for
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.events import Callback, FinetuneStep
 from singe_plugin.fields import described
 from singe_plugin.finetune import FineTune
 from singe_plugin.losses import check_loss, loss_on, unmoved
-from singe_plugin.objective import Objective, ObjectiveLike, inputs_for, to_device
+from singe_plugin.nested import to_device
+from singe_plugin.objective import Objective, ObjectiveLike
 from singe_plugin.state import casts_forgotten, model_device, train_mode_of
 from singe_plugin.stream import BatchStream
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from singe_plugin.decay import Measured, Row, inner_products, join, root, unit_norms
 from singe_plugin.errors import ScoringError, SingeError
-from singe_plugin.objective import Objective, call_model
+from singe_plugin.nested import call_model
+from singe_plugin.objective import Objective
 from singe_plugin.options import AMP_DTYPES, Scoring
 from singe_plugin.path import DecayPath
 from singe_plugin.prefix import PrefixCache

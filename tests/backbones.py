@@ -16,10 +16,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin import Builder, load, save
-from singe_plugin.artifact import Structure, describe_structure
+from singe_plugin.architecture import Structure, describe_structure
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.algebra import is_fixed
-from singe_plugin.axes.oracles import relative_change
 from singe_plugin.axes.substitutes import derangement, exchanged, in_double, random_inputs, randomised
 from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import (
@@ -28,7 +27,7 @@ from singe_plugin.integrations.torch_pruning import (
     SInGEImportance,
     SInGEPruner,
 )
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import relative_change, tensors_in
 from singe_plugin.result import Metrics, Result
 
 from masking import Masked

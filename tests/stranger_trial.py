@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import BudgetError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, tensors_in
 
 from stranger_truth import Truth
 from strangers import Stranger, stranger

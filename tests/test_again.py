@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from singe_plugin import FineTune, fold_batchnorm, prune
 from singe_plugin.errors import ArtifactError
-from singe_plugin.integrations.staging import fingerprint_of
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
+from singe_plugin.staging import fingerprint_of
 
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_state, assert_same_values, images
 

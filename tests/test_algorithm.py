@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin.algorithm import Progress, prune_layers, units_per_removal
+from singe_plugin.algorithm import prune_layers, units_per_removal
 from singe_plugin.budget import CostModel, LayerSpec
 from singe_plugin.errors import ConfigError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.progress import Progress
 from singe_plugin.units import UnitGroup
 
 

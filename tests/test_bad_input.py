@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import nn
 
 import singe_plugin
-from singe_plugin import Builder, FineTune, ScoringOptions, load, prune, save
+from singe_plugin import Builder, FineTune, Scoring, load, prune, save
 from singe_plugin.budget import Target
 from singe_plugin.errors import (
     ArtifactError,
@@ -152,7 +152,7 @@ CASES = [
     Case("normalizer", importance(normalizer="l7"), ConfigError, ("l7", "choose one of")),
     Case("unit_batch", importance(unit_batch=0), ConfigError, ("unit_batch=0", ">= 1")),
     Case("scoring amp", importance(amp="int8"), ConfigError, ("int8", "bf16, fp16")),
-    Case("options object", lambda m: ScoringOptions(mu=0), ConfigError, ("mu=0", r"\]0, 1\[")),
+    Case("options object", lambda m: Scoring(mu=0), ConfigError, ("mu=0", r"\]0, 1\[")),
     Case("bind no model", bound("resnet18", GOOD), ConfigError, ("got str", "torch.nn.Module")),
     Case("bind tensor", bound(MODEL, X), DataError, ("got Tensor", r"DataLoader or a list")),
     Case("bind mapping", bound(MODEL, {"x": X, "y": Y}), DataError, ("one mapping", r"\[batch\]")),

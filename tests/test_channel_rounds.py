@@ -20,7 +20,7 @@ from singe_plugin.cli import main
 from singe_plugin.errors import ConfigError
 from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.scoring import ScoringOptions
+from singe_plugin.options import Scoring
 
 from small_nets import Chain, Residual, StopAt, images
 
@@ -346,7 +346,7 @@ def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count:
 def _as_inspected(given: dict[str, Any]) -> dict[str, Any]:
     """Of ``prune``'s options those of ``inspect_model``."""
     return {k: v for k, v in given.items() if k != "nodes"} | (
-        {"scoring": ScoringOptions(nodes=given["nodes"])} if "nodes" in given else {}
+        {"scoring": Scoring(nodes=given["nodes"])} if "nodes" in given else {}
     )
 
 

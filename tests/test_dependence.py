@@ -22,7 +22,8 @@ from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.masks import hold_masks
 from singe_plugin.objective import cross_entropy
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
 
 from references import Net
@@ -114,7 +115,7 @@ def test_a_layer_that_nothing_gets_through_scores_zero(name: str, path: str) -> 
     assert changes(net) == 0.0
     trace = Trace(net)
     # batch-norm in front of a sum: vmap has no rule for it in every version
-    scores = score_units(net, group_of(net.side), DATA, ScoringOptions(path=path, unit_batch=1))
+    scores = score_units(net, group_of(net.side), DATA, Scoring(path=path, unit_batch=1))
     assert scores.tolist() == [0.0] * 6
     trace.assert_unchanged()
 
@@ -128,7 +129,7 @@ def test_a_gradient_that_does_not_see_the_change_is_refused(name: str, path: str
     with pytest.raises(
         ScoringError, match=r"'side': its scores are all zero, but F goes from .* use objective='logit'"
     ):
-        score_units(net, group_of(net.side), DATA, ScoringOptions(criterion="norm_grad", path=path, unit_batch=1))
+        score_units(net, group_of(net.side), DATA, Scoring(criterion="norm_grad", path=path, unit_batch=1))
     trace.assert_unchanged()
 
 
@@ -138,7 +139,7 @@ def test_a_layer_that_f_cannot_depend_on_is_refused(name: str, path: str) -> Non
     net = NO_QUESTION[name]()
     trace = Trace(net)
     with pytest.raises(ScoringError, match=r"'side': F does not depend on it.*ignored_layers"):
-        score_units(net, group_of(net.side), DATA, ScoringOptions(path=path, unit_batch=1))
+        score_units(net, group_of(net.side), DATA, Scoring(path=path, unit_batch=1))
     trace.assert_unchanged()
 
 
@@ -149,7 +150,7 @@ def test_outputs_so_sure_that_the_gradient_underflows() -> None:
     sure = [(x, net(x).argmax(1)) for x, _ in DATA]
     with pytest.raises(ScoringError, match=r"F goes from 0 to 1\.09861 on batch 0.*objective='logit'"):
         score_units(net, group, sure)
-    assert float(score_units(net, group, sure, ScoringOptions(objective="logit")).min()) > 0
+    assert float(score_units(net, group, sure, Scoring(objective="logit")).min()) > 0
 
 
 def test_zero_weights_and_some_dead_units_are_scores_like_any_other() -> None:

@@ -12,14 +12,15 @@ from torch import nn
 
 import singe_plugin
 from singe_plugin import FineTune, Result, prune, prune_weights
-from singe_plugin.artifact import Builder
+from singe_plugin.architecture import Builder
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.budget import count_macs
 from singe_plugin.data import evaluate
 from singe_plugin.errors import ScoringError
 from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 
 from references import CASES, Net, get_case
 from small_nets import Chain, Recurrent, StopAt, Trace, assert_same_values, images, sequences, values_of
@@ -66,7 +67,7 @@ def kept(result: Result) -> dict[str, int]:
 @pytest.mark.parametrize("path", ["layer", "neuron"])
 def test_scores_are_those_of_the_cpu(name: str, path: str) -> None:
     case = get_case(name)
-    options = ScoringOptions("ig", path=path, nodes=3)
+    options = Scoring("ig", path=path, nodes=3)
     expected = score_units(case.model, case.group, case.batches, options)
     case.model.to(CUDA)  # the group's layers move along: they are the model's
     for batches in (case.batches, [tuple(t.to(CUDA) for t in batch) for batch in case.batches]):

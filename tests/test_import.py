@@ -144,7 +144,8 @@ def test_every_public_name_is_there() -> None:
     for name in singe_plugin.__all__:
         assert getattr(singe_plugin, name).__doc__
     assert singe_plugin.prune.__module__ == "singe_plugin.integrations.prune"
-    assert singe_plugin.Builder.__module__ == singe_plugin.load.__module__ == "singe_plugin.artifact"
+    assert singe_plugin.Builder.__module__ == "singe_plugin.architecture"
+    assert singe_plugin.load.__module__ == "singe_plugin.artifact"
     with pytest.raises(AttributeError, match="module 'singe_plugin' has no attribute 'prune_all'"):
         _ = singe_plugin.prune_all  # type: ignore[attr-defined]
 

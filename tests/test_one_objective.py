@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin import Callback, FineTune, Result, prune, prune_weights
+from singe_plugin.batches import inputs_for
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.objective import inputs_for
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
 
 from references import Net
@@ -213,7 +214,7 @@ def test_its_units_are_scored_by_that_loss(path: str) -> None:
     for model in (OwnLoss(), Logits()):
         slots = (Slot(model.net[0], "weight"), Slot(model.net[0], "bias"))
         group = UnitGroup("0", 16, (Producer("0", slots, rows, rows),))
-        scores.append(score_units(model, group, named(model), ScoringOptions(path=path)))
+        scores.append(score_units(model, group, named(model), Scoring(path=path)))
     torch.testing.assert_close(scores[0], scores[1])
 
 

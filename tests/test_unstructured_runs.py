@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from singe_plugin import FineTune, ScoringOptions, UnstructuredPruner, hold_masks
+from singe_plugin import FineTune, Scoring, UnstructuredPruner, hold_masks
 from singe_plugin.errors import ConfigError, DataError, SingeError, TiedParameterError
 from singe_plugin.events import History
 from singe_plugin.masks import masks_of
@@ -199,7 +199,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ignored": ({"ignored_layers": [nn.Linear(1, 1)]}, "ignored_layers: Linear.* is no module of the model"),
     "all ignored": ({"ignored_layers": NAMES}, "no convolution or linear layer whose weights can be pruned"),
     "option": ({"critrion": "ig"}, "unknown option 'critrion'; options of the scoring are criterion, p, mu"),
-    "scoring": ({"scoring": ScoringOptions(), "mu": 0.5}, "scoring and 'mu' were both given"),
+    "scoring": ({"scoring": Scoring(), "mu": 0.5}, "scoring and 'mu' were both given"),
     "criterion": ({"criterion": "magic"}, "unknown criterion 'magic'"),
     "finetune": ({"finetune": 100}, "finetune must be a FineTune, got int"),
     "callbacks": ({"callbacks": [print]}, "callbacks must be singe_plugin.Callback objects"),

@@ -26,7 +26,8 @@ from singe_plugin.data import evaluate
 from singe_plugin.errors import SingeError
 from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 
 from fingerprint import assert_untouched, changes, fingerprint
 from nasty_nets import NASTY, Base, batches_for
@@ -101,7 +102,7 @@ def verified(net: nn.Module) -> None:
 def scored(net: nn.Module, **options: Any) -> None:
     graph = AxisGraph(net, example())
     for group in graph.groups.values():
-        score_units(net, group.unit_group(), batches_for(), ScoringOptions(nodes=2, **options))
+        score_units(net, group.unit_group(), batches_for(), Scoring(nodes=2, **options))
 
 
 def counted(net: nn.Module) -> None:

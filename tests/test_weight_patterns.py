@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singe_plugin import Callback, UnstructuredPruner
-from singe_plugin.algorithm import lowest
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.unstructured.allocation import layer_ratios, lowest_counts
 from singe_plugin.integrations.unstructured.layers import WeightLayer
 from singe_plugin.integrations.unstructured.patterns import Pattern
+from singe_plugin.loop import lowest
 from singe_plugin.masks import masks_of
 
 from references import Net

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from singe_plugin.algorithm import units_per_removal
+from singe_plugin.batches import check_batch, in_memory, materialise
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.finetune import SCHEDULES
-from singe_plugin.objective import check_batch, in_memory, materialise
 
 __all__ = ["MODES", "batches_of", "check_schedule", "check_without_evaluator"]
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import Pause, Progress, algorithm_1
+from singe_plugin.algorithm import algorithm_1
 from singe_plugin.budget import CostModel, LayerSpec, TensorCost
 from singe_plugin.events import FinetuneStep
 from singe_plugin.finetune import phase_share
+from singe_plugin.loop import Pause
+from singe_plugin.progress import Progress
 from singe_plugin.units import UnitGroup, subgroup
 
 from .pieces import Piece

@@ -18,14 +18,17 @@ from nni.compression.utils.evaluator import LightningEvaluator
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, verify_groups
+from singe_plugin.batches import split_batch
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History, LayerScored
-from singe_plugin.objective import ObjectiveLike, call_model, split_batch, to_device
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.guards import check_here
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.objective import ObjectiveLike
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup, subgroup
 
-from singe_plugin.guards import check_here
 from .arguments import batches_of, check_schedule, check_without_evaluator
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
@@ -71,7 +74,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         training_steps: how many steps of the evaluator's training loop are run: their batches are what F is evaluated
             on afterwards. With ``schedule="entwined"``, the steps that pruning is entwined with.
         criterion, p, mu, steps, quadrature, nodes, path, group_reduction, unit_batch, amp, channels_last: see
-            :class:`~singe_plugin.ScoringOptions`.
+            :class:`~singe_plugin.Scoring`.
         objective: F: ``"loss"``, ``"logit"`` or a function ``(outputs, targets) -> scalar``; None is the evaluator's
             own training step (``TorchEvaluator``), the model's own loss (``TransformersEvaluator``), else ``"loss"``.
         schedule: ``"one_shot"`` masks at the end of the steps, ``"entwined"`` runs Algorithm 1 inside the training
@@ -152,7 +155,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
                 "SInGEPruner.from_compressor(other, config_list, ...)"
             )
         check_evaluator(evaluator)
-        self.options = ScoringOptions(
+        self.options = Scoring(
             criterion, p, mu, steps, quadrature, nodes, path, "loss" if objective is None else objective,
             group_reduction, None, unit_batch, amp, channels_last,
         )  # fmt: skip
@@ -382,7 +385,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             return torch.stack([score_units(model, group, batches, options) for group in groups]).mean(0)
 
     @contextmanager
-    def _scored_model(self) -> Iterator[tuple[nn.Module, Any, ScoringOptions]]:
+    def _scored_model(self) -> Iterator[tuple[nn.Module, Any, Scoring]]:
         """The model in its plain view, the batches and the options, with F as it was asked for."""
         if self.batches is not None:
             batches: list[Any] | None = self.batches

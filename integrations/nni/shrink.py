@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.artifact import Builder, Structure, describe_structure
+from singe_plugin.architecture import Builder, Structure, describe_structure
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, remove_units
 from singe_plugin.axes.algebra import contains
 from singe_plugin.budget import count_macs, count_params
 from singe_plugin.data import few
 from singe_plugin.errors import ConfigError, GroupError
 from singe_plugin.events import History, Removed
-from singe_plugin.objective import to_device
+from singe_plugin.nested import to_device
 from singe_plugin.result import LayerRow, Metrics, Result, package_versions
 from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of

@@ -29,7 +29,7 @@ from singe_plugin.axes.substitutes import (
     uniform,
 )
 from singe_plugin.data import few
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 from singe_plugin.state import plain_layers, preserved
 
 from .holes import Holes, Units, line_of, slices_of, units_at

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from singe_plugin.checks import check_count, check_number
 from singe_plugin.errors import ConfigError
 from singe_plugin.guards import check_model
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
 from singe_plugin.pace import Pace
 from singe_plugin.state import model_device
 

@@ -11,9 +11,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from singe_plugin.batches import materialise
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.guards import check_alone
-from singe_plugin.objective import materialise
 from singe_plugin.options import Scoring
 from singe_plugin.scoring import score_error, score_units
 from singe_plugin.units import UnitGroup

@@ -15,6 +15,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
+from singe_plugin.batches import materialise
 from singe_plugin.budget import Target, count_macs, count_params, plan_removals
 from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, History
@@ -23,7 +24,7 @@ from singe_plugin.finetune import FineTune
 from singe_plugin.guards import check_here, check_parts, parts_of
 from singe_plugin.job import carried_out, tuner_of
 from singe_plugin.loop import Loop, Turn, in_layers, in_rounds, scored
-from singe_plugin.objective import ObjectiveLike, get_objective, materialise
+from singe_plugin.objective import ObjectiveLike, get_objective
 from singe_plugin.pace import BY_SCORE, Pace
 from singe_plugin.progress import Progress
 from singe_plugin.result import LayerRow

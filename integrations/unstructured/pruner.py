@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.axes import Trackers
+from singe_plugin.batches import check_batch, in_memory, materialise
 from singe_plugin.budget import count_macs_by_module, count_params
 from singe_plugin.data import example_from
 from singe_plugin.errors import ConfigError, DataError
@@ -19,7 +20,7 @@ from singe_plugin.guards import check_model, check_parts
 from singe_plugin.job import carried_out, tuner_of
 from singe_plugin.loop import Loop, Turn, in_layers, in_rounds, scored
 from singe_plugin.masks import fold_masks, masks_of
-from singe_plugin.objective import ObjectiveLike, check_batch, in_memory, materialise
+from singe_plugin.objective import ObjectiveLike
 from singe_plugin.options import Scoring
 from singe_plugin.pace import Pace
 from singe_plugin.progress import CountedProgress, Progress
