@@ -22,9 +22,9 @@ Kind = TypeVar("Kind")
 
 
 def option(
+    *,
     default: Any,
     text: str,
-    *,
     choices: Iterable[str] = (),
     flag: str | tuple[str, ...] | None = None,
     read: Callable[[str], Any] | None = None,
@@ -54,7 +54,7 @@ def documented(cls: type[Kind]) -> type[Kind]:
         >>> @documented
         ... class Tea:
         ...     '''How tea is made.'''
-        ...     minutes: int = option(3, "How long it draws.")
+        ...     minutes: int = option(default=3, text="How long it draws.")
         >>> print(Tea.__doc__)
         How tea is made.
         <BLANKLINE>
@@ -154,6 +154,11 @@ class Spelling:
     metavar: str | None
     default: Any
 
+    @property
+    def name(self) -> str:
+        """How a command's function calls it: its longest flag."""
+        return max(self.flags, key=len).lstrip("-").replace("-", "_") + "_option"
+
 
 def spellings(*classes: type) -> list[Spelling]:
     """The command's options for the fields of some options classes, in their order."""
@@ -166,7 +171,7 @@ def spellings(*classes: type) -> list[Spelling]:
                 continue
             flags = about["flag"] or "--" + f.name.replace("_", "-")
             flags = (flags,) if isinstance(flags, str) else tuple(flags)
-            targets = ((cls, f.name),)
+            targets: tuple[tuple[type, str], ...] = ((cls, f.name),)
             if flags in found:
                 targets = (*found[flags].targets, *targets)
             made = Spelling(

@@ -53,51 +53,51 @@ class FineTune:
     """
 
     loader: Iterable[Any] | None = option(
-        None,
-        "Batches of ``(inputs, targets)`` or mappings to train on, iterated as often as needed. By default the run's "
+        default=None,
+        text="Batches of ``(inputs, targets)`` or mappings to train on, iterated as often as needed. By default the run's "
         "data, a dataset in shuffled batches of 64.",
         command=False,
     )
-    steps: int = option(1000, "How many optimisation steps are taken in all.", flag="--finetune-steps")
+    steps: int = option(default=1000, text="How many optimisation steps are taken in all.", flag="--finetune-steps")
     every: str = option(
-        "layer",
-        "When fine-tuning happens: after every ``removal``, after every ``layer`` (in rounds: every round), or at the "
+        default="layer",
+        text="When fine-tuning happens: after every ``removal``, after every ``layer`` (in rounds: every round), or at the "
         "``end``.",
         choices=EVERY,
         flag="--finetune-every",
     )
-    lr: float = option(0.03, "The learning rate that the cosine of every phase begins with.")
-    momentum: float = option(0.9, "The momentum of the default optimizer, SGD.")
-    weight_decay: float = option(1e-4, "The weight decay of the default optimizer.")
+    lr: float = option(default=0.03, text="The learning rate that the cosine of every phase begins with.")
+    momentum: float = option(default=0.9, text="The momentum of the default optimizer, SGD.")
+    weight_decay: float = option(default=1e-4, text="The weight decay of the default optimizer.")
     optimizer: OptimizerLike = option(
-        None,
-        "An optimizer over the model's parameters, whose learning rates are left as they are (there is no cosine then), "
+        default=None,
+        text="An optimizer over the model's parameters, whose learning rates are left as they are (there is no cosine then), "
         "or a function that makes one from them, whose rates the cosine scales. By default SGD.",
         command=False,
     )
     scheduler: Any = option(
-        None, "A learning-rate scheduler of the given optimizer, stepped once per step.", command=False
+        default=None, text="A learning-rate scheduler of the given optimizer, stepped once per step.", command=False
     )
-    warmup: int = option(0, "Over how many steps the cosine's learning rate rises from zero.")
-    label_smoothing: float = option(0.1, "The label smoothing of the cross-entropy.")
+    warmup: int = option(default=0, text="Over how many steps the cosine's learning rate rises from zero.")
+    label_smoothing: float = option(default=0.1, text="The label smoothing of the cross-entropy.")
     loss: Objective | None = option(
-        None, "A function of outputs and targets that is minimised in the place of F.", command=False
+        default=None, text="A function of outputs and targets that is minimised in the place of F.", command=False
     )
-    clip_grad: float | None = option(1.0, "The largest norm of the gradients; None does not clip them.")
+    clip_grad: float | None = option(default=1.0, text="The largest norm of the gradients; None does not clip them.")
     amp: str | None = option(
-        "auto",
-        "Mixed precision: ``bf16``, ``fp16``, None, or ``auto``, which is bf16 on CUDA cards that compute in it.",
+        default="auto",
+        text="Mixed precision: ``bf16``, ``fp16``, None, or ``auto``, which is bf16 on CUDA cards that compute in it.",
         choices=("bf16", "fp16"),
     )
     ema: nn.Module | None = option(
-        None,
-        "An averaged copy of the model, cut along with it; with a method ``update`` it is updated every step.",
+        default=None,
+        text="An averaged copy of the model, cut along with it; with a method ``update`` it is updated every step.",
         command=False,
     )
-    channels_last: bool = option(False, "Whether batches of images are converted to that memory format.")
+    channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
     step_fn: Callable[[nn.Module, Any], Tensor] | None = option(
-        None,
-        "A function of the model and a batch that returns the loss, in the place of the forward pass and the loss; it "
+        default=None,
+        text="A function of the model and a batch that returns the loss, in the place of the forward pass and the loss; it "
         "is called in train mode.",
         command=False,
     )

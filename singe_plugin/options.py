@@ -38,72 +38,76 @@ class Scoring:
     """
 
     criterion: str | Callable[..., Any] = option(
-        "ig",
-        "The criterion, see :mod:`singe_plugin.criteria`; :func:`singe_plugin.prune` also takes any torch-pruning "
+        default="ig",
+        text="The criterion, see :mod:`singe_plugin.criteria`; :func:`singe_plugin.prune` also takes any torch-pruning "
         "importance.",
         choices=CRITERIA,
     )
     p: float = option(
-        2, "The degree of the norms, at least 1; ``l1`` and ``l2`` have their own.", flag=("-p", "--norm")
+        default=2, text="The degree of the norms, at least 1; ``l1`` and ``l2`` have their own.", flag=("-p", "--norm")
     )
     mu: float | None = option(
-        None,
-        "The decay rate of the path in Eq. 5, inside ]0, 1[. By default 0.9 (the paper's on ImageNet; 0.95 on "
+        default=None,
+        text="The decay rate of the path in Eq. 5, inside ]0, 1[. By default 0.9 (the paper's on ImageNet; 0.95 on "
         "CIFAR-10), and 0.8 for single weights (§4.1).",
     )
     steps: int | None = option(
-        None,
-        "S of Eq. 5: how often the weights are decayed. By default until 1 % of them is left (quadrature gauss: to "
+        default=None,
+        text="S of Eq. 5: how often the weights are decayed. By default until 1 % of them is left (quadrature gauss: to "
         "zero).",
     )
     quadrature: str = option(
-        "gauss",
-        "How the path is summed up: ``geometric`` is the paper's sum in S + 1 passes, ``gauss`` integrates the same "
+        default="gauss",
+        text="How the path is summed up: ``geometric`` is the paper's sum in S + 1 passes, ``gauss`` integrates the same "
         "function with Gauss-Legendre nodes.",
         choices=QUADRATURES,
     )
     path: str = option(
-        "layer",
-        "What decays together: ``layer`` is all units of a group, ``neuron`` each unit alone (Eq. 4 to the letter).",
+        default="layer",
+        text="What decays together: ``layer`` is all units of a group, ``neuron`` each unit alone (Eq. 4 to the letter).",
         choices=PATHS,
     )
     objective: ObjectiveLike | None = option(
-        None,
-        "F, which fine-tuning minimises, too: ``loss`` (cross-entropy, or the loss that the model computes from labels "
+        default=None,
+        text="F, which fine-tuning minimises, too: ``loss`` (cross-entropy, or the loss that the model computes from labels "
         "among its keywords), ``logit``, or a function of outputs and targets that returns a scalar. By default loss; "
         "NNI's pruner takes the evaluator's own.",
         choices=OBJECTIVES,
     )
     group_reduction: str = option(
-        "sum", "How the scores of a unit in the layers of its group become one.", choices=REDUCTIONS
+        default="sum", text="How the scores of a unit in the layers of its group become one.", choices=REDUCTIONS
     )
     normalizer: NormalizerLike = option(
-        None, "What a group's scores are divided by: one of torch-pruning's names, or a function.", command=False
+        default=None,
+        text="What a group's scores are divided by: one of torch-pruning's names, or a function.",
+        command=False,
     )
     nodes: int | None = option(
-        None,
-        "How many nodes the quadrature gauss has, each a pass for every batch and layer. By default 1 in rounds of "
+        default=None,
+        text="How many nodes the quadrature gauss has, each a pass for every batch and layer. By default 1 in rounds of "
         "units, where images are worth more than nodes (docs/results.md), else 5.",
     )
     unit_batch: int = option(
-        16,
-        "How many units the path neuron evaluates at once; 1 does without ``torch.func``, which not every model "
+        default=16,
+        text="How many units the path neuron evaluates at once; 1 does without ``torch.func``, which not every model "
         "supports.",
     )
     amp: str | None = option(
-        None,
-        "Mixed precision. By default none in scoring, unless a surrounding ``torch.autocast`` says so, and bf16 in "
+        default=None,
+        text="Mixed precision. By default none in scoring, unless a surrounding ``torch.autocast`` says so, and bf16 in "
         "fine-tuning on CUDA.",
         choices=AMP_DTYPES,
     )
-    channels_last: bool = option(False, "Whether batches of images are converted to that memory format.")
+    channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
     batches: int | None = option(
-        None,
-        "How many batches every scoring reads: drawn once from a dataset, the first ones of a loader or list. By "
+        default=None,
+        text="How many batches every scoring reads: drawn once from a dataset, the first ones of a loader or list. By "
         "default 4 in rounds of units, else 1 (as the paper).",
         flag="--scoring-batches",
     )
-    batch_size: int = option(64, "How many examples of a dataset a scoring batch has.", flag="--scoring-batch-size")
+    batch_size: int = option(
+        default=64, text="How many examples of a dataset a scoring batch has.", flag="--scoring-batch-size"
+    )
 
     def __post_init__(self) -> None:
         if not callable(self.criterion):
@@ -131,8 +135,8 @@ class Scoring:
             (0.95, 1, 4, 'loss')
         """
         usual = _FOR_WEIGHTS if weights else _IN_ROUNDS if order == "rounds" else _IN_LAYERS
-        missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
-        return replace(self, **missing, objective="loss" if self.objective is None else self.objective)
+        usual_: dict[str, Any] = {**usual, "objective": "loss"}
+        return replace(self, **{name: value for name, value in usual_.items() if getattr(self, name) is None})
 
     @property
     def function(self) -> Objective:
