@@ -241,11 +241,11 @@ def _prune_both(
     def once(steps: int, verify: bool) -> Result:
         model = copy.deepcopy(network)
         pruned: Result = prune(
-            model, splits.train, target=f"params={target}", finetune_steps=steps,
-            lr=settings.finetune_lr, criterion=METHODS[method] or "ig",
-            importance=_taylor() if METHODS[method] is None else None,
-            val_data=_validation(splits), seed=seed, builder=builder, device="cpu", verify=verify,
+            model, splits.train, target=f"params={target}", scoring=METHODS[method] or _taylor(),
+            finetune=FineTune(steps=steps, lr=settings.finetune_lr), val_data=_validation(splits), seed=seed,
+            device="cpu", verify=verify,
         )  # fmt: skip
+        pruned.builder = builder
         return pruned
 
     return once(0, False), once(settings.finetune_steps, verify)

@@ -195,7 +195,11 @@ def inspect_model(
     ratios = pace.ratios
     if isinstance(ratios, Mapping):
         ratios = {names.get(key, key): ratio for key, ratio in ratios.items()}
-    shown = {"target": target, "pace": described(replace(pace, ratios=ratios)), "scoring": described(scoring)}
+    shown: dict[str, Any] = {
+        "target": target,
+        "pace": described(replace(pace, ratios=ratios)),
+        "scoring": described(scoring),
+    }
     shown |= {"finetune_steps": steps}
     macs = count_macs(model, example_inputs) // examples_in(example_inputs)
     return Inspection(count_params(model), macs, rows, dict(pruner.left_whole), shown, cost, problem)

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from singe_plugin.errors import ConfigError
 
 __all__ = [
+    "LAYERS",
     "WeightMask",
     "fold_masks",
     "hold_mask",
@@ -29,6 +30,9 @@ __all__ = [
     "weight_of",
     "weight_slot",
 ]
+
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose single weights, inputs and outputs can be masked
 
 
 class WeightMask(nn.Module):
@@ -194,11 +198,19 @@ def fold_masks(model: nn.Module) -> dict[str, Tensor]:
             continue
         with torch.no_grad():
             cast(nn.Parameter, weight_of(module)).masked_fill_(~held.mask, 0.0)
+        _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         table = dict(module._parameters)
         module._parameters.clear()
         module._parameters.update({name: table.pop(name) for name in held.order if name in table} | table)
     return masks
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies share one, and what is removed from it is gone for all."""
+    cls = type(module)
+    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from timm.models.densenet import DenseNet
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from singe_plugin.integrations.nni import shrink
+from singe_plugin.shrink import shrink
 
 from masking import Masked
 from references import Net
@@ -82,6 +83,35 @@ def one_in_four(model: nn.Module, *left: str, only: tuple[type[nn.Module], ...] 
             if parameter is not None and ("weight" in target or "bias" in target) and parameter.shape[dim] % 4 == 0:
                 keep = torch.arange(parameter.shape[dim]) % 4 != 1
                 masks.setdefault(name, {})[target] = mask_of(parameter, keep, dim)
+    return masks
+
+
+def random_masks(model: nn.Module, rng: random.Random) -> Masks:
+    """Masks of every kind on some layers: rows, columns, single weights, everything, with or without the biases."""
+    masks: Masks = {}
+    alike: dict[int, Tensor] = {}
+    consistent = rng.random() < 0.4
+    for name, module in model.named_modules():
+        own = {k: p for k, p in module._parameters.items() if p is not None}
+        weight = own.get("weight")
+        if weight is None or rng.random() < 0.3 or not weight.ndim:
+            continue
+        share, kind = rng.choice([0.0, 0.3, 0.6, 0.9]), rng.choice(["rows"] * 4 + ["columns", "both", "single", "all"])
+        rows = torch.rand(len(weight)) >= share
+        if consistent:
+            rows = alike.setdefault(len(weight), rows)
+        found = {"weight": torch.ones_like(weight)}
+        if kind in ("rows", "both") or weight.ndim == 1:
+            found["weight"] *= mask_of(weight, rows)
+            if "bias" in own and len(own["bias"]) == len(rows) and rng.random() < 0.8:
+                found["bias"] = mask_of(own["bias"], rows)
+        if kind in ("columns", "both") and weight.ndim > 1:
+            found["weight"] *= mask_of(weight, torch.rand(weight.shape[1]) >= share, 1)
+        if kind == "single":
+            found["weight"] *= (torch.rand(weight.shape) >= share).float()
+        if kind == "all":
+            found = {k: torch.zeros_like(p) for k, p in own.items()}
+        masks[name] = found
     return masks
 
 

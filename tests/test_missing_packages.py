@@ -29,3 +29,9 @@ def test_nni(module: str) -> None:
     found = subprocess.run([sys.executable, "-c", HIDDEN.format(module=module)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "pip install 'singe_plugin[nni]'" in found.stdout
+
+
+def test_shrinking_needs_no_nni() -> None:
+    script = HIDDEN.format(module="singe_plugin.shrink") + "\nassert 'singe_plugin.integrations.nni' not in sys.modules"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, "imported"), found.stderr

@@ -57,6 +57,7 @@ def test_folding_gives_the_same_bits(training: bool, last: bool) -> None:
     for name, mask in masks.items():
         assert not bool(net.get_parameter(name)[~mask].any())
     assert fold_masks(net) == {}
+    assert torch.equal(twin(BATCHES[0][0]), expected)  # a copy has masks of its own
 
 
 def test_masks_are_set_again_and_state_dicts_have_them() -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 
 from singe_plugin.errors import MissingPackageError
+from singe_plugin.shrink import ShrinkResult, shrink, shrink_with_report
 
 if importlib.util.find_spec("nni") is None:
     raise MissingPackageError("NNI is not installed; it is an extra: pip install 'singe_plugin[nni]'", name="nni")
 
 from .evaluators import LightningEvaluator, TorchEvaluator, TransformersEvaluator
 from .pruner import SInGEPruner
-from .shrink import ShrinkResult, shrink, shrink_with_report
 
 __all__ = [
     "LightningEvaluator",

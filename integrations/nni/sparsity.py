@@ -91,11 +91,11 @@ def _internal_blocks(piece: Piece, spaces: Spaces) -> Tensor | None:
     return found
 
 
-def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces, keep_at_least: int) -> list[Tensor]:
+def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces, min_width: int) -> list[Tensor]:
     """For every piece, which units stay: ``[N]`` bool.
 
     Rules, as in NNI: a threshold (bounded by the ratios' limits); a global group shares one ratio of *elements*;
-    otherwise a ratio of the units, in equal parts of every ``internal_metric_block``. At least ``keep_at_least`` units
+    otherwise a ratio of the units, in equal parts of every ``internal_metric_block``. At least ``min_width`` units
     of each piece stay.
     """
     rules = [rule_of(piece, spaces) for piece in pieces]
@@ -115,7 +115,7 @@ def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces
     final = []
     for score, chosen in zip(scores, kept, strict=True):
         assert chosen is not None
-        floor = min(keep_at_least, len(score))
+        floor = min(min_width, len(score))
         if int(chosen.sum()) < floor:
             chosen = chosen.clone()
             chosen[score.argsort(descending=True, stable=True)[:floor]] = True

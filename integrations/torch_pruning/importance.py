@@ -127,4 +127,4 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         return f"SInGEImportance({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
 
-SInGEImportance.__signature__ = inspect.signature(Scoring)  # type: ignore[attr-defined]
+SInGEImportance.__signature__ = inspect.signature(Scoring)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -113,8 +113,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     """
 
     current_step: int
-    kind = Progress
+    kind: type[Progress] = Progress
     protected = True
+    callbacks: Sequence[Callback]
 
     def __init__(
         self,
@@ -270,7 +271,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self.round_to:
             quantum = self.round_to // math.gcd(self.round_to, channels_per_unit(group))
             kept = max(kept - kept % quantum, math.ceil(least / quantum) * quantum)
-        return group.size - kept
+        return int(group.size - kept)
 
     def step(self, interactive: bool = False) -> Any:
         """As ``BasePruner.step``: one turn of the loop; without ``interactive``, a failure rolls it back.

@@ -67,4 +67,4 @@ def settled_sparsity(sparsity: Any, pace: Pace, pattern: Pattern | None) -> floa
             )
         if pace.ratios != "global" and ratio > most:
             raise ConfigError(f"{name}={ratio:g} is more than max_pruning_ratio={most:g}; raise that")
-    return sparsity
+    return None if sparsity is None else float(sparsity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,8 +185,9 @@ class UnstructuredPruner:
         return left
 
     graph = None  # units stay where they are
-    kind = CountedProgress
+    kind: type[Progress] = CountedProgress
     protected = True
+    callbacks: Sequence[Callback]
 
     @property
     def objective(self) -> ObjectiveLike:

@@ -7,9 +7,6 @@ import random
 from collections.abc import Callable
 
 import pytest
-
-pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
-
 import timm
 import torch
 from shrinking import (
@@ -23,12 +20,13 @@ from shrinking import (
     masked_copy,
     one_in_four,
     positions,
+    random_masks,
     rows,
     with_tags,
 )
-from torch import Tensor, nn
+from torch import nn
 
-from singe_plugin.integrations.nni import ShrinkResult, shrink, shrink_with_report
+from singe_plugin.shrink import ShrinkResult, shrink, shrink_with_report
 
 from masking import Masked
 from networks import random_network, randomise
@@ -74,35 +72,6 @@ def test_norms_over_channels_keep_their_channels_unless_they_may_change(
     if name != "convnext":  # the reference takes every LayerNorm over the last dimension
         assert difference(tags.model().double(), other, shape) < 1e-6
     assert again.difference > 1e-6  # and it says so
-
-
-def random_masks(model: nn.Module, rng: random.Random) -> Masks:
-    """Masks of every kind on some layers: rows, columns, single weights, everything, with or without the biases."""
-    masks: Masks = {}
-    alike: dict[int, Tensor] = {}
-    consistent = rng.random() < 0.4
-    for name, module in model.named_modules():
-        own = {k: p for k, p in module._parameters.items() if p is not None}
-        weight = own.get("weight")
-        if weight is None or rng.random() < 0.3 or not weight.ndim:
-            continue
-        share, kind = rng.choice([0.0, 0.3, 0.6, 0.9]), rng.choice(["rows"] * 4 + ["columns", "both", "single", "all"])
-        rows = torch.rand(len(weight)) >= share
-        if consistent:
-            rows = alike.setdefault(len(weight), rows)
-        found = {"weight": torch.ones_like(weight)}
-        if kind in ("rows", "both") or weight.ndim == 1:
-            found["weight"] *= mask_of(weight, rows)
-            if "bias" in own and len(own["bias"]) == len(rows) and rng.random() < 0.8:
-                found["bias"] = mask_of(own["bias"], rows)
-        if kind in ("columns", "both") and weight.ndim > 1:
-            found["weight"] *= mask_of(weight, torch.rand(weight.shape[1]) >= share, 1)
-        if kind == "single":
-            found["weight"] *= (torch.rand(weight.shape) >= share).float()
-        if kind == "all":
-            found = {k: torch.zeros_like(p) for k, p in own.items()}
-        masks[name] = found
-    return masks
 
 
 def spoil(model: nn.Module, rng: random.Random) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from singe_plugin.axes import Group, Snapshot, remove_units
 from singe_plugin.axes.sorting import sorted_out
 from singe_plugin.axes.substitutes import NormsOfTheRest, masked
-from singe_plugin.errors import GroupError, SingeError
+from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 from singe_plugin.nested import relative_change
 
 from .holes import Holes, Units, with_units
-from .silence import Laboratory, OpenFunctions
+from .laboratory import Laboratory, OpenFunctions
 
 __all__ = ["Trials", "change_of"]
 
@@ -79,9 +79,9 @@ class Trials:
                     made = self._removed(gone, functions, own)
                 except SingeError as error:
                     return str(error)
-                except (MemoryError, torch.cuda.OutOfMemoryError):
-                    raise
                 except Exception as error:
+                    if is_of_the_machine(error):
+                        raise
                     return f"the forward pass fails without them ({type(error).__name__}: {error})"
             limit = self.tolerance if self.lab.double else max(self.tolerance, _SINGLE if own else _SINGLE_DRAWN)
             change = change_of(expected, made)
