@@ -54,15 +54,15 @@ class FineTune:
 
     loader: Iterable[Any] | None = option(
         default=None,
-        text="Batches of ``(inputs, targets)`` or mappings to train on, iterated as often as needed. By default the run's "
-        "data, a dataset in shuffled batches of 64.",
+        text="Batches of ``(inputs, targets)`` or mappings to train on, iterated as often as needed. By default "
+        "the run's data, a dataset in shuffled batches of 64.",
         command=False,
     )
     steps: int = option(default=1000, text="How many optimisation steps are taken in all.", flag="--finetune-steps")
     every: str = option(
         default="layer",
-        text="When fine-tuning happens: after every ``removal``, after every ``layer`` (in rounds: every round), or at the "
-        "``end``.",
+        text="When fine-tuning happens: after every ``removal``, after every ``layer`` (in rounds: every round), "
+        "or at the ``end``.",
         choices=EVERY,
         flag="--finetune-every",
     )
@@ -71,8 +71,9 @@ class FineTune:
     weight_decay: float = option(default=1e-4, text="The weight decay of the default optimizer.")
     optimizer: OptimizerLike = option(
         default=None,
-        text="An optimizer over the model's parameters, whose learning rates are left as they are (there is no cosine then), "
-        "or a function that makes one from them, whose rates the cosine scales. By default SGD.",
+        text="An optimizer over the model's parameters, whose learning rates are left as they are (there is no "
+        "cosine then), or a function that makes one from them, whose rates the cosine scales. By default "
+        "SGD.",
         command=False,
     )
     scheduler: Any = option(
@@ -97,8 +98,8 @@ class FineTune:
     channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
     step_fn: Callable[[nn.Module, Any], Tensor] | None = option(
         default=None,
-        text="A function of the model and a batch that returns the loss, in the place of the forward pass and the loss; it "
-        "is called in train mode.",
+        text="A function of the model and a batch that returns the loss, in the place of the forward pass and the "
+        "loss; it is called in train mode.",
         command=False,
     )
 

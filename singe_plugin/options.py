@@ -39,8 +39,8 @@ class Scoring:
 
     criterion: str | Callable[..., Any] = option(
         default="ig",
-        text="The criterion, see :mod:`singe_plugin.criteria`; :func:`singe_plugin.prune` also takes any torch-pruning "
-        "importance.",
+        text="The criterion, see :mod:`singe_plugin.criteria`; :func:`singe_plugin.prune` also takes any "
+        "torch-pruning importance.",
         choices=CRITERIA,
     )
     p: float = option(
@@ -48,30 +48,31 @@ class Scoring:
     )
     mu: float | None = option(
         default=None,
-        text="The decay rate of the path in Eq. 5, inside ]0, 1[. By default 0.9 (the paper's on ImageNet; 0.95 on "
-        "CIFAR-10), and 0.8 for single weights (§4.1).",
+        text="The decay rate of the path in Eq. 5, inside ]0, 1[. By default 0.9 (the paper's on ImageNet; 0.95 "
+        "on CIFAR-10), and 0.8 for single weights (§4.1).",
     )
     steps: int | None = option(
         default=None,
-        text="S of Eq. 5: how often the weights are decayed. By default until 1 % of them is left (quadrature gauss: to "
-        "zero).",
+        text="S of Eq. 5: how often the weights are decayed. By default until 1 % of them is left (quadrature "
+        "gauss: to zero).",
     )
     quadrature: str = option(
         default="gauss",
-        text="How the path is summed up: ``geometric`` is the paper's sum in S + 1 passes, ``gauss`` integrates the same "
-        "function with Gauss-Legendre nodes.",
+        text="How the path is summed up: ``geometric`` is the paper's sum in S + 1 passes, ``gauss`` integrates "
+        "the same function with Gauss-Legendre nodes.",
         choices=QUADRATURES,
     )
     path: str = option(
         default="layer",
-        text="What decays together: ``layer`` is all units of a group, ``neuron`` each unit alone (Eq. 4 to the letter).",
+        text="What decays together: ``layer`` is all units of a group, ``neuron`` each unit alone (Eq. 4 to the "
+        "letter).",
         choices=PATHS,
     )
     objective: ObjectiveLike | None = option(
         default=None,
-        text="F, which fine-tuning minimises, too: ``loss`` (cross-entropy, or the loss that the model computes from labels "
-        "among its keywords), ``logit``, or a function of outputs and targets that returns a scalar. By default loss; "
-        "NNI's pruner takes the evaluator's own.",
+        text="F, which fine-tuning minimises, too: ``loss`` (cross-entropy, or the loss that the model computes "
+        "from labels among its keywords), ``logit``, or a function of outputs and targets that returns a "
+        "scalar. By default loss; NNI's pruner takes the evaluator's own.",
         choices=OBJECTIVES,
     )
     group_reduction: str = option(
@@ -84,25 +85,25 @@ class Scoring:
     )
     nodes: int | None = option(
         default=None,
-        text="How many nodes the quadrature gauss has, each a pass for every batch and layer. By default 1 in rounds of "
-        "units, where images are worth more than nodes (docs/results.md), else 5.",
+        text="How many nodes the quadrature gauss has, each a pass for every batch and layer. By default 1 in "
+        "rounds of units, where images are worth more than nodes (docs/results.md), else 5.",
     )
     unit_batch: int = option(
         default=16,
-        text="How many units the path neuron evaluates at once; 1 does without ``torch.func``, which not every model "
-        "supports.",
+        text="How many units the path neuron evaluates at once; 1 does without ``torch.func``, which not every "
+        "model supports.",
     )
     amp: str | None = option(
         default=None,
-        text="Mixed precision. By default none in scoring, unless a surrounding ``torch.autocast`` says so, and bf16 in "
-        "fine-tuning on CUDA.",
+        text="Mixed precision. By default none in scoring, unless a surrounding ``torch.autocast`` says so, and "
+        "bf16 in fine-tuning on CUDA.",
         choices=AMP_DTYPES,
     )
     channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
     batches: int | None = option(
         default=None,
-        text="How many batches every scoring reads: drawn once from a dataset, the first ones of a loader or list. By "
-        "default 4 in rounds of units, else 1 (as the paper).",
+        text="How many batches every scoring reads: drawn once from a dataset, the first ones of a loader or "
+        "list. By default 4 in rounds of units, else 1 (as the paper).",
         flag="--scoring-batches",
     )
     batch_size: int = option(

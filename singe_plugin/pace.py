@@ -99,38 +99,41 @@ class Pace:
 
     order: str | None = option(
         default=None,
-        text="``rounds`` scores all layers, then removes units of all of them, several times; ``layers`` is the paper's "
-        "Algorithm 1, one layer after the other. By default rounds, or Algorithm 1 where units_per_step is given.",
+        text="``rounds`` scores all layers, then removes units of all of them, several times; ``layers`` is the "
+        "paper's Algorithm 1, one layer after the other. By default rounds, or Algorithm 1 where "
+        "units_per_step is given.",
         choices=ORDERS,
     )
     rounds: int | None = option(
         default=None,
-        text="How many rounds there are; 1 scores the intact model only. By default 4 for units and 10 for single weights.",
+        text="How many rounds there are; 1 scores the intact model only. By default 4 for units and 10 for single "
+        "weights.",
     )
     course: str = option(default="cubic", text="How fast the rounds approach the target.", choices=COURSES)
     units_per_step: int | float | str | None = option(
         default=None,
-        text="How many units of a layer go between two scorings of Algorithm 1: a number, a fraction of the layer inside "
-        "]0, 1[, or ``layer``; 1 is Algorithm 1 to the letter. By default a tenth of the layer.",
+        text="How many units of a layer go between two scorings of Algorithm 1: a number, a fraction of the layer "
+        "inside ]0, 1[, or ``layer``; 1 is Algorithm 1 to the letter. By default a tenth of the layer.",
         read=read_units,
         metavar="N|FRACTION|layer",
     )
     ratios: str | Mapping[Any, float] | None = option(
         default=None,
-        text="How the target is spread over the layers: ``uniform``, ``block`` (one ratio for each block, §3.3), ``global`` "
-        "(by score), ``per_cost`` (by score per parameter or MAC), or a ratio for each layer or block. By default "
-        "per_cost in rounds and block in layers; for single weights global.",
+        text="How the target is spread over the layers: ``uniform``, ``block`` (one ratio for each block, §3.3), "
+        "``global`` (by score), ``per_cost`` (by score per parameter or MAC), or a ratio for each layer or "
+        "block. By default per_cost in rounds and block in layers; for single weights global.",
         read=read_ratios,
         metavar="|".join([*RATIOS, "NAME=RATIO,..."]),
     )
     max_pruning_ratio: float | None = option(
         default=None,
-        text="The largest fraction of a layer that goes. By default 0.95, and for single weights 1, of which one stays.",
+        text="The largest fraction of a layer that goes. By default 0.95, and for single weights 1, of which one "
+        "stays.",
     )
     min_width: int | None = option(
         default=None,
-        text="How many units of a layer stay at least; a layer that has no more is left as it is. By default 4; single "
-        "weights have no width.",
+        text="How many units of a layer stay at least; a layer that has no more is left as it is. By default 4; "
+        "single weights have no width.",
     )
     round_to: int | None = option(default=None, text="Channels that are kept are a multiple of this.")
 

@@ -80,7 +80,7 @@ def shrink(
         >>> import singe_plugin
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
-        >>> result = singe_plugin.prune_weights(net, batches, sparsity=0.7, finetune_steps=2)
+        >>> result = singe_plugin.prune_weights(net, batches, sparsity=0.7, finetune=2)
         >>> expected = net(batches[0][0])  # with most weights at zero
         >>> net = shrink(net, result.weight_masks, batches[0][0])
         >>> net[0].out_features < 8, torch.allclose(net(batches[0][0]), expected, atol=1e-6)
