@@ -107,7 +107,8 @@ def _finished(
         key = different[0]
         raise ArtifactError(
             f"{output} holds the result of a finished run with other options ({', '.join(different)}: {key} was "
-            f"{theirs.get(key)!r}, now {mine[key]!r}); nothing is left to resume: leave --resume out, or give another one"
+            f"{theirs.get(key)!r}, now {mine[key]!r}); nothing is left to resume: leave --resume out, or give another "
+            "one"
         )
     say(f"note: the run in {output} is finished; this is its result")
     extras = read_extras(output)

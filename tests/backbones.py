@@ -30,6 +30,7 @@ from singe_plugin.integrations.torch_pruning import (
 from singe_plugin.nested import relative_change, tensors_in
 from singe_plugin.result import Metrics, Result
 
+from asked import asked
 from masking import Masked
 
 SIZES = (96, 128, 192, 224, 256)
@@ -222,7 +223,9 @@ def check(
 
     start = time.process_time()
     options: dict[str, Any] = {} if masked is None else {"ema": masked.tags}
-    pruner = SInGEPruner(model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, iterative_steps=2, **options)
+    pruner = SInGEPruner(
+        model, x, tp.importance.MagnitudeImportance(), **asked(pruning_ratio=0.5, iterative_steps=2, **options)
+    )
     built = time.process_time() - start
     graph = pruner.DG.axis_graph
     row.groups, row.share = len(graph.groups), prunable_share(graph)

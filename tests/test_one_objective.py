@@ -22,6 +22,7 @@ from singe_plugin.options import Scoring
 from singe_plugin.scoring import score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
 
+from asked import asked
 from references import Net
 from small_nets import Trace, assert_same_values, mlp, vectors
 
@@ -48,7 +49,7 @@ def made(seed: int = 0) -> nn.Sequential:
 
 
 def units(model: nn.Module, **options: Any) -> Result:
-    return prune(model, DATA, verify=False, **{**FAST, **options})
+    return prune(model, DATA, **asked(verify=False, **{**FAST, **options}))
 
 
 def layers(model: nn.Module, **options: Any) -> Result:
@@ -56,7 +57,7 @@ def layers(model: nn.Module, **options: Any) -> Result:
 
 
 def weights(model: nn.Module, **options: Any) -> Result:
-    return prune_weights(model, DATA, rounds=2, **{**FAST, **options})
+    return prune_weights(model, DATA, **asked(rounds=2, **{**FAST, **options}))
 
 
 RUNS = {"units": units, "layers": layers, "weights": weights}
@@ -111,7 +112,9 @@ def test_the_same_fine_tuning_follows_the_objective_of_each_run() -> None:
 def test_single_weights_are_trained_with_what_they_are_scored_by() -> None:
     model, twin = made(), made()
     for net, loss in ((model, None), (twin, squared)):
-        UnstructuredPruner(net, DATA, sparsity=0.5, objective=squared, finetune=FineTune(DATA, 4, loss=loss)).run()
+        UnstructuredPruner(
+            net, DATA, **asked(sparsity=0.5, objective=squared, finetune=FineTune(DATA, 4, loss=loss))
+        ).run()
     assert_same_values(model, twin)
 
 
@@ -192,10 +195,10 @@ def named(model: nn.Module, key: str = "labels") -> list[Any]:
 
 
 ENTRIES: dict[str, Callable[..., Result]] = {
-    "units": lambda m, d, **o: prune(m, d, verify=False, **FAST, **o),
-    "layers": lambda m, d, **o: prune(m, d, verify=False, units_per_step=2, **FAST, **o),
-    "taylor": lambda m, d, **o: prune(m, d, importance=tp.importance.GroupTaylorImportance(), **FAST, **o),
-    "weights": lambda m, d, **o: prune_weights(m, d, rounds=2, **FAST, **o),
+    "units": lambda m, d, **o: prune(m, d, **asked(verify=False, **FAST, **o)),
+    "layers": lambda m, d, **o: prune(m, d, **asked(verify=False, units_per_step=2, **FAST, **o)),
+    "taylor": lambda m, d, **o: prune(m, d, **asked(criterion=tp.importance.GroupTaylorImportance(), **FAST, **o)),
+    "weights": lambda m, d, **o: prune_weights(m, d, **asked(rounds=2, **FAST, **o)),
 }
 
 
@@ -277,10 +280,10 @@ def test_other_outputs_are_refused_before_anything_is_scored(name: str, entry: s
 
 def test_the_remedies_of_the_messages_work() -> None:
     covered = prune(
-        OwnLoss(), PAIRS, objective=lambda o, y: functional.cross_entropy(o.logits, y), verify=False, **FAST
+        OwnLoss(), PAIRS, **asked(objective=lambda o, y: functional.cross_entropy(o.logits, y), verify=False, **FAST)
     )
-    same = prune(OwnLoss(), named(OwnLoss()), verify=False, **FAST)
+    same = prune(OwnLoss(), named(OwnLoss()), **asked(verify=False, **FAST))
     assert losses(covered) == losses(same)
     loss = lambda o, y: functional.cross_entropy(o[0], y) + functional.cross_entropy(o[1], y)  # noqa: E731
-    result = prune(Auxiliary(), DATA, criterion="l2", finetune=FineTune(DATA, 4, loss=loss), verify=False)
+    result = prune(Auxiliary(), DATA, **asked(criterion="l2", finetune=FineTune(DATA, 4, loss=loss), verify=False))
     assert len(losses(result)) == 4

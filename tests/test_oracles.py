@@ -20,6 +20,7 @@ from singe_plugin.errors import BudgetError, GroupError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 from singe_plugin.nested import relative_change
 
+from asked import asked
 from references import Net
 from small_nets import Chain, Residual, Trace
 
@@ -28,7 +29,7 @@ MAGNITUDE = tp.importance.MagnitudeImportance()
 
 
 def prune(model: nn.Module, x: Any = X, **options: Any) -> SInGEPruner:
-    return SInGEPruner(model, x, MAGNITUDE, **options)
+    return SInGEPruner(model, x, MAGNITUDE, **asked(**options))
 
 
 def names(pruner: SInGEPruner) -> list[str]:

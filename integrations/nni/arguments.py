@@ -50,7 +50,7 @@ def check_without_evaluator(scoring: Scoring, entwined: bool, batches: list[Any]
     """Raise :class:`ConfigError` if a pruner without an evaluator has nothing to train with or to score on."""
     if entwined or (scoring.rule.needs_gradient and batches is None):
         raise ConfigError(
-            f"criterion {scoring.criterion!r}{' with a pace' if entwined else ''} needs an evaluator; give one of NNI's "
-            "(the batches of its training loop are scored on), or batches=[(inputs, targets), ...] for a pruning "
+            f"criterion {scoring.criterion!r}{' with a pace' if entwined else ''} needs an evaluator; give one of "
+            "NNI's (the batches of its training loop are scored on), or batches=[(inputs, targets), ...] for a pruning "
             "without training, or the criterion 'l2'"
         )

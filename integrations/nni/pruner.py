@@ -232,8 +232,8 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         """
         if self.pace is not None:
             raise ConfigError(
-                "a pruner with a pace prunes by a schedule of its own; use it without AGPPruner and LinearPruner, or give "
-                "them one without"
+                "a pruner with a pace prunes by a schedule of its own; use it without AGPPruner and LinearPruner, or "
+                "give them one without"
             )
         return self._interval_steps
 
@@ -445,8 +445,8 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             return
         if max_steps is not None or max_epochs is not None:
             raise ConfigError(
-                "a pruning without a pace takes training_steps steps; call compress() without max_steps and max_epochs, "
-                "or give pace='layers', which entwines it with the training"
+                "a pruning without a pace takes training_steps steps; call compress() without max_steps and "
+                "max_epochs, or give pace='layers', which entwines it with the training"
             )
         if self.batches is not None or not self.scoring.rule.needs_gradient:
             self._track_shapes()

@@ -121,9 +121,9 @@ class Allocation:
         tight = [n for n in needed if needed[n] > max(self.sizes[n] - self.floors[n], masked[n])]
         if pattern is not None and tight:
             raise ConfigError(
-                f"max_pruning_ratio={max_pruning_ratio:g} keeps {self.floors[tight[0]]} of the {self.sizes[tight[0]]} weights of "
-                f"layer {tight[0]!r}, but the pattern {pattern} masks {needed[tight[0]]} of them; raise it to at least "
-                f"{pattern.sparsity:g}"
+                f"max_pruning_ratio={max_pruning_ratio:g} keeps {self.floors[tight[0]]} of the "
+                f"{self.sizes[tight[0]]} weights of layer {tight[0]!r}, but the pattern {pattern} masks "
+                f"{needed[tight[0]]} of them; raise it to at least {pattern.sparsity:g}"
             )
         self.targets = self._targets(sparsity, ratios, needed, masked)
 
