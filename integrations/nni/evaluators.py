@@ -187,9 +187,7 @@ def step_of(evaluator: Any) -> Step | None:
 
 
 def _lightning_loss(evaluator: Any, model: nn.Module, batch: Any) -> Tensor:
-    original = evaluator._ori_model_attr.get("training_step")
-    if original is None:
-        original = model.training_step
+    original = evaluator._ori_model_attr.get("training_step") or model.training_step
     with _silent(model):
         return _loss_in(original(batch, 0))
 

@@ -22,6 +22,7 @@ from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.substitutes import Values
 from singe_plugin.errors import ConfigError
 from singe_plugin.folding import is_batchnorm
+from singe_plugin.masks import LAYERS
 from singe_plugin.objective import tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
@@ -30,7 +31,6 @@ __all__ = ["Key", "Piece", "Spaces", "build_pieces", "called", "followers_of", "
 
 Key = tuple[str, str]  # the name of a module, and of its parameter
 Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
@@ -64,18 +64,12 @@ class Piece:
 
     def gathered(self, metrics: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """One score per unit: the mean over all entries of all members."""
-        total: Tensor | None = None
-        count = torch.zeros(self.size, dtype=torch.float64)
+        total = count = torch.zeros(self.size, dtype=torch.float64)
         for (module, target), labels in self.members.items():
             metric = metrics[module][target].detach().double().flatten()
-            chosen = labels >= 0
-            if total is None:
-                total = torch.zeros(self.size, dtype=torch.float64, device=metric.device)
-                count = count.to(metric.device)
-            mine = labels[chosen].to(metric.device)
-            total = total.index_add(0, mine, metric[chosen.to(metric.device)].to(total.device))
-            count = count.index_add(0, mine, torch.ones_like(mine, dtype=torch.float64))
-        assert total is not None
+            chosen, mine = metric[(labels >= 0).to(metric.device)], labels[labels >= 0].to(metric.device)
+            total = total.to(metric.device).index_add(0, mine, chosen)
+            count = count.to(metric.device).index_add(0, mine, torch.ones_like(chosen))
         return total / count.clamp(min=1)
 
 
@@ -187,7 +181,7 @@ def _is_channel_dim(module: nn.Module, producer: Producer) -> bool:
 def _is_affine(module: nn.Module) -> bool:
     """Whether a module is a norm, a layer scale or the like: some numbers per channel, no layers inside."""
     own = [p for p in module._parameters.values() if p is not None]
-    leaf = next(module.children(), None) is None and not isinstance(module, (*_LAYERS, nn.Embedding))
+    leaf = next(module.children(), None) is None and not isinstance(module, (*LAYERS, nn.Embedding))
     return is_batchnorm(module) or (leaf and bool(own) and all(p.ndim == 1 for p in own))
 
 
@@ -196,14 +190,14 @@ def _only_scales(graph: AxisGraph, group: UnitGroup, producer: Producer) -> bool
 
     With what the layers write at zero, it then has no influence; a position embedding has.
     """
-    if isinstance(producer.slots[0].owner, (*_LAYERS, nn.Embedding)):
+    if isinstance(producer.slots[0].owner, (*LAYERS, nn.Embedding)):
         return False
     values = Values()
     with preserved(graph.model), torch.no_grad():
         graph.model.eval()
         try:
             for other in group.producers:
-                layers = isinstance(other.slots[0].owner, (*_LAYERS, nn.Embedding))
+                layers = isinstance(other.slots[0].owner, (*LAYERS, nn.Embedding))
                 norm = [] if other.norm is None else [Slot(other.norm, attr) for attr in ("weight", "bias")]
                 for slot in (*other.slots, *norm) if layers else ():
                     if (tensor := slot.tensor) is not None:
@@ -263,7 +257,7 @@ def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: Ax
     norm: nn.Module | None = None
     is_norm = is_batchnorm(module)
     layout = RowLayout(1 if isinstance(module, _TRANSPOSED) else 0)
-    if graph is not None and isinstance(module, _LAYERS):
+    if graph is not None and isinstance(module, LAYERS):
         norm = graph.trace.sole_reader(module)
         if norm is not None and not graph._can_fold(module, norm):
             norm = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -18,6 +17,7 @@ from schema import SchemaError
 from torch import nn
 
 from singe_plugin.axes import AxisGraph
+from singe_plugin.checks import check_number, closest
 from singe_plugin.errors import ConfigError
 from singe_plugin.units import tied_parameters
 
@@ -184,7 +184,7 @@ def _selected(model: nn.Module, number: int, config: dict[str, Any]) -> dict[str
         if given not in known:
             raise ConfigError(
                 f"config_list[{number}]: op_names has {given!r}, which is no layer of {type(model).__name__}"
-                f"{_near(given, known)}"
+                f"{closest(given, known)}"
             )
     try:
         return dict(selected_modules(model, [config])[0])
@@ -211,7 +211,7 @@ def _check_targets(number: int, config: dict[str, Any], name: str, module: nn.Mo
             ) from error
         known = PruningSetting.registry[kind]
         raise ConfigError(
-            f"config_list[{number}]: {kind} has no target {target!r}, only {', '.join(known)}{_near(target, known)}"
+            f"config_list[{number}]: {kind} has no target {target!r}, only {', '.join(known)}{closest(target, known)}"
         ) from error
     for target in targets:
         if target.startswith(("_input_", "_output_")) or module._parameters.get(target) is not None:
@@ -226,8 +226,8 @@ def _check_targets(number: int, config: dict[str, Any], name: str, module: nn.Mo
 def _check_ratios(number: int, setting: Mapping[str, Any], keep_at_least: int) -> None:
     found = {key: setting.get(key) for key in ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")}
     for key, value in found.items():
-        if isinstance(value, (int, float)) and not 0 <= value <= 1:
-            raise ConfigError(f"config_list[{number}]: {key}={value} is not between 0 and 1")
+        if isinstance(value, (int, float)):
+            check_number(f"config_list[{number}]: {key}", value, 0, 1, "[]")
     ratio, low, high = found.values()
     if ratio == 1 and keep_at_least > 0:
         raise ConfigError(
@@ -238,16 +238,11 @@ def _check_ratios(number: int, setting: Mapping[str, Any], keep_at_least: int) -
         raise ConfigError(f"config_list[{number}]: min_sparse_ratio={low} is above max_sparse_ratio={high}")
 
 
-def _near(given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, sorted(known), 3, 0.5)
-    return f" (did you mean {', '.join(near)}?)" if near else ""
-
-
 def _unknown_types(model: nn.Module, config: Mapping[str, Any]) -> str:
     known = {type(m).__name__ for m in model.modules()}
     for given in config.get("op_types", ()):
         if given not in known:
-            return f": op_types has {given!r}, which is not there{_near(given, known)}"
+            return f": op_types has {given!r}, which is not there{closest(given, known)}"
     return ": what it includes is excluded again, or no name matches op_names_re"
 
 

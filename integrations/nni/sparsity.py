@@ -17,6 +17,7 @@ from .pieces import Key, Piece, Spaces, metric_shape
 __all__ = ["Masks", "Rule", "kept_units", "masks_from", "rule_of"]
 
 Masks = dict[str, dict[str, Tensor]]
+_RULES = ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "global_group_id")
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,16 @@ def rule_of(piece: Piece, spaces: Spaces) -> Rule:
     Raises:
         ConfigError: if they differ: what is masked alike needs one ratio.
     """
-    found: dict[Key, tuple[Any, ...]] = {}
-    for module, target in piece.members:
-        space = spaces[module][target]
-        found[module, target] = (
-            space.sparse_ratio, space.sparse_threshold, space.min_sparse_ratio, space.max_sparse_ratio,
-            space.global_group_id,
-        )  # fmt: skip
-    first, rule = next(iter(found.items()))
-    for key, other in found.items():
-        if other != rule:
-            names = ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "global_group_id")
-            what = next(n for n, a, b in zip(names, rule, other, strict=True) if a != b)
-            a, b = rule[names.index(what)], other[names.index(what)]
-            raise ConfigError(
-                f"{first[0]!r} ({what}={a}) and {key[0]!r} ({what}={b}) write the same channels, so they are masked "
-                "alike; give them one setting, exclude one of them, or use coupled=False for masks that cannot be "
-                "removed physically"
-            )
+    found = {(name, attr): [getattr(spaces[name][attr], what) for what in _RULES] for name, attr in piece.members}
+    (first, _), rule = next(iter(found.items()))
+    for (name, _), other in found.items():
+        for what, a, b in zip(_RULES, rule, other, strict=True):
+            if a != b:
+                raise ConfigError(
+                    f"{first!r} ({what}={a}) and {name!r} ({what}={b}) write the same channels, so they are masked "
+                    "alike; give them one setting, exclude one of them, or use coupled=False for masks that cannot be "
+                    "removed physically"
+                )
     ratio, threshold, low, high, family = rule
     return Rule(ratio, threshold, low or 0.0, 1.0 if high is None else high, family, _internal_blocks(piece, spaces))
 

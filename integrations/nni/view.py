@@ -16,6 +16,8 @@ from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
+from singe_plugin.undo import Contents
+
 __all__ = ["Batch", "StepModel", "masked_target", "plain_view", "undone_on_error"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -93,16 +95,11 @@ def undone_on_error(model: nn.Module, wrappers: Iterable[ModuleWrapper]) -> Iter
         model: to be wrapped in the block.
         wrappers: those of other compressors; the block may give them further targets.
     """
-    held = [_Held(module) for module in model.modules()]
-    outer = [(w, _Held(w), dict(w.pruning_target_spaces), {k: list(v) for k, v in w.configs.items()}) for w in wrappers]
+    before = Contents([model, *wrappers], copied=0)
     try:
         yield
     except BaseException:
-        for item in held:
-            item.restore()
-        for wrapper, item, spaces, configs in outer:
-            item.restore()
-            wrapper.pruning_target_spaces, wrapper.configs = spaces, configs
+        before.restore()
         raise
 
 

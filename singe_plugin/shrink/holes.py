@@ -10,10 +10,18 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, UnitSlice
 
-__all__ = ["Holes", "Units", "holes_of", "line_of", "masked_along", "slices_of", "touched", "units_at", "with_units"]
+__all__ = [
+    "Holes", "Units", "any_unit", "holes_of", "line_of", "masked_along", "slices_of", "touched", "units_at",
+    "with_units",
+]  # fmt: skip
 
 Holes = dict[int, Tensor]  # id of a parameter -> where it is masked
 Units = Mapping[Group, Tensor]  # [N] bool
+
+
+def any_unit(chosen: Units) -> bool:
+    """Whether any unit of any group is chosen."""
+    return any(bool(units.any()) for units in chosen.values())
 
 
 def holes_of(model: nn.Module, twin: nn.Module) -> Holes:

@@ -29,7 +29,7 @@ from singe_plugin.result import LayerRow, Metrics, package_versions
 from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of
 
-from .holes import holes_of, touched, with_units
+from .holes import any_unit, holes_of, touched, with_units
 from .laboratory import Laboratory
 from .masks import Masks, apply_masks, checked_masks, is_flat, mask_twin, read_masks, take_masks
 from .report import ShrinkResult, explain_rest, masks_left
@@ -221,18 +221,18 @@ class _Shrinker:
         certain = all(torch.equal(units, unwritten[g]) for g, units in masked_units.items())
         if certain:  # what is zero whatever the rest is, and passes zeros on
             loud = _both(masked_units, find_loud(self.lab, holes))
-            certain = not any(bool(units.any()) for units in loud.values())
+            certain = not any_unit(loud)
         silent = masked_units if certain else _both(masked_units, find_silent(self.lab, holes))
         constant = {g: units & ~silent[g] for g, units in masked_units.items()}
         loud = constant
-        if any(bool(units.any()) for units in constant.values()):
+        if any_unit(constant):
             constant = _both(constant, find_constant(self.lab, holes))
             loud = _both(constant, find_loud(self.lab, holes))
         quiet = {g: units & ~loud[g] for g, units in constant.items()}
         zeroed = loud if self.allow_constants else {}
         closed = with_units(with_units(holes, quiet), zeroed)
         going = {g: silent[g] | (constant[g] if self.allow_constants else quiet[g]) for g in silent}
-        if any(bool(units.any()) for units in constant.values()):
+        if any_unit(constant):
             going = _both(going, find_silent(self.lab, closed))
         if self.allow_norms:
             behind_norms = _both(masked_units, find_silent(self.lab, closed, norms=True))
@@ -261,7 +261,7 @@ class _Shrinker:
             self._say(group, f"{len(gone[group])} masked units: {reason}{hint if mixed else ''}")
         done, made = trials.passed
         if right:
-            known = not any(bool(units.any()) for units in zeroed.values())
+            known = not any_unit(zeroed)
             self.made = made if known and done == {g: gone[g] for g in right} else None
         for group in right:
             before = [(part.tensor, part.tensor.shape) for part in group.slices() if part.is_parameter]

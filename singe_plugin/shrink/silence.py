@@ -20,7 +20,7 @@ from singe_plugin.axes.algebra import labels
 from singe_plugin.axes.substitutes import Values, normal, uniform
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.masks import LAYERS
-from singe_plugin.objective import tensors_in
+from singe_plugin.objective import map_tensors, tensors_in
 
 from .holes import Holes, line_of, units_at
 from .laboratory import Laboratory, OpenFunctions
@@ -70,7 +70,7 @@ def find_constant(lab: Laboratory, holes: Holes) -> dict[Group, Tensor]:
 
     Only convolutions and linear layers that are called as modules are watched; what others read is not constant.
     """
-    first, second = lab.noise(0), _moved_on(lab.noise(1000))
+    first, second = lab.noise(0), map_tensors(_moved_on, lab.noise(1000))
     groups = list(lab.graph.groups.values())
     if all(torch.equal(a, b) for a, b in zip(tensors_in(first), tensors_in(second), strict=True)):
         return {group: torch.zeros(group.size, dtype=torch.bool) for group in groups}
@@ -152,16 +152,10 @@ def _largest(x: Tensor, dim: int) -> Tensor:
     return x.abs().movedim(dim, 0).flatten(1).amax(1).nan_to_num(nan=1.0)
 
 
-def _moved_on(inputs: Any) -> Any:
+def _moved_on(x: Tensor) -> Tensor:
     """Other whole numbers (ids, attention masks) that are as valid: the first twice, the last not at all."""
-    if isinstance(inputs, Tensor):
-        flat = inputs.flatten()
-        return inputs if inputs.is_floating_point() else torch.cat([flat[:1], flat[:-1]]).view_as(inputs)
-    if isinstance(inputs, Mapping):
-        return {k: _moved_on(v) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return [_moved_on(v) for v in inputs]
-    return inputs
+    flat = x.flatten()
+    return x if x.is_floating_point() else torch.cat([flat[:1], flat[:-1]]).view_as(x)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from singe_plugin.axes.oracles import relative_change, sorted_out
 from singe_plugin.axes.substitutes import NormsOfTheRest, masked
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 
-from .holes import Holes, Units, with_units
+from .holes import Holes, Units, any_unit, with_units
 from .laboratory import Laboratory, OpenFunctions
 
 __all__ = ["Trials", "change_of"]
@@ -72,7 +72,7 @@ class Trials:
                         expected = self._of_the_rest(gone, functions, own)
                     else:
                         if (own, number) not in self._expected:
-                            as_given = own and not any(bool(units.any()) for units in self.zeroed.values())
+                            as_given = own and not any_unit(self.zeroed)
                             self._expected[own, number] = self.lab.start if as_given else self._run(functions, own)
                         expected = self._expected[own, number]
                     made = self._removed(gone, functions, own)
@@ -97,7 +97,7 @@ class Trials:
             yield masked(_lists(self.zeroed)), False
             return
         yield self.lab.drawn(self.closed, 100), True
-        if any(bool(units.any()) for units in self.quiet.values()):
+        if any_unit(self.quiet):
             yield self.lab.drawn(with_units(self.holes, self.zeroed), 101, self.quiet), False
 
     def _run(self, functions: bool, own: bool) -> list[Tensor]:
