@@ -158,6 +158,22 @@ def test_every_form_of_random_masks_gives_the_same(chunk: int) -> None:
     assert removed > 5
 
 
+def test_zeros_that_somebody_else_has_made() -> None:
+    """Masks by the values of the weights: a bias of zero is no constant, one that is not zero stays."""
+    model = randomise(Residual())
+    inner = model.blocks[0]
+    with torch.no_grad():
+        for target in (inner[0].weight, inner[0].bias, inner[1].weight):
+            target[[2, 5]] = 0.0
+        inner[1].bias[2], inner[1].bias[5] = 0.0, 1.0
+    masked = copy.deepcopy(model).double().eval()
+    masks = {name: p != 0 for name, p in model.named_parameters() if p.ndim > 1}
+    result = shrink_with_report(model, masks, X)
+    assert result.history.removals() == {"blocks.0.0": [2]}
+    assert "1 masked units still pass a constant on" in result.still_masked["blocks.0.0"]
+    assert difference(masked, model, *SHAPES) < 1e-12
+
+
 def test_a_model_that_is_one_layer_and_masks_that_mask_nothing() -> None:
     layer = nn.Linear(4, 3)
     mask = torch.ones(3, 4, dtype=torch.bool)
