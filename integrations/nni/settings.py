@@ -1,4 +1,4 @@
-"""Which types of layers NNI may prune, and what is wrong with a config list, in one clear error."""
+"""Checks of a config list, whose errors say what is wrong with it, and the types of layers that NNI may prune."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def register_types(model: nn.Module) -> None:
 
 
 def translated(config_list: Any) -> list[dict[str, Any]]:
-    """A config list in today's keys, as a copy; of a legacy one, entries that only exclude are merged into the others.
+    """Return a copy of a config list in today's keys; of a legacy one, entries that only exclude join the others.
 
     Raises:
         ConfigError: if it is no list of dictionaries.
@@ -78,7 +78,7 @@ def translated(config_list: Any) -> list[dict[str, Any]]:
 
 
 def selected_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, nn.Module]]:
-    """For every entry of a config list, the modules that it selects."""
+    """Return the modules that each entry of a config list selects."""
     return [select_modules_by_config(model, config)[0] for config in config_list]
 
 
@@ -100,8 +100,8 @@ def check_config(model: nn.Module, config_list: list[dict[str, Any]]) -> None:
     """Raise :class:`ConfigError` if an entry selects nothing, or something that cannot be pruned.
 
     Args:
-        model: the model.
-        config_list: in NNI's form, see :func:`check_entries`.
+        model: the model that is pruned.
+        config_list: the entries, in the form that :func:`check_entries` has checked.
     """
     names: dict[int, str] = {}
     ties = tied_parameters(model)
@@ -169,7 +169,7 @@ def check_optimizers(model: nn.Module, evaluator: Any) -> None:
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an entry is not about the choice of layers."""
+    """Return what of an entry is not about the choice of layers."""
     return {k: v for k, v in config.items() if not k.startswith(("op_", "exclude_op_"))}
 
 
@@ -247,13 +247,13 @@ def _unknown_types(model: nn.Module, config: Mapping[str, Any]) -> str:
 
 
 def make_scalers(name: str, wrapper: ModuleWrapper, targets: dict[str, PruningTargetSpace], default: Any) -> None:
-    """NNI's scalers for the targets of one layer, with errors that say what does not fit.
+    """Make NNI's scalers for the targets of one layer, with errors that say what does not fit.
 
     Args:
-        name: the layer's.
-        wrapper: its wrapper.
-        targets: its target spaces.
-        default: ``target space -> granularity`` for ``"default"``.
+        name: the name of the layer.
+        wrapper: the wrapper of the layer.
+        targets: the target spaces of the layer.
+        default: gives the granularity that ``"default"`` means for a target space.
     """
     for target, space in targets.items():
         parameter = space.type is TargetType.PARAMETER
@@ -295,7 +295,7 @@ def _make_scaler(
 
 
 def _transposed(name: str, layer: Any, targets: dict[str, PruningTargetSpace]) -> None:
-    """The output channels of a transposed convolution are dimension 1 of its weight, its inputs dimension 0."""
+    """Scale a transposed convolution: its output channels are dimension 1 of its weight, its inputs dimension 0."""
     kernel = {"out_channel": [-1, 1], "in_channel": [1]}.get(str(targets["weight"].granularity))
     if kernel is None:
         return

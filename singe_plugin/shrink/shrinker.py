@@ -108,7 +108,7 @@ def shrink_with_report(
     tolerance: float = 1e-6,
     builder: Builder | None = None,
 ) -> ShrinkResult:
-    """As :func:`shrink`, with a report, and ready for :func:`singe_plugin.save`.
+    """Shrink a model as :func:`shrink` does, with a report that is ready for :func:`singe_plugin.save`.
 
     Args:
         model, masks, dummy_input, allow_constants, allow_norms, tolerance: see :func:`shrink`.
@@ -147,7 +147,7 @@ def shrink_with_report(
 
 
 class _Shrinker:
-    """One model whose masks are in its weights."""
+    """Shrinks one model, whose masks are in its weights."""
 
     def __init__(
         self, model: nn.Module, masks: Masks, dummy: Any, constants: bool, norms: bool, tolerance: float
@@ -198,7 +198,7 @@ class _Shrinker:
         return result
 
     def _metrics(self) -> Metrics:
-        """Parameters, and MACs of one example (of all, if the model does not run on one)."""
+        """Count parameters, and the MACs of one example (of all, if the model does not run on one)."""
         with preserved(self.model):
             self.model.requires_grad_(False)  # PyTorch's counter trips over views of parameters that want gradients
             try:
@@ -279,13 +279,13 @@ def _both(some: Mapping[Group, Tensor], others: Mapping[Group, Tensor]) -> dict[
 
 
 def _mixes(graph: AxisGraph, group: Group) -> bool:
-    """Whether an operator takes the units of a group together."""
+    """Say whether an operator takes the units of a group together."""
     leaf = group.leaf.root()
     return any(contains(axis, leaf) for dims in graph.trace.mixing.values() for _, axis in dims)
 
 
 def _traced(model: nn.Module, dummy: Any) -> tuple[AxisGraph, Any]:
-    """The graph of a model, and the examples that it was made with: two of them, if the model runs on two."""
+    """Return the graph of a model, and the examples that it was made with: two, if the model runs on two."""
     example = few(dummy, 2)
     try:
         return AxisGraph(model, example), example
