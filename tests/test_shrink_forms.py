@@ -21,6 +21,7 @@ from singe_plugin.shrink import ShrinkResult, shrink, shrink_with_report
 
 from asked import asked
 from networks import random_network, randomise
+from references import Net
 from small_nets import Chain, Grouped, Residual, Trace, assert_same_values, images, mlp, values_of, vectors
 
 SHAPES = ((2, 2, 6, 6), (1, 2, 6, 6))
@@ -157,6 +158,63 @@ def test_every_form_of_random_masks_gives_the_same(chunk: int) -> None:
         assert made[1].weight_masks.keys() == {f"{n}.weight" for n, own in made[1].masks.items() if "weight" in own}
         removed += sum(map(len, made[0].history.removals().values()))
     assert removed > 5
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_structured_pruning_by_torch(steps: int) -> None:
+    """Its own methods, once and iterated (a container of methods); a layer under two names; frozen weights."""
+    last = nn.Linear(8, 3)
+    model = Net(
+        lambda m, x: m.last(torch.tanh(m.two(torch.tanh(m.one(x))))),
+        one=nn.Linear(4, 8), two=nn.Linear(8, 8), last=last, again=last,
+    )  # fmt: skip
+    x = torch.randn(2, 4)
+    for _ in range(steps):
+        prune.ln_structured(model.two, "weight", amount=2, n=2, dim=1)
+        prune.random_structured(last, "weight", amount=1, dim=1)
+    model.two.weight_orig.requires_grad_(False)
+    with torch.no_grad():
+        model(x)  # only then can such a model be copied
+    masked = copy.deepcopy(model).double().eval()
+    shrink(model, None, x)
+    assert (model.one.out_features, model.two.out_features) == (8 - 2 * steps, 8 - steps)
+    assert difference(masked, model, (5, 4)) < 1e-12
+    assert not model.two.weight.requires_grad
+    assert not prune.is_pruned(model)
+
+
+def test_masks_of_other_dtypes_and_of_shapes_that_are_spread() -> None:
+    """On a transposed convolution, and on one with groups."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2), nn.ReLU(),
+        nn.Conv2d(12, 6, 1, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 49, 3),
+    )  # fmt: skip
+    up, grouped = torch.arange(12) % 4 != 1, torch.arange(6) % 2 != 1  # the same places in every set of channels
+    masks = {
+        "2.weight": up.half().view(1, 12, 1, 1), "2.bias": up.int(), "4.weight": grouped.byte().view(6, 1, 1, 1),
+        "4.bias": grouped.double(),
+    }  # fmt: skip
+    masked = masked_copy(model, {n: {t: masks[f"{n}.{t}"] for t in ("weight", "bias")} for n in ("2", "4")})
+    result = shrink_with_report(model, masks, X)
+    assert (model[2].out_channels, model[4].in_channels, model[4].out_channels) == (9, 9, 3)
+    assert difference(masked, model, (2, 2, 6, 6)) < 1e-12
+    assert result.masks == {}
+
+
+def test_zeros_that_somebody_else_has_made() -> None:
+    """Masks by the values of the weights: a bias of zero is no constant, one that is not zero stays."""
+    model = randomise(Residual())
+    inner = model.blocks[0]
+    with torch.no_grad():
+        for target in (inner[0].weight, inner[0].bias, inner[1].weight):
+            target[[2, 5]] = 0.0
+        inner[1].bias[2], inner[1].bias[5] = 0.0, 1.0
+    masked = copy.deepcopy(model).double().eval()
+    masks = {name: p != 0 for name, p in model.named_parameters() if p.ndim > 1}
+    result = shrink_with_report(model, masks, X)
+    assert result.history.removals() == {"blocks.0.0": [2]}
+    assert "1 masked units still pass a constant on" in result.still_masked["blocks.0.0"]
+    assert difference(masked, model, *SHAPES) < 1e-12
 
 
 def test_a_model_that_is_one_layer_and_masks_that_mask_nothing() -> None:

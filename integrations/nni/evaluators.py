@@ -1,4 +1,4 @@
-"""What the method needs of NNI's evaluators: F, as the user's own training step computes it, and the batches."""
+"""NNI's evaluators give what the method needs: F, as the user's own training step computes it, and the batches."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TorchEvaluator(_nni.TorchEvaluator):  # type: ignore[misc]
 
 
 class LightningEvaluator(_nni.LightningEvaluator):  # type: ignore[misc]
-    """NNI's ``LightningEvaluator`` for Lightning 2, where the number of steps is set in another place."""
+    """This is NNI's ``LightningEvaluator`` for Lightning 2, where the number of steps is set in another place."""
 
     def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
         """Train the bound model."""
@@ -131,11 +131,11 @@ class TransformersEvaluator(_nni.TransformersEvaluator):  # type: ignore[misc]
         optimizer.step = types.MethodType(step, optimizer)
 
     def revert_optimizer_step(self) -> None:
-        """Take the tasks out again."""
+        """Take the tasks out of the optimizer's steps again."""
         self._raw_optimizer().step = self._ori_trainer_attr["optimizer.step"]
 
     def _raw_optimizer(self) -> Any:
-        """The optimizer itself, out of Accelerate's wrapper."""
+        """Return the optimizer itself, out of Accelerate's wrapper."""
         return getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
 
 
@@ -149,7 +149,7 @@ def check_evaluator(evaluator: Any) -> None:
 
 
 def _loss_in(output: Any) -> Tensor:
-    """The loss in what a training step returns, by NNI's own convention."""
+    """Return the loss in what a training step returns, by NNI's own convention."""
     if isinstance(output, Mapping) and "loss" in output:
         output = output["loss"]
     elif isinstance(output, Sequence) and not isinstance(output, str) and output:
@@ -187,16 +187,14 @@ def step_of(evaluator: Any) -> Step | None:
 
 
 def _lightning_loss(evaluator: Any, model: nn.Module, batch: Any) -> Tensor:
-    original = evaluator._ori_model_attr.get("training_step")
-    if original is None:
-        original = model.training_step
+    original: Any = evaluator._ori_model_attr.get("training_step") or model.training_step
     with _silent(model):
         return _loss_in(original(batch, 0))
 
 
 @contextmanager
 def _silent(model: Any) -> Iterator[None]:
-    """A Lightning module that logs nothing: what scoring computes is none of the user's metrics."""
+    """Let a Lightning module log nothing in here: what scoring computes is none of the user's metrics."""
     names = ("log", "log_dict")
     saved = {name: model.__dict__[name] for name in names if name in model.__dict__}
     try:
@@ -210,7 +208,7 @@ def _silent(model: Any) -> Iterator[None]:
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a Transformers model computes from a batch with labels."""
+    """Return the loss that a Transformers model computes from a batch with labels."""
     if not isinstance(batch, Mapping) or not any(key in batch for key in TARGET_KEYS):
         raise DataError(
             f"the model computes its loss from a batch with labels, got {type(batch).__name__}"
@@ -223,8 +221,8 @@ class BatchCollector:
     """The latest batches of somebody's training loop, through ``evaluator.patch_loss``.
 
     Attributes:
-        batches: at most ``count`` of them, the latest last.
-        loss: the loss of the latest step.
+        batches: the latest batches, at most ``count`` of them; the last one is the latest.
+        loss: the loss of the latest training step, as a number.
     """
 
     def __init__(self, evaluator: Any, count: int) -> None:

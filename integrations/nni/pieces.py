@@ -22,6 +22,7 @@ from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.substitutes import Values
 from singe_plugin.errors import ConfigError
 from singe_plugin.folding import is_batchnorm
+from singe_plugin.masks import LAYERS
 from singe_plugin.nested import tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
@@ -30,7 +31,6 @@ __all__ = ["Key", "Piece", "Spaces", "build_pieces", "called", "followers_of", "
 
 Key = tuple[str, str]  # the name of a module, and of its parameter
 Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
@@ -39,13 +39,13 @@ class Piece:
     """Units that are ranked together.
 
     Attributes:
-        name: the group's, or the target's.
+        name: the name of the group, or of the target.
         size: the number of units.
-        members: target -> for every entry of its metric, the unit it belongs to, or -1.
+        members: the targets; each has the unit of every entry of its metric, or -1 where that belongs to none.
         sources: what is scored; the mean over them is a unit's score.
-        followers: norm parameters that are masked along, as ``members``.
-        by_weights: whether F does not depend on it (auxiliary heads), so that only its weights can be ranked.
-        missing: layers that write the same channels but are not in the config list.
+        followers: the parameters of norms that are masked along, in the form of ``members``.
+        by_weights: whether F does not depend on the piece (auxiliary heads), so that only weights can be ranked.
+        missing: the layers that write the same channels but are not in the config list.
     """
 
     name: str
@@ -57,37 +57,31 @@ class Piece:
     missing: tuple[str, ...] = ()
 
     def spread(self, key: Key, values: Tensor, rest: float) -> Tensor:
-        """One value per unit, as one per entry of a member's metric (flat)."""
+        """Turn one value per unit into one per entry of a member's metric (flat)."""
         labels = {**self.members, **self.followers}[key].to(values.device)
         chosen = values[labels.clamp(min=0)]
         return torch.where(labels >= 0, chosen, torch.full_like(chosen, rest))
 
     def gathered(self, metrics: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """One score per unit: the mean over all entries of all members."""
-        total: Tensor | None = None
-        count = torch.zeros(self.size, dtype=torch.float64)
+        """Return one score per unit, the mean over all entries of all members."""
+        total = count = torch.zeros(self.size, dtype=torch.float64)
         for (module, target), labels in self.members.items():
             metric = metrics[module][target].detach().double().flatten()
-            chosen = labels >= 0
-            if total is None:
-                total = torch.zeros(self.size, dtype=torch.float64, device=metric.device)
-                count = count.to(metric.device)
-            mine = labels[chosen].to(metric.device)
-            total = total.index_add(0, mine, metric[chosen.to(metric.device)].to(total.device))
-            count = count.index_add(0, mine, torch.ones_like(mine, dtype=torch.float64))
-        assert total is not None
+            chosen, mine = metric[(labels >= 0).to(metric.device)], labels[labels >= 0].to(metric.device)
+            total = total.to(metric.device).index_add(0, mine, chosen)
+            count = count.to(metric.device).index_add(0, mine, torch.ones_like(chosen))
         return total / count.clamp(min=1)
 
 
 def metric_shape(space: PruningTargetSpace) -> list[int]:
-    """The shape of a target's metric: one entry per block that its granularity makes."""
+    """Return the shape of a target's metric, which has one entry per block that its granularity makes."""
     target = space.target
     assert target is not None
     return [1 if k == -1 else size // k for k, size in zip(kernel_of(space), target.shape, strict=True)]
 
 
 def kernel_of(space: PruningTargetSpace) -> tuple[int, ...]:
-    """The extent of a block along every dimension of the parameter."""
+    """Return the extent of a block along every dimension of the parameter."""
     ndim = len(space.shape or ())
     scaler = space._scaler
     if scaler is None:
@@ -97,7 +91,7 @@ def kernel_of(space: PruningTargetSpace) -> tuple[int, ...]:
 
 
 def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coupled: bool) -> list[Piece]:
-    """The pieces of all targets that have a ratio or a threshold, in forward order.
+    """Return the pieces of all targets that have a ratio or a threshold, in forward order.
 
     Args:
         model: the model, unwrapped or in its plain view.
@@ -145,7 +139,7 @@ def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coup
 
 
 def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, nn.Module]) -> Iterator[Piece]:
-    """The channels of layers that belong to a group of the model."""
+    """Yield the pieces of layers whose channels belong to a group of the model."""
     wanted = {modules[name]: (name, attr) for name, attr in channels}
     for group in graph.groups.values():
         if group.secondary:
@@ -179,31 +173,31 @@ def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, n
 
 
 def _is_channel_dim(module: nn.Module, producer: Producer) -> bool:
-    """Whether what NNI calls a layer's output channels is what it writes; of an embedding it is the vocabulary."""
+    """Say whether what NNI calls a layer's output channels is what it writes; of an embedding it is the vocabulary."""
     slot = producer.slots[0]
     return slot.owner is not module or slot.layout.dim == (1 if isinstance(module, _TRANSPOSED) else 0)
 
 
 def _is_affine(module: nn.Module) -> bool:
-    """Whether a module is a norm, a layer scale or the like: some numbers per channel, no layers inside."""
+    """Say whether a module is a norm, a layer scale or the like: some numbers per channel, no layers inside."""
     own = [p for p in module._parameters.values() if p is not None]
-    leaf = next(module.children(), None) is None and not isinstance(module, (*_LAYERS, nn.Embedding))
+    leaf = next(module.children(), None) is None and not isinstance(module, (*LAYERS, nn.Embedding))
     return is_batchnorm(module) or (leaf and bool(own) and all(p.ndim == 1 for p in own))
 
 
 def _only_scales(graph: AxisGraph, group: UnitGroup, producer: Producer) -> bool:
-    """Whether a parameter that a block holds itself only scales what the layers write (a layer scale).
+    """Say whether a parameter that a block holds itself only scales what the layers write (a layer scale).
 
     With what the layers write at zero, it then has no influence; a position embedding has.
     """
-    if isinstance(producer.slots[0].owner, (*_LAYERS, nn.Embedding)):
+    if isinstance(producer.slots[0].owner, (*LAYERS, nn.Embedding)):
         return False
     values = Values()
     with preserved(graph.model), torch.no_grad():
         graph.model.eval()
         try:
             for other in group.producers:
-                layers = isinstance(other.slots[0].owner, (*_LAYERS, nn.Embedding))
+                layers = isinstance(other.slots[0].owner, (*LAYERS, nn.Embedding))
                 norm = [] if other.norm is None else [Slot(other.norm, attr) for attr in ("weight", "bias")]
                 for slot in (*other.slots, *norm) if layers else ():
                     if (tensor := slot.tensor) is not None:
@@ -220,14 +214,14 @@ def _only_scales(graph: AxisGraph, group: UnitGroup, producer: Producer) -> bool
 
 
 def called(graph: AxisGraph, module: nn.Module) -> bool:
-    """Whether a module runs, or is not used at all; not if the model reads its parameters and passes it by."""
+    """Say whether a module runs or is not used at all; it does not where the model only reads its parameters."""
     return module in graph.trace.inputs or module not in graph.trace.order
 
 
 def followers_of(
     model: nn.Module, graph: AxisGraph, chosen: Collection[str], coupled: bool
 ) -> dict[str, tuple[str, ...]]:
-    """What is masked along with the chosen layers: norm or layer scale -> its parameters."""
+    """Return the norms and layer scales that are masked along with the chosen layers, with their parameters' names."""
     modules = dict(model.named_modules())
     names: list[str] = []
     for name, module in modules.items():
@@ -258,13 +252,14 @@ def _followers(
 
 
 def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: AxisGraph | None) -> Piece:
-    """Output channels that nobody shares, each a unit."""
+    """Make a piece of output channels that no other layer shares, each of which is a unit."""
     name, _ = key
     norm: nn.Module | None = None
     is_norm = is_batchnorm(module)
     layout = RowLayout(1 if isinstance(module, _TRANSPOSED) else 0)
-    if graph is not None and isinstance(module, _LAYERS):
-        norm = graph.norm_of(module)
+    if graph is not None and isinstance(module, LAYERS):
+        norm = graph.trace.sole_reader(module)
+        norm = norm if norm is not None and graph._can_fold(module, norm) else None
     slots = [Slot(module, "weight", layout)]
     if "bias" in module._parameters or is_norm:
         slots.append(Slot(module, "bias"))
@@ -279,7 +274,7 @@ def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: Ax
 
 
 def _block_piece(module: nn.Module, key: Key, space: PruningTargetSpace) -> Piece:
-    """Blocks of one parameter: columns, tiles, single weights."""
+    """Make a piece of blocks of one parameter: columns, tiles or single weights."""
     count = math.prod(metric_shape(space))
     units = torch.arange(count)
     slot = Slot(module, key[1], BlockLayout(kernel=kernel_of(space)))
@@ -304,7 +299,7 @@ def _merged(pieces: list[Piece], spaces: Spaces) -> Iterator[Piece]:
 
 
 def _join(identity: Any, family: list[Piece], spaces: Spaces) -> Piece:
-    """One piece of several, whose i-th channels are masked together."""
+    """Make one piece of several, whose i-th channels are masked together."""
     anchors = [
         (piece, labels)
         for piece in family

@@ -1,8 +1,7 @@
-"""Which types of layers NNI may prune, and what is wrong with a config list, in one clear error."""
+"""Checks of a config list, whose errors say what is wrong with it, and the types of layers that NNI may prune."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -18,6 +17,7 @@ from schema import SchemaError
 from torch import nn
 
 from singe_plugin.axes import AxisGraph
+from singe_plugin.checks import check_number, closest
 from singe_plugin.errors import ConfigError
 from singe_plugin.units import tied_parameters
 
@@ -56,7 +56,7 @@ def register_types(model: nn.Module) -> None:
 
 
 def translated(config_list: Any) -> list[dict[str, Any]]:
-    """A config list in today's keys, as a copy; of a legacy one, entries that only exclude are merged into the others.
+    """Return a copy of a config list in today's keys; of a legacy one, entries that only exclude join the others.
 
     Raises:
         ConfigError: if it is no list of dictionaries.
@@ -78,7 +78,7 @@ def translated(config_list: Any) -> list[dict[str, Any]]:
 
 
 def selected_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, nn.Module]]:
-    """For every entry of a config list, the modules that it selects."""
+    """Return the modules that each entry of a config list selects."""
     return [select_modules_by_config(model, config)[0] for config in config_list]
 
 
@@ -100,8 +100,8 @@ def check_config(model: nn.Module, config_list: list[dict[str, Any]]) -> None:
     """Raise :class:`ConfigError` if an entry selects nothing, or something that cannot be pruned.
 
     Args:
-        model: the model.
-        config_list: in NNI's form, see :func:`check_entries`.
+        model: the model that is pruned.
+        config_list: the entries, in the form that :func:`check_entries` has checked.
     """
     names: dict[int, str] = {}
     ties = tied_parameters(model)
@@ -169,7 +169,7 @@ def check_optimizers(model: nn.Module, evaluator: Any) -> None:
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an entry is not about the choice of layers."""
+    """Return what of an entry is not about the choice of layers."""
     return {k: v for k, v in config.items() if not k.startswith(("op_", "exclude_op_"))}
 
 
@@ -184,7 +184,7 @@ def _selected(model: nn.Module, number: int, config: dict[str, Any]) -> dict[str
         if given not in known:
             raise ConfigError(
                 f"config_list[{number}]: op_names has {given!r}, which is no layer of {type(model).__name__}"
-                f"{_near(given, known)}"
+                f"{closest(given, known)}"
             )
     try:
         return dict(selected_modules(model, [config])[0])
@@ -211,7 +211,7 @@ def _check_targets(number: int, config: dict[str, Any], name: str, module: nn.Mo
             ) from error
         known = PruningSetting.registry[kind]
         raise ConfigError(
-            f"config_list[{number}]: {kind} has no target {target!r}, only {', '.join(known)}{_near(target, known)}"
+            f"config_list[{number}]: {kind} has no target {target!r}, only {', '.join(known)}{closest(target, known)}"
         ) from error
     for target in targets:
         if target.startswith(("_input_", "_output_")) or module._parameters.get(target) is not None:
@@ -226,8 +226,8 @@ def _check_targets(number: int, config: dict[str, Any], name: str, module: nn.Mo
 def _check_ratios(number: int, setting: Mapping[str, Any], min_width: int) -> None:
     found = {key: setting.get(key) for key in ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")}
     for key, value in found.items():
-        if isinstance(value, (int, float)) and not 0 <= value <= 1:
-            raise ConfigError(f"config_list[{number}]: {key}={value} is not between 0 and 1")
+        if isinstance(value, (int, float)):
+            check_number(f"config_list[{number}]: {key}", value, 0, 1, "[]")
     ratio, low, high = found.values()
     if ratio == 1 and min_width > 0:
         raise ConfigError(
@@ -238,27 +238,22 @@ def _check_ratios(number: int, setting: Mapping[str, Any], min_width: int) -> No
         raise ConfigError(f"config_list[{number}]: min_sparse_ratio={low} is above max_sparse_ratio={high}")
 
 
-def _near(given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, sorted(known), 3, 0.5)
-    return f" (did you mean {', '.join(near)}?)" if near else ""
-
-
 def _unknown_types(model: nn.Module, config: Mapping[str, Any]) -> str:
     known = {type(m).__name__ for m in model.modules()}
     for given in config.get("op_types", ()):
         if given not in known:
-            return f": op_types has {given!r}, which is not there{_near(given, known)}"
+            return f": op_types has {given!r}, which is not there{closest(given, known)}"
     return ": what it includes is excluded again, or no name matches op_names_re"
 
 
 def make_scalers(name: str, wrapper: ModuleWrapper, targets: dict[str, PruningTargetSpace], default: Any) -> None:
-    """NNI's scalers for the targets of one layer, with errors that say what does not fit.
+    """Make NNI's scalers for the targets of one layer, with errors that say what does not fit.
 
     Args:
-        name: the layer's.
-        wrapper: its wrapper.
-        targets: its target spaces.
-        default: ``target space -> granularity`` for ``"default"``.
+        name: the name of the layer.
+        wrapper: the wrapper of the layer.
+        targets: the target spaces of the layer.
+        default: gives the granularity that ``"default"`` means for a target space.
     """
     for target, space in targets.items():
         parameter = space.type is TargetType.PARAMETER
@@ -300,7 +295,7 @@ def _make_scaler(
 
 
 def _transposed(name: str, layer: Any, targets: dict[str, PruningTargetSpace]) -> None:
-    """The output channels of a transposed convolution are dimension 1 of its weight, its inputs dimension 0."""
+    """Scale a transposed convolution: its output channels are dimension 1 of its weight, its inputs dimension 0."""
     kernel = {"out_channel": [-1, 1], "in_channel": [1]}.get(str(targets["weight"].granularity))
     if kernel is None:
         return

@@ -1,4 +1,4 @@
-"""Masks from scores: the rules of NNI's ``generate_sparsity``, over units instead of single metric entries."""
+"""Masks are made from scores by the rules of NNI's ``generate_sparsity``, over units instead of metric entries."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .pieces import Key, Piece, Spaces, metric_shape
 __all__ = ["Masks", "Rule", "kept_units", "masks_from", "rule_of"]
 
 Masks = dict[str, dict[str, Tensor]]
+_RULES = ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "global_group_id")
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Rule:
     """What the config list says of the members of a piece, at the moment (a scheduler changes ratios).
 
     Attributes:
-        ratio, threshold: one of them.
-        low, high: limits of the ratio.
-        family: the global group.
-        blocks: ``[N]``, the internal block of every unit; None if there is one.
+        ratio, threshold: the fraction of the units that is masked, or the score below which they are; one is None.
+        low, high: the limits of the ratio.
+        family: the global group that the piece is in, or None.
+        blocks: ``[N]``, the internal block of every unit; None if there is only one block.
     """
 
     ratio: float | None
@@ -42,35 +43,27 @@ class Rule:
 
 
 def rule_of(piece: Piece, spaces: Spaces) -> Rule:
-    """The common rule of a piece's members.
+    """Return the rule that all members of a piece have in common.
 
     Raises:
         ConfigError: if they differ: what is masked alike needs one ratio.
     """
-    found: dict[Key, tuple[Any, ...]] = {}
-    for module, target in piece.members:
-        space = spaces[module][target]
-        found[module, target] = (
-            space.sparse_ratio, space.sparse_threshold, space.min_sparse_ratio, space.max_sparse_ratio,
-            space.global_group_id,
-        )  # fmt: skip
-    first, rule = next(iter(found.items()))
-    for key, other in found.items():
-        if other != rule:
-            names = ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "global_group_id")
-            what = next(n for n, a, b in zip(names, rule, other, strict=True) if a != b)
-            a, b = rule[names.index(what)], other[names.index(what)]
-            raise ConfigError(
-                f"{first[0]!r} ({what}={a}) and {key[0]!r} ({what}={b}) write the same channels, so they are masked "
-                "alike; give them one setting, exclude one of them, or use coupled=False for masks that cannot be "
-                "removed physically"
-            )
+    found = {(name, attr): [getattr(spaces[name][attr], what) for what in _RULES] for name, attr in piece.members}
+    (first, _), rule = next(iter(found.items()))
+    for (name, _), other in found.items():
+        for what, a, b in zip(_RULES, rule, other, strict=True):
+            if a != b:
+                raise ConfigError(
+                    f"{first!r} ({what}={a}) and {name!r} ({what}={b}) write the same channels, so they are masked "
+                    "alike; give them one setting, exclude one of them, or use coupled=False for masks that cannot be "
+                    "removed physically"
+                )
     ratio, threshold, low, high, family = rule
     return Rule(ratio, threshold, low or 0.0, 1.0 if high is None else high, family, _internal_blocks(piece, spaces))
 
 
 def _internal_blocks(piece: Piece, spaces: Spaces) -> Tensor | None:
-    """The internal block that every unit lies in; None where each unit has its share of every block anyway."""
+    """Return the internal block that every unit lies in; None where each unit has a share of every block anyway."""
     count = math.lcm(*(int(spaces[m][t].internal_metric_block or 1) for m, t in piece.members))
     found: Tensor | None = None
     for (module, _), labels in piece.members.items() if count > 1 else ():
@@ -92,11 +85,11 @@ def _internal_blocks(piece: Piece, spaces: Spaces) -> Tensor | None:
 
 
 def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces, min_width: int) -> list[Tensor]:
-    """For every piece, which units stay: ``[N]`` bool.
+    """Return for every piece which units stay: ``[N]`` bool.
 
-    Rules, as in NNI: a threshold (bounded by the ratios' limits); a global group shares one ratio of *elements*;
-    otherwise a ratio of the units, in equal parts of every ``internal_metric_block``. At least ``min_width`` units
-    of each piece stay.
+    The rules are those of NNI: a threshold decides (bounded by the ratios' limits), or one ratio of the *elements* of a
+    global group, or else a ratio of the units, in equal parts of every ``internal_metric_block``. At least
+    ``min_width`` units of each piece stay.
     """
     rules = [rule_of(piece, spaces) for piece in pieces]
     kept: list[Tensor | None] = [None] * len(pieces)
@@ -124,7 +117,7 @@ def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces
 
 
 def _by_ratio(scores: Tensor, ratio: float, blocks: Tensor | None = None) -> Tensor:
-    """Without the lowest ``int(n * ratio)`` of every block of n units."""
+    """Keep all units but the lowest ``int(n * ratio)`` of every block of n."""
     kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     every = torch.arange(len(scores))
     parts = [every] if blocks is None else [every[blocks == number] for number in range(int(blocks.max()) + 1)]
@@ -141,7 +134,7 @@ def _above(scores: Tensor, rule: Rule) -> Tensor:
 
 
 def _globally(family: Any, members: Sequence[tuple[Piece, Tensor, Rule]], spaces: Spaces) -> list[Tensor]:
-    """The lowest units of several pieces, until the ratio of their elements is reached."""
+    """Mask the lowest units of several pieces, until the ratio of their elements is reached."""
     ratios = {rule.ratio for _, _, rule in members}
     if len(ratios) != 1 or None in ratios:
         raise ConfigError(
@@ -164,7 +157,7 @@ def _globally(family: Any, members: Sequence[tuple[Piece, Tensor, Rule]], spaces
 
 
 def _elements(piece: Piece, spaces: Spaces) -> Tensor:
-    """How many elements of its members' parameters every unit has."""
+    """Count the elements of its members' parameters that every unit has."""
     total = torch.zeros(piece.size, dtype=torch.int64)
     for (module, target), labels in piece.members.items():
         tensor = spaces[module][target].target
@@ -175,7 +168,7 @@ def _elements(piece: Piece, spaces: Spaces) -> Tensor:
 
 
 def masks_from(pieces: Sequence[Piece], kept: Sequence[Tensor], spaces: Spaces) -> Masks:
-    """The masks of all targets: members and followers of the pieces, then what is aligned to them.
+    """Return the masks of all targets: members and followers of the pieces, then what is aligned to them.
 
     A mask has the shape of its target, or of what broadcasts to it (``[C, 1, 1, 1]``), as NNI's own.
     """
@@ -204,7 +197,7 @@ def masks_from(pieces: Sequence[Piece], kept: Sequence[Tensor], spaces: Spaces) 
 
 
 def _aligned(module: str, target: str, space: Any, masks: Masks) -> Tensor | None:
-    """A mask that follows another: 0 where all that it is aligned to is 0."""
+    """Return a mask that follows another: it is 0 where all that it is aligned to is 0."""
     if space.type.value == "parameter" and space.target is None:
         return None
     source, attr = space.align["module_name"] or module, space.align["target_name"]

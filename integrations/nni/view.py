@@ -16,6 +16,8 @@ from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
+from singe_plugin.undo import Contents
+
 __all__ = ["Batch", "StepModel", "masked_target", "plain_view", "undone_on_error"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -23,7 +25,7 @@ _MISSING = object()
 
 
 class _Held:
-    """What a module consists of; put back as the same objects in the same places."""
+    """A record of what a module consists of, which puts the same objects back in the same places."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.forward = module, module.__dict__.get("forward", _MISSING)
@@ -40,7 +42,7 @@ class _Held:
 
 
 def masked_target(space: PruningTargetSpace) -> Tensor:
-    """A parameter as the wrapped model uses it."""
+    """Return a parameter as the wrapped model uses it."""
     target: Tensor | None = space.target
     assert target is not None
     with torch.no_grad():
@@ -74,7 +76,7 @@ def plain_view(model: nn.Module) -> Iterator[None]:
 
 
 def _parameters_of(wrapper: ModuleWrapper) -> dict[str, nn.Parameter]:
-    """The parameters that a wrapper has taken from its module, masked."""
+    """Return the parameters that a wrapper has taken from its module, masked."""
     found: dict[str, nn.Parameter] = {}
     if getattr(wrapper, "is_register_bias", False) and isinstance(wrapper.bias, nn.Parameter):
         found["bias"] = nn.Parameter(wrapper.bias.detach(), requires_grad=wrapper.bias.requires_grad)
@@ -90,19 +92,14 @@ def undone_on_error(model: nn.Module, wrappers: Iterable[ModuleWrapper]) -> Iter
     """If the block fails, the model and the wrappers that there were before are put back: the same objects.
 
     Args:
-        model: to be wrapped in the block.
-        wrappers: those of other compressors; the block may give them further targets.
+        model: the model that is wrapped in the block.
+        wrappers: the wrappers of other compressors; the block may give them further targets.
     """
-    held = [_Held(module) for module in model.modules()]
-    outer = [(w, _Held(w), dict(w.pruning_target_spaces), {k: list(v) for k, v in w.configs.items()}) for w in wrappers]
+    before = Contents([model, *wrappers], copied=0)
     try:
         yield
     except BaseException:
-        for item in held:
-            item.restore()
-        for wrapper, item, spaces, configs in outer:
-            item.restore()
-            wrapper.pruning_target_spaces, wrapper.configs = spaces, configs
+        before.restore()
         raise
 
 
@@ -110,7 +107,7 @@ class Batch:
     """A batch on its way to somebody's training step: nothing looks into it, so it arrives as it is.
 
     Args:
-        value: of whatever type.
+        value: the batch, of whatever type.
     """
 
     def __init__(self, value: Any) -> None:
@@ -121,8 +118,8 @@ class StepModel(nn.Module):
     """A model together with somebody's training step, as a module that maps a batch to the loss.
 
     Args:
-        model: the model.
-        step: ``(model, batch) -> loss``.
+        model: the model that is trained.
+        step: the training step, ``(model, batch) -> loss``.
     """
 
     def __init__(self, model: nn.Module, step: Callable[[nn.Module, Any], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Where a model is masked: per parameter, and per unit of its groups."""
+"""Where a model is masked is looked up here, per parameter and per unit of its groups."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, UnitSlice
 
-__all__ = ["Holes", "Units", "holes_of", "line_of", "masked_along", "slices_of", "touched", "units_at", "with_units"]
+__all__ = [
+    "Holes", "Units", "any_unit", "holes_of", "line_of", "masked_along", "slices_of", "touched", "units_at",
+    "with_units",
+]  # fmt: skip
 
 Holes = dict[int, Tensor]  # id of a parameter -> where it is masked
 Units = Mapping[Group, Tensor]  # [N] bool
 
 
+def any_unit(chosen: Units) -> bool:
+    """Say whether any unit of any group is chosen."""
+    return any(bool(units.any()) for units in chosen.values())
+
+
 def holes_of(model: nn.Module, twin: nn.Module) -> Holes:
-    """Where the parameters of a model are masked, by a copy of it whose parameters are the masks."""
+    """Return where the parameters of a model are masked, by a copy of it whose parameters are the masks."""
     masks = dict(twin.named_parameters())
     return {id(p): masks[name].detach() == 0 for name, p in model.named_parameters()}
 
 
 def with_units(holes: Holes, chosen: Units) -> Holes:
-    """Holes, and every slice of some units."""
+    """Return the holes together with every slice of some units."""
     found = dict(holes)
     for part, flags in slices_of(chosen):
         if part.is_parameter:
@@ -32,7 +40,7 @@ def with_units(holes: Holes, chosen: Units) -> Holes:
 
 
 def slices_of(chosen: Units) -> Iterator[tuple[UnitSlice, Tensor]]:
-    """The slices of some units: where they are, shaped to fit the tensor they are of."""
+    """Yield the slices of some units, and where they are, shaped to fit the tensor that they are of."""
     for group, units in chosen.items():
         for part in group.slices():
             unit_of = torch.from_numpy(part.units)
@@ -42,7 +50,7 @@ def slices_of(chosen: Units) -> Iterator[tuple[UnitSlice, Tensor]]:
 
 
 def touched(graph: AxisGraph, holes: Holes) -> tuple[dict[Group, Tensor], dict[Group, Tensor]]:
-    """The units of which a mask covers everything in some dimension of some parameter, and of these the unwritten ones.
+    """Return the units of which a mask covers all of some parameter's slice, and of these the unwritten ones.
 
     All that writes an unwritten unit is masked, biases and norms included: it is zero, whatever the rest is.
     """
@@ -64,23 +72,23 @@ def touched(graph: AxisGraph, holes: Holes) -> tuple[dict[Group, Tensor], dict[G
 
 
 def masked_along(part: UnitSlice, holes: Holes, size: int) -> Tensor:
-    """The units that a parameter has positions of, all of them masked: ``[N]`` bool."""
+    """Return the units that a parameter has positions of, all of them masked: ``[N]`` bool."""
     return _along(part, line_of(~holes[id(part.tensor)], part.dim), size)[1]
 
 
 def _along(part: UnitSlice, line: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The units that a parameter has positions of, and those of them that are masked at all of these."""
+    """Return the units that a parameter has positions of, and those of them that are masked at all of these."""
     there = units_at(torch.ones_like(line), part.units, size)
     return there, there & ~units_at(line, part.units, size)
 
 
 def line_of(flags: Tensor, dim: int) -> Tensor:
-    """Whether anything is set at each position along a dimension."""
+    """Say for each position along a dimension whether anything is set there."""
     return (flags.movedim(dim, 0).flatten(1).any(1) if flags.ndim > 1 else flags).cpu()
 
 
 def units_at(positions: Tensor, unit_of: Any, size: int) -> Tensor:
-    """The units that flagged positions belong to."""
+    """Return the units that flagged positions belong to."""
     owner = torch.from_numpy(unit_of)
     found = torch.zeros(size, dtype=torch.bool)
     found[owner[positions & (owner >= 0)]] = True

@@ -1,4 +1,4 @@
-"""Running a model on other values than its own: random parameters, leaking rectifiers, double precision."""
+"""A model runs here on other values than its own: random parameters, leaking rectifiers, double precision."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OpenFunctions(TorchFunctionMode):
     """While active, no function is flat anywhere, so that nothing is zero by luck: rectifiers leak.
 
     Args:
-        norms: also take norms over channels for what they do to a channel alone, ``weight * x``.
+        norms: whether norms over channels only do what they do to a channel alone, ``weight * x``.
     """
 
     def __init__(self, norms: bool = False) -> None:
@@ -77,7 +77,7 @@ class Laboratory:
 
     Attributes:
         double: whether the model computes in double precision.
-        trouble: why nothing can be found out; None if it can.
+        trouble: why nothing can be found out about any unit; None if it can.
         start: what the model computes on the example and on noise.
     """
 
@@ -100,7 +100,7 @@ class Laboratory:
         self.inputs: Any = next(usable, None)
 
     def _attempt(self, inputs: Any) -> list[Tensor] | None:
-        """What the model makes of other inputs; None if it fails, or does not take them the same way."""
+        """Return what the model makes of other inputs; None if it fails, or does not take them the same way."""
         try:
             with NormsOfTheRest(self.graph, {}) as watch:
                 made = self.run(inputs)
@@ -112,27 +112,27 @@ class Laboratory:
         return made if usable else None
 
     def as_traced(self, watch: NormsOfTheRest) -> bool:
-        """Whether the operators that take channels together ran as often as in the trace."""
+        """Say whether the operators that take channels together ran as often as in the trace."""
         trace = self.graph.trace
         return all(watch.counts[name] == trace.count(name) for name, _ in trace.mixing)
 
     def noise(self, seed: int) -> Any:
-        """Random inputs; the example itself, if the model does not run on others."""
+        """Return random inputs, or the example itself if the model does not run on others."""
         return self.graph.inputs if self.inputs is None else random_inputs(self.inputs, seed)
 
     def outputs(self) -> list[Tensor]:
-        """What the model computes now, on the example and on noise."""
+        """Return what the model computes now, on the example and on noise."""
         with self.running():
             return [t for x in self.examples for t in self.forward(x)]
 
     def run(self, inputs: Any) -> list[Tensor]:
-        """What the model computes in eval mode."""
+        """Return what the model computes in eval mode."""
         with self.running():
             return self.forward(inputs)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The model in eval mode, and in double precision if it can."""
+        """Hold the model in eval mode, and in double precision if it can compute so."""
         model = self.graph.model
         with preserved(model), plain_layers(model), ExitStack() as stack, torch.no_grad():
             model.eval()
@@ -143,7 +143,7 @@ class Laboratory:
             yield
 
     def forward(self, inputs: Any) -> list[Tensor]:
-        """What the model computes as it is set now, in :meth:`running`: its floating-point outputs."""
+        """Return the floating-point outputs of the model as it is set now; called in :meth:`running`."""
         model = self.graph.model
         with preserved(model):
             self.graph.trace.forget()
@@ -152,7 +152,7 @@ class Laboratory:
 
     @contextmanager
     def drawn(self, holes: Holes, seed: int, kept: Units | None = None) -> Iterator[None]:
-        """Random parameters and statistics, with zeros in the holes; ``kept`` units have their own values everywhere.
+        """Hold random parameters and statistics, with zeros in the holes; ``kept`` units keep their own values.
 
         Numbers without dimensions (temperatures) and buffers that are no statistics keep theirs, too.
         """
@@ -189,7 +189,7 @@ def _is_image(inputs: Any) -> bool:
 
 
 def _candidates(inputs: Any) -> Iterator[Any]:
-    """Several examples, and smaller images first.
+    """Yield several examples at a time, and smaller images first.
 
     One is not enough: the gradient of a batch-norm in eval mode can be wrong on CPU, and what is off for it may be on.
     """

@@ -1,4 +1,4 @@
-"""Masks in every form that users have, as one: module -> parameter -> mask; and masks multiplied into a plain model."""
+"""Masks in every form that users have become one, module -> parameter -> mask, and are multiplied into the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def take_masks(model: nn.Module) -> dict[str, Tensor]:
     """Fold the masks that a model holds into its weights: those of ``hold_masks`` and of ``torch.nn.utils.prune``.
 
     Args:
-        model: changed in place; its layers are plain ones again.
+        model: the model, which is changed in place; its layers are plain ones afterwards.
 
     Returns:
         parameter name -> mask.
@@ -52,7 +52,7 @@ def take_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_masks(path: str | Path) -> Any:
-    """The dictionaries of masks that ``torch.save`` wrote, or the ``masks.safetensors`` of a saved result.
+    """Read the dictionaries of masks that ``torch.save`` wrote, or the ``masks.safetensors`` of a saved result.
 
     Nothing but tensors and dictionaries is unpickled.
 
@@ -74,20 +74,20 @@ def read_masks(path: str | Path) -> Any:
 
 
 def _plain_dict(*_: Any) -> dict[str, Any]:
-    """What stands for a ``defaultdict``: NNI's masks are one, and PyTorch's safe unpickler fills plain ones only."""
+    """Stand for a ``defaultdict``: NNI's masks are one, and PyTorch's safe unpickler fills plain ones only."""
     return {}
 
 
 def is_flat(masks: Any) -> bool:
-    """Whether masks are given by parameter name, not by module and parameter."""
+    """Say whether masks are given by parameter name, not by module and parameter."""
     return isinstance(masks, Mapping) and all(isinstance(mask, Tensor) for mask in masks.values())
 
 
 def checked_masks(model: nn.Module, *given: Any) -> dict[str, dict[str, Tensor]]:
-    """Masks as ``{module: {parameter: mask}}``, each on its parameter's device; what was given is not changed.
+    """Return masks as ``{module: {parameter: mask}}``, each on its parameter's device; nothing is changed.
 
     Args:
-        model: the plain model.
+        model: the model, whose layers are plain ones.
         given: masks by parameter name, or by module and parameter; what any of them masks is masked.
 
     Raises:
@@ -132,7 +132,7 @@ def _by_module(masks: Any) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _fitting(module: nn.Module, name: str, target: str, mask: Any) -> Tensor:
-    """A mask in the shape of its parameter."""
+    """Return a mask in the shape of its parameter."""
     label, kind = f"{name}.{target}".lstrip("."), type(module).__name__
     if not isinstance(mask, Tensor):
         raise ConfigError(f"the mask of {label} is {type(mask).__name__}, not a tensor")
@@ -205,7 +205,7 @@ def _apply_to_layer(module: nn.Module, name: str, target: str, mask: Tensor) -> 
 
 
 def mask_twin(model: nn.Module, masks: Masks) -> nn.Module:
-    """A copy whose parameters are the masks: it is cut along, so that what is left of them fits the smaller model."""
+    """Copy a model, with the masks for parameters; what is left of a copy that is cut along fits the smaller model."""
     made = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
     twin = copy.deepcopy(model, {id(v): v.detach() for v in made})  # what a forward pass left: it cannot be copied
     for parameter in twin.parameters():

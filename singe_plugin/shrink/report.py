@@ -1,4 +1,4 @@
-"""What a shrink gives back, and why some units of a masked model had to stay."""
+"""The result of a shrink, and the reasons why some units of a masked model had to stay."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ShrinkResult(Result):
     given by parameter name or held by the model.
 
     Attributes:
-        still_masked: group or layer -> how many of its masked units are still there, and why.
+        still_masked: by group or layer, how many of its masked units are still there, and why.
         masks: the masks of what is still masked, in the shapes of the smaller model, to train on with.
         difference: the largest change of the outputs against the masked model, relative to their size.
     """
@@ -35,13 +35,13 @@ class ShrinkResult(Result):
     difference: float = 0.0
 
     def summary(self) -> str:
-        """The before/after table, and what is still masked."""
+        """Return the before/after table, and what is still masked, as text."""
         lines = [super().summary(), f"the outputs differ from the masked model's by {self.difference:.1e} (relative)"]
         return "\n".join([*lines, *(f"still masked: {name}: {why}" for name, why in self.still_masked.items())])
 
 
 def masks_left(twin: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The masks that are still needed, in the shapes of the smaller model, whose parameters' masks ``twin`` has."""
+    """Return the masks that are still needed, in the shapes of the smaller model: ``twin`` has them for parameters."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, module in twin.named_modules():
         for attr, mask in module._parameters.items():
@@ -53,13 +53,13 @@ def masks_left(twin: nn.Module) -> dict[str, dict[str, Tensor]]:
 def explain_rest(
     graph: AxisGraph, twin: nn.Module, left: Masks, told: Mapping[str, str], trouble: str | None
 ) -> dict[str, str]:
-    """Why layers have masks left, where no group has said so.
+    """Say why layers have masks left, where it was not said of their group.
 
     Args:
         graph: the graph of the model.
         twin: a copy of the model whose parameters are the masks.
         left: the masks that are left.
-        told: group -> what was said of it.
+        told: what was said of groups, by name.
         trouble: why nothing could be found out about any unit; None if something could.
     """
     said = [group for name, group in graph.groups.items() if name in told]
@@ -85,7 +85,7 @@ def explain_rest(
 
 
 def _not_masked(graph: AxisGraph, twin: nn.Module, module: nn.Module, trouble: str | None) -> str:
-    """What else writes the masked units of a layer."""
+    """Say what else writes the masked units of a layer."""
     holes, found, known = holes_of(graph.model, twin), dict[str, None](), False
     for group in graph.groups.values():
         parts = [p for p in group.slices() if p.is_parameter and not p.reads]

@@ -29,7 +29,7 @@ from singe_plugin.result import LayerRow, Metrics, package_versions
 from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of
 
-from .holes import holes_of, touched, with_units
+from .holes import any_unit, holes_of, touched, with_units
 from .laboratory import Laboratory
 from .masks import Masks, apply_masks, checked_masks, is_flat, mask_twin, read_masks, take_masks
 from .report import ShrinkResult, explain_rest, masks_left
@@ -108,7 +108,7 @@ def shrink_with_report(
     tolerance: float = 1e-6,
     builder: Builder | None = None,
 ) -> ShrinkResult:
-    """As :func:`shrink`, with a report, and ready for :func:`singe_plugin.save`.
+    """Shrink a model as :func:`shrink` does, with a report that is ready for :func:`singe_plugin.save`.
 
     Args:
         model, masks, dummy_input, allow_constants, allow_norms, tolerance: see :func:`shrink`.
@@ -147,7 +147,7 @@ def shrink_with_report(
 
 
 class _Shrinker:
-    """One model whose masks are in its weights."""
+    """Shrinks one model, whose masks are in its weights."""
 
     def __init__(
         self, model: nn.Module, masks: Masks, dummy: Any, constants: bool, norms: bool, tolerance: float
@@ -198,7 +198,7 @@ class _Shrinker:
         return result
 
     def _metrics(self) -> Metrics:
-        """Parameters, and MACs of one example (of all, if the model does not run on one)."""
+        """Count parameters, and the MACs of one example (of all, if the model does not run on one)."""
         with preserved(self.model):
             self.model.requires_grad_(False)  # PyTorch's counter trips over views of parameters that want gradients
             try:
@@ -221,18 +221,18 @@ class _Shrinker:
         certain = all(torch.equal(units, unwritten[g]) for g, units in masked_units.items())
         if certain:  # what is zero whatever the rest is, and passes zeros on
             loud = _both(masked_units, find_loud(self.lab, holes))
-            certain = not any(bool(units.any()) for units in loud.values())
+            certain = not any_unit(loud)
         silent = masked_units if certain else _both(masked_units, find_silent(self.lab, holes))
         constant = {g: units & ~silent[g] for g, units in masked_units.items()}
         loud = constant
-        if any(bool(units.any()) for units in constant.values()):
+        if any_unit(constant):
             constant = _both(constant, find_constant(self.lab, holes))
             loud = _both(constant, find_loud(self.lab, holes))
         quiet = {g: units & ~loud[g] for g, units in constant.items()}
         zeroed = loud if self.allow_constants else {}
         closed = with_units(with_units(holes, quiet), zeroed)
         going = {g: silent[g] | (constant[g] if self.allow_constants else quiet[g]) for g in silent}
-        if any(bool(units.any()) for units in constant.values()):
+        if any_unit(constant):
             going = _both(going, find_silent(self.lab, closed))
         if self.allow_norms:
             behind_norms = _both(masked_units, find_silent(self.lab, closed, norms=True))
@@ -261,7 +261,7 @@ class _Shrinker:
             self._say(group, f"{len(gone[group])} masked units: {reason}{hint if mixed else ''}")
         done, made = trials.passed
         if right:
-            known = not any(bool(units.any()) for units in zeroed.values())
+            known = not any_unit(zeroed)
             self.made = made if known and done == {g: gone[g] for g in right} else None
         for group in right:
             before = [(part.tensor, part.tensor.shape) for part in group.slices() if part.is_parameter]
@@ -279,13 +279,13 @@ def _both(some: Mapping[Group, Tensor], others: Mapping[Group, Tensor]) -> dict[
 
 
 def _mixes(graph: AxisGraph, group: Group) -> bool:
-    """Whether an operator takes the units of a group together."""
+    """Say whether an operator takes the units of a group together."""
     leaf = group.leaf.root()
     return any(contains(axis, leaf) for dims in graph.trace.mixing.values() for _, axis in dims)
 
 
 def _traced(model: nn.Module, dummy: Any) -> tuple[AxisGraph, Any]:
-    """The graph of a model, and the examples that it was made with: two of them, if the model runs on two."""
+    """Return the graph of a model, and the examples that it was made with: two, if the model runs on two."""
     example = few(dummy, 2)
     try:
         return AxisGraph(model, example), example

@@ -20,7 +20,7 @@ from singe_plugin.axes.algebra import labels
 from singe_plugin.axes.substitutes import Values, normal, uniform
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.masks import LAYERS
-from singe_plugin.nested import tensors_in
+from singe_plugin.nested import map_tensors, tensors_in
 
 from .holes import Holes, line_of, units_at
 from .laboratory import Laboratory, OpenFunctions
@@ -31,7 +31,7 @@ _DRAWS = 3
 
 
 def find_silent(lab: Laboratory, holes: Holes, norms: bool = False) -> dict[Group, Tensor]:
-    """The units through which no parameter moves the outputs, for random values of all that is not in a hole."""
+    """Find the units through which no parameter moves the outputs, for random values of all that is not in a hole."""
     found = {g: torch.ones(g.size, dtype=torch.bool) for g in lab.graph.groups.values()}
     for seed in range(_DRAWS):
         with lab.drawn(holes, seed), lab.running():
@@ -54,7 +54,7 @@ def find_silent(lab: Laboratory, holes: Holes, norms: bool = False) -> dict[Grou
 
 
 def _moving(lab: Laboratory, seed: int, norms: bool) -> dict[int, Tensor]:
-    """Per parameter, the entries that are not zero and have a gradient."""
+    """Return the entries of every parameter that are not zero and have a gradient."""
     parameters = [p for p in lab.graph.model.parameters() if p.is_floating_point() and p.numel()]
     with torch.enable_grad(), OpenFunctions(norms):
         for parameter in parameters:
@@ -66,11 +66,11 @@ def _moving(lab: Laboratory, seed: int, norms: bool) -> dict[int, Tensor]:
 
 
 def find_constant(lab: Laboratory, holes: Holes) -> dict[Group, Tensor]:
-    """The units of which every reader sees the same, whatever the model's inputs are.
+    """Find the units of which every reader sees the same, whatever the model's inputs are.
 
     Only convolutions and linear layers that are called as modules are watched; what others read is not constant.
     """
-    first, second = lab.noise(0), _moved_on(lab.noise(1000))
+    first, second = lab.noise(0), map_tensors(_moved_on, lab.noise(1000))
     groups = list(lab.graph.groups.values())
     if all(torch.equal(a, b) for a, b in zip(tensors_in(first), tensors_in(second), strict=True)):
         return {group: torch.zeros(group.size, dtype=torch.bool) for group in groups}
@@ -97,7 +97,7 @@ def find_constant(lab: Laboratory, holes: Holes) -> dict[Group, Tensor]:
 
 
 def find_loud(lab: Laboratory, holes: Holes) -> dict[Group, Tensor]:
-    """The units of which a reader sees anything but zeros, for the model's own values."""
+    """Find the units of which a reader sees anything but zeros, for the model's own values."""
     with lab.running():
         seen = _seen(lab, lab.graph.inputs, _largest)
     flags = {module: torch.stack(calls).amax(0) != 0 for module, calls in seen.items()}
@@ -105,7 +105,7 @@ def find_loud(lab: Laboratory, holes: Holes) -> dict[Group, Tensor]:
 
 
 def _seen(lab: Laboratory, inputs: Any, summary: Callable[[Tensor, int], Tensor]) -> dict[nn.Module, list[Tensor]]:
-    """A number per input channel for every call of every layer."""
+    """Return a number per input channel for every call of every layer."""
     found: dict[nn.Module, list[Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -122,7 +122,7 @@ def _seen(lab: Laboratory, inputs: Any, summary: Callable[[Tensor, int], Tensor]
 
 
 def _heard(lab: Laboratory, group: Group, flags: Mapping[nn.Module, Tensor], holes: Holes) -> Tensor:
-    """The units that a layer with weights for them has a flag for; of layers without flags, all."""
+    """Return the units that a layer with weights for them has a flag for; of layers without flags, all of them."""
     heard = torch.zeros(group.size, dtype=torch.bool)
     readers = [p for p in group.slices() if p.is_parameter and p.reads and not isinstance(p.owner, nn.PReLU)]
     for part in readers:
@@ -137,13 +137,13 @@ def _heard(lab: Laboratory, group: Group, flags: Mapping[nn.Module, Tensor], hol
 
 
 def _channel_dim(layer: nn.Module, ndim: int) -> int:
-    """Where the input channels of a convolution or linear layer are."""
+    """Return the dimension of a convolution's or linear layer's input that its channels are in."""
     weight = layer._parameters.get("weight")
     return ndim - 1 if weight is None or isinstance(layer, nn.Linear) else ndim - weight.ndim + 1
 
 
 def _projected(x: Tensor, dim: int) -> Tensor:
-    """A random projection of each channel: two that are equal bit for bit come from equal channels."""
+    """Project each channel at random: two numbers that are equal bit for bit come from equal channels."""
     probe = uniform(x, torch.Generator().manual_seed(0))
     return (x * probe).movedim(dim, 0).flatten(1).sum(1)
 
@@ -152,21 +152,15 @@ def _largest(x: Tensor, dim: int) -> Tensor:
     return x.abs().movedim(dim, 0).flatten(1).amax(1).nan_to_num(nan=1.0)
 
 
-def _moved_on(inputs: Any) -> Any:
-    """Other whole numbers (ids, attention masks) that are as valid: the first twice, the last not at all."""
-    if isinstance(inputs, Tensor):
-        flat = inputs.flatten()
-        return inputs if inputs.is_floating_point() else torch.cat([flat[:1], flat[:-1]]).view_as(inputs)
-    if isinstance(inputs, Mapping):
-        return {k: _moved_on(v) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return [_moved_on(v) for v in inputs]
-    return inputs
+def _moved_on(x: Tensor) -> Tensor:
+    """Return other whole numbers (ids, attention masks) that are as valid: the first twice, the last not at all."""
+    flat = x.flatten()
+    return x if x.is_floating_point() else torch.cat([flat[:1], flat[:-1]]).view_as(x)
 
 
 @contextmanager
 def _other_words(model: nn.Module) -> Iterator[None]:
-    """Every id stands for another word, so that what is made of words is no constant, whatever the ids."""
+    """Let every id stand for another word, so that what is made of words is no constant, whatever the ids are."""
     values = Values()
     try:
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""Removing units for a moment, to see whether that changes what the model computes."""
+"""Units are removed for a moment, to see whether that changes what the model computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from singe_plugin.axes.substitutes import NormsOfTheRest, masked
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 from singe_plugin.nested import relative_change
 
-from .holes import Holes, Units, with_units
+from .holes import Holes, Units, any_unit, with_units
 from .laboratory import Laboratory, OpenFunctions
 
 __all__ = ["Trials", "change_of"]
@@ -28,9 +28,9 @@ class Trials:
     """Removes units and puts them back, to see what that changes.
 
     Attributes:
-        lab: runs the model.
+        lab: what runs the model.
         holes: where the model is masked.
-        closed: the same, and all slices of units that pass zeros or a constant on.
+        closed: the holes, and all slices of units that pass zeros or a constant on.
         quiet: the units that pass zeros on, for their own values.
         zeroed: the units that pass a constant on, which is given up.
         tolerance: how far the outputs may be from the masked model's, relative to their size.
@@ -51,12 +51,12 @@ class Trials:
     def sorted(
         self, gone: Mapping[Group, Sequence[int]], base: Sequence[Group] = (), rest: bool = False
     ) -> tuple[list[Group], list[tuple[Group, str]]]:
-        """The groups whose units can be removed together without changing the outputs, the others with the reason.
+        """Return the groups whose units can be removed together without changing the outputs, and why others cannot.
 
         Args:
-            gone: the units of each group.
-            base: groups among them that pass.
-            rest: compare with a model whose norms over channels leave the units out.
+            gone: the units of each group that are to go.
+            base: the groups among them that are known to pass.
+            rest: whether to compare with a model whose norms over channels leave the units out.
         """
         right, wrong = [group for group in gone if group not in base], []
         for own in (False, True):  # random values first: smaller inputs do for them
@@ -65,7 +65,7 @@ class Trials:
         return right, wrong
 
     def _why(self, gone: Mapping[Group, Sequence[int]], own: bool, rest: bool) -> str | None:
-        """Why removing some units changes the outputs; None if it does not."""
+        """Say why removing some units changes the outputs; None if it does not."""
         for number, (values, functions) in enumerate(self._settings(own)):
             with values:
                 try:
@@ -73,7 +73,7 @@ class Trials:
                         expected = self._of_the_rest(gone, functions, own)
                     else:
                         if (own, number) not in self._expected:
-                            as_given = own and not any(bool(units.any()) for units in self.zeroed.values())
+                            as_given = own and not any_unit(self.zeroed)
                             self._expected[own, number] = self.lab.start if as_given else self._run(functions, own)
                         expected = self._expected[own, number]
                     made = self._removed(gone, functions, own)
@@ -93,12 +93,12 @@ class Trials:
         return None
 
     def _settings(self, own: bool) -> Iterator[tuple[AbstractContextManager[None], bool]]:
-        """The values to try, and whether functions are open then."""
+        """Yield the values to try, and whether functions are open then."""
         if own:
             yield masked(_lists(self.zeroed)), False
             return
         yield self.lab.drawn(self.closed, 100), True
-        if any(bool(units.any()) for units in self.quiet.values()):
+        if any_unit(self.quiet):
             yield self.lab.drawn(with_units(self.holes, self.zeroed), 101, self.quiet), False
 
     def _run(self, functions: bool, own: bool) -> list[Tensor]:
@@ -127,7 +127,7 @@ class Trials:
 
 
 def change_of(expected: Sequence[Tensor], made: Sequence[Tensor]) -> float:
-    """The largest change, relative to the size of the outputs; inf for other shapes, NaN, or infinities elsewhere."""
+    """Return the largest change, relative to the outputs' size; inf for other shapes, NaN or infinities elsewhere."""
     if [t.shape for t in expected] != [t.shape for t in made]:
         return float("inf")
     pairs = list(zip(expected, made, strict=True))
