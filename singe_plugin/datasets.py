@@ -197,8 +197,8 @@ def digits(config: DataConfig, val: int = 500, seed: int = 0) -> Splits:
     images = images.expand(-1, config.channels, -1, -1)
     shape = (1, config.channels, 1, 1)
     images = (images - torch.tensor(config.mean).view(shape)) / torch.tensor(config.std).view(shape)
-    parts = [TensorDataset(images[part], labels[part]) for part in stratified_split(labels.tolist(), val, seed)]
-    return Splits("digits (scikit-learn)", *parts, classes=10)
+    train, held_out = (TensorDataset(images[p], labels[p]) for p in stratified_split(labels.tolist(), val, seed))
+    return Splits("digits (scikit-learn)", train, held_out, 10)
 
 
 def image_folder(directory: str | Path, config: DataConfig, seed: int = 0, augment: bool = True) -> Splits:
