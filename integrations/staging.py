@@ -15,13 +15,14 @@ from torch import nn
 
 from singe_plugin.artifact import Builder, Structure
 from singe_plugin.axes import Trackers
-from singe_plugin.budget import count_macs, count_params, measure_latency
+from singe_plugin.budget import count_macs, count_params
 from singe_plugin.checkpoint import seed_everything
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.files import digest, locked, sweep
 from singe_plugin.finetune import FineTune, loader_generators
+from singe_plugin.latency import measure_latency
 from singe_plugin.masks import named_tensors
 from singe_plugin.objective import ObjectiveLike, check_batch, split_batch, tensors_in, to_device
 from singe_plugin.result import Metrics
