@@ -133,7 +133,7 @@ def _prune(
     from singe_plugin.integrations.staging import resolve_device
     from singe_plugin.integrations.unstructured import prune_weights
 
-    run = {"unit": prune, "weight": prune_weights}[granularity]
+    runs: dict[str, Callable[..., Result]] = {"unit": prune, "weight": prune_weights}
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
         say(f"note: {_RANDOM}")
@@ -145,7 +145,7 @@ def _prune(
     started = time.perf_counter()
     bar = ProgressBar() if progress else None
     try:
-        result: Result = run(
+        result = runs[granularity](
             named.model, splits.train, val_data=splits.val, out_dir=output, resume=resume, builder=named.builder,
             callbacks=() if bar is None else (bar,), **prune_options,
         )  # fmt: skip
