@@ -158,6 +158,9 @@ def few(value: Any, count: int) -> Any:
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
     """Top-1 accuracy in [0, 1], in eval mode; None if outputs are not class scores or targets not class indices.
 
+    Scores may also be the ``logits`` of what a model returns, as Transformers' models do: an attribute, or a key. Right
+    answers are counted, not averaged over batches, so that the figure is exact.
+
     Example:
         >>> evaluate(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))])
         0.5
@@ -169,7 +172,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
         for batch in read(batches, "reading val_data"):
             inputs, targets = split_batch(to_device(batch, device))
             try:
-                outputs = call_model(model, inputs)
+                outputs = _class_scores(call_model(model, inputs))
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
@@ -188,3 +191,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
             right += int((outputs.argmax(1) == targets).sum())
             total += len(targets)
     return right / total if total else None
+
+
+def _class_scores(outputs: Any) -> Any:
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits")
+    return getattr(outputs, "logits", outputs)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from singe_plugin.architecture import Builder
 from singe_plugin.artifact import load, save
-from singe_plugin.budget import measure_latency
+from singe_plugin.latency import measure_latency
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import Splits, data_config, digits
 from singe_plugin.errors import ArtifactError

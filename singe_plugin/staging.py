@@ -15,7 +15,8 @@ from torch import nn
 from singe_plugin.architecture import Builder, Structure
 from singe_plugin.axes import Trackers
 from singe_plugin.batches import check_batch, split_batch
-from singe_plugin.budget import count_macs, count_params, measure_latency
+from singe_plugin.budget import count_macs, count_params
+from singe_plugin.latency import measure_latency
 from singe_plugin.checkpoint import CHECKPOINT, seed_everything
 from singe_plugin.checks import check_count
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
