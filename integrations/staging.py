@@ -27,10 +27,10 @@ from singe_plugin.masks import named_tensors
 from singe_plugin.nested import tensors_in, to_device
 from singe_plugin.objective import ObjectiveLike
 from singe_plugin.result import Metrics
+from singe_plugin.rollback import all_or_nothing
 from singe_plugin.state import RngState, model_device
 
 from .checks import check_model
-from .rollback import all_or_nothing
 
 __all__ = [
     "Stage",

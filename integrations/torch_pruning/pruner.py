@@ -23,11 +23,11 @@ from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.objective import ObjectiveLike, get_objective
+from singe_plugin.rollback import all_or_nothing
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from ..checks import check_here, check_lone, check_parts, parts_of
-from ..rollback import all_or_nothing
 from .allocation import Rounds, counts_for, sizes
 from .arguments import base_options, check_arguments, check_min_width, check_ratios, forward_of
 from .graph import AxisDependencyGraph, AxisGroup

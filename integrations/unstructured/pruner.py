@@ -18,12 +18,12 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, Callbacks, History, LayerDone, RunEnded
 from singe_plugin.finetune import FineTune
 from singe_plugin.masks import fold_masks, masks_of
+from singe_plugin.rollback import all_or_nothing
 from singe_plugin.rounds import check_rounds, decided, rounds_of
 from singe_plugin.scoring import ScoringOptions, score_units
 from singe_plugin.state import model_device
 
 from ..checks import check_here, check_lone, check_model, check_parts
-from ..rollback import all_or_nothing
 from ..staging import examples_in
 from .allocation import Allocation, Scope, layer_ratios
 from .arguments import check_amount, scoring_options

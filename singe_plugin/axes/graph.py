@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -146,6 +146,22 @@ class AxisGraph(ModelAxes):
             group.secondary = bool(meets[group] & first)
             if not group.secondary:
                 first.add(group)
+
+    def rewinder(self) -> Callable[[], None]:
+        """A function that gives all groups the sizes that they have now, and forgets later removals."""
+        sizes = [(group.leaf.root(), group.size) for group in self.groups.values()]
+        scale_rows = [[rows for _, _, rows in scale.rows] for scale in self.scales]
+        removals = len(self.history)
+
+        def rewind() -> None:
+            for leaf, size in sizes:
+                leaf.resize(size)
+            self.changed()
+            del self.history[removals:]
+            for scale, saved in zip(self.scales, scale_rows, strict=True):
+                scale.rows = [(m, a, rows) for (m, a, _), rows in zip(scale.rows, saved, strict=True)]
+
+        return rewind
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a group whole."""

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from singe_plugin.errors import SingeError, is_of_the_machine
 from singe_plugin.nested import relative_change, tensors_in
+from singe_plugin.rollback import Snapshot
 
 from .algebra import contains
 from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_start
 from .graph import AxisGraph
 from .groups import Group
-from .removal import Snapshot, remove_units
+from .removal import remove_units
 from .sorting import sorted_out, taken_apart
 from .substitutes import NormsOfTheRest, Values, derangement, exchanged, masked
 
