@@ -17,18 +17,9 @@ from singe_plugin.folding import norm_scale_shift
 from singe_plugin.units import Producer, RowLayout, UnitGroup
 
 __all__ = [
-    "LayerStats",
-    "Measured",
-    "Row",
-    "decaying",
-    "inner_products",
-    "join",
-    "root",
-    "row_power",
-    "to_units",
-    "unit_norms",
-    "weight_norms",
-]
+    "LayerStats", "Measured", "Row", "decaying", "inner_products", "join", "root", "row_power", "to_units",
+    "unit_norms", "weight_norms",
+]  # fmt: skip
 
 Measured: TypeAlias = list[tuple[Tensor, Tensor]]
 """At one node of the path, per producer: gradient norms and inner products, ``[N]`` each."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_zeros", "depends_on"]
 
-Call = Callable[..., Any]
+_Call = Callable[..., Any]
 _DRAWS = (1.0, 0.1, 0.01)  # of the parameters' own size: small ones saturate nothing
 
 
@@ -98,7 +98,7 @@ def _check_removal(walker: Walker) -> None:
             )
 
 
-def depends_on(model: nn.Module, evaluate: Callable[[Call], Tensor]) -> set[str]:
+def depends_on(model: nn.Module, evaluate: Callable[[_Call], Tensor]) -> set[str]:
     """The names of the parameters that F depends on somewhere: where the gradient at random parameters is not zero.
 
     Args:

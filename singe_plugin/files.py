@@ -23,17 +23,9 @@ from torch import Tensor
 from singe_plugin.errors import ArtifactError, ConfigError
 
 __all__ = [
-    "describe",
-    "digest",
-    "locked",
-    "make_folder",
-    "parse",
-    "seal",
-    "sweep",
-    "unseal",
-    "write_atomically",
-    "write_text",
-]
+    "DEEPEST", "LOCK", "REMEDY", "describe", "digest", "locked", "make_folder", "parse", "seal", "sweep", "unseal",
+    "write_atomically", "write_text",
+]  # fmt: skip
 
 LOCK = "run.lock"
 REMEDY = "take an undamaged copy, or run it again"

@@ -24,15 +24,9 @@ from singe_plugin.state import preserved
 from singe_plugin.units import RowLayout, tied_parameters
 
 __all__ = [
-    "FoldingReport",
-    "can_fold",
-    "eval_outputs",
-    "fold_batchnorm",
-    "foldable_pairs",
-    "is_batchnorm",
-    "norm_scale_shift",
-    "replace_folded",
-]
+    "FoldingReport", "can_fold", "eval_outputs", "fold_batchnorm", "foldable_pairs", "is_batchnorm",
+    "norm_scale_shift", "replace_folded",
+]  # fmt: skip
 
 _CONVS = (nn.modules.conv._ConvNd,)
 

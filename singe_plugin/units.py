@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import GroupError, TiedParameterError
 
-__all__ = ["BlockLayout", "Producer", "RowLayout", "Slot", "UnitGroup", "subgroup", "tied_parameters"]
+__all__ = ["BlockLayout", "Producer", "RowLayout", "Slot", "UnitGroup", "refuse_tied", "subgroup", "tied_parameters"]
 
 
 @dataclass(frozen=True)

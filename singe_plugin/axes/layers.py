@@ -19,7 +19,9 @@ from .parameters import ModelAxes
 from .scales import ImpliedScale
 from .tracked import Place
 
-__all__ = ["ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "follow", "graph_adapter"]
+__all__ = [
+    "ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "bilinear", "follow", "graph_adapter", "multihead_attention",
+]  # fmt: skip
 
 ADAPTERS: dict[type[nn.Module], Callable[..., None]] = {}
 GRAPH_ADAPTERS: list[Callable[[ModelAxes], None]] = []

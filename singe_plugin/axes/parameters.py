@@ -17,8 +17,9 @@ from singe_plugin.state import containers_training
 from singe_plugin.units import UnitGroup
 
 from .algebra import Atom, Axis, fix_all, labels, leaves, size_of, split
+from .forward import trace
 from .scales import ImpliedScale, implied_scales
-from .trace import Forward, Trace, trace
+from .trace import Forward, Trace
 
 __all__ = ["CONV", "LAYERS", "Held", "ModelAxes", "UnitSlice", "out_axis"]
 

@@ -19,12 +19,12 @@ from singe_plugin.errors import RemovalError, SingeError, is_of_the_machine
 from singe_plugin.rollback import Snapshot, Trackers, swap_data
 
 from .algebra import contains, size_of
-from .equations import own_widths
 from .graph import AxisGraph
 from .groups import Group
 from .scales import ImpliedScale
+from .widths import refresh_widths
 
-__all__ = ["refresh_widths", "remove_units"]
+__all__ = ["remove_units"]
 
 _SCALARS = (bool, int, float, str, tuple, type(None))
 
@@ -148,18 +148,6 @@ def _rescale(graph: AxisGraph, scale: ImpliedScale, factor: float, trackers: Tra
             assert tensor is not None
             chosen = rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1))
             tensor.data = torch.where(chosen, tensor.data * factor, tensor.data)
-
-
-def refresh_widths(module: nn.Module) -> None:
-    """Set the attributes in which a layer keeps the shape of its own tensors."""
-    for attr, name, dim in own_widths(module):
-        tensor: Tensor | None = module._parameters.get(name)
-        tensor = module._buffers.get(name) if tensor is None else tensor
-        if tensor is not None:
-            setattr(module, attr, tensor.shape[dim])
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
-        attr = "out_channels" if module.transposed else "in_channels"
-        setattr(module, attr, module.weight.shape[1] * module.groups)
 
 
 def _cut_emas(graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], trackers: Trackers) -> None:

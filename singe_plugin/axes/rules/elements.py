@@ -12,6 +12,8 @@ from ..algebra import Axis, fresh, split
 from ..trace import Trace
 from .base import RULES, opaque, rule
 
+__all__ = ["constant", "pointwise"]
+
 
 def pointwise(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     """Operands of one shape up to broadcasting: dimensions that meet are the same."""
