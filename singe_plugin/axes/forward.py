@@ -107,6 +107,7 @@ class _Functions(TorchFunctionMode):
 def _module_stack(state: Trace) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         state.stack.append(module)
+        state.runs[module] += 1
         state.inputs[module] = [state.of(t) for t in tensors_in(args)]
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
@@ -161,6 +162,7 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
         finally:
             OBSERVERS.pop()
         for tensor in tensors_in(outputs):
+            state.note_reader(tensor, None)
             fix_all(state.of(tensor), "it reaches the model's output")
         before = dict.fromkeys(state.caches)
         state.caches = [key for key, table in tables_of(model) if key in before and table]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from singe_plugin.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
 from .algebra import Axis, fix_all, fresh, size_of, unify
@@ -63,6 +64,7 @@ class Trace:
         unknown: operators without a rule, and the classes of the modules that used them.
         inputs, outputs: for every module, the axes of the tensors that it was given and returned last.
         caches: attributes in which modules keep tensors that they computed (attention biases, by device).
+        runs: how often every module ran.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class Trace:
     outputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
     inputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
     caches: list[tuple[nn.Module, str]] = field(default_factory=list)
+    runs: Counter[nn.Module] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._axes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -176,7 +179,7 @@ class Trace:
         """The batch-norm that reads a layer's output, if nothing else reads it and the norm reads nothing else."""
         readers = self._readers.get(layer, [])
         norm = readers[0] if len(readers) == 1 else None
-        return norm if norm is not None and self._norm_calls[norm] == 1 else None
+        return norm if norm is not None and max(self._norm_calls[norm], self.runs[norm]) == 1 else None
 
     def note_reading(self, args: Any, out: Any) -> None:
         """Keep track of which layer's parameters and outputs the tensors are."""
@@ -197,13 +200,21 @@ class Trace:
             return
         norm = owners[0] if owners and "batch_norm" in self.operator and tensors[0] not in self._owner else None
         for tensor in tensors:
-            if tensor in self._made_by:
-                self._readers.setdefault(self._made_by[tensor], []).append(norm)
+            self.note_reader(tensor, norm or self._computing_norm())
         if norm is not None:
             self._norm_calls[norm] += 1
         elif owners and self.operator in _LAYERS:
             for made in tensors_in(out):
                 self._made_by[made] = owners[-1]
+
+    def _computing_norm(self) -> nn.Module | None:
+        """The batch-norm that is running, if its forward pass computes with operators of its own (frozen ones)."""
+        return self.stack[-1] if self.stack and is_batchnorm(self.stack[-1]) else None
+
+    def note_reader(self, tensor: Tensor, reader: nn.Module | None) -> None:
+        """Note who reads a tensor: a batch-norm, or anybody else."""
+        if tensor in self._made_by:
+            self._readers.setdefault(self._made_by[tensor], []).append(reader)
 
     def unread(self) -> list[Tensor]:
         """The parameters that no operator has read."""
