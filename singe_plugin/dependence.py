@@ -35,7 +35,7 @@ _DRAWS = (1.0, 0.1, 0.01)  # of the parameters' own size: small ones saturate no
 
 
 def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: ScoringOptions) -> None:
-    """All scores of a group are zero: raise unless that is the truth.
+    """Raise unless it is the truth that all scores of a group are zero.
 
     It is the truth if F stays what it is when the units go, and would depend on them with other weights. Where random
     weights let nothing through most of the network, or weights are masked, the zeros are taken for true. The caller
@@ -99,7 +99,7 @@ def _check_removal(walker: Walker) -> None:
 
 
 def depends_on(model: nn.Module, evaluate: Callable[[_Call], Tensor]) -> set[str]:
-    """The names of the parameters that F depends on somewhere: where the gradient at random parameters is not zero.
+    """Name the parameters that F depends on somewhere: where the gradient at random parameters is not zero.
 
     Args:
         model: not changed: the parameters are substituted for each call.
@@ -126,7 +126,7 @@ def depends_on(model: nn.Module, evaluate: Callable[[_Call], Tensor]) -> set[str
 
 
 def _drawn(parameter: Tensor, size: float, generator: torch.Generator) -> Tensor:
-    """Random values of the parameter's size; 0.1 where all of it is zero."""
+    """Draw random values of the parameter's size; 0.1 where all of it is zero."""
     values = parameter.detach()
     if not values.numel() or not (values.is_floating_point() or values.is_complex()):
         return values

@@ -35,7 +35,7 @@ _Check = Callable[[Any], bool]
 
 
 def encode(value: Any) -> Any:
-    """Plain values for JSON, which has no tuples."""
+    """Turn plain values into those that JSON has, which knows no tuples."""
     if isinstance(value, tuple):
         return {"tuple": [encode(v) for v in value]}
     if isinstance(value, list):
@@ -46,7 +46,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """What :func:`encode` was given.
+    """Return what :func:`encode` was given.
 
     Raises:
         ArtifactError: if it has another form.
@@ -82,7 +82,7 @@ def _dict_of(check: _Check) -> _Check:
 
 
 def _form(**parts: _Check) -> _Check:
-    """A dictionary with exactly these keys."""
+    """Check for a dictionary with exactly these keys."""
     return lambda value: type(value) is dict and set(value) == set(parts) and all(c(value[k]) for k, c in parts.items())
 
 

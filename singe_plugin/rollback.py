@@ -21,7 +21,7 @@ class Rewinding(Protocol):
     """What knows by itself how to go back: the groups of a model, a fine-tuning."""
 
     def rewinder(self) -> Callable[[], None]:
-        """A function that puts everything back to where it is now, but for what tensors and attributes hold."""
+        """Return a function that puts everything back to where it is now, but for what tensors and attributes hold."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Trackers:
     emas: list[nn.Module] = field(default_factory=list)
 
     def ema_models(self) -> list[nn.Module]:
-        """The averaged models themselves, out of their wrappers."""
+        """Take the averaged models out of their wrappers."""
         inner = [getattr(e, "module", e) for e in self.emas]
         return [m if isinstance(m, nn.Module) else e for m, e in zip(inner, self.emas, strict=True)]
 
@@ -114,9 +114,9 @@ _open: list[set[int]] = []  # of every block that is being run, the ids of what 
 def all_or_nothing(
     model: nn.Module, finetune: Rewinding | None, trackers: Trackers, graph: Rewinding | None = None
 ) -> Iterator[None]:
-    """If the block fails, model, graph, optimizer, EMA, scheduler, loader and random states are as before.
+    """Put model, graph, optimizer, EMA, scheduler, loader and random states back if the block fails.
 
-    The modes of the modules are, in any case. The values of all weights are copied once: in a block inside of another
+    The modes of the modules are put back in any case. The values of all weights are copied once: in a block inside of another
     one that puts back the same model and trackers, a failure leaves them to that one, which it goes through.
 
     Args:

@@ -25,7 +25,7 @@ _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def unit_group(group: Any, units: Sequence[Sequence[int]] | None = None) -> UnitGroup:
-    """The producing rows of a torch-pruning group, for the scoring engine.
+    """Find the producing rows of a torch-pruning group, for the scoring engine.
 
     Args:
         group: any group; its root's indices may be a subset. It is not changed.
@@ -48,7 +48,7 @@ def unit_group(group: Any, units: Sequence[Sequence[int]] | None = None) -> Unit
 
 
 def _name_of(group: Any) -> str:
-    """The qualified name of the layer that a group is rooted at."""
+    """Return the qualified name of the layer that a group is rooted at."""
     target = group[0].dep.target
     return str(group._DG._module2name.get(target.module, target.name))
 
@@ -75,7 +75,7 @@ def _producer(group: Any, number: int, slots: tuple[Slot, ...], unit_of_root: di
 
 
 def _folded_norm(node: Any) -> nn.Module | None:
-    """The batch-norm that reads this layer and nothing else, if the layer is read by nothing else."""
+    """Find the batch-norm that reads this layer and nothing else, if the layer is read by nothing else."""
     readers = {id(n): n for n in node.outputs}
     if not isinstance(node.module, _LAYERS) or len(readers) != 1:
         return None
@@ -88,7 +88,7 @@ def _folded_norm(node: Any) -> nn.Module | None:
 
 
 def _slots(graph: Any, dep: Any) -> tuple[Slot, ...]:
-    """The parameters whose rows produce the channels of one item of a group; none if it only reads them.
+    """Return the parameters whose rows produce the channels of one item of a group; none if it only reads them.
 
     Raises:
         GroupError: for a layer or pruning function that is not known.

@@ -112,7 +112,7 @@ class AxisGraph(ModelAxes):
         self.rank()
 
     def _outer(self) -> set[Atom]:
-        """Leaves whose units contain units of other leaves; of two groups of one layer they are named second."""
+        """Find the leaves whose units contain units of others; of two groups of one layer they are named second."""
         found: set[Atom] = set()
         for held in self.held:
             for axis in held.axes:
@@ -148,7 +148,7 @@ class AxisGraph(ModelAxes):
                 first.add(group)
 
     def rewinder(self) -> Callable[[], None]:
-        """A function that gives all groups the sizes that they have now, and forgets later removals."""
+        """Return a function that gives all groups the sizes that they have now, and forgets later removals."""
         sizes = [(group.leaf.root(), group.size) for group in self.groups.values()]
         scale_rows = [[rows for _, _, rows in scale.rows] for scale in self.scales]
         removals = len(self.history)
@@ -164,7 +164,7 @@ class AxisGraph(ModelAxes):
         return rewind
 
     def drop(self, name: str, reason: str) -> None:
-        """Leave a group whole."""
+        """Leave a group whole, for a reason."""
         group = self.groups.pop(name)
         group.leaf.root().fixed = reason
         self._dropped[name] = reason
@@ -173,7 +173,7 @@ class AxisGraph(ModelAxes):
 
 
 def _chains(axis: Axis) -> Iterator[list[Atom]]:
-    """Leaves that meet in one product, outermost first."""
+    """Yield the leaves that meet in one product, outermost first."""
     atoms = expand(axis)
     own = [a for a in atoms if a.parts is None]
     inner = [chain for a in atoms if a.parts is not None for part in a.parts for chain in _chains(part)]

@@ -71,13 +71,13 @@ def adapt(graph: ModelAxes) -> None:
 
 
 def follow(graph: ModelAxes, owner: nn.Module, attr: str, axis: Axis, path: tuple[Any, ...] = ()) -> None:
-    """From now on, ``owner.attr`` (or what is found in it along ``path``) is the size of ``axis``."""
+    """Let ``owner.attr`` (or what is found in it along ``path``) be the size of ``axis`` from now on."""
     graph.trace.links.setdefault(Place(owner, attr, path), []).append((Fraction(1), axis))
 
 
 @adapter(nn.MultiheadAttention)
 def multihead_attention(graph: ModelAxes, layer: nn.MultiheadAttention) -> None:
-    """The layer insists on as many channels inside as outside, and divides by the square root of its head width."""
+    """Adapt to a layer that is as wide inside as outside, and divides by the square root of its head width."""
     if layer.in_proj_weight is None or layer.bias_k is not None:
         for parameter in layer.parameters():
             for axis in graph.trace.of(parameter):
@@ -98,7 +98,7 @@ def multihead_attention(graph: ModelAxes, layer: nn.MultiheadAttention) -> None:
 
 @adapter(nn.Bilinear)
 def bilinear(graph: ModelAxes, layer: nn.Bilinear) -> None:
-    """Its attributes are the sizes of its weight, and nothing in its forward pass says so."""
+    """Link its attributes to the sizes of its weight, for nothing in its forward pass does."""
     names = ("out_features", "in1_features", "in2_features")
     for attr, axis in zip(names, graph.trace.of(layer.weight), strict=True):
         follow(graph, layer, attr, axis)

@@ -108,7 +108,7 @@ class Trace:
             self._link_own(module)
 
     def _link_own(self, module: nn.Module) -> None:
-        """The widths that a layer keeps follow its own tensors."""
+        """Let the widths that a layer keeps follow its own tensors."""
         for attr, name, dim in own_widths(module):
             tensor: Tensor | None = module._parameters.get(name)
             tensor = module._buffers.get(name) if tensor is None else tensor
@@ -125,7 +125,7 @@ class Trace:
         return f"{self.operator} in {where}"
 
     def of(self, tensor: Tensor) -> list[Axis]:
-        """The axes of a tensor; one that was not seen before is a constant, which nothing can be removed from."""
+        """Return the axes of a tensor; one that was not seen before is a constant, and nothing can go from it."""
         axes: list[Axis] | None = self._axes.get(tensor)  # type: ignore[no-untyped-call]
         if axes is None:
             axes = self._axes[tensor] = [fresh(s, "it is combined with a constant tensor") for s in tensor.shape]
@@ -169,14 +169,14 @@ class Trace:
         self.spent.append((size, f"{self.why} depends on its size"))
 
     def note_scale(self, size: TrackedInt) -> None:
-        """A size is about to become a factor (``head_dim ** -0.5``): a removal would change it."""
+        """Note that a size becomes a factor (``head_dim ** -0.5``): a removal would change it."""
         where = type(self.stack[-1]).__name__ if self.stack else "the model"
         self.scales.append((size, f"{where} computes a scale from its size"))
 
     # -- who reads whom -------------------------------------------------------------------------------------------
 
     def sole_reader(self, layer: nn.Module) -> nn.Module | None:
-        """The batch-norm that reads a layer's output, if nothing else reads it and the norm reads nothing else."""
+        """Find the batch-norm that reads a layer's output, if nothing else reads it and the norm reads nothing else."""
         readers = self._readers.get(layer, [])
         norm = readers[0] if len(readers) == 1 else None
         return norm if norm is not None and max(self._norm_calls[norm], self.runs[norm]) == 1 else None
@@ -208,7 +208,7 @@ class Trace:
                 self._made_by[made] = owners[-1]
 
     def _computing_norm(self) -> nn.Module | None:
-        """The batch-norm that is running, if its forward pass computes with operators of its own (frozen ones)."""
+        """Return the batch-norm that is running, which may compute with other operators (frozen ones do)."""
         return self.stack[-1] if self.stack and is_batchnorm(self.stack[-1]) else None
 
     def note_reader(self, tensor: Tensor, reader: nn.Module | None) -> None:
@@ -217,7 +217,7 @@ class Trace:
             self._readers.setdefault(self._made_by[tensor], []).append(reader)
 
     def unread(self) -> list[Tensor]:
-        """The parameters that no operator has read."""
+        """List the parameters that no operator has read."""
         return [p for p in self.model.parameters() if p not in self._read]
 
     def forget(self) -> None:
@@ -229,7 +229,7 @@ class Trace:
         self._counts[self.operator] += 1
 
     def count(self, operator: str) -> int:
-        """How often an operator ran."""
+        """Return how often an operator ran."""
         return self._counts[operator]
 
     def note_attention(self, query: Tensor) -> None:

@@ -10,7 +10,7 @@ __all__ = ["own_widths", "refresh_widths"]
 
 
 def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """``(attribute, parameter or buffer, dimension)`` of the widths that PyTorch's layers keep.
+    """Yield ``(attribute, parameter or buffer, dimension)`` of the widths that PyTorch's layers keep.
 
     Example:
         >>> list(own_widths(nn.Linear(2, 3)))

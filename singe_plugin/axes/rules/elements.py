@@ -75,7 +75,7 @@ def constant(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("normal")
 def _normal(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    """Of tensors of means or deviations, or of a size."""
+    """Draw from tensors of means or deviations, or of a size."""
     given = [*args, *kwargs.values()]
     (pointwise if any(isinstance(x, Tensor) for x in given) else _uniform)(t, args, kwargs, out)
 
