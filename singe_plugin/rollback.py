@@ -116,8 +116,8 @@ def all_or_nothing(
 ) -> Iterator[None]:
     """Put model, graph, optimizer, EMA, scheduler, loader and random states back if the block fails.
 
-    The modes of the modules are put back in any case. The values of all weights are copied once: in a block inside of another
-    one that puts back the same model and trackers, a failure leaves them to that one, which it goes through.
+    The modes of the modules are put back in any case. The values of all weights are copied once: in a block inside of
+    another one that puts back the same model and trackers, a failure leaves them to that one, which it goes through.
 
     Args:
         model: the model.
