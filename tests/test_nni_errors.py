@@ -216,7 +216,9 @@ def test_layers_that_a_wrapper_cannot_mask_are_refused() -> None:
     config = [{"op_names": ["first", "fc"], "sparse_ratio": 0.5}]
     with pytest.raises(ConfigError, match=r"parameters Passed uses without calling them.*exclude_op_names=\['fc'\]"):
         SInGEPruner(Passed(), config, **asked(batches=vectors()))
-    kept = channel_masks(SInGEPruner(Passed(), [{**config[0], "op_names": ["first"]}], **asked(batches=vectors())).compress()[1])
+    kept = channel_masks(
+        SInGEPruner(Passed(), [{**config[0], "op_names": ["first"]}], **asked(batches=vectors())).compress()[1]
+    )
     assert int(kept["first"].sum()) == 4
     model = mlp()
     nn.utils.parametrizations.weight_norm(model[2])

@@ -300,8 +300,8 @@ def test_a_removal_that_fails_half_way_is_undone() -> None:
     graph = AxisGraph(net, example())
     before, failed = fingerprint(net), 0
     for k in range(20):
-        wrapped = Fault(k, MemoryError).around(removal._swap_data)
-        with mock.patch.object(removal, "_swap_data", wrapped):
+        wrapped = Fault(k, MemoryError).around(removal.swap_data)
+        with mock.patch.object(removal, "swap_data", wrapped):
             try:
                 remove_units(graph, graph.groups["first"], [1])
             except MemoryError:
