@@ -1,0 +1,159 @@
+"""Options are defined once: whoever adds a field to a class finds it everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import singe_plugin
+from singe_plugin import FineTune, Pace, Scoring
+from singe_plugin.errors import ConfigError
+from singe_plugin.fields import described, given, spellings
+
+ROOT = Path(__file__).parent.parent
+
+ADDING = """
+import importlib.util, json, sys
+spec = importlib.util.find_spec("singe_plugin.options")
+source = spec.loader.get_source("singe_plugin.options")
+mark = "    p: float = option("
+assert source.count(mark) == 1
+edited = source.replace(mark, '    dummy: int = option(default=3, text="A dummy that means nothing.")\\n' + mark)
+module = importlib.util.module_from_spec(spec)
+sys.modules["singe_plugin.options"] = module
+exec(compile(edited, spec.origin, "exec"), module.__dict__)  # the one edit
+
+import inspect
+import torch
+from click.testing import CliRunner
+from torch import nn
+import singe_plugin
+from singe_plugin import FineTune, Pace, SInGEImportance, Scoring
+from singe_plugin.cli import main
+from singe_plugin.fields import table
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+
+batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
+found = {}
+found["importance"] = SInGEImportance(dummy=5).scoring.dummy
+found["signature"] = "dummy" in inspect.signature(SInGEImportance).parameters
+found["by position"] = SInGEImportance("ig", 7).scoring.dummy
+result = singe_plugin.prune(net(), batches, target="params=0.5", scoring=Scoring(dummy=5), finetune=0)
+found["record"] = result.options["scoring"]["dummy"]
+weights = singe_plugin.prune_weights(net(), batches, scoring=Scoring(dummy=6), pace=Pace(rounds=1), finetune=0)
+found["record of weights"] = weights.options["scoring"]["dummy"]
+found["help"] = "A dummy that means nothing." in " ".join(CliRunner().invoke(main, ["prune", "--help"]).output.split())
+found["docs"] = "| `dummy` | `3` | A dummy that means nothing. |" in table(Scoring)
+found["docstring"] = "dummy: A dummy that means nothing." in Scoring.__doc__
+if importlib.util.find_spec("nni") is not None:
+    from singe_plugin.integrations.nni import SInGEPruner
+    config = [{"op_types": ["Linear"], "exclude_op_names": ["2"], "sparse_ratio": 0.5}]
+    found["nni"] = SInGEPruner(net(), config, batches=batches, scoring=Scoring(dummy=8)).scoring.dummy
+print(json.dumps(found))
+"""
+
+
+def test_a_new_option_is_one_edit() -> None:
+    run = subprocess.run([sys.executable, "-c", ADDING], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    expected = {
+        "importance": 5, "signature": True, "by position": 7, "record": 5, "record of weights": 6, "help": True,
+        "docs": True, "docstring": True,
+    }  # fmt: skip
+    if importlib.util.find_spec("nni") is not None:
+        expected["nni"] = 8
+    assert json.loads(run.stdout.splitlines()[-1]) == expected
+
+
+def test_the_page_of_options_is_what_the_classes_say() -> None:
+    spec = importlib.util.spec_from_file_location("write_options", ROOT / "docs" / "write_options.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "options.md").read_text() == module.page(), "run python docs/write_options.py"
+
+
+@pytest.mark.parametrize("cls", [Scoring, Pace, FineTune])
+def test_every_field_is_documented_in_whole_sentences(cls: type) -> None:
+    for field in dataclasses.fields(cls):
+        text = field.metadata["text"]
+        assert text.lstrip("`")[0].isupper() or text[0] == "`", field.name
+        assert text.rstrip().endswith("."), field.name
+        assert f"{field.name}: {text}" in (cls.__doc__ or "")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(cls(), dataclasses.fields(cls)[0].name, None)
+
+
+def test_the_command_has_every_option_that_it_can_spell() -> None:
+    targets = {target for spelling in spellings(Scoring, Pace, FineTune) for target in spelling.targets}
+    for cls in (Scoring, Pace, FineTune):
+        for field in dataclasses.fields(cls):
+            assert ((cls, field.name) in targets) is field.metadata["command"], field.name
+    names = [spelling.name for spelling in spellings(Scoring, Pace, FineTune)]
+    flags = [flag for spelling in spellings(Scoring, Pace, FineTune) for flag in spelling.flags]
+    assert len(names) == len(set(names))
+    assert len(flags) == len(set(flags))
+
+
+def test_what_stands_for_an_object() -> None:
+    assert given(Scoring, "ig_abs", "scoring", "criterion") == Scoring("ig_abs")
+    assert given(Pace, None, "pace", "order") == Pace()
+    assert given(FineTune, 7, "finetune", "steps") == FineTune(steps=7)
+    assert given(Scoring, len, "scoring", "criterion").criterion is len
+    for cls, value, name, field in ((Pace, 3.5, "pace", "order"), (FineTune, True, "finetune", "steps")):
+        with pytest.raises(
+            ConfigError, match=rf"{name} must be a {cls.__name__}, or its {field}, got {type(value).__name__}"
+        ):
+            given(cls, value, name, field)
+    with pytest.raises(ConfigError, match=r"unknown order 'round' \(did you mean 'rounds'\?\); choose one of"):
+        given(Pace, "round", "pace", "order")
+
+
+def test_a_record_is_the_same_in_every_process_and_plain() -> None:
+    options = FineTune([(1, 2)], loss=lambda a, b: a, optimizer=None, ema=None)
+    record = described(options)
+    assert json.loads(json.dumps(record)) == record
+    assert record["loader"] == "list"
+    assert " at 0x" not in json.dumps(record)
+
+
+MOST = 16  # parameters of one function or constructor
+
+
+def public() -> list[tuple[str, Any]]:
+    """Every function and class that a module of ours names as public."""
+    found = []
+    for info in pkgutil.walk_packages(singe_plugin.__path__, "singe_plugin."):
+        if "nni" in info.name and importlib.util.find_spec("nni") is None:
+            continue
+        module = importlib.import_module(info.name)
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if getattr(value, "__module__", "") == info.name and callable(value):
+                found.append((f"{info.name}.{name}", value))
+    return found
+
+
+def test_no_public_function_takes_more_than_sixteen_parameters() -> None:
+    many = {}
+    for name, value in public():
+        try:
+            count = len(inspect.signature(value).parameters)
+        except (TypeError, ValueError):
+            continue
+        if count > MOST:
+            many[name] = count
+    assert many == {}
