@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Measurement, TaskSpec, timer
 
 from singe_plugin.checks import check_count
 from singe_plugin.nested import call_model, tensors_in
@@ -64,6 +63,8 @@ def latency_of(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup:
         >>> found.median_ms > 0, found.batch, found.device
         (True, 4, 'cpu')
     """
+    from torch.utils.benchmark import Measurement, TaskSpec, timer  # it imports setuptools and looks for compilers
+
     check_count("repeats", repeats, 1, "number of passes")
     check_count("warmup", warmup, 0, "number of passes")
     device, threads, times = model_device(model), torch.get_num_threads(), []

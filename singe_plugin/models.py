@@ -8,7 +8,7 @@ import importlib
 import pickle
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _prefix(path: Path, names: Iterable[str], own: Container[str]) -> str:
+def _prefix(path: Path, names: Iterable[str], own: Collection[str]) -> str:
     """What stands before most of the model's names."""
     counts = Counter(
         name[:start]
@@ -181,7 +181,7 @@ def _prefix(path: Path, names: Iterable[str], own: Container[str]) -> str:
     )
     most = max(counts.values(), default=0)
     best = [prefix for prefix, count in counts.items() if count == most]
-    if len(best) > 1 and "" not in best:
+    if len(best) > 1 and most == len(own) and "" not in best:
         raise ArtifactError(
             f"{path} holds the weights of several such models ({', '.join(map(repr, best))}); keep those of one of them"
         )

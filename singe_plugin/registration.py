@@ -52,8 +52,8 @@ class _Registrar(MetaPathFinder):
 
     def _integration_is_there(self, module: ModuleType) -> None:
         module.register()
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+        # a new list: another thread may be going through the old one
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
 
 
 class _Then(Loader):
@@ -63,6 +63,8 @@ class _Then(Loader):
         self.loader, self.after = loader, after
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # copying asks before there is a loader
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -44,10 +44,10 @@ with warnings.catch_warnings():
 before = torch.get_rng_state(), random.getstate()
 present = set(sys.modules)
 import singe_plugin
-assert singe_plugin.score_units and singe_plugin.SInGEPruner is tp.pruner.SInGEPruner
+assert singe_plugin.score_units and singe_plugin.prune and singe_plugin.SInGEPruner is tp.pruner.SInGEPruner
 assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 added = set(sys.modules) - present  # torch-pruning itself imports timm
-print(sorted({"nni", "timm", "sklearn", "matplotlib", "pandas", "singe_plugin.artifact"} & added))
+print(sorted({"nni", "timm", "sklearn", "matplotlib", "pandas", "setuptools"} & added))
 print(sorted({"nni", "sklearn", "matplotlib"} & set(sys.modules)))
 """
     assert python(code, "-W", "error") == "[]\n[]"
@@ -64,6 +64,8 @@ import singe_plugin; from torch_pruning import importance; import torch_pruning 
 import singe_plugin; from torch_pruning.pruner.importance import TaylorImportance; import torch_pruning as tp
 import singe_plugin; importlib.reload(singe_plugin); import torch_pruning as tp
 import singe_plugin; importlib.util.find_spec("torch_pruning").loader.get_source; import torch_pruning as tp
+import singe_plugin; copy.deepcopy(importlib.util.find_spec("torch_pruning")); import torch_pruning as tp
+import singe_plugin; import torch_pruning as tp; importlib.reload(tp)
 import singe_plugin; imported_by_threads(); import torch_pruning as tp
 import singe_plugin; interrupted(); import torch_pruning as tp
 """
@@ -72,7 +74,7 @@ import singe_plugin; interrupted(); import torch_pruning as tp
 def test_the_names_are_registered_in_every_order_of_imports() -> None:
     """And the finder that waited is gone, with the modules as if it had never been there."""
     code = f"""
-import importlib.machinery, importlib.util, sys, threading
+import copy, importlib.machinery, importlib.util, sys, threading
 import torch, timm  # not to be imported again each time
 
 def imported_by_threads():

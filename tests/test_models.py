@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
 from singe_plugin.errors import ArtifactError
@@ -123,6 +125,7 @@ class Evil:
         (lambda s: lightning("model.", {**s, "fc.bias": torch.ones(7)}), "'fc.bias' has shape (7,), the model's is"),
         (lambda s: {**s, "fc.bias": 7}, "'fc.bias' has shape 7, the model's is (3,)"),
         (lambda s: {"x": torch.ones(1)}, "it lacks 'fc.bias'"),
+        (lambda s: {f"{i}.fc.{k}": s["fc." + k] for i in "ab" for k in ("bias", "weight")}, "not of this"),
         (lambda s: timm_train(s, metric=np.float64(3)), "it is a pickle that may run code (numpy"),
         (lambda s: net(), "torch.save(torch.load(path, weights_only=False)['state_dict'], new_path)"),
     ],
@@ -142,3 +145,16 @@ def test_no_code_of_a_file_is_run(tmp_path: Path) -> None:
         load_weights(net(), tmp_path / "w.pth")
     assert not (tmp_path / "made").exists()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_what_timms_saver_writes_of_a_compiled_model_and_its_average(tmp_path: Path) -> None:
+    made, average, found = (timm.create_model("test_resnet", num_classes=3) for _ in range(3))
+    optimizer = torch.optim.SGD(made.parameters(), 0.1, 0.9)
+    args = argparse.Namespace(model="test_resnet", lr=0.1)
+    for ema, expected in ((None, made), (ModelEmaV3(average), average)):
+        saver = CheckpointSaver(torch.compile(made), optimizer, args, ema, checkpoint_dir=str(tmp_path))
+        saver.save_checkpoint(3, metric=0.5)
+        note = " (its averaged weights, state_dict_ema)" if ema is not None else ""
+        assert load_weights(found, tmp_path / "last.pth.tar") == f"checkpoint last.pth.tar{note}"
+        pairs = zip(found.state_dict().values(), expected.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
