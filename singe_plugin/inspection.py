@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from singe_plugin.budget import count_macs, count_params
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
 from singe_plugin.fields import described, given

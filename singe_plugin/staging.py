@@ -15,9 +15,9 @@ from torch import nn
 from singe_plugin.architecture import Builder, Structure
 from singe_plugin.axes import Trackers
 from singe_plugin.batches import check_batch, split_batch
-from singe_plugin.budget import count_macs, count_params
 from singe_plugin.checkpoint import CHECKPOINT, seed_everything
 from singe_plugin.checks import check_count
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, LogCallback

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from singe_plugin import FineTune, UnstructuredPruner, prune, prune_weights
 from singe_plugin.batches import MOST_BATCHES
-from singe_plugin.budget import CostModel, Target
+from singe_plugin.budget import Target
+from singe_plugin.costs import CostModel
 from singe_plugin.data import as_loader, is_dataset, lone_example, scoring_batches
 from singe_plugin.errors import BudgetError, ConfigError, DataError, GroupError, ScoringError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner

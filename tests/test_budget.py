@@ -15,16 +15,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.budget import (
-    CostModel,
-    LayerSpec,
-    Target,
-    TensorCost,
-    count_macs,
-    count_macs_by_module,
-    count_params,
-    plan_removals,
-)
+from singe_plugin.budget import LayerSpec, Target, plan_removals
+from singe_plugin.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 

@@ -15,7 +15,8 @@ from test_prune import assert_same_run, entwined
 from torch import Tensor, nn
 
 from singe_plugin import Callback, Result, SingeError, prune
-from singe_plugin.budget import CostModel, LayerSpec, Target, TensorCost, count_params, plan_removals
+from singe_plugin.budget import LayerSpec, Target, plan_removals
+from singe_plugin.costs import CostModel, TensorCost, count_params
 from singe_plugin.cli import main
 from singe_plugin.errors import ConfigError
 from singe_plugin.inspection import inspect_model

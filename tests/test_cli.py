@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.budget import count_macs, count_params
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.cli import main
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import data_config, digits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singe_plugin import FineTune, prune, prune_weights
 from singe_plugin.axes import AxisGraph, remove_units, verify_groups
-from singe_plugin.budget import count_macs
+from singe_plugin.costs import count_macs
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner

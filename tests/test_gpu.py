@@ -14,7 +14,7 @@ import singe_plugin
 from singe_plugin import FineTune, Result, prune, prune_weights
 from singe_plugin.architecture import Builder
 from singe_plugin.axes import AxisGraph, verify_groups
-from singe_plugin.budget import count_macs
+from singe_plugin.costs import count_macs
 from singe_plugin.data import evaluate
 from singe_plugin.errors import ScoringError
 from singe_plugin.events import Callback

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from singe_plugin.axes import AxisGraph, remove_units, verify_groups
 from singe_plugin.axes.substitutes import SharedNoise, double_inputs, random_inputs
-from singe_plugin.budget import count_macs
+from singe_plugin.costs import count_macs
 from singe_plugin.errors import GroupError
 from singe_plugin.nested import call_model, tensors_in, to_device
 from singe_plugin.options import Scoring

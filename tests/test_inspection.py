@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin import prune
-from singe_plugin.budget import count_macs
+from singe_plugin.costs import count_macs
 from singe_plugin.inspection import inspect_model
 
 from asked import asked

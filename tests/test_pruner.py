@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from singe_plugin.budget import count_macs, count_params
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.errors import BudgetError, ScoringError
 from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.finetune import FineTune

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import singe_plugin
 from singe_plugin import Callback, FineTune
 from singe_plugin.axes import AxisGraph, Snapshot, Trackers, removal, remove_units, verify_groups
-from singe_plugin.budget import count_macs
+from singe_plugin.costs import count_macs
 from singe_plugin.latency import measure_latency
 from singe_plugin.data import evaluate
 from singe_plugin.errors import SingeError

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.budget import LayerSpec, count_params
+from singe_plugin.budget import LayerSpec
+from singe_plugin.costs import count_params
 from singe_plugin.events import FinetuneStep
 from singe_plugin.loop import Loop, Pause, in_layers
 from singe_plugin.progress import Progress

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from singe_plugin.budget import POINT, CostModel, LayerSpec, Target, plan_removals
+from singe_plugin.budget import POINT, LayerSpec, Target, plan_removals
+from singe_plugin.costs import CostModel
 from singe_plugin.errors import BudgetError
 from singe_plugin.progress import Progress
 
@@ -37,7 +38,7 @@ def counts_for(
     Raises:
         BudgetError: if the target cannot be met within one point, with the nearest that can.
     """
-    before = host.sizes()[target.kind]
+    before = host.sizes(target.kind)[target.kind]
     return _nearest(host, target, ratios, round_to, scores, host.layers(), host.costs(), before, POINT)
 
 
@@ -49,7 +50,7 @@ def _nearest(
     scores: Scores | None,
     specs: list[LayerSpec],
     costs: CostModel,
-    before: int,
+    before: float,
     point: float,
 ) -> Counts:
     """As :func:`counts_for`, given what the host says: within a point, or else the best that is within ``point``."""
@@ -62,7 +63,7 @@ def _nearest(
             if not tried:
                 raise
             break
-        reached = 1 - host.trial(counts)[target.kind] / before
+        reached = 1 - host.trial(counts, target.kind) / before
         tried.append((abs(reached - target.fraction), reached, counts))
         aim += target.fraction - reached
         if tried[-1][0] <= POINT or not 0 < aim < 1:
@@ -111,7 +112,8 @@ class Rounds:
         if self.progress.goal:
             return {name: round(count * share) - removed.get(name, 0) for name, count in self.progress.goal.items()}
         specs, costs = [self._spec(spec) for spec in self.host.layers()], self.host.costs()
-        now, first = self.host.sizes(), self.progress.before
+        first = self.progress.before
+        now = self.host.sizes() if self.target is None else self.host.sizes(self.target.kind)
         if self.target is None:
             ratio = 1 - (1 - self.pruning_ratio * share) * first["units"] / now["units"]
             return plan_removals(specs, costs, None, self.ratios, self.round_to, scores, max(ratio, 0.0))

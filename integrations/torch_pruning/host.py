@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
-from singe_plugin.budget import CostModel, LayerSpec, TensorCost, count_macs, count_macs_by_module, count_params
+from singe_plugin.budget import LayerSpec
+from singe_plugin.costs import KINDS, CostModel, TensorCost, count_macs_by_module, count_params
 
 from .graph import AxisDependencyGraph, AxisGroup
 from .scorers import Ranking
@@ -86,13 +87,11 @@ class TorchPruningHost:
     def params(self) -> int:
         return count_params(self.model)
 
-    def sizes(self) -> dict[str, int]:
-        """The model's parameters and MACs, and the units of its prunable layers."""
-        return {
-            "params": count_params(self.model),
-            "macs": count_macs(self.model, self.example_inputs),
-            "units": sum(group.size for group in self._groups.values()),
-        }
+    def sizes(self, *kinds: str) -> dict[str, Any]:
+        """The units of the prunable layers, and what some kinds of targets count: parameters and MACs in any case."""
+        names = dict.fromkeys(("params", "macs", *kinds))
+        found = {kind: KINDS[kind].measure(self.model, self.example_inputs) for kind in names}
+        return found | {"units": sum(group.size for group in self._groups.values())}
 
     def costs(self) -> CostModel:
         links: dict[int, list[tuple[int, str, float]]] = {}
@@ -116,13 +115,13 @@ class TorchPruningHost:
                 tensors.append(TensorCost(tuple(parameter.shape), tuple(found), float(macs)))
         return CostModel(tuple(tensors), fixed, by_module[""])
 
-    def trial(self, plan: dict[str, int]) -> dict[str, int]:
-        """Parameters and MACs after really removing that many (arbitrary) units; everything is put back."""
+    def trial(self, plan: dict[str, int], kind: str) -> float:
+        """What a kind of target counts after really removing that many (arbitrary) units; everything is put back."""
         undo = Snapshot(self.model, self.graph.axis_graph)
         try:
             for name, count in plan.items():
                 remove_units(self.graph.axis_graph, self._groups[name], range(count))
-            return {"params": count_params(self.model), "macs": count_macs(self.model, self.example_inputs)}
+            return KINDS[kind].measure(self.model, self.example_inputs)
         finally:
             undo.restore()
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
 from singe_plugin.batches import materialise
-from singe_plugin.budget import Target, count_macs, count_params, plan_removals
+from singe_plugin.budget import Target, plan_removals
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.errors import BudgetError, ConfigError, DataError
 from singe_plugin.events import Callback, History
 from singe_plugin.fields import given
@@ -406,8 +407,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self.pace.order == "layers":
             return Progress(self._plan(host))
         by_ratio = bool(self.target is None and self.pruning_ratio_dict)
+        kinds = () if self.target is None else (self.target.kind,)
         fixed = isinstance(self.pace.ratios, Mapping) or self.pace.ratios not in BY_SCORE or by_ratio
-        return Progress({}, goal=self._plan(host) if fixed else {}, before=host.sizes())
+        return Progress({}, goal=self._plan(host) if fixed else {}, before=host.sizes(*kinds))
 
     def loop(
         self, host: TorchPruningHost, progress: Progress, callback: Callback, save: Callable[[Progress], None] | None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import Trackers
 from singe_plugin.batches import check_batch, in_memory, materialise
-from singe_plugin.budget import count_macs_by_module, count_params
+from singe_plugin.costs import count_macs_by_module, count_params
 from singe_plugin.data import example_from
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, History

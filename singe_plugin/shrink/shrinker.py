@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from singe_plugin.architecture import Builder, Structure, describe_structure
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, remove_units
 from singe_plugin.axes.algebra import contains
-from singe_plugin.budget import count_macs, count_params
 from singe_plugin.checks import is_number
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.data import few
 from singe_plugin.errors import ConfigError, GroupError, is_of_the_machine
 from singe_plugin.events import History, Removed

@@ -1,0 +1,160 @@
+"""Parameters and MACs: counted, and predicted for the network that is left.
+
+One MAC is one multiply-add; ``torch.utils.flop_counter`` counts two operations for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from singe_plugin.errors import ConfigError
+from singe_plugin.nested import call_model
+from singe_plugin.state import preserved, unfused_attention
+
+__all__ = [
+    "KINDS", "CostModel", "Kind", "TensorCost", "check_kind", "count_macs", "count_macs_by_module", "count_params",
+]  # fmt: skip
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+# PyTorch counts what CUDA runs for attention, but not what a CPU does
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def count_params(model: nn.Module) -> int:
+    """The number of parameters; a shared one counts once.
+
+    Example:
+        >>> count_params(torch.nn.Linear(3, 2))
+        8
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """MACs of one forward pass, per module (nested modules count in their parents too); ``""`` is the whole model.
+
+    Counted with ``torch.utils.flop_counter`` in eval mode, for the batch that is given.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    with preserved(model), unfused_attention(), torch.no_grad(), counter:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)  # the counter asks for the gradient function of what wants a gradient
+        model.eval()
+        call_model(model, example_inputs)
+    root = type(model).__name__
+    counts: dict[str, int] = {}
+    for name, operations in counter.get_flop_counts().items():
+        total = sum(int(v) for v in operations.values()) // 2
+        if name == "Global":
+            counts[""] = total
+        elif name.startswith(f"{root}."):
+            counts[name[len(root) + 1 :]] = total
+    counts.setdefault("", 0)
+    return counts
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-adds of one forward pass over ``example_inputs`` (the whole batch).
+
+    Example:
+        >>> count_macs(torch.nn.Linear(3, 2), torch.zeros(1, 3))
+        6
+    """
+    return count_macs_by_module(model, example_inputs)[""]
+
+
+@dataclass(frozen=True)
+class TensorCost:
+    """A parameter whose size depends on what is removed.
+
+    Attributes:
+        shape: its shape now.
+        links: ``(dimension, layer, positions that go with each unit)``.
+        macs: multiply-adds that scale with its number of elements.
+    """
+
+    shape: tuple[int, ...]
+    links: tuple[tuple[int, str, float], ...] = ()
+    macs: float = 0.0
+
+    def elements(self, removed: Mapping[str, int]) -> float:
+        """Its number of elements after ``removed[layer]`` units are gone."""
+        sizes = [float(s) for s in self.shape]
+        for dim, layer, per_unit in self.links:
+            sizes[dim] -= per_unit * removed.get(layer, 0)
+        return math.prod(max(s, 0.0) for s in sizes)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts parameters and MACs of the pruned network from the number of units removed per layer.
+
+    Parameters are exact; MACs are those of convolutions and linear layers scaled exactly, the rest constant.
+    """
+
+    tensors: tuple[TensorCost, ...]
+    fixed_params: int = 0
+    total_macs: int = 0
+    _base: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def params(self, removed: Mapping[str, int]) -> float:
+        """The parameters after the removals."""
+        return self.fixed_params + sum(t.elements(removed) for t in self.tensors)
+
+    def macs(self, removed: Mapping[str, int]) -> float:
+        """The multiply-adds after the removals."""
+        moving = sum(t.macs for t in self.tensors)
+        left = sum(t.macs * t.elements(removed) / math.prod(t.shape) for t in self.tensors if t.macs)
+        return self.total_macs - moving + left
+
+    def cost(self, kind: str, removed: Mapping[str, int]) -> float:
+        """What a target of some kind counts, after the removals."""
+        check_kind(kind)
+        return KINDS[kind].predict(self, removed)
+
+    def removed_fraction(self, kind: str, removed: Mapping[str, int]) -> float:
+        """The fraction of parameters or MACs that goes."""
+        if kind not in self._base:
+            self._base[kind] = self.cost(kind, {})
+        return 1 - self.cost(kind, removed) / max(self._base[kind], 1e-12)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that can be counted, and so be a target.
+
+    Attributes:
+        measure: ``(model, example inputs) -> number``: what the model has.
+        predict: ``(cost model, units removed by layer) -> number``: what it would have. Where that is not exact, the
+            plan is corrected by what is measured.
+    """
+
+    measure: Callable[[nn.Module, Any], float]
+    predict: Callable[[CostModel, Mapping[str, int]], float]
+
+
+KINDS = {
+    "params": Kind(lambda model, _: count_params(model), CostModel.params),
+    "macs": Kind(count_macs, CostModel.macs),
+}
+"""Name -> what is counted; one MAC is one multiply-add."""
+
+
+def check_kind(kind: object) -> None:
+    """Raise :class:`ConfigError` for something that is not counted."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"{kind!r} is not a target kind: what can be counted, and so be a target, is {' and '.join(KINDS)} (one "
+            "MAC is one multiply-add, two FLOPs); give e.g. 'params=0.5' or 'macs=0.5'"
+        )
