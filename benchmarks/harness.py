@@ -21,11 +21,12 @@ import torch_pruning as tp
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.budget import BY_SCORE
 from singe_plugin.data import evaluate
 from singe_plugin.folding import fold_batchnorm
-from singe_plugin.integrations.torch_pruning import SInGEImportance
+from singe_plugin.options import Scoring
+from singe_plugin.pace import BY_SCORE, Pace
 from singe_plugin.state import model_device
+from singe_plugin.tuner import Tuner
 
 from graphs import graphed_loss
 from records import append, environment, peak_mb, read
@@ -83,12 +84,17 @@ COMPARED: list[tuple[str, float, str, dict[str, Any]]] = [
     (method, target, "post", MORE_DATA[method] if method == "ig_abs" else {})
     for target in (0.75, 0.9) for method in ("ig_abs", "taylor", "magnitude_l2")
 ] + [("ig", 0.9, every, LAYERS) for every in ("post", "layer")]  # fmt: skip
-OF_IMPORTANCE = ("mu", "p", "nodes", "quadrature", "steps", "path", "objective", "group_reduction")
-OF_PRUNE = (
-    "ratios", "units_per_step", "order", "rounds", "schedule", "max_pruning_ratio", "min_width",
-    "scoring_batch_size",
-    "scoring_batch_count", "fold",
-)  # fmt: skip
+# what a row's options are called -> the fields of the library's options
+OF_CRITERION = {name: name for name in ("mu", "p", "nodes", "quadrature", "steps", "path", "group_reduction")}
+OF_DATA = {"objective": "objective", "scoring_batch_size": "batch_size", "scoring_batch_count": "batches"}
+OF_PACE = {"schedule": "course"} | {
+    name: name for name in ("ratios", "units_per_step", "order", "rounds", "max_pruning_ratio", "min_width")
+}
+
+
+def taken(options: dict[str, Any], *names: dict[str, str]) -> dict[str, Any]:
+    """Those of a row's options that have a name there, under that name."""
+    return {new: options[old] for table in names for old, new in table.items() if old in options}
 
 
 @dataclass(frozen=True)
@@ -141,21 +147,21 @@ class _Clock(singe_plugin.Callback):
         self.times += 1
 
 
-def importance_of(method: str, options: dict[str, Any], classes: int) -> Any:
-    """The importance that a method's name means.
+def scoring_of(method: str, options: dict[str, Any], classes: int) -> Scoring:
+    """What a method's name means: a criterion of ours, or a peer.
 
     Torch-pruning takes the mean over the layers of a group and divides the scores by the group's mean; where units of
     different layers are compared, or the widths come from that, this is the sum instead, not divided (it helps all of
     them; LAMP's own normalisation is made for comparing, and stays).
     """
     if method not in PEERS:
-        return SInGEImportance(method, **{k: v for k, v in options.items() if k in OF_IMPORTANCE})
-    taken = inspect.signature(PEERS[method]).parameters
-    given: dict[str, Any] = {"num_classes": classes} if "num_classes" in taken else {}
-    compared = options["ratios"] in BY_SCORE or "widths_of" in options
-    if compared and "normalizer" in taken and method != "lamp":
+        return Scoring(method, **taken(options, OF_CRITERION, OF_DATA))
+    known = inspect.signature(PEERS[method]).parameters
+    given: dict[str, Any] = {"num_classes": classes} if "num_classes" in known else {}
+    compared = "widths_of" in options or options["ratios"] in BY_SCORE
+    if compared and "normalizer" in known and method != "lamp":
         given |= {"normalizer": None, "group_reduction": "sum"}
-    return PEERS[method](**given)
+    return Scoring(PEERS[method](**given), **taken(options, OF_DATA))
 
 
 def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
@@ -170,10 +176,10 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
     row["tuned" if spec.entwined else "pruned"] = _accuracy(spec, setting, result.model)
     if spec.steps and not spec.entwined:
         torch.manual_seed(spec.seed)
-        finetune = finetuning(setting, spec, spec.steps, "end")
-        finetune.prepare(result.model)
+        tuner = Tuner(finetuning(setting, spec, spec.steps, "end"))
+        tuner.prepare(result.model)
         try:
-            finetune.run(result.model, spec.steps, singe_plugin.Callback())
+            tuner.run(result.model, spec.steps, singe_plugin.Callback())
             row["tuned"] = _accuracy(spec, setting, result.model)
         except singe_plugin.SingeError as error:  # what was measured before stays
             row["error"] = _text(error)
@@ -202,14 +208,14 @@ def _channels(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[st
 def _pruned(spec: Spec, setting: Setting, options: dict[str, Any], clock: _Clock) -> tuple[Any, dict[str, Any]]:
     if options["order"] == "layers":
         options = {k: v for k, v in options.items() if k != "rounds"}
-    importance = importance_of(spec.method, options, setting.classes)
+    scoring = scoring_of(spec.method, options, setting.classes)
     during = (spec.steps, spec.every) if spec.entwined else (0, "end")
     result = singe_plugin.prune(
-        setting.make(), setting.train, target=f"params={spec.target}", importance=importance, seed=spec.seed,
-        finetune=finetuning(setting, spec, *during),
-        callbacks=[clock], **{k: v for k, v in options.items() if k in OF_PRUNE},
+        setting.make(), setting.train, target=f"params={spec.target}", scoring=scoring, seed=spec.seed,
+        pace=Pace(**taken(options, OF_PACE)), finetune=finetuning(setting, spec, *during), callbacks=[clock],
+        fold=options.get("fold", False),
     )  # fmt: skip
-    passes = importance.options.passes if isinstance(importance, SInGEImportance) else None
+    passes = scoring.passes if isinstance(scoring.criterion, str) else None
     return result, {
         "removed_params": result.removed_params, "removed_macs": result.removed_macs, "passes_per_scoring": passes,
     }  # fmt: skip
@@ -219,8 +225,8 @@ def _weights(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str
     options = dict(spec.options)
     amount = {"pattern": options.pop("pattern")} if "pattern" in options else {"sparsity": spec.target}
     result = singe_plugin.prune_weights(
-        setting.make(), setting.train, criterion=spec.method, seed=spec.seed, finetune_steps=0, callbacks=[clock],
-        **amount, **options,
+        setting.make(), setting.train, scoring=Scoring(spec.method, **taken(options, OF_CRITERION, OF_DATA)),
+        pace=Pace(**taken(options, OF_PACE)), seed=spec.seed, finetune=0, callbacks=[clock], **amount,
     )  # fmt: skip
     return result, {"masked": result.weight_sparsity, "removed_macs": result.removed_macs}
 

@@ -20,7 +20,8 @@ import torch_pruning as tp
 from scipy.stats import spearmanr
 
 from singe_plugin.integrations.torch_pruning.groups import unit_group
-from singe_plugin.scoring import ScoringOptions, path_gradient_norms
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import path_gradient_norms
 
 from cifar_resnet import decode, resnet56
 from records import commit
@@ -59,7 +60,7 @@ def main() -> None:
             for criterion in args.criteria:
                 scores = {}
                 for rule, nodes in [("geometric", 1), *RULES]:
-                    options = ScoringOptions(criterion, mu=args.mu, quadrature=rule, nodes=nodes)
+                    options = Scoring(criterion, mu=args.mu, quadrature=rule, nodes=nodes)
                     key = (rule, nodes, None if rule == "geometric" else criterion)
                     if key not in walks:
                         walks[key] = path_gradient_norms(model, units, [batch], options)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import singe_plugin
 from singe_plugin.data import evaluate
-from singe_plugin.integrations.staging import resolve_device
+from singe_plugin.staging import resolve_device
 
 from graphs import graphed_loss
 from records import environment, peak_mb

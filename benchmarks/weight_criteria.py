@@ -15,7 +15,7 @@ import sys
 import torch
 
 from singe_plugin import prune_weights
-from singe_plugin.artifact import Builder
+from singe_plugin.architecture import Builder
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import data_config, digits
 from singe_plugin.demo import DemoSettings, train

@@ -1,37 +1,69 @@
 """SInGE pruning (NeurIPS 2022): rank a neuron by integrating its gradient along the path that walks it to zero.
 
-Importing this package registers ``tp.importance.SInGEImportance`` and ``tp.pruner.SInGEPruner`` when
-torch-pruning is installed. timm, scikit-learn, matplotlib and NNI are imported only by what needs them.
+With this package imported, torch-pruning has ``tp.importance.SInGEImportance`` and ``tp.pruner.SInGEPruner``, in
+whatever order the two are imported. Names are imported when they are used, and PyTorch, torch-pruning, timm,
+scikit-learn, matplotlib and NNI by what needs them.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from singe_plugin.errors import SingeError
-from singe_plugin.events import Callback, History
-from singe_plugin.finetune import FineTune
-from singe_plugin.folding import fold_batchnorm
-from singe_plugin.scoring import ScoringOptions, score_error, score_units
+from singe_plugin.errors import (
+    ArtifactError,
+    BudgetError,
+    ConfigError,
+    DataError,
+    FoldingError,
+    GroupError,
+    MissingPackageError,
+    RemovalError,
+    ScoringError,
+    SingeError,
+    TiedParameterError,
+)
+from singe_plugin.registration import register_with_torch_pruning
 
 if TYPE_CHECKING:
-    from singe_plugin.artifact import Builder, load, save
-    from singe_plugin.integrations.prune import Result, prune
+    from singe_plugin.architecture import Builder
+    from singe_plugin.artifact import load, save
+    from singe_plugin.events import Callback, History, ProgressBar
+    from singe_plugin.finetune import FineTune
+    from singe_plugin.folding import fold_batchnorm
+    from singe_plugin.integrations.prune import prune
+    from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
     from singe_plugin.masks import hold_masks
+    from singe_plugin.options import Scoring
+    from singe_plugin.pace import Pace
+    from singe_plugin.result import Result
+    from singe_plugin.scoring import score_error, score_units
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtifactError",
+    "BudgetError",
     "Builder",
     "Callback",
+    "ConfigError",
+    "DataError",
     "FineTune",
+    "FoldingError",
+    "GroupError",
     "History",
+    "MissingPackageError",
+    "Pace",
+    "ProgressBar",
+    "RemovalError",
     "Result",
-    "ScoringOptions",
+    "SInGEImportance",
+    "SInGEPruner",
+    "Scoring",
+    "ScoringError",
     "SingeError",
+    "TiedParameterError",
     "UnstructuredPruner",
     "fold_batchnorm",
     "hold_masks",
@@ -44,24 +76,30 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Builder": "singe_plugin.artifact",
-    "Result": "singe_plugin.integrations.prune",
-    "UnstructuredPruner": "singe_plugin.integrations.unstructured",
-    "hold_masks": "singe_plugin.masks",
-    "load": "singe_plugin.artifact",
-    "prune": "singe_plugin.integrations.prune",
-    "prune_weights": "singe_plugin.integrations.unstructured",
-    "save": "singe_plugin.artifact",
+    "architecture": ("Builder",),
+    "artifact": ("load", "save"),
+    "events": ("Callback", "History", "ProgressBar"),
+    "finetune": ("FineTune",),
+    "folding": ("fold_batchnorm",),
+    "integrations.prune": ("Result", "prune"),
+    "integrations.torch_pruning": ("SInGEImportance", "SInGEPruner"),
+    "integrations.unstructured": ("UnstructuredPruner", "prune_weights"),
+    "masks": ("hold_masks",),
+    "options": ("Scoring",),
+    "pace": ("Pace",),
+    "scoring": ("score_error", "score_units"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'singe_plugin' has no attribute {name!r}")
+    home = next((module for module, names in _LAZY.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'singe_plugin' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"singe_plugin.{home}"), name)
 
 
-if importlib.util.find_spec("torch_pruning") is not None:
-    from singe_plugin.integrations.torch_pruning import register
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
-    register()
+
+register_with_torch_pruning()

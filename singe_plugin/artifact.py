@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from singe_plugin.architecture import Builder, build_by
 from singe_plugin.checkpoint import forget
-from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.errors import ArtifactError
 from singe_plugin.events import History
 from singe_plugin.files import REMEDY, describe, parse, seal, unseal, write_atomically, write_text
 from singe_plugin.folding import replace_folded
-from singe_plugin.masks import masks_of, named_tensors, plain_tensors, plain_types
+from singe_plugin.masks import masks_of, named_tensors, plain_tensors
 from singe_plugin.record import (
-    NOT_STRUCTURE,
     allocating_at_most,
     check_builder,
     check_record,
@@ -36,180 +36,13 @@ from singe_plugin.record import (
     check_tensors,
     check_widths,
     decode,
-    encode,
 )  # fmt: skip
 from singe_plugin.result import LayerRow, Metrics, Result
-from singe_plugin.state import RngState
 
-__all__ = ["Builder", "Structure", "load", "read", "save"]
+__all__ = ["FORMAT", "MASKS", "RECORD", "TENSORS", "load", "read", "save"]
 
 FORMAT = 2
 TENSORS, RECORD, MASKS = "model.safetensors", "singe.json", "masks.safetensors"
-
-
-@dataclass(frozen=True)
-class Builder:
-    """How to build the unpruned architecture: a timm model by name, or a function that the user names.
-
-    Attributes:
-        kind: ``"timm"`` or ``"factory"``.
-        name: timm's model name, or ``"package.module:function"``.
-        options: keyword arguments; plain JSON values.
-
-    Example:
-        >>> Builder.factory("torch.nn:Linear", in_features=3, out_features=2).build()
-        Linear(in_features=3, out_features=2, bias=True)
-    """
-
-    kind: str
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def timm(cls, name: str, **options: Any) -> Builder:
-        """``timm.create_model(name, pretrained=False, **options)``."""
-        return cls("timm", name, options)
-
-    @classmethod
-    def factory(cls, name: str, **options: Any) -> Builder:
-        """``"package.module:function"``, called with ``options``.
-
-        Raises:
-            ConfigError: if the name has another form.
-        """
-        if name.count(":") != 1 or not all(name.split(":")):
-            raise ConfigError(f"factory {name!r} is not of the form 'package.module:function'")
-        return cls("factory", name, options)
-
-    def build(self) -> nn.Module:
-        """Build the architecture, with whatever weights it initialises itself with.
-
-        Raises:
-            ArtifactError: if the module, function or model does not exist, or fails.
-        """
-        what = f"{self.kind}:{self.name} with {self.options}"
-        if self.kind == "timm":
-            timm = importlib.import_module("timm")
-            return _built(what, lambda: timm.create_model(self.name, pretrained=False, **self.options))
-        if self.kind == "factory":
-            module, _, function = self.name.partition(":")
-            return _built(what, lambda: getattr(importlib.import_module(module), function)(**self.options))
-        raise ArtifactError(f"unknown kind of builder {self.kind!r}; choose 'timm' or 'factory'")
-
-    def check(self, model: nn.Module) -> None:
-        """Raise :class:`ArtifactError` unless building gives exactly the modules and shapes of ``model``."""
-        built = self.build()
-        ours, theirs = _signature(model), _signature(built)
-        what = "tensors"
-        if ours == theirs:  # other activations or pooling have the same tensors
-            ours, theirs, what = _modules(model), _modules(built), "modules"
-        if ours != theirs:
-            names = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
-            raise ArtifactError(
-                f"builder {self.kind}:{self.name} {self.options} does not build this model: "
-                f"{len(names)} {what} differ, the first is {names[0]!r}; give the options it was made with"
-            )
-
-    @classmethod
-    def infer(cls, model: nn.Module) -> Builder | None:
-        """The builder of a timm model, from what it knows of itself; None if that does not build the same model."""
-        config = getattr(model, "pretrained_cfg", None) or {}
-        name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
-        if not name or not hasattr(model, "num_classes"):
-            return None
-        options: dict[str, Any] = {"num_classes": model.num_classes}
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None and first.in_channels * first.groups not in (3,):
-            options["in_chans"] = first.in_channels
-        builder = cls.timm(str(name), **options)
-        try:
-            builder.check(model)
-        except ArtifactError:
-            return None
-        return builder
-
-
-def _built(what: str, make: Callable[[], Any]) -> nn.Module:
-    """What a function makes, if that is a module; random states are left alone."""
-    rng = RngState.capture()
-    try:
-        model = make()
-    except ArtifactError:
-        raise
-    except Exception as error:
-        raise ArtifactError(f"the architecture {what} cannot be built: {type(error).__name__}: {error}") from error
-    finally:
-        rng.restore()
-    if not isinstance(model, nn.Module):
-        raise ArtifactError(f"the architecture {what}: {type(model).__name__} was made of it, not a torch.nn.Module")
-    return model
-
-
-def _signature(model: nn.Module) -> dict[str, Any]:
-    return {name: tuple(tensor.shape) for name, tensor in plain_tensors(model)}
-
-
-def _modules(model: nn.Module) -> dict[str, Any]:
-    """The type and the plain attributes of every module, masks apart."""
-    plain = Structure.of(model).modules
-    return {name: (kind.__qualname__, plain[name]) for name, kind in plain_types(model)}
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(v) for v in value)
-    if isinstance(value, dict):
-        return bool(value) and all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    return isinstance(value, _PLAIN)
-
-
-@dataclass
-class Structure:
-    """The plain attributes of every module (widths, groups, heads, split sizes), to see what removals changed."""
-
-    modules: dict[str, dict[str, Any]]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Structure:
-        """Read them off a model."""
-        found = {}
-        for name, module in model.named_modules():
-            found[name] = {
-                key: list(value) if isinstance(value, list) else value
-                for key, value in module.__dict__.items()
-                if key not in NOT_STRUCTURE and not key.startswith("_") and _is_plain(value)
-            }
-        return cls(found)
-
-    def changes_to(self, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """``module -> {attribute: new value}`` for what is different now, ready for JSON."""
-        changes: dict[str, dict[str, Any]] = {}
-        for name, attributes in Structure.of(model).modules.items():
-            old = self.modules.get(name)
-            if old is None:
-                continue
-            new = {k: encode(v) for k, v in attributes.items() if k not in old or old[k] != v}
-            if new:
-                changes[name] = new
-        return changes
-
-
-def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[str, str]]) -> dict[str, Any]:
-    """What :func:`load` needs to turn the unpruned architecture into ``model``."""
-    channels_last = [
-        name
-        for name, t in plain_tensors(model)
-        if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-    ]
-    return {
-        "attributes": before.changes_to(model),
-        "folded": [list(pair) for pair in folded],
-        "channels_last": channels_last,
-        "frozen": [n for n, t in plain_tensors(model) if isinstance(t, nn.Parameter) and not t.requires_grad],
-    }
 
 
 def save(result: Result, directory: str | Path, builder: Builder | None = None) -> Path:
@@ -350,7 +183,7 @@ def _architecture(
 ) -> nn.Module:
     """The unpruned model, by what the caller gives or the record says."""
     if factory is not None:
-        return _built("of the factory that was given", factory)
+        return build_by("of the factory that was given", factory)
     builder = Builder(**record["builder"])
     if trust:
         return builder.build()

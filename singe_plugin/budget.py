@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from singe_plugin.errors import BudgetError, ConfigError
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
+from singe_plugin.pace import BY_SCORE, RATIOS
 from singe_plugin.state import preserved, unfused_attention
 
 __all__ = [
-    "BY_SCORE",
-    "MIN_WIDTH",
-    "RATIOS",
     "CostModel",
     "LayerSpec",
     "Target",
@@ -38,11 +36,9 @@ __all__ = [
     "plan_removals",
 ]
 
-BY_SCORE = ("global", "per_cost")
-RATIOS = ("uniform", "block", *BY_SCORE)
+
 KINDS = ("params", "macs")
 POINT = 0.01
-MIN_WIDTH = 4  # units that a layer keeps at least in prune(), if nothing is said (benchmarks/min_width.py)
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 
 

@@ -20,13 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import Progress
 from singe_plugin.errors import ArtifactError, SingeError
 from singe_plugin.events import History
 from singe_plugin.files import describe, parse, seal, unseal, write_atomically
-from singe_plugin.finetune import FineTune, beside
 from singe_plugin.masks import named_tensors
+from singe_plugin.progress import Progress
 from singe_plugin.state import RngState
+from singe_plugin.tuner import Tuner, beside
 
 __all__ = ["CHECKPOINT", "fitting", "forget", "is_checkpoint", "read_checkpoint", "restore_run", "write_checkpoint"]
 
@@ -39,7 +39,7 @@ def write_checkpoint(
     path: Path,
     model: nn.Module,
     progress: Progress,
-    finetune: FineTune | None,
+    tuner: Tuner | None,
     history: History,
     fingerprint: Mapping[str, Any],
     extra: Mapping[str, Any],
@@ -72,8 +72,8 @@ def write_checkpoint(
         "history": history.rows,
         "rng": _pack_rng(RngState.capture(), "rng", tensors),
     }
-    if finetune is not None:
-        record["finetune"] = _pack_finetune(finetune, model, tensors)
+    if tuner is not None:
+        record["finetune"] = _pack_finetune(tuner, model, tensors)
     flat = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     try:
         header = json.dumps(seal({**record, "tensors": describe(flat)}))
@@ -179,7 +179,7 @@ def fitting() -> Iterator[None]:
         ) from error
 
 
-def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, finetune: FineTune | None) -> None:
+def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, tuner: Tuner | None) -> None:
     """Put values, optimizer, random generators and loader position back; the model already has its pruned shape.
 
     Raises:
@@ -196,8 +196,8 @@ def restore_run(record: Mapping[str, Any], tensors: Tensors, model: nn.Module, f
                 )
             tensor.copy_(value)
     with fitting():
-        if finetune is not None and record.get("finetune") is not None:
-            _unpack_finetune(record["finetune"], tensors, finetune, model)
+        if tuner is not None and record.get("finetune") is not None:
+            _unpack_finetune(record["finetune"], tensors, tuner, model)
         _unpack_rng(record["rng"], "rng", tensors).restore()
 
 
@@ -225,10 +225,10 @@ def _unpack_rng(packed: Mapping[str, Any], key: str, tensors: Tensors) -> RngSta
     return RngState(tensors[f"{key}.cpu"], cuda, (version, tuple(internal), gauss), numpy)
 
 
-def _pack_finetune(finetune: FineTune, model: nn.Module, tensors: Tensors) -> dict[str, Any]:
+def _pack_finetune(tuner: Tuner, model: nn.Module, tensors: Tensors) -> dict[str, Any]:
     names = {id(p): n for n, p in model.named_parameters()}
-    record: dict[str, Any] = {"done": finetune.done, "state": {}, "groups": [], "ema": finetune.ema is not None}
-    for optimizer in finetune.optimizers:
+    record: dict[str, Any] = {"done": tuner.done, "state": {}, "groups": [], "ema": tuner.options.ema is not None}
+    for optimizer in tuner.optimizers:
         for parameter, state in optimizer.state.items():
             name = names.get(id(parameter))
             if name is None:
@@ -242,28 +242,28 @@ def _pack_finetune(finetune: FineTune, model: nn.Module, tensors: Tensors) -> di
                     plain[key] = {"value": value}
             record["state"][name] = plain
         record["groups"] = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    if finetune.scheduler is not None:
-        record["scheduler"] = finetune.scheduler.state_dict()
-    if finetune.scaler is not None:
-        record["scaler"] = finetune.scaler.state_dict()
-    if finetune.ema is not None:
-        tensors.update({f"ema.{name}": t for name, t in named_tensors(finetune.ema)})
-    position = finetune.stream.position()
+    if tuner.options.scheduler is not None:
+        record["scheduler"] = tuner.options.scheduler.state_dict()
+    if tuner.scaler is not None:
+        record["scaler"] = tuner.scaler.state_dict()
+    if tuner.options.ema is not None:
+        tensors.update({f"ema.{name}": t for name, t in named_tensors(tuner.options.ema)})
+    position = tuner.stream.position()
     record["stream"] = {"taken": position["taken"], "loaders": len(position["loaders"]), "rng": None}
     for i, state in enumerate(position["loaders"]):
         tensors[f"stream.loader.{i}"] = state
     if position["start"] is not None:
         record["stream"]["rng"] = _pack_rng(position["start"], "stream.rng", tensors)
-    record["generators"] = len(finetune.stream.generators)
-    for i, generator in enumerate(finetune.stream.generators):
+    record["generators"] = len(tuner.stream.generators)
+    for i, generator in enumerate(tuner.stream.generators):
         tensors[f"stream.now.{i}"] = generator.get_state()
     return record
 
 
-def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, finetune: FineTune, model: nn.Module) -> None:
-    finetune.done = record["done"]
+def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, tuner: Tuner, model: nn.Module) -> None:
+    tuner.done = record["done"]
     parameters = dict(model.named_parameters())
-    for optimizer in finetune.optimizers:
+    for optimizer in tuner.optimizers:
         optimizer.state.clear()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, plain in record["state"].items():
@@ -278,21 +278,21 @@ def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, finetune: Fine
             optimizer.state[parameter] = state
         for live, saved in zip(optimizer.param_groups, record["groups"], strict=True):
             live.update({k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in saved.items()})
-    if finetune.scheduler is not None and "scheduler" in record:
-        finetune.scheduler.load_state_dict(record["scheduler"])
-    if finetune.scaler is not None and "scaler" in record:
-        finetune.scaler.load_state_dict(record["scaler"])
-    if finetune.ema is not None and record["ema"]:
+    if tuner.options.scheduler is not None and "scheduler" in record:
+        tuner.options.scheduler.load_state_dict(record["scheduler"])
+    if tuner.scaler is not None and "scaler" in record:
+        tuner.scaler.load_state_dict(record["scaler"])
+    if tuner.options.ema is not None and record["ema"]:
         with torch.no_grad():
-            for name, tensor in named_tensors(finetune.ema):
+            for name, tensor in named_tensors(tuner.options.ema):
                 if tensors[f"ema.{name}"].shape != tensor.shape:
                     raise ValueError(f"the ema has another shape for {name!r}")
                 tensor.copy_(tensors[f"ema.{name}"])
     stream = record["stream"]
     start = None if stream["rng"] is None else _unpack_rng(stream["rng"], "stream.rng", tensors)
     loaders = [tensors[f"stream.loader.{i}"] for i in range(stream["loaders"])]
-    finetune.stream.seek({"taken": stream["taken"], "start": start, "loaders": loaders})
-    for i, generator in enumerate(finetune.stream.generators[: record["generators"]]):
+    tuner.stream.seek({"taken": stream["taken"], "start": start, "loaders": loaders})
+    for i, generator in enumerate(tuner.stream.generators[: record["generators"]]):
         generator.set_state(tensors[f"stream.now.{i}"])
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from singe_plugin.batches import materialise, read, split_batch
 from singe_plugin.errors import DataError, SingeError
-from singe_plugin.objective import call_model, materialise, read, split_batch, tensors_in, to_device
+from singe_plugin.nested import call_model, map_tensors, tensors_in, to_device
 from singe_plugin.state import model_device, preserved
 
 __all__ = ["as_loader", "evaluate", "example_from", "few", "is_dataset", "lone_example", "scoring_batches"]
@@ -150,17 +151,8 @@ def example_from(batch: Any, device: torch.device, examples: int = 2) -> Any:
 
 
 def few(value: Any, count: int) -> Any:
-    """The first ``count`` examples of a batch, in tensors, lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return value[:count] if value.ndim else value
-    if isinstance(value, dict):
-        return {k: few(v, count) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        taken = [few(v, count) for v in value]
-        if hasattr(value, "_fields"):  # a named tuple
-            return type(value)(*taken)
-        return tuple(taken) if isinstance(value, tuple) else taken
-    return value
+    """The first ``count`` examples of a batch, whatever its tensors are nested in."""
+    return map_tensors(lambda tensor: tensor[:count] if tensor.ndim else tensor, value)
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:

@@ -19,12 +19,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from singe_plugin.artifact import Builder, load, save
+from singe_plugin.architecture import Builder
+from singe_plugin.artifact import load, save
 from singe_plugin.budget import measure_latency
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import Splits, data_config, digits
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import write_atomically
+from singe_plugin.finetune import FineTune
 from singe_plugin.inspection import figure_two
 from singe_plugin.report import Point, markdown_table, write_report
 from singe_plugin.result import Result
@@ -240,11 +242,11 @@ def _prune_both(
     def once(steps: int, verify: bool) -> Result:
         model = copy.deepcopy(network)
         pruned: Result = prune(
-            model, splits.train, target=f"params={target}", finetune_steps=steps,
-            lr=settings.finetune_lr, criterion=METHODS[method] or "ig",
-            importance=_taylor() if METHODS[method] is None else None,
-            val_data=_validation(splits), seed=seed, builder=builder, device="cpu", verify=verify,
+            model, splits.train, target=f"params={target}", scoring=METHODS[method] or _taylor(),
+            finetune=FineTune(steps=steps, lr=settings.finetune_lr), val_data=_validation(splits), seed=seed,
+            device="cpu", verify=verify,
         )  # fmt: skip
+        pruned.builder = builder
         return pruned
 
     return once(0, False), once(settings.finetune_steps, verify)

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.batches import inputs_for
 from singe_plugin.decay import decaying
 from singe_plugin.errors import ScoringError
 from singe_plugin.masks import masks_of
-from singe_plugin.objective import call_model, get_objective, inputs_for, tensors_in, to_device
+from singe_plugin.nested import call_model, tensors_in, to_device
+from singe_plugin.options import Scoring
 from singe_plugin.state import forget_caches, model_device, preserved
 from singe_plugin.units import UnitGroup
 from singe_plugin.walk import Walker
-
-if TYPE_CHECKING:
-    from singe_plugin.scoring import ScoringOptions
 
 __all__ = ["check_zeros", "depends_on"]
 
@@ -32,7 +31,7 @@ Call = Callable[..., Any]
 _DRAWS = (1.0, 0.1, 0.01)  # of the parameters' own size: small ones saturate nothing
 
 
-def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: ScoringOptions) -> None:
+def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: Scoring) -> None:
     """All scores of a group are zero: raise unless that is the truth.
 
     It is the truth if F stays what it is when the units go, and would depend on them with other weights. Where random
@@ -54,7 +53,7 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
             _check_removal(walker)
     if masks_of(model):
         return  # what is masked lets nothing through, whatever the weights are
-    objective = get_objective(options.objective)
+    objective = options.function
     owned = {id(slot.tensor) for producer in group.producers for slot in producer.slots}
     mine = {name for name, parameter in model.named_parameters() if id(parameter) in owned}
     found: set[str] = set()

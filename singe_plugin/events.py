@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from singe_plugin.files import write_text
@@ -119,6 +119,9 @@ class Callback:
         ...         self.removed += len(event.units)
     """
 
+    def on_model(self, model: nn.Module) -> None:
+        """Before everything else, also of a run that goes on: the model, which a callback may act on."""
+
     def on_run_start(self, event: RunStarted) -> None:
         """Before the first layer."""
 
@@ -135,7 +138,7 @@ class Callback:
         """After each layer, fine-tuning included."""
 
     def on_round_done(self, event: RoundDone) -> None:
-        """After each round, where layers are pruned together (see :mod:`singe_plugin.rounds`)."""
+        """After each round, where layers are pruned together (see :mod:`singe_plugin.loop`)."""
 
     def on_run_end(self, event: RunEnded) -> None:
         """After the last layer and the last step."""
@@ -146,6 +149,10 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self.callbacks: Sequence[Callback] = tuple(callbacks)
+
+    def on_model(self, model: nn.Module) -> None:
+        for callback in self.callbacks:
+            callback.on_model(model)
 
     def on_run_start(self, event: RunStarted) -> None:
         for callback in self.callbacks:

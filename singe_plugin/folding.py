@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import FoldingError
 from singe_plugin.masks import mask_module
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, relative_change, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import RowLayout, tied_parameters
 
 __all__ = [
     "FoldingReport",
+    "can_fold",
     "eval_outputs",
     "fold_batchnorm",
     "foldable_pairs",
     "is_batchnorm",
     "norm_scale_shift",
-    "relative_change",
     "replace_folded",
 ]
 
@@ -54,6 +54,22 @@ def is_batchnorm(module: object) -> bool:
         and all(isinstance(getattr(module, n, None), Tensor) for n in ("running_mean", "running_var"))
         and hasattr(module, "eps")
     )
+
+
+def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether a norm, if it reads this layer alone and nothing else does, can be made a part of the layer.
+
+    It then is a batch-norm with running statistics that has one channel per output of the layer.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Conv2d(3, 4, 1)
+        >>> [can_fold(layer, torch.nn.BatchNorm2d(width)) for width in (4, 2)]
+        [True, False]
+    """
+    width = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
+    mean = getattr(norm, "running_mean", None)
+    return is_batchnorm(norm) and mean is not None and width == len(mean)
 
 
 def norm_scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -179,16 +195,11 @@ def foldable_pairs(
             left[names[norm]] = f"the weight of {names[layers[0]]} is computed (parametrized)"
         elif any(id(parameter) in ties for parameter in layers[0]._parameters.values()):
             left[names[norm]] = f"{names[layers[0]]} shares a parameter with another layer"
-        elif not _rows_match(layers[0], norm):
+        elif not can_fold(layers[0], norm):
             left[names[norm]] = f"it does not have one channel per output of {names[layers[0]]}"
         else:
             pairs.append((names[layers[0]], names[norm]))
     return pairs, left
-
-
-def _rows_match(layer: nn.Module, norm: nn.Module) -> bool:
-    width = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
-    return bool(width == len(norm.running_mean))  # type: ignore[arg-type]
 
 
 def _count_readers(outputs: Any) -> dict[Any, int]:
@@ -270,14 +281,6 @@ def eval_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     with preserved(model), torch.no_grad():
         model.eval()
         return [t.clone() for t in tensors_in(call_model(model, example_inputs)) if t.is_floating_point()]
-
-
-def relative_change(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference of two lists of outputs, relative to the largest value of each."""
-    changes = [
-        float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)) for x, y in zip(a, b, strict=True) if x.numel()
-    ]
-    return max(changes, default=0.0)
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
-from singe_plugin.algorithm import units_per_removal
-from singe_plugin.budget import BY_SCORE, count_macs, count_params
+from singe_plugin.budget import count_macs, count_params
 from singe_plugin.data import scoring_batches
 from singe_plugin.errors import BudgetError
-from singe_plugin.objective import to_device
+from singe_plugin.fields import described, given
+from singe_plugin.finetune import FineTune
+from singe_plugin.nested import to_device
+from singe_plugin.options import Scoring
+from singe_plugin.pace import BY_SCORE, Pace, units_per_turn
 from singe_plugin.report import Curves, gradient_curves, markdown_table
-from singe_plugin.rounds import covered, decided, scored_on
-from singe_plugin.scoring import ScoringOptions
+from singe_plugin.staging import examples_in
 from singe_plugin.state import model_device
 
 __all__ = ["GroupRow", "Inspection", "RunCost", "figure_two", "inspect_model", "pruner_of"]
@@ -111,16 +114,17 @@ class Inspection:
         if self.cost is None:
             parts.append(f"no cost for {self.options['target'] or 'no target'}: {self.problem}")
         else:
-            cost, options = self.cost, self.options
-            how = f"{options['rounds']} rounds"
-            if options["order"] == "layers":
-                how = f"one layer after the other, units_per_step={options['units_per_step']}"
-            by = f"ratios={options['ratios']}" + (", counted as uniform" if options["ratios"] in BY_SCORE else "")
+            cost, options, pace, scoring = self.cost, self.options, self.options["pace"], self.options["scoring"]
+            how = f"{pace['rounds']} rounds"
+            if pace["order"] == "layers":
+                how = f"one layer after the other, units_per_step={pace['units_per_step']}"
+            ratios = pace["ratios"]
+            by = f"ratios={ratios}" + (", counted as uniform" if isinstance(ratios, str) and ratios in BY_SCORE else "")
             parts.append(
                 f"{options['target'] or 'no target'} in {how}, {by}: "
                 f"{cost.units_removed} units removed, {cost.scorings} scorings of {cost.passes_per_scoring} passes"
-                f"{' per unit' if self.options['path'] == 'neuron' else ''} on each of "
-                f"{options['scoring_batch_count']} batches = {cost.scoring_passes} forward and backward passes, plus "
+                f"{' per unit' if scoring['path'] == 'neuron' else ''} on each of "
+                f"{scoring['batches']} batches = {cost.scoring_passes} forward and backward passes, plus "
                 f"{f'{cost.probing_passes} to see that F depends on every layer, ' if cost.probing_passes else ''}"
                 f"{cost.finetune_passes} fine-tuning steps: {cost.total_passes} passes in all"
             )
@@ -139,14 +143,10 @@ def pruner_of(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
 def inspect_model(
     model: nn.Module,
     example_inputs: Any,
-    target: str | None = "params=0.5",
-    units_per_step: int | float | str | None = None,
-    scoring: ScoringOptions | None = None,
-    scoring_batch_count: int | None = None,
-    finetune_steps: int = 1000,
-    ratios: Any = None,
-    order: str | None = None,
-    rounds: int | None = None,
+    target: str | None = "macs=0.5",
+    scoring: Scoring | str | None = None,
+    pace: Pace | str | None = None,
+    finetune: FineTune | int | None = None,
     **options: Any,
 ) -> Inspection:
     """Look at a model's groups and at what pruning it would cost; nothing is removed.
@@ -155,31 +155,26 @@ def inspect_model(
         model: left as it was.
         example_inputs: a batch to trace with: a tensor, a tuple of arguments or a dict of keywords. The first dimension
             of its first tensor is the number of examples.
-        target, units_per_step, finetune_steps: of the run whose cost is wanted.
-        scoring: how units would be scored; None as :func:`singe_plugin.prune` does.
-        scoring_batch_count: batches per scoring; None as :func:`singe_plugin.prune` takes.
-        ratios, order, rounds: as in :func:`singe_plugin.prune`. Ratios by score need scores; the cost is then that of
-            ``"uniform"``, plus one scoring of every layer where the layers are pruned one after the other.
-        options: further arguments of ``SInGEPruner`` (``round_to``, ...).
+        target, scoring, pace, finetune: of the run whose cost is wanted, as :func:`singe_plugin.prune` takes them.
+            Ratios by score need scores; the cost is then that of ``"uniform"``, plus one scoring of every layer where
+            the layers are pruned one after the other.
+        options: further arguments of ``SInGEPruner`` (``ignored_layers``, ...).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> import torch
-        >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.48", order="layers",
-        ...                       units_per_step=1, finetune_steps=10)
+        >>> found = inspect_model(net, torch.zeros(2, 4), target="params=0.48",
+        ...                       pace=Pace("layers", units_per_step=1), finetune=10)
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 31)
     """
-    from singe_plugin.integrations.staging import examples_in
-
-    order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step)
-    nodes, scoring_batch_count = scored_on(order, None, scoring_batch_count)
-    scoring = scoring or ScoringOptions(nodes=nodes)
-    by_score = ratios in BY_SCORE
-    pruner = pruner_of(
-        model, example_inputs, target=target, units_per_step=units_per_step, order=order, rounds=rounds,
-        ratios="uniform" if by_score else ratios, **options,
-    )  # fmt: skip
+    pace = given(Pace, pace, "pace", "order").settled()
+    assert pace.order is not None
+    scoring = given(Scoring, scoring, "scoring", "criterion").settled(pace.order)
+    steps = given(FineTune, finetune, "finetune", "steps").steps
+    by_score = isinstance(pace.ratios, str) and pace.ratios in BY_SCORE
+    counted = replace(pace, ratios="uniform") if by_score else pace
+    pruner = pruner_of(model, example_inputs, target=target, pace=counted, **options)
     rows: list[GroupRow] = []
     cost, problem = None, None
     try:
@@ -187,28 +182,25 @@ def inspect_model(
         specs, costs = host.layers(), host.costs()
         whole = costs.cost("params", {})
         for spec in specs:
-            producers = tuple(producer.name for producer in host.units(spec.name).producers)
+            producers = tuple(producer.name for producer in pruner.graph.groups[spec.name].unit_group().producers)
             params = round(whole - costs.cost("params", {spec.name: spec.units}))
             rows.append(GroupRow(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
         plan = pruner.plan()
         alive = _units_at_scorings({spec.name: spec.units for spec in specs}, plan, pruner, by_score)
-        probing = len(specs) if order == "layers" and scoring.rule.needs_gradient else 0
-        cost = _cost(alive, sum(plan.values()), scoring, scoring_batch_count, probing, finetune_steps)
+        probing = len(specs) if pace.order == "layers" and scoring.rule.needs_gradient else 0
+        cost = _cost(alive, sum(plan.values()), scoring, probing, steps)
     except BudgetError as error:
         problem = str(error)
     names = {module: name for name, module in model.named_modules()}
-    shown = {
+    ratios = pace.ratios
+    if isinstance(ratios, Mapping):
+        ratios = {names.get(key, key): ratio for key, ratio in ratios.items()}
+    shown: dict[str, Any] = {
         "target": target,
-        "order": order,
-        "rounds": rounds,
-        "ratios": ratios if isinstance(ratios, str) else {names.get(key, key): ratio for key, ratio in ratios.items()},
-        "units_per_step": units_per_step,
-        "criterion": scoring.criterion,
-        "quadrature": scoring.quadrature,
-        "path": scoring.path,
-        "scoring_batch_count": scoring_batch_count,
-        "finetune_steps": finetune_steps,
+        "pace": described(replace(pace, ratios=ratios)),
+        "scoring": described(scoring),
     }
+    shown |= {"finetune_steps": steps}
     macs = count_macs(model, example_inputs) // examples_in(example_inputs)
     return Inspection(count_params(model), macs, rows, dict(pruner.left_whole), shown, cost, problem)
 
@@ -226,33 +218,32 @@ def figure_two(model: nn.Module, data: Dataset[Any], batch_size: int = 64, seed:
         BudgetError: if the model has no layer that can be pruned.
     """
     batches = scoring_batches(data, [], batch_size, 1, seed)
-    host = pruner_of(model, to_device(batches[0][0][:2], model_device(model))).host()
-    names = [spec.name for spec in host.layers()]
+    pruner = pruner_of(model, to_device(batches[0][0][:2], model_device(model)))
+    names = [spec.name for spec in pruner.host().layers()]
     chosen = list(dict.fromkeys([names[len(names) // 4], names[-1 - len(names) // 4]]))
-    return gradient_curves(model, [host.units(name) for name in chosen], batches, seed=seed)
+    return gradient_curves(model, [pruner.graph.groups[name].unit_group() for name in chosen], batches, seed=seed)
 
 
 def _units_at_scorings(units: dict[str, int], plan: dict[str, int], pruner: Any, by_score: bool) -> list[int]:
     """The units of a layer at each of its scorings, all layers in one list."""
     found = []
     for name, removed in plan.items():
-        if pruner.order == "rounds":
-            gone = [0.0, *(covered(pruner.schedule, number, pruner.rounds) for number in range(1, pruner.rounds))]
+        if pruner.pace.order == "rounds":
+            gone = [0.0, *(pruner.pace.covered(number) for number in range(1, pruner.pace.rounds))]
             found += [units[name] - round(removed * share) for share in gone]
             continue
-        chunk = units_per_removal(pruner.units_per_step, units[name])
+        chunk = units_per_turn(pruner.pace.units_per_step, units[name])
         found += [units[name] - i * chunk for i in range(math.ceil(removed / chunk))]
         if by_score:
             found.append(units[name])  # the units of all layers are ranked before the first removal
     return found
 
 
-def _cost(
-    alive: list[int], removed: int, scoring: ScoringOptions, batches: int, probing: int, finetune_steps: int
-) -> RunCost:
+def _cost(alive: list[int], removed: int, scoring: Scoring, probing: int, finetune_steps: int) -> RunCost:
     """Count the passes of all scorings."""
+    assert scoring.batches is not None
     evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
-    passes = evaluations * scoring.passes * batches
+    passes = evaluations * scoring.passes * scoring.batches
     return RunCost(removed, len(alive), scoring.passes, passes, probing, finetune_steps)
 
 

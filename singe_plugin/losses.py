@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from singe_plugin.dependence import depends_on
 from singe_plugin.errors import DataError, SingeError
-from singe_plugin.objective import Objective, call_model, check_head, check_logits, own_loss, tensors_in
+from singe_plugin.nested import call_model, tensors_in
+from singe_plugin.objective import Objective, check_head, check_logits, own_loss
 from singe_plugin.state import preserved
 
 __all__ = ["check_loss", "loss_on", "unmoved"]

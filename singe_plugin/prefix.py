@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import map_tensors, tensors_in
 
 __all__ = ["PrefixCache"]
 
@@ -175,6 +175,4 @@ def _is_plain(output: Any) -> bool:
 
 
 def _copy(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach().clone()
-    return type(output)(t.detach().clone() for t in output)
+    return map_tensors(lambda tensor: tensor.detach().clone(), output)

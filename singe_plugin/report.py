@@ -20,8 +20,9 @@ from torch import nn
 from singe_plugin.errors import ArtifactError
 from singe_plugin.events import History
 from singe_plugin.files import make_folder, parse, seal, unseal, write_atomically, write_text
+from singe_plugin.options import Scoring
 from singe_plugin.result import Result
-from singe_plugin.scoring import ScoringOptions, path_gradient_norms
+from singe_plugin.scoring import path_gradient_norms
 from singe_plugin.units import UnitGroup
 
 __all__ = [
@@ -95,7 +96,7 @@ def gradient_curves(
         >>> [len(c.units) for c in gradient_curves(net, [group], [batch], units=2)]
         [2]
     """
-    options = ScoringOptions(criterion="ig", p=p, mu=mu, quadrature="geometric")
+    options = Scoring(criterion="ig", p=p, mu=mu, quadrature="geometric")
     batches = list(batches)
     generator = torch.Generator().manual_seed(seed)
     found = []

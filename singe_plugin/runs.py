@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 
 from singe_plugin.artifact import MASKS, RECORD, TENSORS, read, save
 from singe_plugin.checkpoint import CHECKPOINT, is_checkpoint
+from singe_plugin.data import as_loader
 from singe_plugin.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import ProgressBar
+from singe_plugin.fields import described, plain
 from singe_plugin.files import locked
 from singe_plugin.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.models import NamedModel, create_model
 from singe_plugin.report import FILES, Curves, read_extras, report_data, write_report
 from singe_plugin.result import Result
-from singe_plugin.scoring import ScoringOptions
+from singe_plugin.staging import resolve_device
 
 __all__ = ["prepare", "run_inspect", "run_prune", "run_report"]
 
@@ -50,7 +53,7 @@ def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -
 
 
 def _data_for(named: NamedModel, options: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
-    options = dict(options)
+    options = {k: v for k, v in options.items() if k not in ("batch_size", "workers")}
     size = options.pop("img_size", None)
     if size is None and options["dataset"] == "digits":
         fixed = (getattr(named.model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
@@ -96,17 +99,16 @@ def _finished(
     model_options: Mapping[str, Any], prune_options: Mapping[str, Any], output: Path, say: Say
 ) -> tuple[Result, dict[str, Any]]:
     """What is there of a run that was asked to go on and is over; it must be the one that was meant."""
-    from singe_plugin.integrations.staging import described
-
     result = read(output)
-    mine = {"model": model_options["name"], **described(prune_options, result.options)}
-    theirs = {"model": result.builder.name, **result.options}
-    different = [key for key in mine if mine[key] != theirs[key]]
+    asked = _asked(prune_options, result.options)
+    mine, theirs = {"model": model_options["name"], **asked}, {"model": result.builder.name, **_flat(result.options)}
+    different = [key for key in mine if mine[key] != theirs.get(key)]
     if different:
         key = different[0]
         raise ArtifactError(
             f"{output} holds the result of a finished run with other options ({', '.join(different)}: {key} was "
-            f"{theirs[key]!r}, now {mine[key]!r}); nothing is left to resume: leave --resume out, or give another one"
+            f"{theirs.get(key)!r}, now {mine[key]!r}); nothing is left to resume: leave --resume out, or give another "
+            "one"
         )
     say(f"note: the run in {output} is finished; this is its result")
     extras = read_extras(output)
@@ -116,6 +118,26 @@ def _finished(
         **extras.get("extra", {}),
         "files": [str(f) for f in [*files, *_saved(output)]],
     }
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run recorded, in one table."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        found |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def _asked(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run with these options records, as far as it is known beforehand and was recorded."""
+    from singe_plugin.integrations.unstructured.arguments import DEFAULT_ROUNDS, settled_pace
+
+    weights = "granularity" in recorded
+    pace = settled_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settled()
+    scoring = options["scoring"].settled(pace.order, weights)
+    finetune = {k: v for k, v in described(options["finetune"]).items() if k not in ("loader", "loss")}
+    parts = {"pace": described(pace), "scoring": described(scoring), "finetune": finetune}
+    return _flat({k: plain(parts.get(k, v)) for k, v in options.items() if k in recorded})
 
 
 def _prune(
@@ -130,29 +152,32 @@ def _prune(
     granularity: str,
 ) -> tuple[Result, dict[str, Any]]:
     from singe_plugin.integrations.prune import prune
-    from singe_plugin.integrations.staging import resolve_device
     from singe_plugin.integrations.unstructured import prune_weights
 
     run = {"unit": prune, "weight": prune_weights}[granularity]
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
         say(f"note: {_RANDOM}")
-    seed, batch_size = prune_options["seed"], prune_options["scoring_batch_size"]
+    seed, batch_size, workers = prune_options["seed"], data_options["batch_size"], data_options["workers"]
+    loader = as_loader(splits.train, batch_size, workers, True, seed)
+    prune_options = {**prune_options, "finetune": replace(prune_options["finetune"], loader=loader)}
     panels: list[Curves] = []
     if curves and granularity == "unit":
         named.model.to(resolve_device(prune_options["device"]))
-        panels = figure_two(named.model, splits.train, batch_size, seed)
+        panels = figure_two(named.model, splits.train, prune_options["scoring"].batch_size, seed)
     started = time.perf_counter()
     bar = ProgressBar() if progress else None
     try:
         result: Result = run(
-            named.model, splits.train, val_data=splits.val, out_dir=output, resume=resume, builder=named.builder,
+            named.model, splits.train, val_data=as_loader(splits.val, batch_size, workers, shuffle=False),
+            out_dir=output, resume=resume,
             callbacks=() if bar is None else (bar,), **prune_options,
         )  # fmt: skip
     finally:
         if bar is not None:
             bar.close()  # an error message must not end up in the middle of it
     seconds = time.perf_counter() - started
+    result.builder = named.builder
     save(result, output)
     intro = [f"Weights: {named.weights}. Data: {splits.name}."]
     if named.weights == "random":
@@ -165,18 +190,16 @@ def _prune(
 def run_inspect(
     model_options: Mapping[str, Any],
     img_size: int | None,
-    scoring: ScoringOptions,
     device: str | None,
     **options: Any,
 ) -> tuple[Inspection, dict[str, Any]]:
     """``singe inspect``: the groups of a model and what pruning it would cost."""
-    from singe_plugin.integrations.staging import resolve_device
 
     named = create_model(**model_options)
     config = data_config(named.model, img_size)
     where = resolve_device(device or "cpu")
     example = torch.zeros(2, config.channels, config.size, config.size, device=where)
-    found = inspect_model(named.model.to(where), example, scoring=scoring, **options)
+    found = inspect_model(named.model.to(where), example, **options)
     about = {"model": named.builder.name, "weights": named.weights, "img_size": config.size}
     return found, {**about, **found.as_dict()}
 

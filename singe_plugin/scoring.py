@@ -9,121 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.criteria import Criterion, check_degree, get_criterion
+from singe_plugin.batches import check_batch, inputs_for, materialise, read
 from singe_plugin.decay import LayerStats, Measured, decaying, weight_norms
 from singe_plugin.dependence import check_zeros
 from singe_plugin.errors import ConfigError, DataError, ScoringError
-from singe_plugin.objective import (
-    ObjectiveLike,
-    call_model,
-    check_batch,
-    check_head,
-    get_objective,
-    inputs_for,
-    materialise,
-    read,
-    to_device,
-)
-from singe_plugin.path import DecayPath, decay_path
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.objective import check_head
+from singe_plugin.options import Scoring
+from singe_plugin.path import DecayPath
 from singe_plugin.prefix import PrefixCache
-from singe_plugin.reduction import NormalizerLike, check_normalizer, check_reduction, normalize, reduce_layers
+from singe_plugin.reduction import normalize, reduce_layers
 from singe_plugin.state import forget_caches, model_device, plain_layers, preserved
 from singe_plugin.units import UnitGroup, refuse_tied, tied_parameters
-from singe_plugin.walk import AMP_DTYPES, Walker
+from singe_plugin.walk import Walker
 
-__all__ = ["PATHS", "ScoringOptions", "path_gradient_norms", "score_error", "score_units"]
+__all__ = ["path_gradient_norms", "score_error", "score_units"]
 
-PATHS = ("layer", "neuron")
 Norms = tuple[list[Tensor], list[Tensor]]  # per producer: the norms at the start, and which units it has
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
-class ScoringOptions:
-    """How units are scored. Every field is checked when the object is made.
-
-    Attributes:
-        criterion: a name of :mod:`singe_plugin.criteria`.
-        p: the norms' degree, at least 1 (``l1`` and ``l2`` have their own).
-        mu, steps: the path of Eq. 5, steps None to zero (see :mod:`singe_plugin.path`).
-        quadrature, nodes: the rule over it.
-        path: ``"layer"`` decays all units of the group together, ``"neuron"`` each alone (Eq. 4 to the letter).
-        objective: F: ``"loss"`` (cross-entropy, or the loss that the model computes from labels among its keywords),
-            ``"logit"`` or a callable ``(outputs, targets) -> scalar``.
-        group_reduction, normalizer: see :mod:`singe_plugin.reduction`.
-        unit_batch: how many units ``path="neuron"`` evaluates at once; 1 does without ``torch.func``, which not every
-            model supports.
-        amp: None, ``"bf16"`` or ``"fp16"`` (with loss scaling).
-        channels_last: convert 4-D inputs to that memory format.
-
-    Example:
-        >>> ScoringOptions(criterion="ig", mu=0.95).passes
-        5
-    """
-
-    criterion: str = "ig"
-    p: float = 2
-    mu: float = 0.9
-    steps: int | None = None
-    quadrature: str = "gauss"
-    nodes: int = 5
-    path: str = "layer"
-    objective: ObjectiveLike = "loss"
-    group_reduction: str = "sum"
-    normalizer: NormalizerLike = None
-    unit_batch: int = 16
-    amp: str | None = None
-    channels_last: bool = False
-
-    def __post_init__(self) -> None:
-        get_criterion(self.criterion)
-        check_degree(self.p)
-        check_reduction(self.group_reduction)
-        check_normalizer(self.normalizer)
-        get_objective(self.objective)
-        if self.path not in PATHS:
-            raise ConfigError(f"unknown path {self.path!r}; choose one of {', '.join(PATHS)}")
-        if self.amp is not None and self.amp not in AMP_DTYPES:
-            raise ConfigError(f"unknown amp {self.amp!r}; choose one of {', '.join(AMP_DTYPES)} or None")
-        if isinstance(self.unit_batch, bool) or not isinstance(self.unit_batch, int) or self.unit_batch < 1:
-            raise ConfigError(f"unit_batch={self.unit_batch!r} is not a number of units; give a whole number >= 1")
-        _ = self.decay_path
-
-    @property
-    def rule(self) -> Criterion:
-        """The criterion object."""
-        return get_criterion(self.criterion)
-
-    @property
-    def degree(self) -> float:
-        """The degree of the norms: the criterion's own, or ``p``."""
-        own = self.rule.degree
-        return float(self.p) if own is None else own
-
-    @property
-    def decay_path(self) -> DecayPath:
-        """The nodes that are visited; one at u = 1 for criteria without a path."""
-        rule = self.rule
-        if not rule.needs_path:
-            decay_path(self.mu, self.steps, self.quadrature, self.nodes)
-            return decay_path(self.mu, 0, "geometric")
-        return decay_path(self.mu, self.steps, self.quadrature, self.nodes, rule.measure)
-
-    @property
-    def passes(self) -> int:
-        """Forward-and-backward passes per batch and group (per unit, for ``path="neuron"``)."""
-        return self.decay_path.nodes if self.rule.needs_gradient else 0
-
-
 def score_units(
-    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None = None, options: ScoringOptions | None = None
+    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None = None, options: Scoring | None = None
 ) -> Tensor:
     r"""Score every unit of a group (Eq. 1-3, 5), averaged over the batches.
 
@@ -144,20 +58,21 @@ def score_units(
 
     Example:
         >>> import torch
+        >>> from singe_plugin.options import Scoring
         >>> from singe_plugin.units import Producer, Slot, UnitGroup
         >>> net = torch.nn.Linear(2, 3, bias=False)
         >>> rows = torch.arange(3)
         >>> group = UnitGroup("net", 3, (Producer("net", (Slot(net, "weight"),), rows, rows),))
-        >>> scores = score_units(net, group, options=ScoringOptions(criterion="l2"))
+        >>> scores = score_units(net, group, options=Scoring(criterion="l2"))
         >>> torch.allclose(scores, net.weight.detach().norm(dim=1))
         True
     """
-    options = options or ScoringOptions()
+    options = (options or Scoring()).settled()
     return _score(model, group, batches, options, options.decay_path)
 
 
 def score_error(
-    model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: ScoringOptions | None = None
+    model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: Scoring | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scores and an estimate of their quadrature error, ``|Q - Q_refined|`` per unit.
 
@@ -167,7 +82,7 @@ def score_error(
     Returns:
         scores ``[N]`` and errors ``[N]``, both in the units of the score, before the normaliser.
     """
-    options = replace(options or ScoringOptions(), normalizer=None)
+    options = replace((options or Scoring()).settled(), normalizer=None)
     path = options.decay_path
     batches = materialise(batches)  # they are read twice
     scores = _score(model, group, batches, options, path)
@@ -177,7 +92,7 @@ def score_error(
 
 
 def path_gradient_norms(
-    model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: ScoringOptions | None = None
+    model: nn.Module, group: UnitGroup, batches: Iterable[Any], options: Scoring | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""The curves of the paper's Figure 2: the gradient norm along the path, per unit, in the root layer.
 
@@ -185,7 +100,7 @@ def path_gradient_norms(
         decayed weight norms :math:`\|\mu^sW^n\|_p` and gradient norms :math:`\|\nabla_{\mu^sW^n}F\|_p`, both
         ``[K, N]``, averaged over the batches.
     """
-    options = options or ScoringOptions()
+    options = (options or Scoring()).settled()
     path = options.decay_path
     walks = list(_walk(model, group, batches, options, path))
     root = [walk[0] for walk in walks]
@@ -202,7 +117,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
 
 
 def _score(
-    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: ScoringOptions, path: DecayPath
+    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: Scoring, path: DecayPath
 ) -> Tensor:
     rule = options.rule
     batches = None if batches is None else materialise(batches)
@@ -235,7 +150,7 @@ def _score(
 
 
 def _walk(
-    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: ScoringOptions, path: DecayPath
+    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: Scoring, path: DecayPath
 ) -> Iterator[list[LayerStats]]:
     """Per batch, everything that was measured in each layer, node by node."""
 
@@ -253,7 +168,7 @@ def _per_batch(
     model: nn.Module,
     group: UnitGroup,
     batches: Iterable[Any] | None,
-    options: ScoringOptions,
+    options: Scoring,
     path: DecayPath,
     reduce: Callable[[Norms, Iterator[Measured]], Found],
     inner: bool,

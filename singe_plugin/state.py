@@ -18,8 +18,8 @@ from singe_plugin.errors import is_of_the_machine
 from singe_plugin.undo import Contents
 
 __all__ = [
-    "RngState", "casts_forgotten", "computed_tables", "forget_caches", "model_device", "native_rnns", "plain_layers",
-    "preserved", "tables_of", "train_mode_of", "unfused_attention",
+    "RngState", "casts_forgotten", "computed_tables", "containers_training", "forget_caches", "model_device",
+    "native_rnns", "plain_layers", "preserved", "tables_of", "train_mode_of", "unfused_attention",
 ]  # fmt: skip
 
 
@@ -167,6 +167,20 @@ def casts_forgotten() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(kept)
         torch.clear_autocast_cache()
+
+
+@contextmanager
+def containers_training(model: nn.Module) -> Iterator[None]:
+    """Modules that have parts are in training mode; single layers (norms, dropout) stay as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            if next(module.children(), None) is not None:
+                module.training = True
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

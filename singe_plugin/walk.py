@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from singe_plugin.decay import Measured, Row, inner_products, join, root, unit_norms
 from singe_plugin.errors import ScoringError, SingeError
-from singe_plugin.objective import Objective, call_model, get_objective
+from singe_plugin.nested import call_model
+from singe_plugin.objective import Objective
+from singe_plugin.options import AMP_DTYPES, Scoring
 from singe_plugin.path import DecayPath
 from singe_plugin.prefix import PrefixCache
 from singe_plugin.state import model_device
 from singe_plugin.units import UnitGroup
 
-if TYPE_CHECKING:
-    from singe_plugin.scoring import ScoringOptions
-
-__all__ = ["AMP_DTYPES", "Walker"]
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["Walker"]
 
 
 class Walker:
@@ -41,7 +38,7 @@ class Walker:
         model: nn.Module,
         group: UnitGroup,
         rows: list[Row],
-        options: ScoringOptions,
+        options: Scoring,
         path: DecayPath,
         index: int,
         inputs: Any,
@@ -50,7 +47,7 @@ class Walker:
     ) -> None:
         self.model, self.group, self.rows, self.options, self.path = model, group, rows, options, path
         self.index, self.inputs, self.targets, self.inner = index, inputs, targets, inner
-        self.objective: Objective = get_objective(options.objective)
+        self.objective: Objective = options.function
         self.device = model_device(model)
         self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
 

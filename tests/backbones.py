@@ -16,10 +16,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin import Builder, load, save
-from singe_plugin.artifact import Structure, describe_structure
+from singe_plugin.architecture import Structure, describe_structure
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.algebra import is_fixed
-from singe_plugin.axes.oracles import relative_change
 from singe_plugin.axes.substitutes import derangement, exchanged, in_double, random_inputs, randomised
 from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import (
@@ -28,9 +27,10 @@ from singe_plugin.integrations.torch_pruning import (
     SInGEImportance,
     SInGEPruner,
 )
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import relative_change, tensors_in
 from singe_plugin.result import Metrics, Result
 
+from asked import asked
 from masking import Masked
 
 SIZES = (96, 128, 192, 224, 256)
@@ -223,7 +223,9 @@ def check(
 
     start = time.process_time()
     options: dict[str, Any] = {} if masked is None else {"ema": masked.tags}
-    pruner = SInGEPruner(model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, iterative_steps=2, **options)
+    pruner = SInGEPruner(
+        model, x, tp.importance.MagnitudeImportance(), **asked(pruning_ratio=0.5, iterative_steps=2, **options)
+    )
     built = time.process_time() - start
     graph = pruner.DG.axis_graph
     row.groups, row.share = len(graph.groups), prunable_share(graph)

@@ -25,6 +25,7 @@ from singe_plugin.files import locked
 from singe_plugin.integrations.unstructured import prune_weights
 from singe_plugin.result import Metrics
 
+from asked import asked
 from small_nets import Chain, Pairs, Trace, assert_same_values, images
 
 BATCHES = images(4)
@@ -59,9 +60,9 @@ class Run:
         common: dict[str, Any] = {"finetune": tuning, "nodes": 1, "val_data": BATCHES, "callbacks": callbacks} | folders
         if self.granularity == "unit":
             amount = {"units_per_step": 0.3} if self.order == "layers" else {"rounds": 3}
-            return prune(net, BATCHES, verify=False, **amount, **common)
+            return prune(net, BATCHES, **asked(verify=False, **amount, **common))
         amount = {"units_per_step": 0.4} if self.order == "layers" else {"rounds": 3}
-        return prune_weights(net, BATCHES, sparsity=0.8, **amount, **common)
+        return prune_weights(net, BATCHES, **asked(sparsity=0.8, **amount, **common))
 
 
 RUNS = [Run(g, o, e) for g in ("unit", "weight") for o in ("rounds", "layers") for e in ("layer", "removal", "end")]
@@ -145,8 +146,8 @@ def limited(folder: Path) -> None:
     net = Chain(widths=(16, 64, 16))
     trace = Trace(net)
     for action in (
-        lambda: prune(net, BATCHES, verify=False, nodes=1, finetune_steps=2, rounds=2, out_dir=folder),
-        lambda: prune_weights(net, BATCHES, rounds=2, nodes=1, finetune_steps=2, out_dir=folder),
+        lambda: prune(net, BATCHES, **asked(verify=False, nodes=1, finetune_steps=2, rounds=2, out_dir=folder)),
+        lambda: prune_weights(net, BATCHES, **asked(rounds=2, nodes=1, finetune_steps=2, out_dir=folder)),
         lambda: save(Result(net, Metrics(1, 1), Metrics(1, 1), builder=WIDE, structure=NOTHING), folder),
     ):
         try:

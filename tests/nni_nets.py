@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from singe_plugin.integrations.nni import SInGEPruner, TorchEvaluator
 from singe_plugin.state import RngState
 
+from asked import asked
 from small_nets import Chain, images
 
 __all__ = [
@@ -136,7 +137,7 @@ def wrapped_state(model: nn.Module) -> dict[str, Any]:
 def pruner_of(model: nn.Module, config: Any = CONVS, loop: Loop | None = None, **options: Any) -> SInGEPruner:
     """Our pruner with an evaluator, on a few passes."""
     options = {"training_steps": 2, "nodes": 2, **options}
-    return SInGEPruner(model, config, evaluator_of(model, loop), **options)
+    return SInGEPruner(model, config, evaluator_of(model, loop), **asked(**options))
 
 
 def check_masks(model: nn.Module, pruner: SInGEPruner, masks: Any, ratio: float = 0.4) -> None:

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 
 from singe_plugin import FineTune, fold_batchnorm, prune
 from singe_plugin.errors import ArtifactError
-from singe_plugin.integrations.staging import fingerprint_of
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
+from singe_plugin.staging import fingerprint_of
 
+from asked import asked
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_state, assert_same_values, images
 
 BATCHES = images(4)
@@ -51,12 +52,12 @@ class Setting:
         if self.granularity == "unit":
             importance = SInGEImportance(nodes=1).bind(self.net, BATCHES)
             SInGEPruner(
-                self.net, BATCHES[0][0][:2], importance, target="params=0.5", order="rounds", rounds=3,
-                finetune=self.tuning, callbacks=callbacks, verify=False,
+                self.net, BATCHES[0][0][:2], importance, **asked(target="params=0.5", order="rounds", rounds=3,
+                finetune=self.tuning, callbacks=callbacks, verify=False),
             ).run()  # fmt: skip
         else:
             UnstructuredPruner(
-                self.net, BATCHES, sparsity=0.7, rounds=3, nodes=1, finetune=self.tuning, callbacks=callbacks
+                self.net, BATCHES, **asked(sparsity=0.7, rounds=3, nodes=1, finetune=self.tuning, callbacks=callbacks)
             ).run()
         average = {f"ema.{name}": t.clone() for name, t in self.ema.module.named_parameters()}
         return {name: t.detach().clone() for name, t in self.net.named_parameters()} | average
@@ -132,7 +133,7 @@ def test_a_failure_after_the_run_puts_the_optimizer_back_too(
     options: dict[str, Any] = {"finetune": setting.tuning, "nodes": 1, "verify": False, "out_dir": tmp_path}
     if resumed:
         with pytest.raises(KeyboardInterrupt):
-            prune(setting.net, BATCHES, callbacks=[StopAt("round_done", 3)], **options)
+            prune(setting.net, BATCHES, **asked(callbacks=[StopAt("round_done", 3)], **options))
     module = sys.modules["singe_plugin.integrations.prune"]  # the package has a function of its name
     over = StopAt("run_end", 10)
     measured = module.measure
@@ -144,7 +145,7 @@ def test_a_failure_after_the_run_puts_the_optimizer_back_too(
 
     monkeypatch.setattr(module, "measure", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prune(setting.net, BATCHES, callbacks=[over], resume=resumed, **options)
+        prune(setting.net, BATCHES, **asked(callbacks=[over], resume=resumed, **options))
     assert over.left == 9
     trace.assert_unchanged()
     assert_same_state(setting.state(), before)
@@ -203,7 +204,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resume(net: nn.Module, data: Any, folder: Path, **options: Any) -> Any:
-    return prune(net, data, verify=False, finetune_steps=4, nodes=1, out_dir=folder, resume=True, **options)
+    return prune(net, data, **asked(verify=False, finetune_steps=4, nodes=1, out_dir=folder, resume=True, **options))
 
 
 @pytest.mark.parametrize("name", MODELS)

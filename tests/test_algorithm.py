@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin.algorithm import Progress, prune_layers, units_per_removal
+from singe_plugin.algorithm import prune_layers, units_per_removal
 from singe_plugin.budget import CostModel, LayerSpec
 from singe_plugin.errors import ConfigError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.finetune import FineTune
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.progress import Progress
 from singe_plugin.units import UnitGroup
+
+from asked import asked
 
 
 class FakeHost:
@@ -302,7 +305,10 @@ def test_the_same_units_go_as_in_a_literal_implementation(path: str, seed: int) 
     expected = literal_algorithm_1(model, batch, {"conv1": 4, "conv2": 3}, path)
     importance = SInGEImportance("ig", mu=MU, steps=STEPS, quadrature="geometric", path=path).bind(model, [batch])
     pruner = SInGEPruner(
-        model, batch[0][:2], importance, units_per_step=1, ratios={"conv1": 4 / 6, "conv2": 3 / 5}, verify=False
+        model,
+        batch[0][:2],
+        importance,
+        **asked(units_per_step=1, ratios={"conv1": 4 / 6, "conv2": 3 / 5}, verify=False),
     )
     # layer "fc" has no batch-norm in front of it, and writes the output
     assert pruner.run().history.removals() == expected

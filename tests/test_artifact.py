@@ -19,6 +19,7 @@ from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.files import seal, write_atomically
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 
+from asked import asked
 from references import Net
 from small_nets import Chain, Dense, assert_same_values, images
 
@@ -33,13 +34,13 @@ def pictures(channels: int, size: int = 32) -> list[tuple[Tensor, Tensor]]:
 
 
 def timm_result(name: str, data: Any, builder: Builder | None = None, **options: Any) -> Result:
-    return prune(timm.create_model(name, num_classes=3, **options), data, builder=builder, **FAST)
+    return prune(timm.create_model(name, num_classes=3, **options), data, **asked(builder=builder, **FAST))
 
 
 def chain_result(model: nn.Module | None = None, factory: str = "small_nets:Chain", **options: Any) -> Result:
     made = {"dropout": 0.5} if model is None else {}
     model = Chain(dropout=0.5) if model is None else model
-    return prune(model, images(), builder=Builder.factory(factory, **made), **{**FAST, **options})
+    return prune(model, images(), **asked(builder=Builder.factory(factory, **made), **{**FAST, **options}))
 
 
 def mixed() -> Chain:
@@ -60,7 +61,7 @@ def last_channels() -> Chain:
 
 def bf16_result() -> Result:
     data = [(x.to(torch.bfloat16), y) for x, y in images()]
-    return prune(bf16(), data, builder=Builder.factory("test_artifact:bf16"), **FAST)
+    return prune(bf16(), data, **asked(builder=Builder.factory("test_artifact:bf16"), **FAST))
 
 
 RESULTS: dict[str, Callable[[], Result]] = {
@@ -124,8 +125,8 @@ def test_a_loaded_model_can_be_pruned_again_trained_and_saved(tmp_path: Path) ->
     first = load(save(chain_result(), tmp_path / "one"), trust=True)
     model = first.model.train()
     second = SInGEPruner(
-        model, images()[0][0][:2], SInGEImportance().bind(model, images()), target="params=0.3",
-        units_per_step="layer", finetune=FineTune(images(), 5),
+        model, images()[0][0][:2], SInGEImportance().bind(model, images()), **asked(target="params=0.3",
+        units_per_step="layer", finetune=FineTune(images(), 5)),
     ).run()  # fmt: skip
     assert second.params[0] == first.after.params
     assert abs(1 - second.params[1] / second.params[0] - 0.3) <= 0.01
@@ -164,8 +165,8 @@ def test_options_that_change_no_tensor_are_noticed(options: dict[str, Any]) -> N
 
 def test_a_builder_that_builds_something_else_is_refused_before_pruning_and_before_saving(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"small_nets:Chain .*does not build this model.*'conv1\.weight'"):
-        prune(Chain(widths=(16, 12, 8)), images(), builder=Builder.factory("small_nets:Chain"), **FAST)
-    result = prune(Chain(), images(), **FAST)
+        prune(Chain(widths=(16, 12, 8)), images(), **asked(builder=Builder.factory("small_nets:Chain"), **FAST))
+    result = prune(Chain(), images(), **asked(**FAST))
     assert result.builder is None
     with pytest.raises(ArtifactError, match=r"small_nets:Dense .*does not build the unpruned model"):
         save(result, tmp_path / "never", builder=Builder.factory("small_nets:Dense"))
@@ -262,7 +263,7 @@ def test_damage_is_noticed(damage: str, saved: Path, tmp_path: Path) -> None:
 
 
 def test_results_that_cannot_be_written(tmp_path: Path) -> None:
-    result = prune(Chain(), images(), **FAST)
+    result = prune(Chain(), images(), **asked(**FAST))
     with pytest.raises(ArtifactError, match=r"Chain cannot be rebuilt.*Builder\.factory"):
         save(result, tmp_path / "x")
     result.builder, result.options["odd"] = Builder.factory("small_nets:Chain"), object()
@@ -291,7 +292,7 @@ def _write(path: Path, text: str) -> None:
 
 def test_sizes_kept_in_lists_and_tuples_are_restored(tmp_path: Path) -> None:
     options = {**FAST, "target": "params=0.41", "builder": Builder.factory("test_artifact:splitting")}
-    result = prune(splitting(), images(), **options)
+    result = prune(splitting(), images(), **asked(**options))
     assert result.structure["attributes"]["norm"] == {"normalized_shape": {"tuple": [7]}}
     loaded = load(save(result, tmp_path), trust=True)
     x = images()[0][0]

@@ -15,7 +15,7 @@ from singe_plugin.axes.algebra import Atom, labels, leaves
 from singe_plugin.axes.rules import RULES, pointwise
 from singe_plugin.axes.substitutes import derangement
 from singe_plugin.axes.trace import Trace, _Operators
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
 
 from cuda_cells import gru_cell, lstm_cell
 from references import Net

@@ -16,6 +16,8 @@ from singe_plugin import Builder
 from singe_plugin.axes import AxisGraph
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 
+from asked import asked
+
 FAST = [
     "test_byobnet", "test_convnext", "test_efficientnet", "test_mambaout", "test_coatnet", "test_nfnet", "test_resnet",
     "test_vit", "test_vit_relpos", "lcnet_035", "ghostnet_050", "efficientvit_m0", "regnetx_002",
@@ -98,7 +100,9 @@ def test_algorithm_1_prunes_attention_to_a_target() -> None:
     model = timm.create_model("test_vit", num_classes=3)
     batches = [(torch.randn(4, 3, 160, 160), torch.tensor([0, 1, 2, 0]))]
     result: Any = singe_plugin.prune(
-        model, batches, target="params=0.4", finetune_steps=2, nodes=1, units_per_step="layer", ratios="uniform"
+        model,
+        batches,
+        **asked(target="params=0.4", finetune_steps=2, nodes=1, units_per_step="layer", ratios="uniform"),
     )
     assert abs(1 - result.after.params / result.before.params - 0.4) <= 0.01
     assert any("attn.qkv" in row.name for row in result.layers)

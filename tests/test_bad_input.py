@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import nn
 
 import singe_plugin
-from singe_plugin import Builder, FineTune, ScoringOptions, load, prune, save
+from singe_plugin import Builder, FineTune, Scoring, load, prune, save
 from singe_plugin.budget import Target
 from singe_plugin.errors import (
     ArtifactError,
@@ -29,6 +29,7 @@ from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.result import Metrics, Result
 
+from asked import asked
 from small_nets import Chain, Pairs, Trace, images, mlp, vectors
 
 GOOD = images()
@@ -56,15 +57,15 @@ MODEL = object()
 
 
 def pruner(example: Any = X, imp: Any = MAGNITUDE, **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: SInGEPruner(model, example, imp, **options)
+    return lambda model: SInGEPruner(model, example, imp, **asked(**options))
 
 
 def run(imp: Any = MAGNITUDE, **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: SInGEPruner(model, X, imp, **{"target": "params=0.5", **options}).run()
+    return lambda model: SInGEPruner(model, X, imp, **asked(**{"target": "params=0.5", **options})).run()
 
 
 def pruning(data: Any = GOOD, **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: prune(model, data, **{"finetune_steps": 2, "verify": False, **options})
+    return lambda model: prune(model, data, **asked(**{"finetune_steps": 2, "verify": False, **options}))
 
 
 def tuning(loader: Any = GOOD, **options: Any) -> Callable[[nn.Module], Any]:
@@ -78,7 +79,7 @@ def scored(batches: Any, imp: Callable[[], Any] = SInGEImportance) -> Callable[[
         made = imp()
         if isinstance(made, SInGEImportance):
             made.bind(model, batches)
-        return SInGEPruner(model, X, made, target="params=0.5", batches=batches).run()
+        return SInGEPruner(model, X, made, **asked(target="params=0.5", batches=batches)).run()
 
     return act
 
@@ -152,7 +153,7 @@ CASES = [
     Case("normalizer", importance(normalizer="l7"), ConfigError, ("l7", "choose one of")),
     Case("unit_batch", importance(unit_batch=0), ConfigError, ("unit_batch=0", ">= 1")),
     Case("scoring amp", importance(amp="int8"), ConfigError, ("int8", "bf16, fp16")),
-    Case("options object", lambda m: ScoringOptions(mu=0), ConfigError, ("mu=0", r"\]0, 1\[")),
+    Case("options object", lambda m: Scoring(mu=0), ConfigError, ("mu=0", r"\]0, 1\[")),
     Case("bind no model", bound("resnet18", GOOD), ConfigError, ("got str", "torch.nn.Module")),
     Case("bind tensor", bound(MODEL, X), DataError, ("got Tensor", r"DataLoader or a list")),
     Case("bind mapping", bound(MODEL, {"x": X, "y": Y}), DataError, ("one mapping", r"\[batch\]")),
@@ -362,7 +363,7 @@ def test_a_frozen_model_cannot_be_fine_tuned() -> None:
     model = mlp().requires_grad_(False)
     trace = Trace(model)
     with pytest.raises(ConfigError, match="every parameter is frozen"):
-        prune(model, vectors(), finetune_steps=2)
+        prune(model, vectors(), **asked(finetune_steps=2))
     trace.assert_unchanged()
 
 
@@ -370,6 +371,6 @@ def test_a_good_call_is_not_refused() -> None:
     """The settings of the table are bad one by one: without them the same calls work."""
     torch.manual_seed(0)
     model = Chain()
-    result = prune(model, GOOD, finetune_steps=2, verify=False)
+    result = prune(model, GOOD, **asked(finetune_steps=2, verify=False))
     assert result.removed_params == pytest.approx(0.5, abs=0.01)
     assert issubclass(singe_plugin.SingeError, Exception)

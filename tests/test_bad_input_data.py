@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from singe_plugin import FineTune, UnstructuredPruner, prune, prune_weights
+from singe_plugin.batches import MOST_BATCHES
 from singe_plugin.budget import CostModel, Target
 from singe_plugin.data import as_loader, is_dataset, lone_example, scoring_batches
 from singe_plugin.errors import BudgetError, ConfigError, DataError, GroupError, ScoringError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.objective import MOST_BATCHES
 
+from asked import asked
 from small_nets import Chain, Pairs, Trace, images, mlp, vectors
 
 GOOD = images()
@@ -180,7 +181,7 @@ def test_it_works(name: str) -> None:
     make, data, options = WORKS[name]
     torch.manual_seed(0)
     settings = {"finetune_steps": 2, "verify": False, "batch_size": 4, "min_width": 1, "device": "cpu"}
-    result = prune(make(), data(), **{**settings, **options})
+    result = prune(make(), data(), **asked(**{**settings, **options}))
     assert result.removed_params == pytest.approx(0.5, abs=0.011)
     assert (result.after.accuracy is None) is ("val_data" not in options)
 
@@ -232,11 +233,11 @@ class Case(NamedTuple):
 def pruning(data: Any = GOOD, **options: Any) -> Callable[[nn.Module], Any]:
     """``prune``; data may be a function that makes it."""
     settings = {"finetune_steps": 2, "verify": False, "device": "cpu", **options}
-    return lambda model: prune(model, data() if callable(data) else data, **settings)
+    return lambda model: prune(model, data() if callable(data) else data, **asked(**settings))
 
 
 def pruner(example: Any = X[:2], **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: SInGEPruner(model, example, MAGNITUDE, **options)
+    return lambda model: SInGEPruner(model, example, MAGNITUDE, **asked(**options))
 
 
 def scoring(batches: Any, importance: Any = None) -> Callable[[nn.Module], Any]:
@@ -244,7 +245,7 @@ def scoring(batches: Any, importance: Any = None) -> Callable[[nn.Module], Any]:
 
     def act(model: nn.Module) -> Any:
         given = SInGEImportance().bind(model, batches) if importance is None else importance
-        return SInGEPruner(model, X[:2], given, batches=batches, target="params=0.5").run()
+        return SInGEPruner(model, X[:2], given, **asked(batches=batches, target="params=0.5")).run()
 
     return act
 
@@ -311,7 +312,9 @@ CASES = {
     "data without end": Case(pruning(endless), DataError, ENDLESS),
     "data without end to score on": Case(lambda m: SInGEImportance().bind(m, endless()), DataError, ENDLESS),
     "data without end to train on": Case(lambda m: FineTune(endless()), DataError, ENDLESS),
-    "data without end for weights": Case(lambda m: prune_weights(m, endless(), finetune_steps=0), DataError, ENDLESS),
+    "data without end for weights": Case(
+        lambda m: prune_weights(m, endless(), **asked(finetune_steps=0)), DataError, ENDLESS
+    ),
     "data without end, no generator": Case(
         lambda m: UnstructuredPruner(m, type("Endless", (), {"__iter__": lambda self: endless()})()), DataError, ENDLESS
     ),
@@ -322,7 +325,7 @@ CASES = {
         pruning([(X, Y), (X[:1], Y[:1])]), DataError, ("single example", "batch-norm"), pooled
     ),
     "one example, weights": Case(
-        lambda m: prune_weights(m, LONE, finetune_steps=9, scoring_batch_count=1),
+        lambda m: prune_weights(m, LONE, **asked(finetune_steps=9, batches=1)),
         DataError,
         ("single example",),
         pooled,
@@ -381,7 +384,9 @@ CASES = {
     "nodes": Case(pruning(nodes=10**9), ConfigError, ("nodes=1000000000", "at most 1000")),
     "steps": Case(pruning(steps=10**9, quadrature="geometric"), ConfigError, ("steps=1000000000", "at most")),
     "rounds": Case(pruning(rounds=10**6), ConfigError, ("rounds=1000000", "at most 1000")),
-    "rounds of weights": Case(lambda m: prune_weights(m, GOOD, rounds=10**6), ConfigError, ("rounds=1000000",)),
+    "rounds of weights": Case(
+        lambda m: prune_weights(m, GOOD, **asked(rounds=10**6)), ConfigError, ("rounds=1000000",)
+    ),
     "iterative_steps": Case(pruner(iterative_steps=10**9), ConfigError, ("iterative_steps=1000000000", "at most")),
     "builder": Case(pruning(builder="resnet18"), ConfigError, ("'resnet18'", "Builder.factory")),
     "out_dir": Case(pruning(out_dir=3), ConfigError, ("3 is not the path of a folder",)),

@@ -20,8 +20,9 @@ from singe_plugin.cli import main
 from singe_plugin.errors import ConfigError
 from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.scoring import ScoringOptions
+from singe_plugin.options import Scoring
 
+from asked import asked
 from small_nets import Chain, Residual, StopAt, images
 
 BATCHES = images(2)
@@ -40,7 +41,7 @@ class Norms:
 
 
 def pruner_of(model: nn.Module, importance: Any = None, **options: Any) -> SInGEPruner:
-    return SInGEPruner(model, BATCHES[0][0], importance or Norms(), batches=BATCHES, **options)
+    return SInGEPruner(model, BATCHES[0][0], importance or Norms(), **asked(batches=BATCHES, **options))
 
 
 def scores_of(model: nn.Module) -> dict[str, list[float]]:
@@ -229,8 +230,8 @@ def test_a_failed_round_undoes_all_of_them() -> None:
     model = Chain()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="enough"):
-        prune(model, BATCHES, verify=False, nodes=2, finetune_steps=6, order="rounds", rounds=3,
-              callbacks=[StopAt("round_done", 2, RuntimeError("enough"))])  # fmt: skip
+        prune(model, BATCHES, **asked(verify=False, nodes=2, finetune_steps=6, order="rounds", rounds=3,
+              callbacks=[StopAt("round_done", 2, RuntimeError("enough"))]))  # fmt: skip
     after = model.state_dict()
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())
@@ -240,7 +241,8 @@ def test_the_order_decides_ratios_and_rounds_that_are_not_given() -> None:
     def same(given: dict[str, Any], meant: dict[str, Any]) -> None:
         net = Chain()
         results = [
-            prune(copy.deepcopy(net), BATCHES, nodes=2, finetune_steps=0, verify=False, **how) for how in (given, meant)
+            prune(copy.deepcopy(net), BATCHES, **asked(nodes=2, finetune_steps=0, verify=False, **how))
+            for how in (given, meant)
         ]
         assert_same_run(*results)
         assert all(results[0].options[name] == value for name, value in meant.items())
@@ -254,7 +256,7 @@ def test_the_order_decides_ratios_and_rounds_that_are_not_given() -> None:
 
 def test_inspect_counts_with_the_ratios_and_rounds_of_the_order() -> None:
     def cost(**how: Any) -> Any:
-        return inspect_model(Chain(), BATCHES[0][0], target="params=0.4", finetune_steps=0, **how).cost
+        return inspect_model(Chain(), BATCHES[0][0], **asked(target="params=0.4", finetune_steps=0, **how)).cost
 
     assert cost(order="rounds") == cost(order="rounds", ratios="per_cost", rounds=4) is not None
     assert cost(order="layers") == cost(order="layers", ratios="block") != cost()
@@ -271,8 +273,8 @@ def test_options_that_mean_nothing(wrong: dict[str, Any]) -> None:
 def test_a_point_is_one_of_the_whole_and_not_of_what_is_left() -> None:
     for seed in range(4):
         torch.manual_seed(seed)
-        result = prune(Chain(), BATCHES, nodes=1, finetune_steps=0, verify=False, order="rounds", rounds=3,
-                       target="params=0.4", min_width=1)  # fmt: skip
+        result = prune(Chain(), BATCHES, **asked(nodes=1, finetune_steps=0, verify=False, order="rounds", rounds=3,
+                       target="params=0.4", min_width=1))  # fmt: skip
         assert result.removed_params == pytest.approx(0.4, abs=0.01)
 
 
@@ -283,9 +285,9 @@ def test_what_only_the_other_order_has_is_refused() -> None:
         ({"units_per_step": 1, "rounds": 2}, "rounds=2 is for order='rounds'"),
     ):
         with pytest.raises(ConfigError, match=said):
-            prune(Chain(), BATCHES, **wrong)
+            prune(Chain(), BATCHES, **asked(**wrong))
         with pytest.raises(ConfigError, match=said):
-            inspect_model(Chain(), BATCHES[0][0], **wrong)
+            inspect_model(Chain(), BATCHES[0][0], **asked(**wrong))
     with pytest.raises(ConfigError, match="rounds=4 is for order='rounds'"):
         pruner_of(Chain(), order="layers", rounds=4)
 
@@ -295,8 +297,8 @@ def test_what_only_the_other_order_has_is_refused() -> None:
 def test_whole_units_of_a_small_network_meet_the_target_in_rounds(net: Any, rounds: int) -> None:
     for target in (0.3, 0.45, 0.5, 0.7):
         torch.manual_seed(0)
-        result = prune(net(), BATCHES, criterion="l2", finetune_steps=0, verify=False, rounds=rounds,
-                       target=f"params={target}", min_width=1)  # fmt: skip
+        result = prune(net(), BATCHES, **asked(criterion="l2", finetune_steps=0, verify=False, rounds=rounds,
+                       target=f"params={target}", min_width=1))  # fmt: skip
         assert result.removed_params == pytest.approx(target, abs=0.01)
 
 
@@ -333,12 +335,14 @@ def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count:
     batches = images(6)
     model, passes = Chain(), []
     model.conv3.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
-    result = prune(model, batches, target="params=0.3", finetune_steps=0, verify=False, min_width=1, **given)
+    result = prune(model, batches, **asked(target="params=0.3", finetune_steps=0, verify=False, min_width=1, **given))
     scorings = len(result.history.select("layer_scored"))
     first = 0 if result.options["order"] == "rounds" else len(result.layers)
     assert sum(passes) - first == nodes * count * scorings > 0
     assert (result.options["nodes"], result.options["scoring_batch_count"]) == (nodes, count)
-    found = inspect_model(Chain(), batches[0][0], target="params=0.3", finetune_steps=0, **_as_inspected(given))
+    found = inspect_model(
+        Chain(), batches[0][0], **asked(target="params=0.3", finetune_steps=0, **_as_inspected(given))
+    )
     assert found.cost is not None
     assert found.cost.scoring_passes == nodes * count * found.cost.scorings
 
@@ -346,7 +350,7 @@ def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count:
 def _as_inspected(given: dict[str, Any]) -> dict[str, Any]:
     """Of ``prune``'s options those of ``inspect_model``."""
     return {k: v for k, v in given.items() if k != "nodes"} | (
-        {"scoring": ScoringOptions(nodes=given["nodes"])} if "nodes" in given else {}
+        {"scoring": Scoring(nodes=given["nodes"])} if "nodes" in given else {}
     )
 
 
@@ -362,7 +366,7 @@ def test_the_command_scores_as_the_library_does() -> None:
 def test_what_is_inspected_is_plain_values() -> None:
     """Ratios may be given by module; what is shown of them has names."""
     net = Chain()
-    found = inspect_model(net, BATCHES[0][0], target=None, ratios={net.conv2: 0.5}, finetune_steps=0)
+    found = inspect_model(net, BATCHES[0][0], **asked(target=None, ratios={net.conv2: 0.5}, finetune_steps=0))
     shown = json.loads(json.dumps(found.as_dict()))
     assert shown["options"]["ratios"] == {"conv2": 0.5}
     assert shown["cost"]["units_removed"] == net.conv2.out_channels // 2

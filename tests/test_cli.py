@@ -265,7 +265,7 @@ def test_interrupted_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--model", "resnet81"], ["no model 'resnet81'", "near it are"]),
+        (["--model", "resnet81"], ["no model 'resnet81'", "did you mean 'resnet"]),
         (["--model", "resnet18", "--model-kwargs", "layers"], ["'layers' is not of the form key=value"]),
         (["--model", "resnet18", "--model-kwargs", "colour=red"], ["timm cannot make 'resnet18'", "colour"]),
         (["--model", "resnet18", "--pretrained", "--checkpoint", "x.pth"], ["choose one"]),

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin import scoring
-from singe_plugin.axes import AxisGraph
-from singe_plugin.axes.graph import Group
+from singe_plugin.axes import AxisGraph, Group
 from singe_plugin.axes.substitutes import double_inputs, masked
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, tensors_in
+from singe_plugin.options import Scoring
 from singe_plugin.path import decay_path
-from singe_plugin.scoring import ScoringOptions
 from singe_plugin.units import subgroup
 
 from axes_networks import CASES, made
@@ -39,7 +38,7 @@ def objective(outputs: Any, _: Any) -> Tensor:
 def integral(model: nn.Module, group: Group, units: list[int], x: Any) -> Tensor:
     """The signed integral of <W, grad F(uW)> over u in [0, 1], for each unit alone, by the scoring engine."""
     path = decay_path(mu=0.9, quadrature="gauss", nodes=NODES)
-    options = ScoringOptions(path="neuron", unit_batch=1, objective=objective)
+    options = Scoring(path="neuron", unit_batch=1, objective=objective)
     part = subgroup(group.unit_group(), torch.tensor(units))
     (stats,) = scoring._walk(model, part, [(x, torch.zeros(1))], options, path)
     share = path.weights / path.weights.mul(path.scales).sum()

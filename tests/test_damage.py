@@ -24,6 +24,7 @@ from singe_plugin.errors import ArtifactError
 from singe_plugin.files import describe, seal
 from singe_plugin.integrations.unstructured import prune_weights
 
+from asked import asked
 from killed import RUNS
 from small_nets import Chain, StopAt, assert_same_values, images
 
@@ -36,8 +37,8 @@ RECORD, TENSORS, MASKS = "singe.json", "model.safetensors", "masks.safetensors"
 def write(folder: Path, kind: str) -> Path:
     torch.manual_seed(0)
     if kind == "units":
-        return save(prune(Chain(), BATCHES, verify=False, fold=True, builder=CHAIN, **FAST), folder)
-    return save(prune_weights(Chain(), BATCHES, sparsity=0.7, rounds=1, builder=CHAIN, **FAST), folder)
+        return save(prune(Chain(), BATCHES, **asked(verify=False, fold=True, builder=CHAIN, **FAST)), folder)
+    return save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.7, rounds=1, builder=CHAIN, **FAST)), folder)
 
 
 @pytest.fixture(scope="module", params=["units", "weights"])
@@ -279,7 +280,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     model = timm.create_model("test_resnet", in_chans=1, num_classes=3)
     data = [(torch.randn(4, 1, 32, 32), torch.arange(4) % 3)]
-    save(prune(model, data, verify=False, criterion="l2", finetune_steps=0, rounds=1), folder / "timm")
+    save(prune(model, data, **asked(verify=False, criterion="l2", finetune_steps=0, rounds=1)), folder / "timm")
     write(folder / "chain", "units")
     return folder
 
@@ -418,7 +419,7 @@ def test_tensors_have_to_fit(name: str, of_chain: Path) -> None:
 
 
 def test_values_that_were_not_finite_when_they_were_saved_are_loaded(tmp_path: Path) -> None:
-    result = prune(Chain(), BATCHES, verify=False, builder=CHAIN, **FAST)
+    result = prune(Chain(), BATCHES, **asked(verify=False, builder=CHAIN, **FAST))
     with torch.no_grad():
         result.model.fc.bias[0] = float("inf")
     assert bool(load(save(result, tmp_path), trust=True).model.fc.bias.isinf().any())

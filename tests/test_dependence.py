@@ -22,9 +22,11 @@ from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.masks import hold_masks
 from singe_plugin.objective import cross_entropy
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
 
+from asked import asked
 from references import Net
 from small_nets import StopAt, Trace, mlp, vectors
 
@@ -114,7 +116,7 @@ def test_a_layer_that_nothing_gets_through_scores_zero(name: str, path: str) -> 
     assert changes(net) == 0.0
     trace = Trace(net)
     # batch-norm in front of a sum: vmap has no rule for it in every version
-    scores = score_units(net, group_of(net.side), DATA, ScoringOptions(path=path, unit_batch=1))
+    scores = score_units(net, group_of(net.side), DATA, Scoring(path=path, unit_batch=1))
     assert scores.tolist() == [0.0] * 6
     trace.assert_unchanged()
 
@@ -128,7 +130,7 @@ def test_a_gradient_that_does_not_see_the_change_is_refused(name: str, path: str
     with pytest.raises(
         ScoringError, match=r"'side': its scores are all zero, but F goes from .* use objective='logit'"
     ):
-        score_units(net, group_of(net.side), DATA, ScoringOptions(criterion="norm_grad", path=path, unit_batch=1))
+        score_units(net, group_of(net.side), DATA, Scoring(criterion="norm_grad", path=path, unit_batch=1))
     trace.assert_unchanged()
 
 
@@ -138,7 +140,7 @@ def test_a_layer_that_f_cannot_depend_on_is_refused(name: str, path: str) -> Non
     net = NO_QUESTION[name]()
     trace = Trace(net)
     with pytest.raises(ScoringError, match=r"'side': F does not depend on it.*ignored_layers"):
-        score_units(net, group_of(net.side), DATA, ScoringOptions(path=path, unit_batch=1))
+        score_units(net, group_of(net.side), DATA, Scoring(path=path, unit_batch=1))
     trace.assert_unchanged()
 
 
@@ -149,7 +151,7 @@ def test_outputs_so_sure_that_the_gradient_underflows() -> None:
     sure = [(x, net(x).argmax(1)) for x, _ in DATA]
     with pytest.raises(ScoringError, match=r"F goes from 0 to 1\.09861 on batch 0.*objective='logit'"):
         score_units(net, group, sure)
-    assert float(score_units(net, group, sure, ScoringOptions(objective="logit")).min()) > 0
+    assert float(score_units(net, group, sure, Scoring(objective="logit")).min()) > 0
 
 
 def test_zero_weights_and_some_dead_units_are_scores_like_any_other() -> None:
@@ -218,10 +220,10 @@ def test_a_head_that_the_objective_leaves_out(weight: float | None, order: str) 
     model = Twice()
     trace = Trace(model)
     with pytest.raises(ScoringError, match=r"'two': F does not depend on it.*ignored_layers"):
-        prune(model, DATA, objective=objective, callbacks=[Nothing()], **FAST, **ORDERS[order])
+        prune(model, DATA, **asked(objective=objective, callbacks=[Nothing()], **FAST, **ORDERS[order]))
     trace.assert_unchanged()
     result = prune(
-        model, DATA, target="params=0.3", objective=objective, ignored_layers=["two"], **FAST, **ORDERS[order]
+        model, DATA, **asked(target="params=0.3", objective=objective, ignored_layers=["two"], **FAST, **ORDERS[order])
     )
     assert model.two.out_features == 16
     assert result.removed_params == pytest.approx(0.3, abs=0.01)
@@ -278,18 +280,18 @@ CONSTANT: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = 
 
 
 ENTRIES: dict[str, Callable[..., Any]] = {
-    "rounds": lambda m, d, **o: prune(m, d, callbacks=[Nothing()], **FAST, **o),
-    "layers": lambda m, d, **o: prune(m, d, callbacks=[Nothing()], units_per_step="layer", **FAST, **o),
+    "rounds": lambda m, d, **o: prune(m, d, **asked(callbacks=[Nothing()], **FAST, **o)),
+    "layers": lambda m, d, **o: prune(m, d, **asked(callbacks=[Nothing()], units_per_step="layer", **FAST, **o)),
     "taylor": lambda m, d, **o: prune(
-        m, d, callbacks=[Nothing()], importance=tp.importance.GroupTaylorImportance(), **FAST, **o
+        m, d, **asked(callbacks=[Nothing()], criterion=tp.importance.GroupTaylorImportance(), **FAST, **o)
     ),
-    "magnitude": lambda m, d, **o: prune(m, d, callbacks=[Nothing()], criterion="l2", **FAST, **o),
-    "weights in rounds": lambda m, d, **o: prune_weights(m, d, rounds=2, finetune_steps=4, callbacks=[Nothing()], **o),
+    "magnitude": lambda m, d, **o: prune(m, d, **asked(callbacks=[Nothing()], criterion="l2", **FAST, **o)),
+    "weights in rounds": lambda m, d, **o: prune_weights(m, d, **asked(rounds=2, finetune_steps=4, callbacks=[Nothing()], **o)),
     "weights in layers": lambda m, d, **o: prune_weights(
-        m, d, units_per_step="layer", finetune_steps=4, callbacks=[Nothing()], **o
+        m, d, **asked(units_per_step="layer", finetune_steps=4, callbacks=[Nothing()], **o)
     ),
     "weights by magnitude": lambda m, d, **o: prune_weights(
-        m, d, criterion="l1", rounds=2, finetune_steps=4, callbacks=[Nothing()], **o
+        m, d, **asked(criterion="l1", rounds=2, finetune_steps=4, callbacks=[Nothing()], **o)
     ),
     "importance": lambda m, d, objective="loss": SInGEPruner(
         m, X, SInGEImportance(objective=objective).bind(m, d), pruning_ratio=0.5, verify=False
@@ -312,7 +314,7 @@ def test_features_have_objectives_of_their_own() -> None:
     def spread(features: Tensor, targets: Any) -> Tensor:
         return -features.var(0).mean()
 
-    assert prune(headless(), DATA, objective=spread, **FAST).removed_params == pytest.approx(0.5, abs=0.02)
+    assert prune(headless(), DATA, **asked(objective=spread, **FAST)).removed_params == pytest.approx(0.5, abs=0.02)
 
 
 def test_no_outputs_are_no_classes() -> None:
@@ -325,10 +327,10 @@ def test_the_objectives_that_the_message_names_are_accepted() -> None:
         (functional.mse_loss, lambda y: y.float()[:, None]),
         (functional.binary_cross_entropy_with_logits, lambda y: (y[:, None] > 0).float()),
     ):
-        result = prune(one_output(), with_targets(targets), objective=objective, **FAST)
+        result = prune(one_output(), with_targets(targets), **asked(objective=objective, **FAST))
         assert result.removed_params == pytest.approx(0.5, abs=0.02)
     soft = with_targets(lambda y: functional.one_hot(y, 3) * 0.8 + 0.2 / 3)
-    assert prune(mlp(), soft, **FAST).removed_params == pytest.approx(0.5, abs=0.02)
+    assert prune(mlp(), soft, **asked(**FAST)).removed_params == pytest.approx(0.5, abs=0.02)
 
 
 # --- a fine-tuning loss that cannot move -------------------------------------------------------------------------
@@ -372,7 +374,7 @@ def test_only_what_is_trained_counts() -> None:
     for layer in (model.trunk, model.one, model.out_one):
         layer.requires_grad_(False)
     with pytest.raises(DataError, match=r"does not depend on the parameters that are trained"):
-        prune(model, DATA, objective=first, criterion="l2", callbacks=[Nothing()], **FAST)
+        prune(model, DATA, **asked(objective=first, criterion="l2", callbacks=[Nothing()], **FAST))
 
 
 def test_what_lies_behind_masked_weights_has_true_zeros() -> None:

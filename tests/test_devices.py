@@ -14,13 +14,14 @@ from singe_plugin.axes import AxisGraph, remove_units, verify_groups
 from singe_plugin.budget import count_macs
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.events import Callback
-from singe_plugin.finetune import beside
-from singe_plugin.integrations.staging import resolve_device
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.objective import to_device
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.nested import to_device
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
+from singe_plugin.staging import resolve_device
 from singe_plugin.state import RngState
+from singe_plugin.tuner import beside
 
 from references import Net, get_case
 from small_nets import Chain, Recurrent, Trace, assert_same_values, images, sequences, vectors
@@ -35,8 +36,8 @@ META = torch.device("meta")
 @pytest.mark.parametrize("path", ["layer", "neuron"])
 def test_scores_are_the_same_inside_a_mixed_precision_context(criterion: str, path: str) -> None:
     case = get_case("chain")
-    options = ScoringOptions(criterion, path=path, nodes=4)
-    alone = score_units(case.model, case.group, case.batches, ScoringOptions(criterion, path=path, nodes=4, amp="bf16"))
+    options = Scoring(criterion, path=path, nodes=4)
+    alone = score_units(case.model, case.group, case.batches, Scoring(criterion, path=path, nodes=4, amp="bf16"))
     with torch.autocast("cpu", torch.bfloat16):
         case.model.eval()(case.batches[0][0])  # casts are kept from here on
         inside = score_units(case.model, case.group, case.batches, options)
@@ -190,7 +191,7 @@ def test_recurrent_layers_are_differentiated_without_cudnn(kind: type[nn.RNNBase
     group = AxisGraph(model, batches[0][0]).groups["stem"].unit_group()
     assert set(seen) == {False}
     seen.clear()
-    assert score_units(model, group, batches, ScoringOptions(nodes=2)).shape == (8,)
+    assert score_units(model, group, batches, Scoring(nodes=2)).shape == (8,)
     assert set(seen) == {False}
     assert torch.backends.cudnn.enabled
     assert (len(model.cells._forward_hooks), len(model.cells._forward_pre_hooks)) == (0, 0)
@@ -205,7 +206,7 @@ def test_cudnn_is_switched_on_again_after_an_error() -> None:
 
     model.cells.forward = failing
     with pytest.raises(ScoringError, match=r"'stem'.*batch 0.*training mode"):
-        score_units(model, group, batches, ScoringOptions(nodes=2))
+        score_units(model, group, batches, Scoring(nodes=2))
     assert torch.backends.cudnn.enabled
     assert len(model.cells._forward_hooks) == 0
 
@@ -224,7 +225,7 @@ def test_a_gradient_that_fails_is_an_error_of_ours() -> None:
     state = Trace(model)
     group = AxisGraph(model, vectors(1)[0][0]).groups["stem"].unit_group()
     with pytest.raises(ScoringError, match=r"'stem'.*batch 0.*only forwards"):
-        score_units(model, group, vectors(1), ScoringOptions())
+        score_units(model, group, vectors(1), Scoring())
     state.assert_unchanged()
 
 
@@ -255,7 +256,7 @@ def test_running_out_of_memory_is_said_and_no_reason_to_leave_a_layer_whole(monk
         (full, lambda: verify_groups(graph)),
         (later, lambda: verify_groups(graph)),
         (full, lambda: loop.run(model, 1, Callback())),
-        (full, lambda: score_units(model, group.unit_group(), images(1), ScoringOptions())),
+        (full, lambda: score_units(model, group.unit_group(), images(1), Scoring())),
         (full, lambda: prune(model, images(2), target="params=0.5", device="cpu")),
     ):
         calls = 0
@@ -293,7 +294,7 @@ def test_labels_out_of_range_are_found_before_the_device_sees_them() -> None:
     said = "Target 3 is out of bounds: the model has 3 classes, 0 to 2"
     for objective in ("loss", "logit"):
         with pytest.raises(ScoringError, match=said):
-            score_units(model, group, batches, ScoringOptions(objective=objective))
+            score_units(model, group, batches, Scoring(objective=objective))
     loop = FineTune(batches, 1)
     loop.prepare(model)
     with pytest.raises(DataError, match=said):
@@ -304,5 +305,5 @@ def test_labels_out_of_range_are_found_before_the_device_sees_them() -> None:
         loop.run(model, 1, Callback())
     ignored = [(batches[0][0], torch.tensor([0, 1, 2, -100, 0, 0, 0, 0]))]
     kept = [(x[y >= 0], y[y >= 0]) for x, y in ignored]
-    got, expected = (score_units(model, group, b, ScoringOptions()) for b in (ignored, kept))
+    got, expected = (score_units(model, group, b, Scoring()) for b in (ignored, kept))
     torch.testing.assert_close(got, expected)

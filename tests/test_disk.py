@@ -24,6 +24,7 @@ from singe_plugin.files import locked, write_atomically, write_text
 from singe_plugin.integrations.unstructured import prune_weights
 from singe_plugin.report import Curves, write_report
 
+from asked import asked
 from killed import holding, limited, process
 from small_nets import Chain, Trace, images
 
@@ -34,11 +35,11 @@ CURVES = [Curves("conv", (0, 2), ((2.0, 1.0), (3.0, 1.5)), ((0.1, 0.2), (0.3, 0.
 
 
 def pruned(net: Chain, folder: Path) -> Result:
-    return prune(net, BATCHES, verify=False, out_dir=folder, **FAST)
+    return prune(net, BATCHES, **asked(verify=False, out_dir=folder, **FAST))
 
 
 def masked(net: Chain, folder: Path) -> Result:
-    return prune_weights(net, BATCHES, out_dir=folder, **FAST)
+    return prune_weights(net, BATCHES, **asked(out_dir=folder, **FAST))
 
 
 # --- faults -----------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def test_a_run_that_cannot_write(run: Any, place: str, error: str, after: int, t
 @pytest.fixture(scope="module")
 def result() -> Result:
     torch.manual_seed(0)
-    return prune_weights(Chain(), BATCHES, sparsity=0.7, builder=Builder.factory("small_nets:Chain"), **FAST)
+    return prune_weights(Chain(), BATCHES, **asked(sparsity=0.7, builder=Builder.factory("small_nets:Chain"), **FAST))
 
 
 @pytest.mark.parametrize(("place", "error"), [(place, "full") for place in WRITERS] + [("save_file", "rust")])
@@ -258,7 +259,7 @@ def test_a_folder_that_this_process_runs_in(tmp_path: Path) -> None:
             thread.join()
 
     inside = Inside()
-    prune(Chain(), BATCHES, verify=False, out_dir=tmp_path, callbacks=[inside], **FAST)
+    prune(Chain(), BATCHES, **asked(verify=False, out_dir=tmp_path, callbacks=[inside], **FAST))
     assert len(inside.seen) == 2
     assert all(f"process {os.getpid()} is running in" in text for text in inside.seen)
     with locked(tmp_path, run=False):

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, FinetuneStep
-from singe_plugin.finetune import BatchStream, FineTune
+from singe_plugin.finetune import FineTune
 from singe_plugin.state import RngState
+from singe_plugin.stream import BatchStream
 
 from references import Net
 from small_nets import Chain, assert_same_values, images, mlp, values_of, vectors

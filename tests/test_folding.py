@@ -15,7 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from singe_plugin.errors import FoldingError
 from singe_plugin.folding import fold_batchnorm, foldable_pairs, is_batchnorm, norm_scale_shift, replace_folded
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
 
 from references import CASES, Net, get_case, randomise_norms
@@ -93,7 +94,7 @@ def test_scoring_folds_virtually_what_folding_folds_for_good(name: str) -> None:
         slots = tuple(Slot(owner, slot.attr, slot.layout) for slot in producer.slots)
         producers.append(Producer(producer.name, slots, producer.rows, producer.units, None, producer.is_norm))
     folded = UnitGroup(case.group.name, case.group.size, tuple(producers))
-    for options in (ScoringOptions(criterion="l2"), ScoringOptions(nodes=3)):
+    for options in (Scoring(criterion="l2"), Scoring(nodes=3)):
         virtual = score_units(case.model, case.group, case.batches, options)
         torch.testing.assert_close(score_units(model, folded, case.batches, options), virtual)
 

@@ -12,15 +12,17 @@ from torch import nn
 
 import singe_plugin
 from singe_plugin import FineTune, Result, prune, prune_weights
-from singe_plugin.artifact import Builder
+from singe_plugin.architecture import Builder
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.budget import count_macs
 from singe_plugin.data import evaluate
 from singe_plugin.errors import ScoringError
 from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 
+from asked import asked
 from references import CASES, Net, get_case
 from small_nets import Chain, Recurrent, StopAt, Trace, assert_same_values, images, sequences, values_of
 
@@ -66,7 +68,7 @@ def kept(result: Result) -> dict[str, int]:
 @pytest.mark.parametrize("path", ["layer", "neuron"])
 def test_scores_are_those_of_the_cpu(name: str, path: str) -> None:
     case = get_case(name)
-    options = ScoringOptions("ig", path=path, nodes=3)
+    options = Scoring("ig", path=path, nodes=3)
     expected = score_units(case.model, case.group, case.batches, options)
     case.model.to(CUDA)  # the group's layers move along: they are the model's
     for batches in (case.batches, [tuple(t.to(CUDA) for t in batch) for batch in case.batches]):
@@ -84,7 +86,7 @@ def test_recurrent_layers_are_pruned_as_on_the_cpu(kind: type[nn.RNNBase]) -> No
     on_cpu, on_cuda = AxisGraph(made(), batches[0][0]), AxisGraph(made().to(CUDA), batches[0][0].to(CUDA))
     assert list(on_cuda.groups) == list(on_cpu.groups)
     assert verify_groups(on_cuda) == verify_groups(on_cpu)
-    results = [prune(made(), batches, target="params=0.3", device=d, **FULL) for d in ("cpu", "cuda")]
+    results = [prune(made(), batches, **asked(target="params=0.3", device=d, **FULL)) for d in ("cpu", "cuda")]
     assert kept(results[0]) == kept(results[1])
     assert_close_values(results[1].model, results[0].model)
 
@@ -104,9 +106,11 @@ def assert_close_values(got: nn.Module, expected: nn.Module) -> None:
 def test_a_model_goes_there_and_comes_back(options: dict[str, Any], example: bool) -> None:
     batches = images(3)
     given = {"example_inputs": batches[0][0][:2]} if example else {}
-    expected = prune(chain(), batches, target="params=0.5", device="cpu", **FULL, **options)
+    expected = prune(chain(), batches, **asked(target="params=0.5", device="cpu", **FULL, **options))
     model = chain()
-    result = prune(model, batches, target="params=0.5", val_data=batches, latency=True, **FULL, **given, **options)
+    result = prune(
+        model, batches, **asked(target="params=0.5", val_data=batches, latency=True, **FULL, **given, **options)
+    )
     assert devices(model) == {"cpu"}
     assert kept(result) == kept(expected)
     assert (result.after.params, result.after.macs) == (expected.after.params, expected.after.macs)
@@ -115,22 +119,24 @@ def test_a_model_goes_there_and_comes_back(options: dict[str, Any], example: boo
 
 def test_a_model_that_is_there_stays() -> None:
     model = chain().to(CUDA)
-    prune(model, images(2), target="params=0.4", **FULL)
+    prune(model, images(2), **asked(target="params=0.4", **FULL))
     assert devices(model) == {"cuda"}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_model_on_the_second_device_stays_there() -> None:
     model = chain().to("cuda:1")
-    prune(model, images(2), target="params=0.4", finetune_steps=2)
+    prune(model, images(2), **asked(target="params=0.4", finetune_steps=2))
     assert {t.device.index for t in model.parameters()} == {1}
 
 
 def test_masks_of_single_weights_come_back_with_the_weights() -> None:
     batches = images(2)
-    result = prune_weights(chain(), batches, sparsity=0.5, rounds=2, finetune_steps=2, example_inputs=batches[0][0][:2])
-    expected = prune_weights(chain(), batches, sparsity=0.5, rounds=1, finetune_steps=0, device="cpu")
-    got = prune_weights(chain(), batches, sparsity=0.5, rounds=1, finetune_steps=0)
+    result = prune_weights(
+        chain(), batches, **asked(sparsity=0.5, rounds=2, finetune_steps=2, example_inputs=batches[0][0][:2])
+    )
+    expected = prune_weights(chain(), batches, **asked(sparsity=0.5, rounds=1, finetune_steps=0, device="cpu"))
+    got = prune_weights(chain(), batches, **asked(sparsity=0.5, rounds=1, finetune_steps=0))
     assert devices(result.model) == {"cpu"}
     assert {mask.device.type for mask in result.weight_masks.values()} == {"cpu"}
     assert all(torch.equal(got.weight_masks[k], expected.weight_masks[k]) for k in expected.weight_masks)
@@ -156,7 +162,9 @@ def test_optimizer_and_average_go_along_and_come_back() -> None:
 def test_resumed_on_the_device(fused: bool, tmp_path: Path) -> None:
     def run(out: Path | None, **options: Any) -> Result:
         loop = FineTune(images(3), 8, "layer", optimizer=lambda p: torch.optim.AdamW(p, 0.01, fused=fused), amp=None)
-        return prune(chain(), images(3), target="params=0.5", finetune=loop, out_dir=out, verify=False, **options)
+        return prune(
+            chain(), images(3), **asked(target="params=0.5", finetune=loop, out_dir=out, verify=False, **options)
+        )
 
     whole = run(None)
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +175,9 @@ def test_resumed_on_the_device(fused: bool, tmp_path: Path) -> None:
 def test_mixed_precision_and_memory_format() -> None:
     for amp in ("bf16", "fp16"):
         result = prune(
-            chain(), images(3), target="params=0.5", finetune_steps=4, amp=amp, channels_last=True, verify=False
+            chain(),
+            images(3),
+            **asked(target="params=0.5", finetune_steps=4, amp=amp, channels_last=True, verify=False),
         )
         assert all(bool(v.isfinite().all()) for v in values_of(result.model).values() if v.is_floating_point())
 
@@ -177,7 +187,7 @@ def test_the_random_states_are_left_alone() -> None:
     torch.cuda.manual_seed_all(11)
     before, numbers = torch.cuda.get_rng_state(0), torch.rand(3, device=CUDA)
     torch.cuda.set_rng_state(before, 0)
-    prune(model, data, target="params=0.4", finetune_steps=2, verify=False)
+    prune(model, data, **asked(target="params=0.4", finetune_steps=2, verify=False))
     assert torch.equal(torch.cuda.get_rng_state(0), before)
     assert torch.equal(torch.rand(3, device=CUDA), numbers)
 
@@ -202,7 +212,7 @@ def test_labels_out_of_range_leave_the_device_usable() -> None:
     state = Trace(model)
     wrong = [(x, y + 1) for x, y in images(2)]
     with pytest.raises(ScoringError, match="Target 3 is out of bounds"):
-        prune(model, wrong, target="params=0.5", **FULL)
+        prune(model, wrong, **asked(target="params=0.5", **FULL))
     state.assert_unchanged()
     assert float(torch.ones(3, device=CUDA).sum()) == 3
 
@@ -210,8 +220,8 @@ def test_labels_out_of_range_leave_the_device_usable() -> None:
 def test_the_pruner_on_the_device() -> None:
     batches = images(2)
     pruner = SInGEPruner(
-        chain().to(CUDA), batches[0][0].to(CUDA), SInGEImportance(), target="params=0.5", batches=moved(batches),
-        finetune=FineTune(batches, 4), units_per_step=0.25,
+        chain().to(CUDA), batches[0][0].to(CUDA), SInGEImportance(), **asked(target="params=0.5", batches=moved(batches),
+        finetune=FineTune(batches, 4), units_per_step=0.25),
     )  # fmt: skip
     pruner.run()
     with torch.no_grad():
@@ -219,7 +229,7 @@ def test_the_pruner_on_the_device() -> None:
 
 
 def test_saved_there_and_loaded_here(tmp_path: Path) -> None:
-    result = prune(chain().to(CUDA), images(2), target="params=0.5", **FULL)
+    result = prune(chain().to(CUDA), images(2), **asked(target="params=0.5", **FULL))
     singe_plugin.save(result, tmp_path, Builder.factory("small_nets:Chain"))
     here, x = singe_plugin.load(tmp_path, trust=True).model, images(1)[0][0]
     torch.testing.assert_close(here(x), result.model(x.to(CUDA)).cpu(), rtol=1e-4, atol=1e-5)

@@ -20,8 +20,9 @@ from singe_plugin.axes import AxisGraph, remove_units, verify_groups
 from singe_plugin.axes.substitutes import SharedNoise, double_inputs, random_inputs
 from singe_plugin.budget import count_macs
 from singe_plugin.errors import GroupError
-from singe_plugin.objective import call_model, tensors_in, to_device
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.nested import call_model, tensors_in, to_device
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 
 from fingerprint import assert_untouched, fingerprint
 from references import Net
@@ -226,13 +227,13 @@ def test_a_dictionary_of_constants_is_no_cache() -> None:
     net.tables, net.kept = {"scale": torch.full((1,), 2.0)}, {}
     x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
     fresh = verified(net, x)
-    expected = score_units(net, fresh.groups["body"].unit_group(), [(x, y)], ScoringOptions(nodes=2))
+    expected = score_units(net, fresh.groups["body"].unit_group(), [(x, y)], Scoring(nodes=2))
     with torch.no_grad():
         net(x)  # now it keeps something that does not follow the weights
     graph = verified(net, x)
     assert list(graph.groups) == ["body"]
     torch.testing.assert_close(
-        score_units(net, graph.groups["body"].unit_group(), [(x, y)], ScoringOptions(nodes=2)), expected
+        score_units(net, graph.groups["body"].unit_group(), [(x, y)], Scoring(nodes=2)), expected
     )
     kept = net.kept
     remove_units(graph, graph.groups["body"], [0])
@@ -311,7 +312,7 @@ def scores_of(net: nn.Module, **options: Any) -> Iterator[Tensor]:
     batch = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(1)), torch.arange(4)
     for group in graph.groups.values():
         before = fingerprint(net)
-        yield score_units(net, group.unit_group(), [batch], ScoringOptions(nodes=2, **options))
+        yield score_units(net, group.unit_group(), [batch], Scoring(nodes=2, **options))
         assert_untouched(before, net)
 
 

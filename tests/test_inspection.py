@@ -13,6 +13,7 @@ from singe_plugin import prune
 from singe_plugin.budget import count_macs
 from singe_plugin.inspection import inspect_model
 
+from asked import asked
 from small_nets import Chain, images
 
 X = images()[0][0]
@@ -35,7 +36,7 @@ def test_macs_are_those_of_one_example(form: str, examples: int) -> None:
     x = X[:examples]
     model = Chain() if form in ("tensor", "one in a tuple") else Pair()
     inputs: Any = {"tensor": x, "tuple": (x, x), "one in a tuple": (x,), "list": [x, x], "dict": {"a": x, "b": x}}[form]
-    found = inspect_model(model, inputs, finetune_steps=0, target="params=0.3")
+    found = inspect_model(model, inputs, **asked(finetune_steps=0, target="params=0.3"))
     assert found.macs == count_macs(Chain(), X[:1])
 
 
@@ -44,8 +45,8 @@ def test_the_passes_that_are_printed_multiply_to_their_sum(options: dict[str, An
     """And they are those that a run makes: a hook on the last layer, which every pass goes through, counts them."""
     model, passes = Chain(), []
     model.conv3.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
-    prune(model, images(6), target="params=0.3", finetune_steps=0, verify=False, min_width=1, **options)
-    text = inspect_model(Chain(), X, target="params=0.3", finetune_steps=7, **options).text()
+    prune(model, images(6), **asked(target="params=0.3", finetune_steps=0, verify=False, min_width=1, **options))
+    text = inspect_model(Chain(), X, **asked(target="params=0.3", finetune_steps=7, **options)).text()
     numbers = re.search(r"(\d+) scorings of (\d+) passes on each of (\d+) batches = (\d+) forward", text)
     assert numbers is not None, text
     scorings, each, batches, total = map(int, numbers.groups())

@@ -18,6 +18,7 @@ from singe_plugin.integrations.torch_pruning import SInGEPruner
 from singe_plugin.report import markdown, report_data
 from singe_plugin.result import LayerRow, Metrics, Result
 
+from asked import asked
 from small_nets import Chain, Grouped, Residual, images, mlp, vectors
 
 BATCHES = images()
@@ -48,7 +49,10 @@ def test_no_plan_goes_below(net: Any, way: str, round_to: int | None) -> None:
     for target, ratio in (("params=0.6", 0.5), ("macs=0.6", 0.5), (None, 0.9)):
         torch.manual_seed(1)
         pruner = SInGEPruner(
-            net(), example, MAGNITUDE, target=target, pruning_ratio=ratio, min_width=5, round_to=round_to, **WAYS[way]
+            net(),
+            example,
+            MAGNITUDE,
+            **asked(target=target, pruning_ratio=ratio, min_width=5, round_to=round_to, **WAYS[way]),
         )
         before = counts(pruner)
         try:
@@ -68,10 +72,12 @@ def test_no_plan_goes_below(net: Any, way: str, round_to: int | None) -> None:
 
 def test_ratios_of_a_dictionary_and_of_modules() -> None:
     model = Chain()
-    SInGEPruner(model, X, MAGNITUDE, ratios={"conv1": 0.9, "conv2": 0.5}, min_width=3).run()
+    SInGEPruner(model, X, MAGNITUDE, **asked(ratios={"conv1": 0.9, "conv2": 0.5}, min_width=3)).run()
     assert [m.out_channels for m in (model.conv1, model.conv2, model.conv3)] == [3, 6, 8]
     model = Chain()
-    pruner = SInGEPruner(model, X, MAGNITUDE, pruning_ratio=0.1, pruning_ratio_dict={model.conv2: 0.9}, min_width=7)
+    pruner = SInGEPruner(
+        model, X, MAGNITUDE, **asked(pruning_ratio=0.1, pruning_ratio_dict={model.conv2: 0.9}, min_width=7)
+    )
     pruner.run()
     assert [m.out_channels for m in (model.conv1, model.conv2, model.conv3)] == [7, 7, 7]
 
@@ -80,7 +86,9 @@ def test_ratios_of_a_dictionary_and_of_modules() -> None:
 @pytest.mark.parametrize("width", [1, 3, 5])
 def test_step_obeys(options: dict[str, Any], width: int) -> None:
     torch.manual_seed(0)
-    pruner = SInGEPruner(Chain(), X, MAGNITUDE, pruning_ratio=0.9, iterative_steps=3, min_width=width, **options)
+    pruner = SInGEPruner(
+        Chain(), X, MAGNITUDE, **asked(pruning_ratio=0.9, iterative_steps=3, min_width=width, **options)
+    )
     before = counts(pruner)
     for _ in range(3):
         pruner.step()
@@ -90,7 +98,7 @@ def test_step_obeys(options: dict[str, Any], width: int) -> None:
 
 def test_a_layer_that_has_fewer_is_left_as_it_is() -> None:
     model = Chain(widths=(3, 12, 8))
-    result = prune(model, BATCHES, target="params=0.4", criterion="l2", finetune_steps=0, min_width=4)
+    result = prune(model, BATCHES, **asked(target="params=0.4", criterion="l2", finetune_steps=0, min_width=4))
     assert {row.name: row.units_after for row in result.layers}["conv1"] == 3
     assert result.removed_params == pytest.approx(0.4, abs=0.01)
     assert result.options["min_width"] == 4
@@ -99,7 +107,7 @@ def test_a_layer_that_has_fewer_is_left_as_it_is() -> None:
 def test_the_error_says_what_is_nearest_and_that_the_width_is_in_the_way() -> None:
     model = Chain()
     with pytest.raises(BudgetError, match=r"nearest that these ratios reach is params=0\.\d+.* min_width"):
-        SInGEPruner(model, X, MAGNITUDE, target="params=0.9", ratios="uniform", min_width=6).run()
+        SInGEPruner(model, X, MAGNITUDE, **asked(target="params=0.9", ratios="uniform", min_width=6)).run()
     assert model.conv1.out_channels == 8
 
 
@@ -154,6 +162,6 @@ def test_masked_weights_have_no_widths() -> None:
 def test_prune_warns() -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"criterion": "l2", "finetune_steps": 0, "ratios": {"conv1": 0.9}, "target": None}
-    result = prune(Chain(), BATCHES, min_width=1, **options)
+    result = prune(Chain(), BATCHES, **asked(min_width=1, **options))
     assert [text for text in result.warnings if "'conv1' has 1 of 8 units" in text]
-    assert prune(Chain(), BATCHES, min_width=4, **options).warnings == []
+    assert prune(Chain(), BATCHES, **asked(min_width=4, **options)).warnings == []

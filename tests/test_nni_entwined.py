@@ -1,4 +1,4 @@
-"""``schedule="entwined"``: Algorithm 1 inside the evaluator's own training loop."""
+"""``pace="layers"``: Algorithm 1 inside the evaluator's own training loop."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune, phase_share
 from singe_plugin.integrations.nni import SInGEPruner
 
+from asked import asked
 from nni_nets import BATCHES, Loop, channel_masks, evaluator_of, make_net
 from small_nets import Residual, images
 
@@ -32,7 +33,7 @@ COUNTS = {"conv1": 4, "conv2": 5, "conv3": 3}  # of 8, 10 and 6 channels
 def entwined(model: nn.Module, config: Any = HALF, loop: Loop | None = None, **options: Any) -> SInGEPruner:
     rates = {key: options.pop(key) for key in ("lr", "decay") if key in options}
     options = {"training_steps": 7, "nodes": 2, "units_per_step": 2, **options}
-    return SInGEPruner(model, config, evaluator_of(model, loop, **rates), schedule="entwined", **options)
+    return SInGEPruner(model, config, evaluator_of(model, loop, **rates), **asked(pace="layers", **options))
 
 
 def masked(pruner: SInGEPruner) -> dict[str, int]:
@@ -121,8 +122,8 @@ def test_events_are_those_of_the_pruner_of_torch_pruning(every: str) -> None:
     pruner.compress()
     importance = tp.importance.SInGEImportance(nodes=2).bind(other, batches[:1])
     physical = tp.pruner.SInGEPruner(
-        other, batches[0][0], importance, pruning_ratio=0.5, ratios="uniform", units_per_step=3,
-        finetune=FineTune(batches, 6, every),
+        other, batches[0][0], importance, **asked(pruning_ratio=0.5, ratios="uniform", units_per_step=3,
+        finetune=FineTune(batches, 6, every)),
     )  # fmt: skip
     outcome = physical.run()
     assert kinds(pruner.history) == kinds(outcome.history)
@@ -209,7 +210,7 @@ def test_global_ratios_and_thresholds_become_a_plan_by_the_first_scores(config: 
     assert sum(plan.values()) > 0
     model = make_net("chain").train()
     model(BATCHES[0][0])  # the statistics that the first step has left
-    once = SInGEPruner(model, config, batches=BATCHES[:1], nodes=2)
+    once = SInGEPruner(model, config, **asked(batches=BATCHES[:1], nodes=2))
     once.compress()
     assert {name: masked(once)[name] for name in COUNTS} == plan
 
@@ -223,7 +224,7 @@ def test_fused_with_a_distiller_and_over_coupled_layers() -> None:
         lambda batch, net: net(batch[0]),
     )  # fmt: skip
     pruner = SInGEPruner.from_compressor(
-        distiller, HALF, 5, schedule="entwined", nodes=1, units_per_step="layer", every="layer"
+        distiller, HALF, 5, pace="layers", nodes=1, units_per_step="layer", every="layer"
     )
     _, masks = pruner.compress(5, None)
     kept = channel_masks(masks)

@@ -17,6 +17,7 @@ from nni.compression.quantization import QATQuantizer
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.integrations.nni import SInGEPruner
 
+from asked import asked
 from nni_nets import (
     BATCHES,
     CONVS,
@@ -57,7 +58,7 @@ def test_scoring_leaves_the_wrapped_model_as_it_was(fails: bool) -> None:
     model.drop.p = 0.5
     model.fc.bias.requires_grad_(False)
     objective = explode(8 if fails else 1 << 30)
-    pruner = pruner_of(model, batches=BATCHES, objective=objective, nodes=2)
+    pruner = pruner_of(model, **asked(batches=BATCHES, objective=objective, nodes=2))
     QATQuantizer.from_compressor(pruner, INT8)
     training_step(BATCHES[0], model.train()).backward()
     pruner.update_masks({"conv1": {"weight": (torch.arange(8) % 2).view(8, 1, 1, 1)}})
@@ -77,13 +78,13 @@ def test_scoring_leaves_the_wrapped_model_as_it_was(fails: bool) -> None:
 
 def test_a_training_that_fails_leaves_the_evaluator_to_be_used_again(caplog: pytest.LogCaptureFixture) -> None:
     model = make_net("chain")
-    pruner = pruner_of(model, objective=explode(0))
+    pruner = pruner_of(model, **asked(objective=explode(0)))
     with pytest.raises(ScoringError, match="RuntimeError: no"):
         pruner.compress()
     assert pruner.evaluator.model is None
     check_masks_are_ones(pruner)
     pruner.unwrap_model()
-    again = SInGEPruner(model, CONVS, pruner.evaluator, 2, nodes=1)
+    again = SInGEPruner(model, CONVS, pruner.evaluator, 2, **asked(nodes=1))
     caplog.clear()
     check_masks(model, again, again.compress()[1])
     assert "unbind" not in caplog.text
@@ -105,7 +106,7 @@ def test_an_aligned_input_is_masked_and_finding_its_shape_leaves_no_trace() -> N
         {"op_names": ["conv1"], "sparse_ratio": 0.5},
         {"op_names": ["conv2"], "target_names": ["_input_"], "target_settings": {"_input_": aligned}},
     ]
-    pruner = SInGEPruner(model, config, criterion="l2", example_inputs=BATCHES[0][0])
+    pruner = SInGEPruner(model, config, **asked(criterion="l2", example_inputs=BATCHES[0][0]))
     _, masks = pruner.compress()
     assert masks["conv2"]["_input_0"].shape == (1, 8, 1, 1)
     assert torch.equal(masks["conv2"]["_input_0"].flatten(), masks["conv1"]["weight"][:, 0, 0, 0])
@@ -130,7 +131,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "all excluded": ({"config": entry(exclude_op_names_re=["conv."])}, "selects no layer of Chain.*excluded again"),
     "bad pattern": ({"config": [{"op_names_re": ["*conv"], "sparse_ratio": 0.5}]}, "'.conv' is no regular expression"),
     "container": ({"config": [{"op_types": ["Chain"], "sparse_ratio": 0.5}]}, "Chain has no parameters of its own"),
-    "ratio of 1": ({"config": entry(sparse_ratio=1.0)}, "sparse_ratio=1 would leave.*keep_at_least=0"),
+    "ratio of 1": ({"config": entry(sparse_ratio=1.0)}, "sparse_ratio=1 would leave.*min_width=0"),
     "ratio above": ({"config": entry(sparse_ratio=1.5)}, "sparse_ratio=1.5 is not a fraction inside .0, 1."),
     "ratio below": ({"config": entry(target_settings={"weight": {"sparse_ratio": -0.1}})}, "sparse_ratio=-0.1"),
     "limits": ({"config": entry(min_sparse_ratio=0.5, max_sparse_ratio=0.2)}, "min_sparse_ratio=0.5 is above"),
@@ -154,7 +155,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "every": ({"every": "epoch"}, "unknown every 'epoch'; choose one of"),
     "units": ({"units_per_step": 1.5}, "units_per_step=1.5 is not a number of units"),
     "steps": ({"training_steps": 0}, "training_steps=0 is not a number of steps"),
-    "keep": ({"keep_at_least": -1}, "keep_at_least=-1 is not a number of units"),
+    "keep": ({"min_width": -1}, "min_width=-1 is not a number of units"),
     "no batches": ({"batches": []}, "batches is empty"),
 }  # fmt: skip
 
@@ -166,7 +167,7 @@ def test_what_cannot_mean_anything_is_one_clear_error_and_the_model_is_untouched
     trace, objects = Trace(model), wrapped_state(model)
     options = {"evaluator": evaluator_of(model), "config": CONVS, **options}
     with pytest.raises(DataError if case == "no batches" else ConfigError, match=message):
-        SInGEPruner(model, options.pop("config"), options.pop("evaluator"), **options)
+        SInGEPruner(model, options.pop("config"), options.pop("evaluator"), **asked(**options))
     trace.assert_unchanged()
     assert wrapped_state(model) == objects
 
@@ -177,7 +178,7 @@ def test_an_error_inside_the_wrapping_gives_the_model_and_the_other_compressor_b
     wrong = "'stem' .sparse_ratio=0.5. and 'blocks.0.3' .sparse_ratio=0.25. write the same channels"
     objects = wrapped_state(model)
     with pytest.raises(ConfigError, match=wrong):
-        SInGEPruner(model, config, batches=images())
+        SInGEPruner(model, config, **asked(batches=images()))
     assert wrapped_state(model) == objects
     quantizer = QATQuantizer(model, [{**INT8[0], "op_names": ["stem", "fc"]}], evaluator_of(model))
     with pytest.raises(ConfigError, match=wrong):
@@ -194,7 +195,7 @@ def test_a_model_that_is_wrapped_or_pruned_already_is_refused() -> None:
     model = make_net("chain")
     first = L1NormPruner(model, CONVS, evaluator_of(model))
     with pytest.raises(ConfigError, match="wrapped by another compressor; call its unwrap_model"):
-        SInGEPruner(model, CONVS, batches=BATCHES)
+        SInGEPruner(model, CONVS, **asked(batches=BATCHES))
     with pytest.raises(ConfigError, match="'conv1' is pruned already"):
         SInGEPruner.from_compressor(first, [{"op_names": ["conv1"], "sparse_ratio": 0.5}])
 
@@ -213,17 +214,19 @@ class Passed(nn.Module):
 def test_layers_that_a_wrapper_cannot_mask_are_refused() -> None:
     config = [{"op_names": ["first", "fc"], "sparse_ratio": 0.5}]
     with pytest.raises(ConfigError, match=r"parameters Passed uses without calling them.*exclude_op_names=\['fc'\]"):
-        SInGEPruner(Passed(), config, batches=vectors())
-    kept = channel_masks(SInGEPruner(Passed(), [{**config[0], "op_names": ["first"]}], batches=vectors()).compress()[1])
+        SInGEPruner(Passed(), config, **asked(batches=vectors()))
+    kept = channel_masks(
+        SInGEPruner(Passed(), [{**config[0], "op_names": ["first"]}], **asked(batches=vectors())).compress()[1]
+    )
     assert int(kept["first"].sum()) == 4
     model = mlp()
     nn.utils.parametrizations.weight_norm(model[2])
     by_type = [{"op_types": ["Linear"], "exclude_op_names": ["4"], "sparse_ratio": 0.5}]
-    assert set(SInGEPruner(model, by_type, batches=vectors(), criterion="l2").compress()[1]) == {"0"}
+    assert set(SInGEPruner(model, by_type, **asked(batches=vectors(), criterion="l2")).compress()[1]) == {"0"}
     old = mlp()
     nn.utils.weight_norm(old[2])
     with pytest.raises(ConfigError, match=r"'weight' of '2' .Linear. is no plain parameter.*weight norm"):
-        SInGEPruner(old, by_type, batches=vectors())
+        SInGEPruner(old, by_type, **asked(batches=vectors()))
 
 
 def test_an_evaluator_of_another_model_is_refused() -> None:
@@ -235,12 +238,12 @@ def test_layers_that_are_one_module_or_one_tensor_are_refused() -> None:
     layer, tied = nn.Linear(4, 4), mlp()
     config = [{"op_types": ["Linear"], "exclude_op_names": ["4"], "sparse_ratio": 0.5}]
     with pytest.raises(ConfigError, match=r"'0' and '2' are one module.*exclude_op_names=\['2'\]"):
-        SInGEPruner(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 3)), config, batches=vectors())
+        SInGEPruner(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 3)), config, **asked(batches=vectors()))
     tied[2].weight = nn.Parameter(torch.randn(16, 16))
     tied.append(nn.Linear(3, 16)).append(nn.Linear(16, 16))
     tied[6].weight = tied[2].weight
     with pytest.raises(ConfigError, match=r"2.weight and 6.weight are one tensor"):
-        SInGEPruner(tied, config, batches=vectors())
+        SInGEPruner(tied, config, **asked(batches=vectors()))
 
 
 def test_a_loop_that_ends_too_early_or_the_wrong_duration_is_refused() -> None:
@@ -260,7 +263,7 @@ def test_a_loop_that_ends_too_early_or_the_wrong_duration_is_refused() -> None:
 @pytest.mark.parametrize("constant", [lambda z, y: z.sum() * 0, lambda z, y: torch.zeros(())])
 def test_an_objective_that_cannot_move(constant: Any) -> None:
     model = make_net("chain")
-    pruner = pruner_of(model, batches=BATCHES, objective=constant, nodes=2)
+    pruner = pruner_of(model, **asked(batches=BATCHES, objective=constant, nodes=2))
     state = wrapped_state(model)
     with pytest.raises(ScoringError, match=r"F does not depend .*objective"):
         pruner.compress()
@@ -273,4 +276,4 @@ def test_a_training_step_that_cannot_move() -> None:
 
     model = make_net("chain")
     with pytest.raises(ScoringError, match=r"F does not depend on any parameter.*The objective is constant"):
-        SInGEPruner(model, CONVS, evaluator_of(model, step=still), training_steps=2, nodes=2).compress()
+        SInGEPruner(model, CONVS, evaluator_of(model, step=still), **asked(training_steps=2, nodes=2)).compress()

@@ -30,6 +30,8 @@ from singe_plugin.integrations.nni import (
 )
 from singe_plugin.integrations.nni.evaluators import BatchCollector, check_evaluator, step_of
 
+from asked import asked
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HALF = [{"op_names": ["net.0"], "sparse_ratio": 0.5}]
 
@@ -203,14 +205,14 @@ def test_lightning(optimizers: str) -> None:
     assert torch.equal(step(model, batches[0]), plain)
     assert "log" not in model.__dict__
     model.steps, before, scores = 0, model.net[0].weight.detach().clone(), Scores()
-    pruner = SInGEPruner(model, HALF, evaluator, training_steps=5, nodes=2, callbacks=[scores])
+    pruner = SInGEPruner(model, HALF, evaluator, **asked(training_steps=5, nodes=2, callbacks=[scores]))
     _, masks = pruner.compress()
     assert len(model.logged) == 5  # five optimizer steps; what scoring computes is not logged
     assert "training_step" not in model.__dict__ or model.training_step.__func__ is type(model).training_step
     pruner.unwrap_model()
     assert not torch.equal(model.net[0].weight, before)  # it was trained
     again = Scores()
-    SInGEPruner(model, HALF, batches=batches, nodes=2, callbacks=[again]).compress()[0]
+    SInGEPruner(model, HALF, **asked(batches=batches, nodes=2, callbacks=[again])).compress()[0]
     assert len(scores.found) == len(again.found) == 1
     torch.testing.assert_close(scores.found[0], again.found[0])  # of the batches it was trained on
     lowest = scores.found[0].argsort()[:8].sort().values
@@ -220,14 +222,16 @@ def test_lightning(optimizers: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_to_the_end() -> None:
     model, evaluator = lightning(max_epochs=4)
-    pruner = AGPPruner(SInGEPruner(model, HALF, evaluator, training_steps=2, nodes=1), 3, 3)
+    pruner = AGPPruner(SInGEPruner(model, HALF, evaluator, **asked(training_steps=2, nodes=1)), 3, 3)
     _, masks = pruner.compress(max_steps=12, max_epochs=None)
     assert len(model.logged) == 12
     pruner.unwrap_model()
     result = shrink_with_report(model, masks, torch.randn(2, 8))
     assert (model.net[0].out_features, model.net[2].in_features, result.still_masked) == (8, 8, {})
     model, evaluator = lightning(max_epochs=4)
-    pruner = SInGEPruner(model, HALF, evaluator, training_steps=6, nodes=1, schedule="entwined", units_per_step=2)
+    pruner = SInGEPruner(
+        model, HALF, evaluator, **asked(training_steps=6, nodes=1, pace="layers", units_per_step=2)
+    )
     _, masks = pruner.compress()
     assert int(masks["net.0"]["bias"].sum()) == 8
     assert len(model.logged) == 6
@@ -237,7 +241,7 @@ def test_lightning_to_the_end() -> None:
 def test_lightning_that_ends_too_early() -> None:
     model, evaluator = lightning(max_epochs=1)
     with pytest.raises(ScoringError, match="ended after 8 optimizer steps, but masks are made after 20"):
-        SInGEPruner(model, HALF, evaluator, training_steps=20, nodes=1).compress()
+        SInGEPruner(model, HALF, evaluator, **asked(training_steps=20, nodes=1)).compress()
 
 
 # --- Transformers -------------------------------------------------------------------------------------------------
@@ -271,7 +275,7 @@ def bert(folder: Path, optimizer: str = "traced", **options: Any) -> tuple[Any, 
 def test_transformers(optimizer: str, tmp_path: Path) -> None:
     model, evaluator = bert(tmp_path, optimizer)
     scores, seen = Scores(), []
-    pruner = SInGEPruner(model, DENSE, evaluator, training_steps=3, nodes=1, callbacks=[scores])
+    pruner = SInGEPruner(model, DENSE, evaluator, **asked(training_steps=3, nodes=1, callbacks=[scores]))
     real = BatchCollector._see
 
     def see(collector: BatchCollector, loss: Tensor, batch: Any) -> Tensor:
@@ -287,8 +291,8 @@ def test_transformers(optimizer: str, tmp_path: Path) -> None:
     again = Scores()
     batches = [({k: v for k, v in batch.items() if k != "labels"}, batch["labels"]) for batch in seen]
     SInGEPruner(
-        model, DENSE, batches=batches, nodes=1, callbacks=[again], example_inputs={"input_ids": IDS[:2]},
-        objective=lambda outputs, labels: functional.cross_entropy(outputs.logits, labels),
+        model, DENSE, **asked(batches=batches, nodes=1, callbacks=[again], example_inputs={"input_ids": IDS[:2]},
+        objective=lambda outputs, labels: functional.cross_entropy(outputs.logits, labels)),
     ).compress()[1]  # fmt: skip
     for one, other in zip(scores.found, again.found, strict=True):
         torch.testing.assert_close(one, other)
@@ -298,7 +302,7 @@ def test_transformers(optimizer: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_to_the_end(tmp_path: Path) -> None:
     model, evaluator = bert(tmp_path)
-    pruner = LinearPruner(SInGEPruner(model, DENSE, evaluator, training_steps=2, nodes=1), 3, 3)
+    pruner = LinearPruner(SInGEPruner(model, DENSE, evaluator, **asked(training_steps=2, nodes=1)), 3, 3)
     _, masks = pruner.compress(max_steps=9, max_epochs=None)
     pruner.unwrap_model()
     assert all(int(mask["bias"].sum()) == 16 for mask in masks.values())  # both ran at the optimizer's steps

@@ -23,6 +23,7 @@ from torch.nn import functional
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner, TorchEvaluator, shrink, shrink_with_report
 
+from asked import asked
 from networks import randomise
 from small_nets import Chain, assert_same_values, images
 
@@ -102,7 +103,7 @@ def test_masks_of_nni(make: Callable[..., Any], align: bool, tmp_path: Path) -> 
 def test_masks_of_singe() -> None:
     model = randomise(timm.create_model("resnet18", channels=[8, 16, 24, 32], num_classes=3, in_chans=2))
     batch = (torch.randn(4, 2, 32, 32), torch.randint(0, 3, (4,)))
-    pruner = SInGEPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], batches=[batch], nodes=1)
+    pruner = SInGEPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], **asked(batches=[batch], nodes=1))
     _, masks = pruner.compress()
     pruner.unwrap_model()
     masked = masked_copy(model, {n: {k: m for k, m in own.items() if m is not None} for n, own in masks.items()})

@@ -21,6 +21,7 @@ from nni.compression.utils import TorchEvaluator
 
 from singe_plugin.integrations.nni import SInGEPruner
 
+from asked import asked
 from nni_nets import (
     BATCHES,
     CONVS,
@@ -64,7 +65,7 @@ def with_nnis_evaluator(model: nn.Module) -> Ran:
     evaluator = TorchEvaluator(
         Loop(), optimizer, lambda batch, m: (training_step(batch, m), 0), dummy_input=example_of()
     )
-    pruner = SInGEPruner(model, CONVS, evaluator, 2, nodes=2)
+    pruner = SInGEPruner(model, CONVS, evaluator, 2, **asked(nodes=2))
     return pruner, pruner, pruner.compress()[1]
 
 
@@ -144,7 +145,7 @@ def test_what_is_added_or_depthwise_has_one_mask_without_a_dependency_group(name
     evaluator = evaluator_of(model, Loop(batches_of(name)), example=example_of(name))
     # after one step of an untrained mobilenetv2 all units of its stem are saturated: gradients there are refused
     options: dict[str, Any] = {"training_steps": 1, "nodes": 1, "criterion": "l2" if name != "resnet18" else "ig"}
-    pruner = SInGEPruner(model, CONVS, evaluator, **options)
+    pruner = SInGEPruner(model, CONVS, evaluator, **asked(**options))
     masks = pruner.compress()[1] if name != "resnet18" else AGPPruner(pruner, 1, 2).compress(2, None)[1]
     check_masks(model, pruner, masks)
     kept = channel_masks(masks)
@@ -161,7 +162,7 @@ def test_what_is_added_or_depthwise_has_one_mask_without_a_dependency_group(name
 
 def test_a_depthwise_and_a_grouped_convolution_are_masked_by_unit() -> None:
     model = Grouped()
-    masks = SInGEPruner(copy.deepcopy(model), CONVS, batches=images(), nodes=1).compress()[1]
+    masks = SInGEPruner(copy.deepcopy(model), CONVS, **asked(batches=images(), nodes=1)).compress()[1]
     kept = channel_masks(masks)
     assert torch.equal(kept["conv2"], kept["dw"])
     assert torch.equal(kept["bn"], kept["dw"])
@@ -171,7 +172,7 @@ def test_a_depthwise_and_a_grouped_convolution_are_masked_by_unit() -> None:
 
 def test_uncoupled_layers_have_masks_of_their_own() -> None:
     model = Residual()
-    pruner = SInGEPruner(model, CONVS, batches=images(), criterion="norm_grad", coupled=False)
+    pruner = SInGEPruner(model, CONVS, **asked(batches=images(), criterion="norm_grad", coupled=False))
     kept = channel_masks(pruner.compress()[1])
     assert len({tuple(kept[name].tolist()) for name in ("stem", "blocks.0.3", "blocks.1.3")}) > 1
 
@@ -179,7 +180,7 @@ def test_uncoupled_layers_have_masks_of_their_own() -> None:
 def test_groups_that_are_only_partly_in_the_config_list_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = Residual()
     config = [{"op_names": ["stem", "blocks.0.3", "blocks.0.0"], "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(model, config, batches=images(), nodes=1)
+    pruner = SInGEPruner(model, config, **asked(batches=images(), nodes=1))
     assert pruner.partial == {"stem": ["blocks.1.3"]}
     assert "stem" in caplog.text
     assert "blocks.1.3" in caplog.text
@@ -191,7 +192,7 @@ def test_groups_that_are_only_partly_in_the_config_list_are_named(caplog: pytest
 def test_at_least_so_many_channels_stay() -> None:
     model = make_net("chain")
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.9}]
-    kept = channel_masks(SInGEPruner(model, config, batches=BATCHES, nodes=1, keep_at_least=3).compress()[1])
+    kept = channel_masks(SInGEPruner(model, config, **asked(batches=BATCHES, nodes=1, min_width=3)).compress()[1])
     assert {name: int(mask.sum()) for name, mask in kept.items() if "conv" in name} == dict.fromkeys(
         ("conv1", "conv2", "conv3"), 3
     )
@@ -295,7 +296,7 @@ def test_norms_that_a_quantizer_fuses_are_left_to_it() -> None:
 def test_f_is_that_of_the_plain_model_whoever_wraps_it_later(config: Any) -> None:
     model = make_net("chain")
     only = [{"op_names": ["conv1"], "sparse_ratio": 0.4}]
-    pruner = SInGEPruner(model, only, evaluator_of(model), batches=BATCHES, nodes=2)
+    pruner = SInGEPruner(model, only, evaluator_of(model), **asked(batches=BATCHES, nodes=2))
     quantizer = QATQuantizer.from_compressor(pruner, config)
     for x, _ in BATCHES:
         model.train()(x)
@@ -303,7 +304,7 @@ def test_f_is_that_of_the_plain_model_whoever_wraps_it_later(config: Any) -> Non
     quantized = model.eval()(BATCHES[0][0])
     quantizer.unwrap_model()
     assert not torch.allclose(model(BATCHES[0][0]), quantized, rtol=1e-3)
-    other = SInGEPruner(model, only, batches=BATCHES, nodes=2)
+    other = SInGEPruner(model, only, **asked(batches=BATCHES, nodes=2))
     torch.testing.assert_close(found, metrics_of(other)["conv1"]["weight"])
 
 
@@ -336,7 +337,7 @@ def test_f_is_evaluated_on_the_latest_batches_with_the_users_own_step(steps: int
 
     model, pairs = make_net("chain"), [Pair(*batch) for batch in BATCHES]
     options: dict[str, Any] = {"training_steps": 3, "scoring_batches": steps, "nodes": 2}
-    pruner = SInGEPruner(model, CONVS, evaluator_of(model, Loop(pairs), lr=0.0, step=step), **options)
+    pruner = SInGEPruner(model, CONVS, evaluator_of(model, Loop(pairs), lr=0.0, step=step), **asked(**options))
     metrics: list[Any] = []
     calculate = pruner._calculate_metrics
     pruner._calculate_metrics = lambda data: metrics.append(calculate(data)) or metrics[-1]  # type: ignore[method-assign]
@@ -344,6 +345,8 @@ def test_f_is_evaluated_on_the_latest_batches_with_the_users_own_step(steps: int
     assert len(seen) == 3 * 2 * steps  # layers, nodes
     assert all(got is pair for got, pair in zip(seen[: 2 * steps : 2], pairs[-steps:], strict=True))
     pruner.unwrap_model()
-    plain = SInGEPruner(model, CONVS, batches=pairs[-steps:], nodes=2, objective=lambda out, _: out.pow(2).mean())
+    plain = SInGEPruner(
+        model, CONVS, **asked(batches=pairs[-steps:], nodes=2, objective=lambda out, _: out.pow(2).mean())
+    )
     for name, targets in metrics_of(plain).items():
         torch.testing.assert_close(metrics[0][name]["weight"], targets["weight"], rtol=1e-5, atol=0)

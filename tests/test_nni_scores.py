@@ -17,6 +17,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner
 from singe_plugin.path import decay_path
 
+from asked import asked
 from nni_nets import CONVS, batches_of, channel_masks, make_net, metrics_of
 from references import get_case, literal_reduction, literal_scores, literal_walk
 from small_nets import Dense, Grouped, images
@@ -28,8 +29,8 @@ def test_metrics_are_torch_prunings_importance_in_the_shape_of_a_scaler(name: st
     model = Grouped() if name == "grouped" else make_net(name)
     batches = images() if name == "grouped" else batches_of(name)[:1]
     pruner = SInGEPruner(
-        copy.deepcopy(model), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], batches=batches, criterion=criterion,
-        nodes=3,
+        copy.deepcopy(model), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], **asked(batches=batches, criterion=criterion,
+        nodes=3),
     )  # fmt: skip
     importance = tp.importance.SInGEImportance(criterion=criterion, nodes=3).bind(model, batches)
     host = (other := tp.pruner.SInGEPruner(model, batches[0][0], importance)).host()
@@ -60,8 +61,8 @@ def test_metrics_are_eq_5_to_the_letter(name: str, path: str) -> None:
     writers = [p for p in case.group.producers if isinstance(p.slots[0].owner, kinds)]
     config = [{"op_names": [p.name for p in writers], "sparse_ratio": 0.25}]
     pruner = SInGEPruner(
-        model, config, batches=case.batches, quadrature="geometric", mu=0.6, steps=3, path=path, unit_batch=1,
-        verify=name != "subset",  # its model splits at a fixed position: nothing could be removed
+        model, config, **asked(batches=case.batches, quadrature="geometric", mu=0.6, steps=3, path=path, unit_batch=1,
+        verify=name != "subset"),  # its model splits at a fixed position: nothing could be removed
     )  # fmt: skip
     literal = literal_reduction(case, literal_scores(literal_walk(case, 0.6, 3, path), "ig", 2), "sum")
     metrics = metrics_of(pruner)
@@ -116,7 +117,7 @@ def test_metrics_of_columns_blocks_and_single_weights(
     model, batch = Blocks(), images(size=8)[0]
     config = [{"op_names": [layer], "sparse_ratio": 0.5, "granularity": granularity}]
     pruner = SInGEPruner(
-        copy.deepcopy(model), config, batches=[batch], criterion=criterion, nodes=3, default_granularity=None
+        copy.deepcopy(model), config, **asked(batches=[batch], criterion=criterion, nodes=3, default_granularity=None)
     )  # fmt: skip
     found = metrics_of(pruner)[layer]["weight"]
     wanted = literal_blocks(model, f"{layer}.weight", kernel, batch, criterion)
@@ -132,7 +133,7 @@ def test_metrics_of_columns_blocks_and_single_weights(
 
 def test_what_is_masked_counts_least_and_the_rest_is_scored_on_the_masked_model() -> None:
     model, batches = make_net("resnet18"), batches_of("resnet18")[:1]
-    pruner = SInGEPruner(copy.deepcopy(model), CONVS, batches=batches, nodes=2)
+    pruner = SInGEPruner(copy.deepcopy(model), CONVS, **asked(batches=batches, nodes=2))
     names = ["layer1.0.conv2", "layer1.0.downsample.0", "layer1.1.conv2", "layer2.0.conv1"]
     gone = torch.tensor([1, 4, 6])
     for name in names:  # three channels of the stream, and of an inner layer; norms and biases along
@@ -165,7 +166,7 @@ def test_a_transposed_convolution_is_masked_by_its_output_channels() -> None:
     batches = get_case("transposed").batches
     for granularity, away in (("out_channel", (0, 2, 3)), ("in_channel", (1, 2, 3))):
         config = [{"op_types": ["ConvTranspose2d"], "sparse_ratio": 0.5, "granularity": granularity}]
-        pruner = SInGEPruner(model, config, batches=batches)
+        pruner = SInGEPruner(model, config, **asked(batches=batches))
         masks = pruner.compress()[1]
         kept = masks["conv"]["weight"].amax(away).bool()
         assert int(kept.sum()) == len(kept) // 2
@@ -177,14 +178,14 @@ def test_a_transposed_convolution_is_masked_by_its_output_channels() -> None:
         pruner.unwrap_model()
     with pytest.raises(ConfigError, match=r"'conv': the output channels of a transposed convolution with groups=2"):
         SInGEPruner(get_case("grouped_transposed").model, [{"op_names": ["conv"], "sparse_ratio": 0.5}],
-                    batches=get_case("grouped_transposed").batches)  # fmt: skip
+                    **asked(batches=get_case("grouped_transposed").batches))  # fmt: skip
 
 
 # --- what is ranked together -------------------------------------------------------------------------------------
 
 
 def test_a_norm_that_reads_a_concatenation_is_masked_in_parts() -> None:
-    pruner = SInGEPruner(Dense(), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], batches=images(), nodes=1)
+    pruner = SInGEPruner(Dense(), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], **asked(batches=images(), nodes=1))
     kept = channel_masks(pruner.compress()[1])
     writers = [kept[name] for name in ("stem", "layers.0.2", "layers.1.2", "layers.2.2")]
     assert torch.equal(kept["norm"], torch.cat(writers))
@@ -194,7 +195,9 @@ def test_a_norm_that_reads_a_concatenation_is_masked_in_parts() -> None:
 
 def test_a_norm_with_a_ratio_of_its_own_follows_nobody_when_nothing_is_coupled() -> None:
     config = [{"op_names": ["conv2"], "sparse_ratio": 0.5}, {"op_names": ["bn2", "bn1"], "sparse_ratio": 0.2}]
-    pruner = SInGEPruner(make_net("chain"), config, batches=batches_of("chain"), coupled=False, criterion="norm_grad")
+    pruner = SInGEPruner(
+        make_net("chain"), config, **asked(batches=batches_of("chain"), coupled=False, criterion="norm_grad")
+    )
     masks = pruner.compress()[1]
     assert {name: int((~mask).sum()) for name, mask in channel_masks(masks).items()} == {"conv2": 5, "bn2": 2, "bn1": 1}
     assert torch.equal(masks["bn2"]["bias"], masks["bn2"]["weight"])
@@ -215,7 +218,7 @@ class Words(nn.Module):
 def test_the_rows_of_an_embedding_are_words_not_channels() -> None:
     batch = torch.randint(0, 6, (4, 5)), torch.randint(0, 3, (4,))
     config = [{"op_types": ["Embedding", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(Words(), config, batches=[batch])
+    pruner = SInGEPruner(Words(), config, **asked(batches=[batch]))
     assert {piece.name: piece.size for piece in pruner.pieces} == {"emb": 6, "fc": 8}
     assert pruner.partial == {"fc": ["emb.weight"]}
     kept = channel_masks(pruner.compress()[1])
@@ -235,8 +238,10 @@ class Twofold(Grouped):
 
 def test_a_dependency_group_joins_units_of_different_sizes() -> None:
     config = [{"op_names": ["conv1", "extra"], "sparse_ratio": 0.5, "dependency_group_id": "both"}]
-    pruner = SInGEPruner(Twofold(), config, batches=images(), nodes=2)
-    alone = SInGEPruner(copy.deepcopy(Twofold()), [{**config[0], "op_names": ["extra"]}], batches=images(), nodes=2)
+    pruner = SInGEPruner(Twofold(), config, **asked(batches=images(), nodes=2))
+    alone = SInGEPruner(
+        copy.deepcopy(Twofold()), [{**config[0], "op_names": ["extra"]}], **asked(batches=images(), nodes=2)
+    )
     assert [(piece.name, piece.size) for piece in alone.pieces] == [("extra", 16)]
     assert [(piece.name, piece.size) for piece in pruner.pieces] == [("conv1", 4)]
     metrics = metrics_of(pruner)
@@ -263,7 +268,7 @@ def test_channels_of_one_layer_that_are_ranked_apart_have_names_of_their_own() -
     batch = torch.randn(6, 4), torch.randint(0, 3, (6,))
     options: dict[str, Any] = {"objective": lambda out, y: nn.functional.cross_entropy(out[0] + out[1][:, :3], y)}
     config = [{"op_names": ["fc"], "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(Forked(), config, batches=[batch], verify=False, **options)
+    pruner = SInGEPruner(Forked(), config, **asked(batches=[batch], verify=False, **options))
     parts = {piece.name: piece.members["fc", "weight"].tolist() for piece in pruner.pieces}
     assert parts == {"fc": [0, 1, 2, 3, -1, -1, -1, -1], "fc#2": [-1, -1, -1, -1, 0, 1, 2, 3]}
     kept = channel_masks(pruner.compress()[1])["fc"]

@@ -17,6 +17,7 @@ from nni.compression.pruning.tools import generate_sparsity
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner
 
+from asked import asked
 from nni_nets import BATCHES, channel_masks, example_of, make_net, metrics_of
 from small_nets import Grouped, images
 
@@ -29,8 +30,8 @@ Masks = dict[str, dict[str, Tensor]]
 def both(config: Any, metrics: Masks | None = None, model: nn.Module | None = None) -> tuple[Masks, Masks, Masks]:
     """Our masks and NNI's, from the same metrics, as wide as their targets; and the metrics."""
     model = model or make_net("chain")
-    options: dict[str, Any] = {"criterion": "l2", "coupled": False, "mask_norms": False, "keep_at_least": 0}
-    pruner = SInGEPruner(model, config, **options)
+    options: dict[str, Any] = {"criterion": "l2", "coupled": False, "mask_norms": False, "min_width": 0}
+    pruner = SInGEPruner(model, config, **asked(**options))
     if metrics is None:
         metrics = {m: {t: torch.rand_like(v) for t, v in ts.items()} for m, ts in metrics_of(pruner).items()}
     spaces = pruner._target_spaces
@@ -190,7 +191,7 @@ def test_difference_a_global_ratio_is_never_exceeded_where_nnis_heap_depends_on_
 def test_difference_a_floor_of_units_stays_where_nni_masks_a_whole_layer() -> None:
     model = make_net("chain")
     config = [{**W, "sparse_threshold": 1e9}]
-    pruner = SInGEPruner(model, config, batches=BATCHES, criterion="l2", coupled=False, mask_norms=False)
+    pruner = SInGEPruner(model, config, **asked(batches=BATCHES, criterion="l2", coupled=False, mask_norms=False))
     metrics = metrics_of(pruner)
     assert all(not kept for kept in kept_of(generate_sparsity(metrics, pruner._target_spaces)).values())
     for name, kept in kept_of(pruner._generate_sparsity(metrics)).items():
@@ -212,8 +213,8 @@ def test_difference_limits_and_thresholds_hold_in_a_dependency_group_where_nni_i
     assert kept_of(ours)["conv1"] == kept_of(ours)["dw"] == [4, 5, 6, 7]
     assert kept_of(theirs)["conv1"] == [2, 3, 4, 5, 6, 7]
     pruner = SInGEPruner(
-        wide_chain(), two_layers(sparse_threshold=3.5, dependency_group_id=1), criterion="l2", coupled=False,
-        mask_norms=False,
+        wide_chain(), two_layers(sparse_threshold=3.5, dependency_group_id=1), **asked(criterion="l2", coupled=False,
+        mask_norms=False),
     )  # fmt: skip
     assert kept_of(pruner._generate_sparsity(RISING)) == {"conv1": [3, 4, 5, 6, 7], "dw": [3, 4, 5, 6, 7]}
     with pytest.raises(AssertionError):
@@ -233,7 +234,7 @@ def test_internal_blocks_that_every_unit_has_its_share_of_restrict_nothing() -> 
     for keys in ({}, {name: {"internal_metric_block": count} for name, count in blocks.items()}):
         config = [{"op_names": [name], "sparse_ratio": 0.5, **keys.get(name, {})} for name in blocks]
         torch.manual_seed(0)
-        kept.append(kept_of(SInGEPruner(Grouped(), config, batches=images(), criterion="l2").compress()[1]))
+        kept.append(kept_of(SInGEPruner(Grouped(), config, **asked(batches=images(), criterion="l2")).compress()[1]))
     assert kept[0] == kept[1]
     assert [len(kept[1][name]) for name in blocks] == [8, 16, 16, 4]
     for count, message in (
@@ -242,7 +243,7 @@ def test_internal_blocks_that_every_unit_has_its_share_of_restrict_nothing() -> 
     ):
         wrong = [{"op_names": ["conv1"], "sparse_ratio": 0.5, "internal_metric_block": count}]
         with pytest.raises(ConfigError, match=f"'conv1': internal_metric_block={count} {message}"):
-            SInGEPruner(Grouped(), wrong, batches=images(), criterion="l2")
+            SInGEPruner(Grouped(), wrong, **asked(batches=images(), criterion="l2"))
 
 
 def test_difference_a_dependency_group_takes_part_in_its_global_group_where_nni_ranks_it_alone() -> None:
@@ -265,14 +266,14 @@ def test_difference_a_layer_without_a_limit_gives_all_that_a_global_ratio_wants_
 
 def test_difference_what_is_aligned_to_its_own_unpruned_layer_is_left_where_nni_fails() -> None:
     config = [{"op_names": ["conv1"], "sparse_ratio": 0.5}, {"op_names": ["conv2"], "target_names": ["bias"]}]
-    pruner = SInGEPruner(make_net("chain"), config, criterion="l2", coupled=False, mask_norms=False)
+    pruner = SInGEPruner(make_net("chain"), config, **asked(criterion="l2", coupled=False, mask_norms=False))
     metrics = metrics_of(pruner)
     assert set(pruner._generate_sparsity(metrics)) == {"conv1"}
     with pytest.raises(AssertionError):
         generate_sparsity(metrics, pruner._target_spaces)
     config[1] = {**config[1], "target_settings": {"bias": {
         "align": {"module_name": "conv3", "target_name": "weight", "dims": [0]}}}}  # fmt: skip
-    pruner = SInGEPruner(make_net("chain"), config, criterion="l2", coupled=False, mask_norms=False)
+    pruner = SInGEPruner(make_net("chain"), config, **asked(criterion="l2", coupled=False, mask_norms=False))
     with pytest.raises(ConfigError, match=r"conv2.bias is aligned to conv3.weight, which has no mask"):
         pruner.compress()
 
@@ -282,7 +283,9 @@ def test_difference_what_is_aligned_to_its_own_unpruned_layer_is_left_where_nni_
 
 def test_legacy_lists_mean_what_todays_mean() -> None:
     def kept(config: Any, **options: Any) -> Any:
-        return kept_of(SInGEPruner(make_net("chain"), config, batches=BATCHES, criterion="l2", **options).compress()[1])
+        return kept_of(
+            SInGEPruner(make_net("chain"), config, **asked(batches=BATCHES, criterion="l2", **options)).compress()[1]
+        )
 
     legacy = [{"op_types": ["Conv2d", "Linear"], "sparsity": 0.5}, {"op_names": ["fc"], "exclude": True}]
     assert kept(legacy) == kept([{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
@@ -296,7 +299,7 @@ def test_norms_of_timm_can_be_named_by_their_type() -> None:
     model = make_net("mobilenetv2")
     config = [{"op_types": ["Conv2d", "BatchNormAct2d"], "op_names_re": [r"blocks\.1\..*"], "sparse_ratio": 0.5}]
     kept = channel_masks(
-        SInGEPruner(model, config, example_inputs=example_of("mobilenetv2"), criterion="l2").compress()[1]
+        SInGEPruner(model, config, **asked(example_inputs=example_of("mobilenetv2"), criterion="l2")).compress()[1]
     )
     assert {"blocks.1.0.bn1", "blocks.1.1.bn3", "blocks.1.1.conv_dw"} <= set(kept)
     assert all(name.startswith("blocks.1.") for name in kept)
@@ -307,7 +310,7 @@ def test_norms_of_timm_can_be_named_by_their_type() -> None:
 def test_of_a_layer_of_timm_with_further_parameters_the_weight_is_ranked() -> None:
     model = timm.create_model("test_nfnet", num_classes=3)
     config = [{"op_types": ["ScaledStdConv2d"], "sparse_ratio": 0.5}]
-    masks = SInGEPruner(model, config, example_inputs=torch.zeros(1, 3, 32, 32), criterion="l2").compress()[1]
+    masks = SInGEPruner(model, config, **asked(example_inputs=torch.zeros(1, 3, 32, 32), criterion="l2")).compress()[1]
     assert {tuple(targets) for targets in masks.values()} == {("weight", "bias")}
     assert all(int(kept.sum()) == len(kept) // 2 for kept in channel_masks(masks).values())
 
@@ -316,7 +319,7 @@ def test_layer_norms_and_layer_scales_go_with_the_channels_they_read() -> None:
     options: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 12, 8, 8), "num_classes": 3, "in_chans": 2}
     model = timm.models.ConvNeXt(**options)
     config = [{"op_types": ["Conv2d", "LayerNorm2d", "Linear"], "exclude_op_names": ["head.fc"], "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(model, config, example_inputs=torch.zeros(1, 2, 32, 32), criterion="l2")
+    pruner = SInGEPruner(model, config, **asked(example_inputs=torch.zeros(1, 2, 32, 32), criterion="l2"))
     kept = channel_masks(pruner.compress()[1])
     assert {"stem.0", "stem.1", "stages.0.blocks.0.mlp.fc2"} <= set(kept)
     assert torch.equal(kept["stem.0"], kept["stem.1"])
@@ -328,6 +331,8 @@ def test_layer_norms_and_layer_scales_go_with_the_channels_they_read() -> None:
 def test_embeddings_that_nni_cannot_mask_are_named() -> None:
     model = timm.create_model("test_vit", num_classes=3, init_values=1e-3, depth=1)
     config = [{"op_types": ["Linear", "Conv2d"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(model, config, example_inputs=torch.zeros(1, 3, 160, 160), criterion="l2", verify=False)
+    pruner = SInGEPruner(
+        model, config, **asked(example_inputs=torch.zeros(1, 3, 160, 160), criterion="l2", verify=False)
+    )
     assert list(pruner.partial) == ["patch_embed.proj"]
     assert "pos_embed" in pruner.partial["patch_embed.proj"][0]

@@ -16,6 +16,7 @@ pytest.importorskip("nni")
 from singe_plugin.errors import SingeError
 from singe_plugin.integrations.nni import SInGEPruner
 
+from asked import asked
 from fingerprint import assert_untouched, fingerprint
 from nasty_nets import NASTY, batches_for
 from test_untouched import ERRORS, Fault, failing
@@ -39,7 +40,7 @@ def test_a_pruner_that_fails_to_be_made_leaves_no_trace(error: Any, place: str) 
         before = fingerprint(net)
         with failing(place, Fault(k, error)):
             try:
-                SInGEPruner(net, CONVS, batches=batches_for(), example_inputs=torch.zeros(2, 2, 6, 6))
+                SInGEPruner(net, CONVS, **asked(batches=batches_for(), example_inputs=torch.zeros(2, 2, 6, 6)))
             except (SingeError, *ERRORS):
                 failed += 1
                 assert_untouched(before, net, say=f"{place} {k}")

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin import Callback, FineTune, Result, prune, prune_weights
+from singe_plugin.batches import inputs_for
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.objective import inputs_for
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 from singe_plugin.units import Producer, Slot, UnitGroup
 
+from asked import asked
 from references import Net
 from small_nets import Trace, assert_same_values, mlp, vectors
 
@@ -47,7 +49,7 @@ def made(seed: int = 0) -> nn.Sequential:
 
 
 def units(model: nn.Module, **options: Any) -> Result:
-    return prune(model, DATA, verify=False, **{**FAST, **options})
+    return prune(model, DATA, **asked(verify=False, **{**FAST, **options}))
 
 
 def layers(model: nn.Module, **options: Any) -> Result:
@@ -55,7 +57,7 @@ def layers(model: nn.Module, **options: Any) -> Result:
 
 
 def weights(model: nn.Module, **options: Any) -> Result:
-    return prune_weights(model, DATA, rounds=2, **{**FAST, **options})
+    return prune_weights(model, DATA, **asked(rounds=2, **{**FAST, **options}))
 
 
 RUNS = {"units": units, "layers": layers, "weights": weights}
@@ -110,7 +112,9 @@ def test_the_same_fine_tuning_follows_the_objective_of_each_run() -> None:
 def test_single_weights_are_trained_with_what_they_are_scored_by() -> None:
     model, twin = made(), made()
     for net, loss in ((model, None), (twin, squared)):
-        UnstructuredPruner(net, DATA, sparsity=0.5, objective=squared, finetune=FineTune(DATA, 4, loss=loss)).run()
+        UnstructuredPruner(
+            net, DATA, **asked(sparsity=0.5, objective=squared, finetune=FineTune(DATA, 4, loss=loss))
+        ).run()
     assert_same_values(model, twin)
 
 
@@ -191,10 +195,10 @@ def named(model: nn.Module, key: str = "labels") -> list[Any]:
 
 
 ENTRIES: dict[str, Callable[..., Result]] = {
-    "units": lambda m, d, **o: prune(m, d, verify=False, **FAST, **o),
-    "layers": lambda m, d, **o: prune(m, d, verify=False, units_per_step=2, **FAST, **o),
-    "taylor": lambda m, d, **o: prune(m, d, importance=tp.importance.GroupTaylorImportance(), **FAST, **o),
-    "weights": lambda m, d, **o: prune_weights(m, d, rounds=2, **FAST, **o),
+    "units": lambda m, d, **o: prune(m, d, **asked(verify=False, **FAST, **o)),
+    "layers": lambda m, d, **o: prune(m, d, **asked(verify=False, units_per_step=2, **FAST, **o)),
+    "taylor": lambda m, d, **o: prune(m, d, **asked(criterion=tp.importance.GroupTaylorImportance(), **FAST, **o)),
+    "weights": lambda m, d, **o: prune_weights(m, d, **asked(rounds=2, **FAST, **o)),
 }
 
 
@@ -213,7 +217,7 @@ def test_its_units_are_scored_by_that_loss(path: str) -> None:
     for model in (OwnLoss(), Logits()):
         slots = (Slot(model.net[0], "weight"), Slot(model.net[0], "bias"))
         group = UnitGroup("0", 16, (Producer("0", slots, rows, rows),))
-        scores.append(score_units(model, group, named(model), ScoringOptions(path=path)))
+        scores.append(score_units(model, group, named(model), Scoring(path=path)))
     torch.testing.assert_close(scores[0], scores[1])
 
 
@@ -276,10 +280,10 @@ def test_other_outputs_are_refused_before_anything_is_scored(name: str, entry: s
 
 def test_the_remedies_of_the_messages_work() -> None:
     covered = prune(
-        OwnLoss(), PAIRS, objective=lambda o, y: functional.cross_entropy(o.logits, y), verify=False, **FAST
+        OwnLoss(), PAIRS, **asked(objective=lambda o, y: functional.cross_entropy(o.logits, y), verify=False, **FAST)
     )
-    same = prune(OwnLoss(), named(OwnLoss()), verify=False, **FAST)
+    same = prune(OwnLoss(), named(OwnLoss()), **asked(verify=False, **FAST))
     assert losses(covered) == losses(same)
     loss = lambda o, y: functional.cross_entropy(o[0], y) + functional.cross_entropy(o[1], y)  # noqa: E731
-    result = prune(Auxiliary(), DATA, criterion="l2", finetune=FineTune(DATA, 4, loss=loss), verify=False)
+    result = prune(Auxiliary(), DATA, **asked(criterion="l2", finetune=FineTune(DATA, 4, loss=loss), verify=False))
     assert len(losses(result)) == 4

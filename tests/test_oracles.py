@@ -18,7 +18,9 @@ from singe_plugin.axes import AxisGraph, oracles, substitutes, verify_groups
 from singe_plugin.axes.algebra import concat, fresh
 from singe_plugin.errors import BudgetError, GroupError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
+from singe_plugin.nested import relative_change
 
+from asked import asked
 from references import Net
 from small_nets import Chain, Residual, Trace
 
@@ -27,7 +29,7 @@ MAGNITUDE = tp.importance.MagnitudeImportance()
 
 
 def prune(model: nn.Module, x: Any = X, **options: Any) -> SInGEPruner:
-    return SInGEPruner(model, x, MAGNITUDE, **options)
+    return SInGEPruner(model, x, MAGNITUDE, **asked(**options))
 
 
 def names(pruner: SInGEPruner) -> list[str]:
@@ -62,7 +64,7 @@ def attention() -> nn.Module:
 def forget(graph: AxisGraph, group: str, layer: str, attr: str, dim: int) -> None:
     """Take one slice out of a group."""
     leaf = graph.groups[group].leaf.root()
-    places = graph._places[leaf]
+    places = graph.places[leaf]
     found = [p for p in places if (graph.names[p[0].owner], p[0].attr, p[1]) == (layer, attr, dim)]
     assert len(found) == 1
     places.remove(found[0])
@@ -73,15 +75,15 @@ def misread(graph: AxisGraph, group: str, layer: str) -> None:
     """Let a layer believe that the group's units come in another order."""
     leaf = graph.groups[group].leaf.root()
     number, (held, dim) = next(
-        (i, p) for i, p in enumerate(graph._places[leaf]) if graph.names[p[0].owner] == layer and p[1] == 1
+        (i, p) for i, p in enumerate(graph.places[leaf]) if graph.names[p[0].owner] == layer and p[1] == 1
     )
     half = leaf.size // 2
     first, second = fresh(half), fresh(half)
     leaf.parts = (first, second)
-    graph._places[first[0]] = graph._places.pop(leaf)
+    graph.places[first[0]] = graph.places.pop(leaf)
     axes = list(held.axes)
     axes[dim] = concat([second, first])
-    graph._places[first[0]][number] = (replace(held, axes=tuple(axes)), dim)
+    graph.places[first[0]][number] = (replace(held, axes=tuple(axes)), dim)
     graph.groups[group].leaf = first[0]
     graph.changed()
 
@@ -292,21 +294,21 @@ def test_a_derangement_moves_every_unit(count: int) -> None:
 def test_what_is_no_number_is_never_equal(wrong: float, side: str) -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, wrong, 1.0])
     expected, found = {"expected": (bad, good), "found": (good, bad), "both": (bad, bad)}[side]
-    assert oracles.relative_change([expected], [found]) == float("inf")
-    assert oracles.relative_change([good], [good * 1.5]) == 0.5
+    assert relative_change([expected], [found]) == float("inf")
+    assert relative_change([good], [good * 1.5]) == 0.5
 
 
 def test_every_trial_removes_another_number_from_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [layer for _ in range(5) for layer in (nn.Linear(12, 12), nn.Tanh())]
     net = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), *layers, nn.Linear(12, 3)).eval()
     trials: list[list[int]] = []
-    removed = oracles._Bench._removed
+    removed = oracles.Trials._removed
 
     def watched(bench: Any, rounds: Any) -> str | None:
         trials.extend([len(units) for units in chosen.values()] for chosen in rounds)
         return removed(bench, rounds)
 
-    monkeypatch.setattr(oracles._Bench, "_removed", watched)
+    monkeypatch.setattr(oracles.Trials, "_removed", watched)
     assert verify_groups(AxisGraph(net, torch.randn(2, 4))) == {}
     assert all(len(set(numbers)) > 1 for numbers in trials if len(numbers) == 6)
     counts = {number for numbers in trials for number in numbers}

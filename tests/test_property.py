@@ -16,6 +16,7 @@ from singe_plugin.budget import Target
 from singe_plugin.errors import BudgetError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 
+from asked import asked
 from masking import Masked
 from networks import Network, networks, random_network
 from small_nets import values_of
@@ -33,7 +34,7 @@ def pruner_for(network: Network, importance: Any = None, **options: Any) -> SInG
     """A pruner; None if the network is refused, which then must be as it was."""
     before = values_of(network.model)
     try:
-        return SInGEPruner(network.model, network.inputs, importance or MAGNITUDE(), **options)
+        return SInGEPruner(network.model, network.inputs, importance or MAGNITUDE(), **asked(**options))
     except SingeError:
         return None
     finally:

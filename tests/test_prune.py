@@ -22,6 +22,7 @@ from singe_plugin import Callback, FineTune, Result, fold_batchnorm, prune
 from singe_plugin.checkpoint import CHECKPOINT
 from singe_plugin.errors import ArtifactError
 
+from asked import asked
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_values, images, mlp, values_of, vectors
 
 BATCHES = images(4)
@@ -67,7 +68,7 @@ def test_the_result_is_true_for_every_form_of_data(form: str) -> None:
     }
     model = chain().train()
     before, accuracy = (sum(p.numel() for p in model.parameters()), macs_of(model)), accuracy_of(chain(), BATCHES)
-    result = prune(model, forms[form], val_data=forms[form], **FAST)
+    result = prune(model, forms[form], **asked(val_data=forms[form], **FAST))
     assert result.model is model
     assert model.training
     assert (result.before.params, result.before.macs) == before
@@ -87,7 +88,9 @@ def test_a_timm_model() -> None:
     model = timm.create_model("test_resnet", in_chans=1, num_classes=3)
     generator = torch.Generator().manual_seed(0)
     data = [(torch.randn(4, 1, 32, 32, generator=generator), torch.arange(4) % 3)]
-    result = prune(model, data, target="macs=0.4", latency=True, units_per_step="layer", nodes=2, finetune_steps=3)
+    result = prune(
+        model, data, **asked(target="macs=0.4", latency=True, units_per_step="layer", nodes=2, finetune_steps=3)
+    )
     assert abs(result.removed_macs - 0.4) <= 0.01
     assert result.before.latency_ms is not None
     assert result.after.latency_ms is not None
@@ -102,7 +105,9 @@ def test_a_timm_model() -> None:
 def test_fine_tuning_learns() -> None:
     torch.manual_seed(0)
     model, data = mlp(32), vectors(8, 32)
-    result = prune(model, data, val_data=data, finetune_steps=200, lr=0.1, **{k: FAST[k] for k in ("verify", "nodes")})
+    result = prune(
+        model, data, **asked(val_data=data, finetune_steps=200, lr=0.1, **{k: FAST[k] for k in ("verify", "nodes")})
+    )
     assert result.after.accuracy is not None
     assert result.after.accuracy > 0.9  # an untrained classifier of three classes is right a third of the time
 
@@ -111,17 +116,21 @@ def test_folding_leaves_no_batchnorm() -> None:
     model = chain()
     folded = chain()
     fold_batchnorm(folded, BATCHES[0][0][:2])
-    result = prune(model, BATCHES, fold=True, **FAST)
+    result = prune(model, BATCHES, **asked(fold=True, **FAST))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert result.structure["folded"] == [["conv1", "bn1"], ["conv2", "bn2"], ["conv3", "bn3"]]
     assert abs(result.removed_params - 0.5) <= 0.01
-    assert_same_values(prune(folded, BATCHES, **FAST).model, model)  # folding first and pruning then is the same
+    assert_same_values(
+        prune(folded, BATCHES, **asked(**FAST)).model, model
+    )  # folding first and pruning then is the same
 
 
 def test_any_importance_and_own_fine_tuning() -> None:
     model = chain()
     tuning = FineTune(BATCHES, 4, "removal", optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01))
-    result = prune(model, BATCHES, finetune=tuning, importance=tp.importance.GroupTaylorImportance(), verify=False)
+    result = prune(
+        model, BATCHES, **asked(finetune=tuning, criterion=tp.importance.GroupTaylorImportance(), verify=False)
+    )
     assert abs(result.removed_params - 0.5) <= 0.01
     assert isinstance(tuning.optimizer, torch.optim.Adam)
     assert [row["step"] for row in result.history.select("finetune_step")] == [1, 2, 3, 4]
@@ -144,10 +153,10 @@ def sources() -> dict[str, Callable[[], Any]]:
 def test_the_seed_decides_everything(source: str) -> None:
     make = sources()[source]
     torch.manual_seed(11)
-    one = prune(chain(dropout=0.5), make(), seed=3, **FAST)
+    one = prune(chain(dropout=0.5), make(), **asked(seed=3, **FAST))
     torch.manual_seed(12)
-    assert_same_run(prune(chain(dropout=0.5), make(), seed=3, **FAST), one)
-    other = prune(chain(dropout=0.5), make(), seed=4, **FAST)
+    assert_same_run(prune(chain(dropout=0.5), make(), **asked(seed=3, **FAST)), one)
+    other = prune(chain(dropout=0.5), make(), **asked(seed=4, **FAST))
     assert not torch.equal(other.model.fc.weight, one.model.fc.weight)
 
 
@@ -156,7 +165,7 @@ def test_the_random_state_of_the_caller_is_left_alone() -> None:
     loader = DataLoader(Pairs(BATCHES, noise=0.1), batch_size=8, shuffle=True, generator=generator)
     model = chain(dropout=0.5)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), generator.get_state()
-    prune(model, loader, **FAST)
+    prune(model, loader, **asked(**FAST))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
@@ -188,7 +197,7 @@ def tuned(every: str = "layer", steps: int = 9) -> FineTune:
 
 def entwined(model: nn.Module, folder: Path | None, **options: Any) -> Result:
     fine = options.pop("finetune", None) or tuned()
-    return prune(model, BATCHES, out_dir=folder, **{**FAST, "finetune": fine, "val_data": BATCHES, **options})
+    return prune(model, BATCHES, **asked(out_dir=folder, **{**FAST, "finetune": fine, "val_data": BATCHES, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +270,7 @@ def test_resuming_a_folded_model_and_a_loader_with_its_own_generator(fold: bool,
     )
 
     def run(folder: Path | None, **options: Any) -> Result:
-        return prune(chain(), loader, fold=fold, out_dir=folder, **FAST, **options)
+        return prune(chain(), loader, **asked(fold=fold, out_dir=folder, **FAST, **options))
 
     whole = run(None)
     with pytest.raises(KeyboardInterrupt):
@@ -355,7 +364,7 @@ def test_a_failure_undoes_folding_too() -> None:
     model.bn2.eval()
     trace, before = Trace(model), values_of(model)
     with pytest.raises(KeyboardInterrupt):
-        prune(model, BATCHES, fold=True, callbacks=[StopAt("layer_done", 3)], **FAST)
+        prune(model, BATCHES, **asked(fold=True, callbacks=[StopAt("layer_done", 3)], **FAST))
     trace.assert_unchanged()
     assert isinstance(model.bn1, nn.BatchNorm2d)
     assert set(before) == set(model.state_dict())

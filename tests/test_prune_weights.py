@@ -20,6 +20,7 @@ from singe_plugin.cli import main
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.integrations.unstructured import Pattern
 
+from asked import asked
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_values, images
 
 BATCHES = images(4)
@@ -49,7 +50,7 @@ def test_the_result_is_true_for_every_form_of_data(form: str) -> None:
     }
     model = chain().train()
     result = prune_weights(
-        model, forms[form], val_data=forms[form], sparsity=0.7, ignored_layers=["fc"], rounds=3, **FAST
+        model, forms[form], **asked(val_data=forms[form], sparsity=0.7, ignored_layers=["fc"], rounds=3, **FAST)
     )
     assert result.model is model
     assert model.training
@@ -77,7 +78,9 @@ def test_the_result_is_true_for_every_form_of_data(form: str) -> None:
 def test_a_timm_model_with_folding_latency_and_a_pattern(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", in_chans=1, num_classes=4)
     data = [(torch.randn(4, 1, 32, 32), torch.arange(4))]
-    result = prune_weights(model, data, pattern="2:4", fold=True, latency=True, rounds=1, nodes=1, finetune_steps=2)
+    result = prune_weights(
+        model, data, **asked(pattern="2:4", fold=True, latency=True, rounds=1, nodes=1, finetune_steps=2)
+    )
     assert result.weight_sparsity == 0.5
     assert result.structure["folded"]
     assert result.after.latency_ms is not None
@@ -95,7 +98,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(every: str, order: str, tmp
         loader = DataLoader(Pairs(BATCHES, noise=0.1), batch_size=8, shuffle=True)
         tuning = FineTune(loader, steps, every, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
         settings = FAST | ORDERS[order] | {"nodes": 1, "finetune": tuning, "sparsity": 0.8, "pattern": "2:4"}
-        return prune_weights(chain(dropout=0.5), BATCHES, out_dir=folder, **settings, **options)
+        return prune_weights(chain(dropout=0.5), BATCHES, **asked(out_dir=folder, **settings, **options))
 
     whole = run(None)
     stops = {"layer": ("finetune_step", 15), "removal": ("removed", 5), "end": ("finetune_step", 205)}
@@ -115,12 +118,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(every: str, order: str, tmp
 
 
 def test_two_runs_are_the_same() -> None:
-    one, other = (prune_weights(chain(), BATCHES, sparsity=0.7, rounds=3, **FAST) for _ in range(2))
+    one, other = (prune_weights(chain(), BATCHES, **asked(sparsity=0.7, rounds=3, **FAST)) for _ in range(2))
     assert_same_run(one, other)
 
 
 def test_what_is_not_said_is_ten_rounds_and_units_per_step_means_the_other_order() -> None:
-    decided = {name: prune_weights(chain(), BATCHES, **FAST, **given).options for name, given in {
+    decided = {name: prune_weights(chain(), BATCHES, **asked(**FAST, **given)).options for name, given in {
         "nothing": {}, "units": {"units_per_step": 0.5}, "order": {"order": "layers"},
     }.items()}  # fmt: skip
     named = ("order", "rounds", "units_per_step")
@@ -134,11 +137,13 @@ def test_a_failure_leaves_the_model_as_it_was(place: tuple[str, int]) -> None:
     model = chain().train()
     trace = Trace(model)
     with pytest.raises(ValueError, match="mine"):
-        prune_weights(model, BATCHES, callbacks=[StopAt(*place, ValueError("mine"))], fold=True, rounds=3, **FAST)
+        prune_weights(
+            model, BATCHES, **asked(callbacks=[StopAt(*place, ValueError("mine"))], fold=True, rounds=3, **FAST)
+        )
     trace.assert_unchanged()
     for options in ({"sparsity": 2.0}, {"pattern": "5:7"}, {"rounds": 0}, {"criterion": "magic"}, {"seed": -1}):
         with pytest.raises(ConfigError):
-            prune_weights(model, BATCHES, **options)
+            prune_weights(model, BATCHES, **asked(**options))
     trace.assert_unchanged()
 
 

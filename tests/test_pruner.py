@@ -17,6 +17,7 @@ from singe_plugin.events import Callback, LogCallback, ProgressBar
 from singe_plugin.finetune import FineTune
 from singe_plugin.integrations.torch_pruning import PruningOutcome, SInGEImportance, SInGEPruner
 
+from asked import asked
 from small_nets import (
     Chain,
     Dense,
@@ -58,7 +59,7 @@ def reached(outcome: PruningOutcome, kind: str) -> float:
 def test_the_target_is_met_within_one_point_and_the_counts_are_true(net: str, kind: str) -> None:
     model = NETS[net]()
     before = count_params(model), count_macs(model, X)
-    outcome = SInGEPruner(model, X, bound(model), target=f"{kind}=0.4", units_per_step="layer").run()
+    outcome = SInGEPruner(model, X, bound(model), **asked(target=f"{kind}=0.4", units_per_step="layer")).run()
     assert abs(reached(outcome, kind) - 0.4) <= 0.01
     assert outcome.model is model
     assert (outcome.params[0], outcome.macs[0]) == before
@@ -72,14 +73,14 @@ def test_the_target_is_met_within_one_point_and_the_counts_are_true(net: str, ki
 @pytest.mark.parametrize("ratios", ["uniform", "block", "global"])
 def test_round_to(ratios: str) -> None:
     model = Chain(widths=(32, 32, 32))
-    outcome = SInGEPruner(model, X, MAGNITUDE, target="params=0.5", ratios=ratios, round_to=4).run()
+    outcome = SInGEPruner(model, X, MAGNITUDE, **asked(target="params=0.5", ratios=ratios, round_to=4)).run()
     assert all(width % 4 == 0 for width in widths(model).values())
     assert abs(reached(outcome, "params") - 0.5) <= 0.01
 
 
 def test_a_target_out_of_reach_changes_nothing() -> None:
     model = Residual()
-    pruner = SInGEPruner(model, X, MAGNITUDE, target="params=0.5", round_to=8)
+    pruner = SInGEPruner(model, X, MAGNITUDE, **asked(target="params=0.5", round_to=8))
     trace, history = Trace(model), len(pruner.DG._pruning_history)
     with pytest.raises(BudgetError, match=r"nearest that these ratios reach is params=0\.\d{4}"):
         pruner.run()
@@ -89,14 +90,16 @@ def test_a_target_out_of_reach_changes_nothing() -> None:
 
 def test_without_a_target_every_layer_loses_the_ratio() -> None:
     model = Chain()
-    outcome = SInGEPruner(model, X, MAGNITUDE, ratios="uniform", pruning_ratio=0.25).run()
+    outcome = SInGEPruner(model, X, MAGNITUDE, **asked(ratios="uniform", pruning_ratio=0.25)).run()
     assert outcome.plan == {"conv1": 2, "conv2": 3, "conv3": 2}
     assert widths(model) == {"conv1": 6, "conv2": 9, "conv3": 6}
 
 
 def test_pruning_ratio_dict_of_modules() -> None:
     model = Chain()
-    SInGEPruner(model, X, MAGNITUDE, ratios="uniform", pruning_ratio=0.25, pruning_ratio_dict={model.conv2: 0.5}).run()
+    SInGEPruner(
+        model, X, MAGNITUDE, **asked(ratios="uniform", pruning_ratio=0.25, pruning_ratio_dict={model.conv2: 0.5})
+    ).run()
     assert widths(model) == {"conv1": 6, "conv2": 6, "conv3": 6}
 
 
@@ -104,14 +107,17 @@ def test_pruning_ratio_dict_of_modules() -> None:
 def test_ratios_by_name_block_and_module(key: str) -> None:
     model = Residual()
     keys = {"name": "blocks.1.0", "block": "blocks.1", "module": model.blocks[1][0]}
-    outcome = SInGEPruner(model, X, MAGNITUDE, ratios={keys[key]: 0.25}).run()
+    outcome = SInGEPruner(model, X, MAGNITUDE, **asked(ratios={keys[key]: 0.25})).run()
     assert outcome.plan == {"stem": 0, "blocks.0.0": 0, "blocks.1.0": 4}
 
 
 def test_max_pruning_ratio_and_ignored_layers() -> None:
     model = Chain(widths=(20, 20, 20))
     pruner = SInGEPruner(
-        model, X, MAGNITUDE, ratios="uniform", pruning_ratio=0.9, max_pruning_ratio=0.6, ignored_layers=[model.conv2]
+        model,
+        X,
+        MAGNITUDE,
+        **asked(ratios="uniform", pruning_ratio=0.9, max_pruning_ratio=0.6, ignored_layers=[model.conv2]),
     )
     assert pruner.run().plan == {"conv1": 12, "conv3": 12}
     assert widths(model)["conv2"] == 20
@@ -143,8 +149,8 @@ class Backwards(nn.Module):
 def test_layers_are_pruned_in_forward_order() -> None:
     model, recorder = Backwards(), Recorder()
     pruner = SInGEPruner(
-        model, torch.zeros(2, 4), MAGNITUDE, ratios="uniform", pruning_ratio=0.25, callbacks=[recorder],
-        finetune=FineTune(vectors(), 2),
+        model, torch.zeros(2, 4), MAGNITUDE, **asked(ratios="uniform", pruning_ratio=0.25, callbacks=[recorder],
+        finetune=FineTune(vectors(), 2)),
     )  # fmt: skip
     pruner.run()
     assert [layer.name for layer in pruner.layers] == ["first", "last"]
@@ -161,7 +167,10 @@ def test_callbacks_hear_every_event_in_the_order_they_were_given() -> None:
             self.on_removed = lambda event: heard.append((number, event.layer))  # type: ignore[method-assign]
 
     SInGEPruner(
-        mlp(), torch.zeros(2, 4), MAGNITUDE, ratios={"0": 0.1}, callbacks=[Numbered(1), Numbered(2), ProgressBar()]
+        mlp(),
+        torch.zeros(2, 4),
+        MAGNITUDE,
+        **asked(ratios={"0": 0.1}, callbacks=[Numbered(1), Numbered(2), ProgressBar()]),
     ).run()
     assert heard == [(1, "0"), (2, "0")] * 2
 
@@ -170,7 +179,7 @@ def test_the_log_has_one_line_per_layer(caplog: pytest.LogCaptureFixture) -> Non
     model = mlp()
     with caplog.at_level("INFO", "singe_plugin"):
         SInGEPruner(
-            model, torch.zeros(2, 4), MAGNITUDE, ratios="uniform", pruning_ratio=0.5, callbacks=[LogCallback()]
+            model, torch.zeros(2, 4), MAGNITUDE, **asked(ratios="uniform", pruning_ratio=0.5, callbacks=[LogCallback()])
         ).run()
     assert caplog.messages[0] == "removing 16 units from 2 layers, 0 fine-tuning steps"
     left = count_params(model)
@@ -186,7 +195,7 @@ def test_the_smallest_norms_go_first() -> None:
     model.bn1.running_var.fill_(1 - model.bn1.eps)  # an identity, so that folding leaves the norms as they are
     kept = [n for n in range(8) if n not in expected]
     weights = model.conv1.weight.detach().clone()
-    outcome = SInGEPruner(model, X, imp, ratios={"conv1": 0.375}).run()
+    outcome = SInGEPruner(model, X, imp, **asked(ratios={"conv1": 0.375})).run()
     assert outcome.history.removals() == {"conv1": expected}
     assert torch.equal(model.conv1.weight.detach(), weights[kept])
 
@@ -212,7 +221,9 @@ def test_any_importance_of_torch_pruning_stands_in(name: str) -> None:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
     model.conv1.weight.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
-    outcome = SInGEPruner(model, X, OTHERS[name](), target="params=0.4", batches=BATCHES, units_per_step=0.5).run()
+    outcome = SInGEPruner(
+        model, X, OTHERS[name](), **asked(target="params=0.4", batches=BATCHES, units_per_step=0.5)
+    ).run()
     assert abs(reached(outcome, "params") - 0.4) <= 0.01
     assert all(row["lowest"] < row["highest"] for row in outcome.history.select("layer_scored") if row["units"] > 1)
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -228,7 +239,7 @@ def test_taylor_removes_what_its_gradients_say() -> None:
     expected = int(products.argmin())
     model.zero_grad(set_to_none=True)
     imp = tp.importance.GroupTaylorImportance(group_reduction="first", normalizer=None)
-    outcome = SInGEPruner(model, X, imp, batches=BATCHES, ratios={"conv1": 0.125}).run()
+    outcome = SInGEPruner(model, X, imp, **asked(batches=BATCHES, ratios={"conv1": 0.125})).run()
     assert outcome.history.removals() == {"conv1": [expected]}
 
 
@@ -244,7 +255,7 @@ def test_flags_modes_and_parameter_objects_survive() -> None:
     modes = {n: m.training for n, m in model.named_modules()}
     objects = {n: (id(p), p.requires_grad) for n, p in model.named_parameters()}
     tuning = FineTune(BATCHES, 3)
-    SInGEPruner(model, X, bound(model), target="params=0.4", units_per_step="layer", finetune=tuning).run()
+    SInGEPruner(model, X, bound(model), **asked(target="params=0.4", units_per_step="layer", finetune=tuning)).run()
     assert {n: m.training for n, m in model.named_modules()} == modes
     assert {n: (id(p), p.requires_grad) for n, p in model.named_parameters()} == objects
     assert {p.device.type for p in model.parameters()} == {"cpu"}
@@ -260,7 +271,7 @@ def shared() -> nn.Sequential:
 
 def test_what_is_left_whole_is_reported_with_the_reason() -> None:
     model = shared()
-    pruner = SInGEPruner(model, torch.zeros(2, 4), MAGNITUDE, pruning_ratio=0.5, ratios="uniform")
+    pruner = SInGEPruner(model, torch.zeros(2, 4), MAGNITUDE, **asked(pruning_ratio=0.5, ratios="uniform"))
     outcome = pruner.run()
     assert outcome.left_whole == pruner.left_whole
     assert set(outcome.left_whole) == {"2", "4", "6", "8"}
@@ -296,7 +307,7 @@ def test_optimizer_and_average_live_through_an_entwined_run(make: Any) -> None:
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     tuning = FineTune(BATCHES, 6, "removal", optimizer=optimizer, ema=ema)
-    SInGEPruner(model, X, bound(model), target="params=0.4", units_per_step=0.3, finetune=tuning).run()
+    SInGEPruner(model, X, bound(model), **asked(target="params=0.4", units_per_step=0.3, finetune=tuning)).run()
     for parameter in model.parameters():
         buffers = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.ndim]
         assert buffers
@@ -312,7 +323,7 @@ def test_momentum_is_cut_along_with_its_own_channel() -> None:
     nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
     optimizer.step()
     momentum = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()}
-    outcome = SInGEPruner(model, torch.zeros(2, 4), MAGNITUDE, ratios={"0": 0.5}, optimizer=optimizer).run()
+    outcome = SInGEPruner(model, torch.zeros(2, 4), MAGNITUDE, **asked(ratios={"0": 0.5}, optimizer=optimizer)).run()
     keep = [n for n in range(16) if n not in outcome.history.removals()["0"]]
     now = {n: optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
     assert torch.equal(now["0.weight"], momentum["0.weight"][keep])
@@ -360,7 +371,9 @@ def test_a_failure_anywhere_is_rolled_back_and_a_second_run_works(place: str, co
     imp = Failing(count, failure) if place == "importance" else MAGNITUDE
     stop = [] if place == "importance" else [StopAt(place, count, failure)]
     tuning = FineTune(BATCHES, 9, optimizer=optimizer, scheduler=scheduler, ema=ema)
-    pruner = SInGEPruner(model, X, imp, target="params=0.5", units_per_step=0.2, finetune=tuning, callbacks=stop)
+    pruner = SInGEPruner(
+        model, X, imp, **asked(target="params=0.5", units_per_step=0.2, finetune=tuning, callbacks=stop)
+    )
     trace, averages, graph = Trace(model, optimizer), values_of(ema), graph_of(pruner)
     rate = scheduler.state_dict()
     with pytest.raises(type(failure)) as caught:
@@ -381,7 +394,7 @@ def test_a_failure_anywhere_is_rolled_back_and_a_second_run_works(place: str, co
         fresh.state[mine] = copy.deepcopy(old)
     decay = torch.optim.lr_scheduler.StepLR(fresh, 2)
     other = FineTune(BATCHES, 9, optimizer=fresh, scheduler=decay)
-    SInGEPruner(again, X, MAGNITUDE, target="params=0.5", units_per_step=0.2, finetune=other).run()
+    SInGEPruner(again, X, MAGNITUDE, **asked(target="params=0.5", units_per_step=0.2, finetune=other)).run()
     assert_same_values(model, again)
 
 
@@ -401,7 +414,7 @@ def graph_of(pruner: SInGEPruner) -> Any:
 
 def test_the_graph_of_a_concat_is_rolled_back_too() -> None:
     model = Dense(12)
-    pruner = SInGEPruner(model, X, Failing(3, ValueError("mine")), target="params=0.4", units_per_step="layer")
+    pruner = SInGEPruner(model, X, Failing(3, ValueError("mine")), **asked(target="params=0.4", units_per_step="layer"))
     trace, graph = Trace(model), graph_of(pruner)
     with pytest.raises(ValueError, match="mine"):
         pruner.run()

@@ -16,6 +16,7 @@ from singe_plugin import Callback, FineTune, prune, prune_weights
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 
+from asked import asked
 from small_nets import StopAt, Trace, mlp, vectors
 
 DATA = vectors(3)
@@ -62,7 +63,9 @@ def test_a_scheduler_is_recorded_by_its_name() -> None:
     model = mlp()
     optimizer = SGD(model.parameters(), 0.08)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    result = prune(model, DATA, criterion="l2", finetune=FineTune(DATA, 6, optimizer=optimizer, scheduler=scheduler))
+    result = prune(
+        model, DATA, **asked(criterion="l2", finetune=FineTune(DATA, 6, optimizer=optimizer, scheduler=scheduler))
+    )
     assert (result.options["lr"], result.options["lr_schedule"]) == (0.08, "StepLR")
 
 
@@ -89,7 +92,7 @@ def test_resuming_with_the_object_of_the_run_that_was_stopped(tmp_path: Any) -> 
         model = mlp()
         model.load_state_dict(state)
         given = {"finetune": tuning, "out_dir": tmp_path, **options}
-        return prune(model, DATA, criterion="l2", rounds=3, target="params=0.4", **given)
+        return prune(model, DATA, **asked(criterion="l2", rounds=3, target="params=0.4", **given))
 
     with pytest.raises(KeyboardInterrupt):
         run(callbacks=[StopAt("round_done", 2)])
@@ -116,7 +119,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def pruner(model: nn.Module, **options: Any) -> SInGEPruner:
-    return SInGEPruner(model, X, MAGNITUDE, pruning_ratio=0.5, iterative_steps=2, verify=False, **options)
+    return SInGEPruner(model, X, MAGNITUDE, **asked(pruning_ratio=0.5, iterative_steps=2, verify=False, **options))
 
 
 def interactive(model: nn.Module) -> None:
@@ -128,7 +131,7 @@ REMOVALS: dict[str, Callable[[nn.Module], Any]] = {
     "step": lambda m: pruner(m).step(),
     "interactive": interactive,
     "run": lambda m: SInGEPruner(m, X, MAGNITUDE, target="params=0.3", verify=False).run(),
-    "prune": lambda m: prune(m, DATA, criterion="l2", finetune_steps=0, verify=False),
+    "prune": lambda m: prune(m, DATA, **asked(criterion="l2", finetune_steps=0, verify=False)),
 }
 
 

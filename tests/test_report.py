@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from singe_plugin.artifact import Builder
+from singe_plugin.architecture import Builder
 from singe_plugin.errors import ArtifactError
 from singe_plugin.events import History
 from singe_plugin.report import (

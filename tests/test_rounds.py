@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import CountedProgress, Progress, tune
+from singe_plugin.algorithm import tune
 from singe_plugin.budget import CostModel, LayerSpec
 from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callbacks, History, LogCallback, ProgressBar, Removed, RunStarted
 from singe_plugin.finetune import FineTune
+from singe_plugin.progress import CountedProgress, Progress
 from singe_plugin.rounds import check_rounds, covered, rounds_of
 from singe_plugin.units import UnitGroup
 

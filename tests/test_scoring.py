@@ -16,15 +16,16 @@ from torch.nn import functional
 
 from singe_plugin import scoring
 from singe_plugin.errors import ConfigError, DataError, GroupError, ScoringError, TiedParameterError
+from singe_plugin.options import Scoring
 from singe_plugin.path import decay_path
 from singe_plugin.reduction import REDUCTIONS
-from singe_plugin.scoring import ScoringOptions, path_gradient_norms, score_error, score_units
+from singe_plugin.scoring import path_gradient_norms, score_error, score_units
 from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
 
 from references import CASES, Net, Walk, get_case, literal_reduction, literal_scores, literal_walk, scale_slices
 
 MU, STEPS = 0.7, 2
-GEOMETRIC = ScoringOptions(mu=MU, steps=STEPS, quadrature="geometric")
+GEOMETRIC = Scoring(mu=MU, steps=STEPS, quadrature="geometric")
 PATHS = ("layer", "neuron")
 CRITERIA = ("l1", "l2", "lp", "grad", "norm_grad", "sg", "ig", "ig_abs")
 
@@ -130,7 +131,7 @@ def test_a_constant_gradient_has_a_closed_form(mu: float, quadrature: str, path:
     layer = nn.Linear(4, 3)
     inputs, coefficients = torch.randn(6, 4), torch.randn(6, 3)
     batches = [(inputs, coefficients)]
-    options = ScoringOptions(mu=mu, quadrature=quadrature, path=path, objective=lambda z, c: (z * c).sum())
+    options = Scoring(mu=mu, quadrature=quadrature, path=path, objective=lambda z, c: (z * c).sum())
     steps = {0.8: 21, 0.9: 44}[mu]
     ig, sg = (score_units(layer, linear_group(layer), batches, replace(options, criterion=c)) for c in ("ig", "sg"))
     for n in range(3):
@@ -144,7 +145,7 @@ def test_a_constant_gradient_has_a_closed_form(mu: float, quadrature: str, path:
 def test_the_integral_along_one_unit_is_the_change_of_f_at_its_removal(name: str) -> None:
     case = get_case(name)
     path = decay_path(mu=0.9, quadrature="gauss", nodes=40)
-    (stats,) = scoring._walk(case.model, case.group, case.batches[:1], ScoringOptions(path="neuron"), path)
+    (stats,) = scoring._walk(case.model, case.group, case.batches[:1], Scoring(path="neuron"), path)
     # the nodes' weights carry the mass of the geometric sum and 1 / u: undone, they integrate over u in [0, 1]
     share = path.weights / path.weights.mul(path.scales).sum()
     integral = sum((share[:, None] * layer.inner).sum(0) for layer in stats)
@@ -161,7 +162,7 @@ def test_the_integral_along_one_unit_is_the_change_of_f_at_its_removal(name: str
 @pytest.mark.parametrize("criterion", ["ig", "sg"])
 def test_gauss_converges_to_the_integral(criterion: str) -> None:
     case = get_case("embedding")
-    options = ScoringOptions(criterion=criterion, mu=0.9, steps=40, quadrature="gauss")
+    options = Scoring(criterion=criterion, mu=0.9, steps=40, quadrature="gauss")
     # a very fine trapezoid of the same integral, from the measured curve
     count = 251
     grid = torch.linspace(0.9**41 if criterion == "ig" else 0, 1, count, dtype=torch.float64)
@@ -184,7 +185,7 @@ def test_gauss_converges_to_the_integral(criterion: str) -> None:
 def test_a_fine_geometric_sum_is_gauss() -> None:
     case = get_case("layernorm")
     geometric, gauss = (
-        score_units(case.model, case.group, case.batches, ScoringOptions(mu=0.95, quadrature=rule, nodes=8))
+        score_units(case.model, case.group, case.batches, Scoring(mu=0.95, quadrature=rule, nodes=8))
         for rule in ("geometric", "gauss")
     )
     torch.testing.assert_close(geometric, gauss, rtol=0.03, atol=0)
@@ -194,7 +195,7 @@ def test_a_fine_geometric_sum_is_gauss() -> None:
 @pytest.mark.parametrize("quadrature", ["geometric", "gauss"])
 def test_the_error_estimate_tracks_the_true_error(quadrature: str, criterion: str) -> None:
     case = get_case("embedding")
-    options = ScoringOptions(criterion=criterion, mu=0.8, quadrature=quadrature, nodes=2)
+    options = Scoring(criterion=criterion, mu=0.8, quadrature=quadrature, nodes=2)
     scores, estimate = score_error(case.model, case.group, case.batches, options)
     path = options.decay_path
     for _ in range(2 if quadrature == "geometric" else 3):
@@ -208,8 +209,8 @@ def test_the_error_estimate_tracks_the_true_error(quadrature: str, criterion: st
 
 def test_the_error_estimate_of_criteria_without_a_path_is_zero() -> None:
     net, group, batches = small_net()
-    scores, error = score_error(net, group, batches, ScoringOptions(criterion="norm_grad", normalizer="sum"))
-    torch.testing.assert_close(scores, score_units(net, group, batches, ScoringOptions(criterion="norm_grad")))
+    scores, error = score_error(net, group, batches, Scoring(criterion="norm_grad", normalizer="sum"))
+    torch.testing.assert_close(scores, score_units(net, group, batches, Scoring(criterion="norm_grad")))
     assert error.tolist() == [0.0] * 4
     assert score_error(net, group, iter(batches))[1].max() > 0  # a one-shot iterator is read twice
 
@@ -221,7 +222,7 @@ def test_the_error_estimate_of_criteria_without_a_path_is_zero() -> None:
 @pytest.mark.parametrize("criterion", ["grad", "sg", "ig", "ig_abs"])
 def test_several_batches_give_the_mean_of_their_scores(criterion: str, path: str) -> None:
     net, group, batches = small_net()
-    options = ScoringOptions(criterion=criterion, path=path)
+    options = Scoring(criterion=criterion, path=path)
     single = torch.stack([score_units(net, group, [batch], options) for batch in batches])
     torch.testing.assert_close(score_units(net, group, iter(batches), options), single.mean(0))
 
@@ -229,10 +230,10 @@ def test_several_batches_give_the_mean_of_their_scores(criterion: str, path: str
 @pytest.mark.parametrize("path", PATHS)
 def test_forms_of_batches_and_outputs(path: str) -> None:
     net, group, batches = small_net()
-    expected = score_units(net, group, batches, ScoringOptions(path=path))
+    expected = score_units(net, group, batches, Scoring(path=path))
 
-    def loss(pick: Callable[[Any], Tensor]) -> ScoringOptions:
-        return ScoringOptions(path=path, objective=lambda z, y: functional.cross_entropy(pick(z), y))
+    def loss(pick: Callable[[Any], Tensor]) -> Scoring:
+        return Scoring(path=path, objective=lambda z, y: functional.cross_entropy(pick(z), y))
 
     mapping = [{"pixels": x, "labels": y} for x, y in batches]
     by_name = Net(lambda m, pixels: m.net(pixels), net=net)
@@ -240,8 +241,8 @@ def test_forms_of_batches_and_outputs(path: str) -> None:
     with_tuple = Net(lambda m, x: (None, m.net(x)), net=net)
     with_dict = Net(lambda m, x: {"logits": m.net(x)}, net=net)
     for got in (
-        score_units(by_name, group, mapping, ScoringOptions(path=path)),
-        score_units(several, group, [((x, torch.ones(())), y) for x, y in batches], ScoringOptions(path=path)),
+        score_units(by_name, group, mapping, Scoring(path=path)),
+        score_units(several, group, [((x, torch.ones(())), y) for x, y in batches], Scoring(path=path)),
         score_units(with_tuple, group, batches, loss(lambda z: z[1])),
         score_units(with_dict, group, batches, loss(lambda z: z["logits"])),
         score_units(net, group, batches, replace(loss(lambda z: z), unit_batch=1)),
@@ -253,9 +254,9 @@ def test_forms_of_batches_and_outputs(path: str) -> None:
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast_is_close_to_full_precision(amp: str, path: str) -> None:
     net, group, batches = image_net()
-    expected = score_units(net, group, batches, ScoringOptions(path=path))
+    expected = score_units(net, group, batches, Scoring(path=path))
     # batch-norm in mixed precision has no rule for vmap on a CPU
-    got = score_units(net, group, batches, ScoringOptions(path=path, amp=amp, unit_batch=1))
+    got = score_units(net, group, batches, Scoring(path=path, amp=amp, unit_batch=1))
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0)
     assert not torch.equal(got, expected)  # it did run in another precision
 
@@ -264,7 +265,7 @@ def test_autocast_is_close_to_full_precision(amp: str, path: str) -> None:
 @pytest.mark.parametrize("size", [1e-7, 1e5])
 def test_fp16_scales_the_loss_up_and_down(size: float, path: str) -> None:
     net, group, batches = small_net()
-    options = ScoringOptions(path=path, objective=lambda z, y: functional.cross_entropy(z.float(), y) * size)
+    options = Scoring(path=path, objective=lambda z, y: functional.cross_entropy(z.float(), y) * size)
     expected = score_units(net, group, batches, options)
     torch.testing.assert_close(
         score_units(net, group, batches, replace(options, amp="fp16")), expected, rtol=0.02, atol=0
@@ -278,16 +279,16 @@ def test_a_double_model_is_scored_in_double(path: str) -> None:
     soft = [(x.double(), functional.one_hot(y, 2).double()) for x, y in batches]
     hard = [(x.double(), y) for x, y in batches]
     for objective in ("loss", "logit"):
-        options = ScoringOptions(path=path, objective=objective)
+        options = Scoring(path=path, objective=objective)
         torch.testing.assert_close(score_units(net, group, soft, options), score_units(net, group, hard, options))
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_channels_last_changes_nothing(path: str) -> None:
     net, group, batches = image_net()
-    expected = score_units(net, group, batches, ScoringOptions(path=path))
+    expected = score_units(net, group, batches, Scoring(path=path))
     net.to(memory_format=torch.channels_last)
-    got = score_units(net, group, batches, ScoringOptions(path=path, channels_last=True))
+    got = score_units(net, group, batches, Scoring(path=path, channels_last=True))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
     assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -306,8 +307,8 @@ def test_a_half_precision_batchnorm_that_stands_alone() -> None:
 def test_a_callable_normalizer_is_applied_last() -> None:
     net, group, batches = small_net()
     plain = score_units(net, group, batches)
-    torch.testing.assert_close(score_units(net, group, batches, ScoringOptions(normalizer="sum")), plain / plain.sum())
-    got = score_units(net, group, batches, ScoringOptions(normalizer=lambda s: 2 * s))
+    torch.testing.assert_close(score_units(net, group, batches, Scoring(normalizer="sum")), plain / plain.sum())
+    got = score_units(net, group, batches, Scoring(normalizer=lambda s: 2 * s))
     torch.testing.assert_close(got, 2 * plain)
 
 
@@ -334,7 +335,7 @@ def test_a_callable_normalizer_is_applied_last() -> None:
 )
 def test_options_are_checked_when_they_are_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ScoringOptions(**options)
+        Scoring(**options)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -343,8 +344,8 @@ def test_what_cannot_be_scored_says_why(path: str) -> None:
     detached = Net(lambda m, x: m.net(x).detach(), net=net)
     infinite = [(torch.full((2, 3), math.inf), torch.zeros(2, dtype=torch.long))]
 
-    def options(objective: Any) -> ScoringOptions:
-        return ScoringOptions(path=path, objective=objective)
+    def options(objective: Any) -> Scoring:
+        return Scoring(path=path, objective=objective)
 
     def fails(kind: type[Exception], message: str, model: nn.Module, data: Any, objective: Any = "loss") -> None:
         with pytest.raises(kind, match=message):
@@ -378,9 +379,9 @@ def test_groups_that_cannot_be_scored() -> None:
     with pytest.raises(GroupError, match="'ln' has no parameter that could decay"):
         score_units(net, UnitGroup("ln", 4, (bare,)), batches)
     with pytest.raises(ConfigError, match=r"returned shape \(1,\) for 4 units of group 'fc'"):
-        score_units(net, group, batches, ScoringOptions(normalizer=lambda s: s.sum()[None]))
+        score_units(net, group, batches, Scoring(normalizer=lambda s: s.sum()[None]))
     with pytest.raises(ScoringError, match="'fc': the scores are not finite"):
-        score_units(net, group, batches, ScoringOptions(normalizer=lambda s: s / 0))
+        score_units(net, group, batches, Scoring(normalizer=lambda s: s / 0))
     net.copy = nn.Linear(3, 4)
     net.copy.weight = net.fc.weight
     with pytest.raises(TiedParameterError, match=r"'fc.weight' and 'copy.weight' are one tensor"):
@@ -391,7 +392,7 @@ def test_a_forward_that_vmap_cannot_follow_is_explained() -> None:
     net, group, batches = small_net()
     branching = Net(lambda m, x: m.net(x) if m.net(x).sum().item() < math.inf else x, net=net)
     with pytest.raises(ScoringError, match=r"'fc'.*several units at once.*use unit_batch=1 or path='layer'"):
-        score_units(branching, group, batches, ScoringOptions(path="neuron"))
-    expected = score_units(net, group, batches, ScoringOptions(path="neuron"))
-    got = score_units(branching, group, batches, ScoringOptions(path="neuron", unit_batch=1))
+        score_units(branching, group, batches, Scoring(path="neuron"))
+    expected = score_units(net, group, batches, Scoring(path="neuron"))
+    got = score_units(branching, group, batches, Scoring(path="neuron", unit_batch=1))
     torch.testing.assert_close(got, expected)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin.errors import DataError, ScoringError
-from singe_plugin.scoring import ScoringOptions, path_gradient_norms, score_error, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import path_gradient_norms, score_error, score_units
 from singe_plugin.state import RngState
 from singe_plugin.units import Producer, Slot, UnitGroup
 
@@ -172,8 +173,8 @@ class Loader:
             yield torch.randn(2, 2, 4, 4), torch.randint(0, 3, (2,))
 
 
-def options(way: str, criterion: str = "ig", **more: Any) -> ScoringOptions:
-    return ScoringOptions(criterion=criterion, **WAYS[way], **more)
+def options(way: str, criterion: str = "ig", **more: Any) -> Scoring:
+    return Scoring(criterion=criterion, **WAYS[way], **more)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -331,10 +332,10 @@ def test_what_a_layer_keeps_is_made_anew_for_every_pass_and_then_put_back() -> N
         Producer("bias", (Slot(net, "bias"),), rows, rows),
     )
     group = UnitGroup("fc", 6, producers)
-    fresh = score_units(net, group, [batch, batch], ScoringOptions(nodes=3))
+    fresh = score_units(net, group, [batch, batch], Scoring(nodes=3))
     assert net.kept == {}
     with torch.no_grad():
         net(batch[0])
     stale = net.kept["cpu"]
-    torch.testing.assert_close(score_units(net, group, [batch, batch], ScoringOptions(nodes=3)), fresh)
+    torch.testing.assert_close(score_units(net, group, [batch, batch], Scoring(nodes=3)), fresh)
     assert net.kept["cpu"] is stale

@@ -19,6 +19,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.masks import mask_module, masks_of, weight_of
 from singe_plugin.shrink import ShrinkResult, shrink, shrink_with_report
 
+from asked import asked
 from networks import random_network, randomise
 from references import Net
 from small_nets import Chain, Grouped, Residual, Trace, assert_same_values, images, mlp, values_of, vectors
@@ -106,7 +107,7 @@ def test_what_nobody_reads(name: str) -> None:
 def test_what_prune_weights_gives(name: str, tmp_path: Path) -> None:
     model = randomise({"mlp": lambda: mlp(32), **NETS}[name]())
     data, shapes = (vectors(), ((5, 4),)) if name == "mlp" else (images(2), SHAPES)
-    result = prune_weights(model, data, sparsity=0.95, rounds=1, finetune_steps=2, nodes=1)
+    result = prune_weights(model, data, **asked(sparsity=0.95, rounds=1, finetune_steps=2, nodes=1))
     masked, x = copy.deepcopy(result.model).double().eval(), data[0][0]
     builder = Builder.factory("small_nets:mlp", width=32) if name == "mlp" else Builder.factory(
         f"small_nets:{NETS[name].__name__}"

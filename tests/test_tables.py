@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from asked import asked
 from small_nets import Chain, images
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -308,8 +309,8 @@ def test_a_graphed_step_is_a_step(amp: str | None) -> None:
 
         finetune = singe_plugin.FineTune(images(4), 12, "layer", amp=amp, step_fn=graph)
         singe_plugin.prune(
-            model, images(4), target="params=0.4", criterion="l1", finetune=finetune, verify=False,
-            callbacks=[Losses()],
+            model, images(4), **asked(target="params=0.4", criterion="l1", finetune=finetune, verify=False,
+            callbacks=[Losses()]),
         )  # fmt: skip
         return losses, {k: v.cpu() for k, v in model.state_dict().items()}
 

@@ -17,6 +17,7 @@ from singe_plugin.events import History
 from singe_plugin.integrations.unstructured.pruner import SparseOutcome
 from singe_plugin.masks import masks_of
 
+from asked import asked
 from references import Net, randomise_norms
 from small_nets import Chain, Grouped, images, mlp
 
@@ -80,7 +81,7 @@ def test_one_shot_over_all_layers_is_a_sorted_list() -> None:
     masks = ones(net)
     total = sum(m.numel() for m in masks.values())
     mask_lowest(literal_ig(net, masks), masks, round(0.7 * total))
-    outcome = UnstructuredPruner(net, BATCHES, sparsity=0.7, **LITERAL).run()
+    outcome = UnstructuredPruner(net, BATCHES, **asked(sparsity=0.7, **LITERAL)).run()
     assert_masks(outcome, masks)
     assert [layer.nonzero for layer in outcome.layers] == [int(m.sum()) for m in masks.values()]
     assert outcome.sparsity == pytest.approx(round(0.7 * total) / total)
@@ -93,7 +94,7 @@ def test_rounds_with_fine_tuning_in_between(course: str) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     tuning = FineTune(BATCHES, 4, optimizer=optimizer, label_smoothing=0.0, clip_grad=None)
     pruner = UnstructuredPruner(
-        net, BATCHES, sparsity=0.8, rounds=2, schedule=course, finetune=tuning, ignored_layers=["fc"], **LITERAL
+        net, BATCHES, **asked(sparsity=0.8, rounds=2, course=course, finetune=tuning, ignored_layers=["fc"], **LITERAL)
     )
     history = History()
     outcome = pruner.run(history=history)
@@ -140,7 +141,7 @@ def test_algorithm_1_layer_by_layer(scope: str) -> None:
             mask_lowest({name: scores}, {name: masks[name]}, min(step, count - done))
     amount = {"scope": dict.fromkeys(NAMES, 0.25)} if scope == "dict" else {"scope": scope, "sparsity": 0.5}
     heard = History()
-    outcome = UnstructuredPruner(net, BATCHES, order="layers", units_per_step=0.2, **amount, **LITERAL).run(
+    outcome = UnstructuredPruner(net, BATCHES, **asked(order="layers", units_per_step=0.2, **amount, **LITERAL)).run(
         history=heard
     )
     assert outcome.plan == plan
@@ -158,12 +159,14 @@ def test_counts_are_exact(sparsity: float, order: str, rounds: int) -> None:
         outcome = UnstructuredPruner(
             net,
             BATCHES[:1],
-            sparsity=sparsity,
-            scope=scope,
-            order=order,
-            rounds=rounds if order == "rounds" else None,
-            units_per_step=1 / rounds if order == "layers" and rounds > 1 else None,
-            nodes=1,
+            **asked(
+                sparsity=sparsity,
+                ratios=scope,
+                order=order,
+                rounds=rounds if order == "rounds" else None,
+                units_per_step=1 / rounds if order == "layers" and rounds > 1 else None,
+                nodes=1,
+            ),
         ).run()
         masked = {layer.name: layer.weights - layer.nonzero for layer in outcome.layers}
         if scope == "global":
@@ -177,7 +180,7 @@ def test_counts_are_exact(sparsity: float, order: str, rounds: int) -> None:
 
 def test_magnitudes_are_those_of_the_folded_weights() -> None:
     net = chain()
-    outcome = UnstructuredPruner(net, BATCHES, sparsity=0.5, criterion="l1", layers=["conv1"]).run()
+    outcome = UnstructuredPruner(net, BATCHES, **asked(sparsity=0.5, criterion="l1", layers=["conv1"])).run()
     scale = (net.bn1.weight / (net.bn1.running_var + net.bn1.eps).sqrt()).detach()[:, None, None, None]
     weight = chain().conv1.weight.detach() * scale
     expected = weight.abs().flatten().argsort()[: weight.numel() // 2]
@@ -187,7 +190,7 @@ def test_magnitudes_are_those_of_the_folded_weights() -> None:
 
 def test_without_data_magnitudes_do() -> None:
     net = mlp(6)
-    outcome = UnstructuredPruner(net, criterion="l2", sparsity=0.5).run()
+    outcome = UnstructuredPruner(net, **asked(criterion="l2", sparsity=0.5)).run()
     values = torch.cat([mlp_weight.abs().flatten() for mlp_weight in (net[0].weight, net[2].weight, net[4].weight)])
     assert outcome.nonzero == sum(p.numel() for p in net.parameters()) - round(0.5 * len(values))
     assert (outcome.macs, outcome.effective_macs) == (None, None)
@@ -195,7 +198,7 @@ def test_without_data_magnitudes_do() -> None:
 
 def test_a_model_that_is_masked_already_goes_on_from_there() -> None:
     net = chain()
-    one_go = UnstructuredPruner(chain(), BATCHES, sparsity=0.8, rounds=2, schedule="linear").run()
+    one_go = UnstructuredPruner(chain(), BATCHES, **asked(sparsity=0.8, rounds=2, course="linear")).run()
     first = UnstructuredPruner(net, BATCHES, sparsity=0.4).run()
     second = UnstructuredPruner(net, BATCHES, sparsity=0.8).run()
     for name, mask in second.masks.items():
@@ -215,7 +218,7 @@ def test_a_model_that_is_masked_already_goes_on_from_there() -> None:
 )
 def test_a_scope_may_name_layers_that_stay_whole(options: dict[str, Any], dense: set[str], why: str) -> None:
     net = chain()
-    outcome = UnstructuredPruner(net, BATCHES, criterion="l1", **options).run()
+    outcome = UnstructuredPruner(net, BATCHES, **asked(criterion="l1", **options)).run()
     assert {row.name: row.nonzero for row in outcome.layers} == {
         name: round(net.get_submodule(name).weight.numel() * (1 - options["scope"][name]))
         for name in NAMES
@@ -226,11 +229,11 @@ def test_a_scope_may_name_layers_that_stay_whole(options: dict[str, Any], dense:
 
 
 def test_max_sparsity() -> None:
-    outcome = UnstructuredPruner(chain(), BATCHES, sparsity=0.74, max_sparsity=0.75).run()
+    outcome = UnstructuredPruner(chain(), BATCHES, **asked(sparsity=0.74, max_pruning_ratio=0.75)).run()
     assert max(layer.sparsity for layer in outcome.layers) == 0.75
     assert outcome.sparsity == pytest.approx(0.74, abs=2e-3)
     with pytest.raises(BudgetError, match=r"sparsity=0.8 cannot be reached.*choose at most 0.7"):
-        UnstructuredPruner(chain(), BATCHES, sparsity=0.8, max_sparsity=0.75).run()
+        UnstructuredPruner(chain(), BATCHES, **asked(sparsity=0.8, max_pruning_ratio=0.75)).run()
 
 
 def test_effective_macs_by_hand() -> None:
@@ -249,7 +252,7 @@ def test_effective_macs_by_hand() -> None:
 
 def test_the_host_knows_what_a_weight_costs() -> None:
     net = chain()
-    pruner = UnstructuredPruner(net, BATCHES, nodes=1)
+    pruner = UnstructuredPruner(net, BATCHES, **asked(nodes=1))
     host = pruner.host()
     costs, plan = host.costs(), {"conv1": 10, "conv2": 50, "fc": 3}
     assert costs.cost("params", {}) == sum(p.numel() for p in net.parameters()) == host.nonzero()
@@ -302,7 +305,7 @@ def test_timm_models(name: str) -> None:
         name, num_classes=3, in_chans=1
     )  # fmt: skip
     batch = (torch.randn(2, 1, 32, 32), torch.tensor([0, 2]))
-    outcome = UnstructuredPruner(net, [batch], sparsity=0.9, nodes=1, max_sparsity=0.99).run()
+    outcome = UnstructuredPruner(net, [batch], **asked(sparsity=0.9, nodes=1, max_pruning_ratio=0.99)).run()
     assert outcome.sparsity == pytest.approx(0.9, abs=1e-4)
     assert net(batch[0]).isfinite().all()
 

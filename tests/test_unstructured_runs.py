@@ -13,11 +13,12 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from singe_plugin import FineTune, ScoringOptions, UnstructuredPruner, hold_masks
+from singe_plugin import FineTune, Scoring, UnstructuredPruner, hold_masks
 from singe_plugin.errors import ConfigError, DataError, SingeError, TiedParameterError
 from singe_plugin.events import History
 from singe_plugin.masks import masks_of
 
+from asked import asked
 from references import Net, randomise_norms
 from small_nets import Chain, StopAt, Trace, assert_same_values, images, values_of, vectors
 
@@ -51,7 +52,7 @@ def test_no_optimizer_revives_a_weight(kind: str) -> None:
     ids = [id(p) for p in net.parameters()]
     ema = timm.utils.ModelEmaV3(net, decay=0.5)
     tuning = FineTune(BATCHES, 8, optimizer=optimizer, ema=ema)
-    pruner = UnstructuredPruner(net, BATCHES, sparsity=0.7, rounds=2, finetune=tuning)
+    pruner = UnstructuredPruner(net, BATCHES, **asked(sparsity=0.7, rounds=2, finetune=tuning))
     masks = pruner.run().masks
     before = values_of(net)
     for inputs, targets in BATCHES * 5:
@@ -82,7 +83,7 @@ def test_scoring_leaves_no_trace(path: str) -> None:
     net.bn2.eval()
     functional.cross_entropy(net(BATCHES[0][0]), BATCHES[0][1]).backward()
     plain = Trace(net)
-    pruner = UnstructuredPruner(net, BATCHES, sparsity=0.5, path=path, nodes=2)
+    pruner = UnstructuredPruner(net, BATCHES, **asked(sparsity=0.5, path=path, nodes=2))
     plain.assert_unchanged()
     host = pruner.host()
     host.remove("conv2", list(range(0, host.size("conv2"), 2)))
@@ -113,9 +114,9 @@ def test_a_failure_anywhere_is_rolled_back(place: str, count: int, order: str, m
     tuning = FineTune(BATCHES, 9, optimizer=optimizer, scheduler=scheduler, ema=ema)
     trace, averages, types = Trace(net, optimizer), values_of(ema), [type(m) for m in net.modules()]
     pruner = UnstructuredPruner(
-        net, BATCHES, sparsity=0.7, finetune=tuning, nodes=1,
+        net, BATCHES, **asked(sparsity=0.7, finetune=tuning, nodes=1,
         **({"rounds": 3} if order == "rounds" else {"units_per_step": 0.3}),
-        callbacks=[StopAt(place, count, ValueError("mine"))],
+        callbacks=[StopAt(place, count, ValueError("mine"))]),
     )  # fmt: skip
     with pytest.raises(ValueError, match="mine"):
         pruner.run()
@@ -129,7 +130,7 @@ def test_a_failure_anywhere_is_rolled_back(place: str, count: int, order: str, m
 def test_a_second_run_that_fails_leaves_a_pruner_that_works() -> None:
     """Masks were on before the failing run, so what was counted in it is not of the masks that come back."""
     net = chain()
-    pruner = UnstructuredPruner(net, BATCHES, sparsity=0.5, rounds=3, nodes=1)
+    pruner = UnstructuredPruner(net, BATCHES, **asked(sparsity=0.5, rounds=3, nodes=1))
     pruner.run()
     before = {name: mask.clone() for name, mask in masks_of(net).items()}
     pruner.sparsity, pruner.callbacks = 0.8, [StopAt("round_done", 2, ValueError("mine"))]
@@ -160,7 +161,7 @@ def test_frozen_weights_are_masked_and_stay_frozen() -> None:
 
 def test_events_count_what_is_not_masked() -> None:
     history = History()
-    outcome = UnstructuredPruner(chain(), BATCHES, sparsity=0.5, rounds=2).run(history=history)
+    outcome = UnstructuredPruner(chain(), BATCHES, **asked(sparsity=0.5, rounds=2)).run(history=history)
     assert history.select("run_end")[0]["params"] == outcome.nonzero
     assert [row["units"] for row in history.select("removed")] == [[]] * len(history.select("removed"))
     assert sum(row["count"] for row in history.select("removed")) == sum(outcome.plan.values())
@@ -199,7 +200,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ignored": ({"ignored_layers": [nn.Linear(1, 1)]}, "ignored_layers: Linear.* is no module of the model"),
     "all ignored": ({"ignored_layers": NAMES}, "no convolution or linear layer whose weights can be pruned"),
     "option": ({"critrion": "ig"}, "unknown option 'critrion'; options of the scoring are criterion, p, mu"),
-    "scoring": ({"scoring": ScoringOptions(), "mu": 0.5}, "scoring and 'mu' were both given"),
+    "scoring": ({"scoring": Scoring(), "mu": 0.5}, "scoring and 'mu' were both given"),
     "criterion": ({"criterion": "magic"}, "unknown criterion 'magic'"),
     "finetune": ({"finetune": 100}, "finetune must be a FineTune, got int"),
     "callbacks": ({"callbacks": [print]}, "callbacks must be singe_plugin.Callback objects"),
@@ -212,7 +213,7 @@ def test_bad_arguments(case: str) -> None:
     net = chain()
     trace = Trace(net)
     with pytest.raises(ConfigError, match=message):
-        UnstructuredPruner(net, BATCHES, **options)
+        UnstructuredPruner(net, BATCHES, **asked(**options))
     trace.assert_unchanged()
 
 

@@ -26,8 +26,10 @@ from singe_plugin.data import evaluate
 from singe_plugin.errors import SingeError
 from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
 
+from asked import asked
 from fingerprint import assert_untouched, changes, fingerprint
 from nasty_nets import NASTY, Base, batches_for
 
@@ -101,7 +103,7 @@ def verified(net: nn.Module) -> None:
 def scored(net: nn.Module, **options: Any) -> None:
     graph = AxisGraph(net, example())
     for group in graph.groups.values():
-        score_units(net, group.unit_group(), batches_for(), ScoringOptions(nodes=2, **options))
+        score_units(net, group.unit_group(), batches_for(), Scoring(nodes=2, **options))
 
 
 def counted(net: nn.Module) -> None:
@@ -226,9 +228,9 @@ def pruned(net: nn.Module, ema: nn.Module, place: str, fault: Fault, out_dir: Pa
     with failing(place, fault), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         singe_plugin.prune(
-            net, batches_for(2), target="params=0.38", order=order, finetune=FineTune(loader, 4, ema=ema), nodes=1,
+            net, batches_for(2), **asked(target="params=0.38", order=order, finetune=FineTune(loader, 4, ema=ema), nodes=1,
             out_dir=out_dir, callbacks=[Events(fault)] if place == "callback" else [], max_pruning_ratio=0.9,
-            min_width=1,
+            min_width=1),
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from singe_plugin import Builder, UnstructuredPruner, hold_masks, load, prune, p
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.masks import fold_masks, mask_module, masks_of, plain_tensors, weight_of
 
+from asked import asked
 from small_nets import Chain, Grouped, assert_same_values, images, mlp, values_of
 
 BATCHES = images(2)
@@ -113,7 +114,7 @@ def test_saved_and_loaded_bit_for_bit(last: bool, tmp_path: Path) -> None:
     net.conv3.weight.requires_grad_(False)
     if last:
         net.to(memory_format=torch.channels_last)
-    result = prune_weights(net, BATCHES, sparsity=0.6, val_data=BATCHES, **FAST)
+    result = prune_weights(net, BATCHES, **asked(sparsity=0.6, val_data=BATCHES, **FAST))
     with torch.no_grad():
         net.conv2.weight[:2] = 0.0  # zeros that are not masked
     save(result, tmp_path)
@@ -140,7 +141,7 @@ def test_saved_and_loaded_bit_for_bit(last: bool, tmp_path: Path) -> None:
 
 
 def test_a_model_whose_masks_are_on_is_saved_as_if_they_were_folded(tmp_path: Path) -> None:
-    result = prune_weights(Chain(), BATCHES, sparsity=0.6, **FAST)
+    result = prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST))
     save(result, tmp_path / "folded")
     hold_masks(result.model, result.weight_masks)
     save(result, tmp_path / "held")
@@ -150,7 +151,7 @@ def test_a_model_whose_masks_are_on_is_saved_as_if_they_were_folded(tmp_path: Pa
 
 
 def test_masks_that_were_not_held_are_not_saved(tmp_path: Path) -> None:
-    result = prune_weights(Chain(), BATCHES, sparsity=0.6, **FAST)
+    result = prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST))
     with torch.no_grad():
         result.model.conv1.weight += 1
     with pytest.raises(ArtifactError, match=r"the mask of 'conv1.weight' does not fit.*hold_masks.*weight_masks = {}"):
@@ -161,7 +162,7 @@ def test_masks_that_were_not_held_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_damaged_masks(tmp_path: Path) -> None:
-    save(prune_weights(Chain(), BATCHES, sparsity=0.6, **FAST), tmp_path)
+    save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST)), tmp_path)
     path = tmp_path / "masks.safetensors"
     masks = load_file(path)
     for damage, message in (
@@ -181,9 +182,11 @@ def test_damaged_masks(tmp_path: Path) -> None:
 
 
 def test_units_have_no_masks_and_take_those_of_an_earlier_result_away(tmp_path: Path) -> None:
-    save(prune_weights(Chain(), BATCHES, sparsity=0.6, **FAST), tmp_path)
+    save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST)), tmp_path)
     assert (tmp_path / "masks.safetensors").exists()
-    result = prune(Chain(), BATCHES, builder=BUILDER, verify=False, finetune_steps=2, nodes=1, units_per_step="layer")
+    result = prune(
+        Chain(), BATCHES, **asked(builder=BUILDER, verify=False, finetune_steps=2, nodes=1, units_per_step="layer")
+    )
     assert (result.sparsity, result.weight_sparsity, result.weight_masks) == (None, None, {})
     assert "sparsity" not in result.summary()
     save(result, tmp_path)
@@ -203,11 +206,11 @@ def test_a_model_that_is_one_layer() -> None:
 
 def test_pruning_goes_on_from_what_was_saved(tmp_path: Path) -> None:
     """Saved, loaded, held and pruned further: the architecture is still recognised, and masks only grow."""
-    first = prune_weights(Chain(), BATCHES, sparsity=0.5, **FAST)
+    first = prune_weights(Chain(), BATCHES, **asked(sparsity=0.5, **FAST))
     loaded = load(save(first, tmp_path / "first"), trust=True)
     hold_masks(loaded.model, loaded.weight_masks)
     BUILDER.check(loaded.model)
-    second = prune_weights(loaded.model, BATCHES, sparsity=0.8, **FAST)
+    second = prune_weights(loaded.model, BATCHES, **asked(sparsity=0.8, **FAST))
     assert second.before.nonzero == first.after.nonzero
     assert second.before.effective_macs == first.after.effective_macs
     for name, mask in second.weight_masks.items():

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singe_plugin import Callback, UnstructuredPruner
-from singe_plugin.algorithm import lowest
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.unstructured.allocation import layer_ratios, lowest_counts
 from singe_plugin.integrations.unstructured.layers import WeightLayer
 from singe_plugin.integrations.unstructured.patterns import Pattern
+from singe_plugin.loop import lowest
 from singe_plugin.masks import masks_of
 
+from asked import asked
 from references import Net
 from small_nets import Chain, images
 
@@ -80,8 +81,8 @@ def test_at_most_n_of_m_always(
     weight, start = layer.weight.detach().clone(), 1 - n / m
     sparsity = None if extra is None else start + extra * (1 - start)
     pruner = UnstructuredPruner(
-        net, batches, pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, order=order, scope=scope,
-        **({"rounds": rounds} if order == "rounds" else {"units_per_step": 0.3}),
+        net, batches, **asked(pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, order=order, ratios=scope,
+        **({"rounds": rounds} if order == "rounds" else {"units_per_step": 0.3})),
     )  # fmt: skip
     mask = pruner.run().masks["layer.weight"]
     blocks = literal_blocks(layer, m)
@@ -104,7 +105,7 @@ def test_a_pattern_in_rounds_begins_with_what_it_has_no_place_for() -> None:
     """Half-way, only weights outside of the best two of their block are gone, the cheapest of them first."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
-    pruner = UnstructuredPruner(net, pattern="2:4", criterion="l1", rounds=2, schedule="linear")
+    pruner = UnstructuredPruner(net, **asked(pattern="2:4", criterion="l1", rounds=2, course="linear"))
     stop: list[dict[str, Tensor]] = []
 
     class Halfway(Callback):
@@ -126,7 +127,7 @@ def test_a_pattern_in_rounds_begins_with_what_it_has_no_place_for() -> None:
 
 def test_layers_that_a_pattern_does_not_fit_are_left_whole() -> None:
     net = Chain()
-    outcome = UnstructuredPruner(net, images(1), pattern="2:4", nodes=1).run()
+    outcome = UnstructuredPruner(net, images(1), **asked(pattern="2:4", nodes=1)).run()
     assert outcome.left_whole == {
         "conv1": "its 2 input channels per group are no multiple of 4, so it cannot have the pattern 2:4"
     }
@@ -135,16 +136,16 @@ def test_layers_that_a_pattern_does_not_fit_are_left_whole() -> None:
 
 
 def test_a_pattern_and_more_on_top_of_it() -> None:
-    outcome = UnstructuredPruner(Chain(), images(1), pattern="2:4", sparsity=0.9, rounds=3, nodes=1).run()
+    outcome = UnstructuredPruner(Chain(), images(1), **asked(pattern="2:4", sparsity=0.9, rounds=3, nodes=1)).run()
     assert outcome.sparsity == pytest.approx(0.9, abs=1e-3)
     for name, mask in outcome.masks.items():
         layer = WeightLayer(name, Chain().get_submodule(name.rpartition(".")[0]))
         assert int(Pattern(2, 4).counts(mask, layer).max()) <= 2
-    by_layer = UnstructuredPruner(Chain(), images(1), pattern="2:4", scope={"conv2": 0.75}, nodes=1).run()
+    by_layer = UnstructuredPruner(Chain(), images(1), **asked(pattern="2:4", ratios={"conv2": 0.75}, nodes=1)).run()
     assert [(layer.name, layer.sparsity) for layer in by_layer.layers] == [("conv2", 0.75)]
     assert by_layer.left_whole["fc"] == "scope gives it no sparsity"
     with pytest.raises(ConfigError, match=r"max_sparsity=0.4 keeps 519 of the 864 weights of layer 'conv2'.*raise it"):
-        UnstructuredPruner(Chain(), images(1), pattern="2:4", max_sparsity=0.4, nodes=1).run()
+        UnstructuredPruner(Chain(), images(1), **asked(pattern="2:4", max_pruning_ratio=0.4, nodes=1)).run()
 
 
 @pytest.mark.gpu

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from singe_plugin import decay
 from singe_plugin.criteria import CRITERIA
 from singe_plugin.errors import GroupError
-from singe_plugin.scoring import PATHS, ScoringOptions, path_gradient_norms, score_units
+from singe_plugin.options import PATHS, Scoring
+from singe_plugin.scoring import path_gradient_norms, score_units
 from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, subgroup
 
 from references import (
@@ -31,7 +32,7 @@ from references import (
 from small_nets import Chain, assert_same_values, images, values_of
 
 MU, STEPS = 0.7, 3
-GEOMETRIC = ScoringOptions(mu=MU, steps=STEPS, quadrature="geometric")
+GEOMETRIC = Scoring(mu=MU, steps=STEPS, quadrature="geometric")
 
 
 def layer_group(layer: nn.Module, norm: nn.Module | None = None, name: str = "layer") -> UnitGroup:
@@ -109,7 +110,7 @@ def test_the_norm_scales_weights_up_and_gradients_down(path: str) -> None:
     spread = scale.detach().abs()[:, None, None, None].expand_as(net.conv2.weight).reshape(-1)
     powers = {"l1": 1, "l2": 1, "lp": 1, "grad": -1, "sg": -1, "norm_grad": 0, "ig": 0, "ig_abs": 0}
     for criterion, power in powers.items():
-        options = ScoringOptions(criterion=criterion, path=path, nodes=3)
+        options = Scoring(criterion=criterion, path=path, nodes=3)
         folded, plain = (
             score_units(net, layer_group(net.conv2, norm, "conv2"), images(2), options) for norm in (net.bn2, None)
         )
@@ -123,7 +124,7 @@ def test_a_scale_of_zero_leaves_the_gradient() -> None:
         net.bn2.weight[0] = 0.0
         net.bn2.bias.fill_(0.5)
     group = layer_group(net.conv2, net.bn2, "conv2")
-    grad, ig = (score_units(net, group, images(2), ScoringOptions(criterion=c)).view(2, -1) for c in ("grad", "ig"))
+    grad, ig = (score_units(net, group, images(2), Scoring(criterion=c)).view(2, -1) for c in ("grad", "ig"))
     assert bool((grad > 0).any(1).all())
     assert bool((ig[0] == 0).all())
     assert bool((ig[1] > 0).any())
@@ -141,7 +142,7 @@ def test_the_fast_path_gives_what_the_general_one_gives(
     if kind != "all":
         chosen = torch.randperm(group.size)[: group.size // (2 if kind == "some" else 1)]
         group = subgroup(group, chosen.sort().values if kind == "some" else chosen)
-    options = ScoringOptions(criterion=criterion, p=2, amp=amp)
+    options = Scoring(criterion=criterion, p=2, amp=amp)
     fast = score_units(net, group, images(2), options)
     curves = path_gradient_norms(net, group, images(2), options)
     monkeypatch.setattr(decay, "_elements", lambda *_: None)
@@ -156,7 +157,7 @@ def test_the_fast_path_is_taken_where_it_holds_and_only_there(monkeypatch: pytes
     original = decay._elements
     monkeypatch.setattr(decay, "_elements", lambda *a: seen.append(original(*a)) or seen[-1])
     every = layer_group(net.conv2, net.bn2, "conv2")
-    options = ScoringOptions(criterion="l2")
+    options = Scoring(criterion="l2")
     score_units(net, every, None, options)
     score_units(net, subgroup(every, torch.tensor([5, 2])), None, options)
     assert seen[0] == slice(None)
@@ -186,7 +187,7 @@ def test_the_largest_layers_need_no_table_of_nodes() -> None:
             return out
 
     with Watch():
-        score_units(layer, group, [batch], ScoringOptions(mu=0.95, quadrature="geometric"))
+        score_units(layer, group, [batch], Scoring(mu=0.95, quadrature="geometric"))
     assert max(sizes) == group.size
 
 

@@ -5,35 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from singe_plugin.algorithm import units_per_removal
+from singe_plugin.batches import check_batch, in_memory, materialise
+from singe_plugin.checks import check_choice, check_count
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.finetune import SCHEDULES
-from singe_plugin.objective import check_batch, in_memory, materialise
+from singe_plugin.finetune import EVERY
+from singe_plugin.options import Scoring
+from singe_plugin.pace import Pace
 
-__all__ = ["MODES", "batches_of", "check_schedule", "check_without_evaluator"]
-
-MODES = ("one_shot", "entwined")
+__all__ = ["batches_of", "check_amounts", "check_without_evaluator", "entwined_pace"]
 
 
-def check_schedule(
-    schedule: object,
-    every: object,
-    units_per_step: int | float | str,
-    keep_at_least: object,
-    training_steps: object,
-    scoring_batches: object,
-) -> None:
-    """Raise :class:`ConfigError` for anything that cannot mean when to prune, or how much."""
-    for name, value in (("training_steps", training_steps), ("scoring_batches", scoring_batches)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}={value!r} is not a number of steps; give a whole number >= 1")
-    if isinstance(keep_at_least, bool) or not isinstance(keep_at_least, int) or keep_at_least < 0:
-        raise ConfigError(f"keep_at_least={keep_at_least!r} is not a number of units; give a whole number >= 0")
-    if schedule not in MODES:
-        raise ConfigError(f"unknown schedule {schedule!r}; choose one of {', '.join(MODES)}")
-    units_per_removal(units_per_step, 1)
-    if every not in SCHEDULES:
-        raise ConfigError(f"unknown every {every!r}; choose one of {', '.join(SCHEDULES)}")
+def check_amounts(every: object, min_width: object, training_steps: object) -> None:
+    """Raise :class:`ConfigError` for anything that cannot mean when to train on, or how much stays."""
+    check_count("training_steps", training_steps, 1, "number of steps")
+    check_count("min_width", min_width, 0, "number of units")
+    check_choice("every", every, EVERY)
+
+
+def entwined_pace(pace: Pace) -> Pace:
+    """The pace inside a training loop, with everything decided.
+
+    Raises:
+        ConfigError: for what NNI's config list says already, or for rounds.
+    """
+    if pace.order == "rounds" or pace.rounds is not None:
+        raise ConfigError("inside NNI's training loop layers are pruned one after the other; give pace='layers'")
+    for name in ("ratios", "max_pruning_ratio", "min_width", "round_to"):
+        if getattr(pace, name) is not None:
+            raise ConfigError(f"pace.{name} is not for NNI's pruner: the config list says how much of a layer goes")
+    return pace.settled(order="layers")
 
 
 def batches_of(batches: Iterable[Any] | None) -> list[Any] | None:
@@ -46,11 +46,11 @@ def batches_of(batches: Iterable[Any] | None) -> list[Any] | None:
     return found
 
 
-def check_without_evaluator(criterion: str, schedule: str, needs_gradient: bool, batches: list[Any] | None) -> None:
+def check_without_evaluator(scoring: Scoring, entwined: bool, batches: list[Any] | None) -> None:
     """Raise :class:`ConfigError` if a pruner without an evaluator has nothing to train with or to score on."""
-    if schedule == "entwined" or (needs_gradient and batches is None):
+    if entwined or (scoring.rule.needs_gradient and batches is None):
         raise ConfigError(
-            f"criterion {criterion!r} with schedule {schedule!r} needs an evaluator; give one of NNI's (the batches of "
-            "its training loop are scored on), or batches=[(inputs, targets), ...] for a one_shot pruning without "
-            "training, or criterion='l2'"
+            f"criterion {scoring.criterion!r}{' with a pace' if entwined else ''} needs an evaluator; give one of "
+            "NNI's (the batches of its training loop are scored on), or batches=[(inputs, targets), ...] for a pruning "
+            "without training, or the criterion 'l2'"
         )

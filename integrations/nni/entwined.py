@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import Pause, Progress, algorithm_1
-from singe_plugin.budget import CostModel, LayerSpec, TensorCost
+from singe_plugin.budget import LayerSpec, count_params
 from singe_plugin.events import FinetuneStep
-from singe_plugin.finetune import phase_share
-from singe_plugin.units import UnitGroup, subgroup
+from singe_plugin.loop import Loop, Pause, in_layers
+from singe_plugin.progress import Progress
 
 from .pieces import Piece
 from .sparsity import kept_units, rule_of
@@ -28,7 +27,7 @@ _logger = logging.getLogger("singe_plugin")
 
 
 class MaskHost:
-    """A host for :mod:`singe_plugin.algorithm` that masks units in the place of removing them."""
+    """A host for :mod:`singe_plugin.loop` that masks units in the place of removing them."""
 
     def __init__(self, pruner: SInGEPruner) -> None:
         self.pruner = pruner
@@ -39,8 +38,8 @@ class MaskHost:
     def layers(self) -> list[LayerSpec]:
         return [LayerSpec(name, len(self.kept[name]), name) for name in self.pieces]
 
-    def units(self, layer: str) -> UnitGroup:
-        return subgroup(self.pieces[layer].sources[0], self.kept[layer])
+    def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.pruner.score(self.pieces[name], self.kept[name]) for name in layers}
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
         stays = torch.ones(len(self.kept[layer]), dtype=torch.bool)
@@ -53,29 +52,16 @@ class MaskHost:
             keep.append(mine)
         self.pruner.update_masks(self.pruner.masks_of(keep))
 
-    def costs(self) -> CostModel:
-        """Every unit costs its share of the parameters it is masked in."""
-        tensors = []
-        for name, piece in self.pieces.items():
-            for module, target in piece.members:
-                tensor = self.pruner._target_spaces[module][target].target
-                assert tensor is not None
-                tensors.append(TensorCost((piece.size, tensor.numel() // piece.size), ((0, name, 1.0),), 0.0))
-        return CostModel(tuple(tensors), 0, 0)
-
-    def score(self, layer: str) -> Tensor:
-        return self.pruner.score(self.pieces[layer], self.kept[layer])
+    def params(self) -> int:
+        return count_params(self.model)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Steps:
-    """When the evaluator's loop fine-tunes: see :class:`singe_plugin.algorithm.Schedule`."""
+    """When the evaluator's loop trains on: see :class:`singe_plugin.loop.Schedule`."""
 
     every: str
     steps: int
-
-    def share(self, phase: int, phases: int) -> int:
-        return phase_share(self.steps, phase, phases)
 
 
 class Entwined:
@@ -106,11 +92,10 @@ class Entwined:
             self._advance()
 
     def _start(self) -> None:
-        host = MaskHost(self.pruner)
-        progress = Progress(self._plan())
-        self.pauses = algorithm_1(
-            host, host.score, progress, self.pruner.units_per_step, self.schedule, self.pruner.callback
-        )
+        pruner = self.pruner
+        assert pruner.pace is not None
+        loop = Loop(MaskHost(pruner), Progress(self._plan()), self.schedule, pruner.callback)
+        self.pauses = loop.pauses(in_layers(loop, pruner.pace))
 
     def _plan(self) -> dict[str, int]:
         """How many units of every piece will be masked; thresholds and global ratios need scores for that."""
@@ -120,7 +105,7 @@ class Entwined:
             scores = [torch.zeros(piece.size) for piece in pruner.pieces]
         else:
             scores = [pruner.scores_of(piece) for piece in pruner.pieces]
-        kept = kept_units(pruner.pieces, scores, spaces, pruner.keep_at_least)
+        kept = kept_units(pruner.pieces, scores, spaces, pruner.min_width)
         return {
             piece.name: max(len(pruner.alive(piece)) - int(mine.sum()), 0)
             for piece, mine in zip(pruner.pieces, kept, strict=True)
@@ -128,11 +113,8 @@ class Entwined:
 
     def _advance(self) -> None:
         assert self.pauses is not None
-        for pause in self.pauses:
-            if pause.steps > 0:
-                self.left = pause.steps
-                return
-        self.finished = True
+        pause = next(self.pauses, None)
+        self.left, self.finished = (0, True) if pause is None else (pause.steps, False)
 
     def finish(self) -> None:
         """Mask what is still to be masked, if the loop ended early."""

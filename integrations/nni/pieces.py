@@ -23,7 +23,7 @@ from singe_plugin.axes.substitutes import Values
 from singe_plugin.errors import ConfigError
 from singe_plugin.folding import is_batchnorm
 from singe_plugin.masks import LAYERS
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
 
@@ -258,8 +258,7 @@ def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: Ax
     is_norm = is_batchnorm(module)
     layout = RowLayout(1 if isinstance(module, _TRANSPOSED) else 0)
     if graph is not None and isinstance(module, LAYERS):
-        norm = graph.trace.sole_reader(module)
-        norm = norm if norm is not None and graph._can_fold(module, norm) else None
+        norm = graph.norm_of(module)
     slots = [Slot(module, "weight", layout)]
     if "bias" in module._parameters or is_norm:
         slots.append(Slot(module, "bias"))

@@ -18,15 +18,19 @@ from nni.compression.utils.evaluator import LightningEvaluator
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, verify_groups
+from singe_plugin.batches import split_batch
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History, LayerScored
-from singe_plugin.objective import ObjectiveLike, call_model, split_batch, to_device
-from singe_plugin.scoring import ScoringOptions, score_units
+from singe_plugin.fields import given
+from singe_plugin.guards import check_here
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.options import Scoring
+from singe_plugin.pace import Pace
+from singe_plugin.scoring import score_units
 from singe_plugin.state import model_device, preserved
 from singe_plugin.units import UnitGroup, subgroup
 
-from ..checks import check_here
-from .arguments import batches_of, check_schedule, check_without_evaluator
+from .arguments import batches_of, check_amounts, check_without_evaluator, entwined_pace
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
 from .pieces import Piece, build_pieces, followers_of, metric_shape
@@ -62,29 +66,26 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
       without a ``dependency_group_id``; the groups pass the oracles of :mod:`singe_plugin.axes`;
     - the norms behind masked channels are masked along, so that :func:`~singe_plugin.integrations.nni.shrink` can
       remove the channels without changing the model;
-    - at least ``keep_at_least`` channels of every layer stay.
+    - at least ``min_width`` channels of every layer stay.
 
     Args:
         model: the model; NNI wraps it in place.
         config_list: NNI's; types of layers that NNI does not know (timm's norms) can be named.
         evaluator: one of NNI's; not needed for ``l1``, ``l2``, ``lp`` or with ``batches``.
         training_steps: how many steps of the evaluator's training loop are run: their batches are what F is evaluated
-            on afterwards. With ``schedule="entwined"``, the steps that pruning is entwined with.
-        criterion, p, mu, steps, quadrature, nodes, path, group_reduction, unit_batch, amp, channels_last: see
-            :class:`~singe_plugin.ScoringOptions`.
-        objective: F: ``"loss"``, ``"logit"`` or a function ``(outputs, targets) -> scalar``; None is the evaluator's
-            own training step (``TorchEvaluator``), the model's own loss (``TransformersEvaluator``), else ``"loss"``.
-        schedule: ``"one_shot"`` masks at the end of the steps, ``"entwined"`` runs Algorithm 1 inside the training
-            loop: layer by layer, score, mask the least, train on.
-        every, units_per_step: for ``"entwined"``: fine-tune after every ``"layer"``, ``"removal"`` or at the ``"end"``,
-            and how many units are masked between two scorings (a number, a fraction of the layer, or ``"layer"``).
+            on afterwards. With a ``pace``, the steps that pruning is entwined with.
+        scoring: a :class:`~singe_plugin.Scoring`, or the name of a criterion. Without an ``objective``, F is the
+            evaluator's own training step (``TorchEvaluator``), the model's own loss (``TransformersEvaluator``), else
+            ``"loss"``. Every scoring reads the latest ``batches`` of the loop: all of them, if nothing is said, and one
+            where pruning is entwined (the paper's number).
+        pace: None masks at the end of the steps; a :class:`~singe_plugin.Pace` of layers, or ``"layers"``, runs
+            Algorithm 1 inside the training loop: layer by layer, score, mask the least, train on.
+        every: where pruning is entwined, train on after every ``"layer"``, ``"removal"`` or at the ``"end"``.
         batches: data for scoring in the place of the evaluator's; nothing is trained then.
-        scoring_batches: how many of the latest batches every scoring reads; None is all of them, and one for
-            ``"entwined"`` (the paper's number).
         example_inputs: to find the groups with; None takes the evaluator's ``dummy_input``, or the first batch.
         coupled: False ranks every layer by itself, as NNI does; such masks often cannot be removed physically.
         mask_norms: mask the norms behind masked channels along.
-        keep_at_least: the smallest number of units that stays of every layer.
+        min_width: how many units of every layer stay at least.
         default_granularity: what ``granularity="default"`` means for parameters: ``"out_channel"``, ``"in_channel"``, a
             block, or None for single weights.
         verify: put the groups through the oracles.
@@ -116,28 +117,15 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         config_list: list[dict[str, Any]],
         evaluator: Any = None,
         training_steps: int = 20,
-        criterion: str = "ig",
-        p: float = 2,
-        mu: float = 0.9,
-        path: str = "layer",
+        scoring: Scoring | str | None = None,
         *,
-        steps: int | None = None,
-        quadrature: str = "gauss",
-        nodes: int = 5,
-        objective: ObjectiveLike | None = None,
-        group_reduction: str = "sum",
-        unit_batch: int = 16,
-        amp: str | None = None,
-        channels_last: bool = False,
-        schedule: str = "one_shot",
+        pace: Pace | str | None = None,
         every: str = "layer",
-        units_per_step: int | float | str = 0.1,
         batches: Iterable[Any] | None = None,
-        scoring_batches: int | None = None,
         example_inputs: Any = None,
         coupled: bool = True,
         mask_norms: bool = True,
-        keep_at_least: int = 1,
+        min_width: int = 1,
         default_granularity: str | list[int] | None = "out_channel",
         verify: bool = True,
         callbacks: Iterable[Callback] = (),
@@ -152,32 +140,26 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
                 "SInGEPruner.from_compressor(other, config_list, ...)"
             )
         check_evaluator(evaluator)
-        self.options = ScoringOptions(
-            criterion, p, mu, steps, quadrature, nodes, path, "loss" if objective is None else objective,
-            group_reduction, None, unit_batch, amp, channels_last,
-        )  # fmt: skip
-        self._own_objective = objective is not None
-        check_schedule(schedule, every, units_per_step, keep_at_least, training_steps, scoring_batches)
+        asked = given(Scoring, scoring, "scoring", "criterion")
+        self._own_objective = asked.objective is not None
+        self.pace = None if pace is None else entwined_pace(given(Pace, pace, "pace", "order"))
+        self.scoring, steps = asked.settled(), training_steps
+        check_amounts(every, min_width, training_steps)
         self.batches = batches_of(batches)
         if evaluator is None:
-            check_without_evaluator(criterion, schedule, self.options.rule.needs_gradient, self.batches)
+            check_without_evaluator(self.scoring, self.pace is not None, self.batches)
         if not self._own_objective and evaluator is not None:
             step_of(evaluator)  # says now if it cannot be used
-        self.training_steps, self.schedule, self.every, self.units_per_step = (
-            training_steps,
-            schedule,
-            every,
-            units_per_step,
-        )
-        self.scoring_batches = scoring_batches or (1 if schedule == "entwined" else training_steps)
-        self.keep_at_least, self.default_granularity, self.coupled = keep_at_least, default_granularity, coupled
+        self.training_steps, self.every = training_steps, every
+        self.scoring_batches = asked.batches or (1 if self.pace is not None else steps)
+        self.min_width, self.default_granularity, self.coupled = min_width, default_granularity, coupled
         self.history = History()
         self.callback = Callbacks([self.history, *callbacks])
         self._interval_steps = training_steps
         self.total_times: int | str = 1  # set by NNI's schedulers (AGPPruner, LinearPruner), as interval_steps
 
         entries = translated(config_list)
-        check_entries(entries, keep_at_least)
+        check_entries(entries, min_width)
         register_types(model)
         check_config(model, entries)
         existed = existed_wrappers or {}
@@ -248,10 +230,10 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         Raises:
             ConfigError: for an entwined pruner, which has a schedule of its own.
         """
-        if self.schedule == "entwined":
+        if self.pace is not None:
             raise ConfigError(
-                "schedule='entwined' prunes by a schedule of its own; use it without AGPPruner and LinearPruner, or "
-                "give them a one_shot pruner"
+                "a pruner with a pace prunes by a schedule of its own; use it without AGPPruner and LinearPruner, or "
+                "give them one without"
             )
         return self._interval_steps
 
@@ -339,9 +321,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
     def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> Masks:
         pieces = [p for p in self.pieces if all(target in metrics.get(module, {}) for module, target in p.members)]
         scores = [piece.gathered(metrics) for piece in pieces]
-        return masks_from(
-            pieces, kept_units(pieces, scores, self._target_spaces, self.keep_at_least), self._target_spaces
-        )
+        return masks_from(pieces, kept_units(pieces, scores, self._target_spaces, self.min_width), self._target_spaces)
 
     def masks_of(self, kept: list[Tensor]) -> Masks:
         """The masks that keep these units of every piece."""
@@ -382,24 +362,24 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             return torch.stack([score_units(model, group, batches, options) for group in groups]).mean(0)
 
     @contextmanager
-    def _scored_model(self) -> Iterator[tuple[nn.Module, Any, ScoringOptions]]:
+    def _scored_model(self) -> Iterator[tuple[nn.Module, Any, Scoring]]:
         """The model in its plain view, the batches and the options, with F as it was asked for."""
         if self.batches is not None:
             batches: list[Any] | None = self.batches
         else:
             batches = None if self._collector is None else list(self._collector.batches)
-        if self.options.rule.needs_gradient and not batches:
+        if self.scoring.rule.needs_gradient and not batches:
             raise DataError("no batch has been seen: the evaluator's training loop must run before anything is scored")
         step = None if self._own_objective or self.evaluator is None else step_of(self.evaluator)
         with plain_view(self.bound_model):
             if step is None:
-                yield self.bound_model, batches, self.options
+                yield self.bound_model, batches, self.scoring
                 return
-            device, last = model_device(self.bound_model), self.options.channels_last
+            device, last = model_device(self.bound_model), self.scoring.channels_last
             as_in_training = self.batches is None and not last
             moved = (b if as_in_training else to_device(b, device, last) for b in batches or ())
             wrapped = [((Batch(batch),), None) for batch in moved]
-            yield StepModel(self.bound_model, step), wrapped, replace(self.options, objective=_as_it_is)
+            yield StepModel(self.bound_model, step), wrapped, replace(self.scoring, objective=_as_it_is)
 
     # -- NNI's ways of running ------------------------------------------------------------------------------------
 
@@ -430,7 +410,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
     def _fuse_preprocess(self, evaluator: Any) -> None:
         self._collector = BatchCollector(evaluator, self.scoring_batches)
         self._generated = 0
-        if self.schedule == "entwined":
+        if self.pace is not None:
             self._entwined = Entwined(self, evaluator)
             evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[self._entwined.after_step])
         else:
@@ -453,7 +433,7 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
         self._collector = self._entwined = None
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        if self.schedule == "entwined":
+        if self.pace is not None:
             if max_steps is None and max_epochs is None:
                 max_steps = self.training_steps
             if max_steps is not None and max_steps < self.training_steps:
@@ -465,10 +445,10 @@ class SInGEPruner(Pruner):  # type: ignore[misc]
             return
         if max_steps is not None or max_epochs is not None:
             raise ConfigError(
-                "a one_shot pruning takes training_steps steps; call compress() without max_steps and max_epochs, or "
-                "use schedule='entwined'"
+                "a pruning without a pace takes training_steps steps; call compress() without max_steps and "
+                "max_epochs, or give pace='layers', which entwines it with the training"
             )
-        if self.batches is not None or not self.options.rule.needs_gradient:
+        if self.batches is not None or not self.scoring.rule.needs_gradient:
             self._track_shapes()
             self._generate()
             return

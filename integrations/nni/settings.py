@@ -82,12 +82,12 @@ def selected_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> lis
     return [select_modules_by_config(model, config)[0] for config in config_list]
 
 
-def check_entries(config_list: list[dict[str, Any]], keep_at_least: int) -> None:
+def check_entries(config_list: list[dict[str, Any]], min_width: int) -> None:
     """Raise :class:`ConfigError` for an entry that is not in NNI's form, or whose ratios cannot be."""
     schema = default_config_schema("pruning")
     for number, config in enumerate(config_list):
         for setting in (config, *_settings(config)):
-            _check_ratios(number, setting, keep_at_least)
+            _check_ratios(number, setting, min_width)
         try:
             schema.validate(config)
         except SchemaError as error:
@@ -223,16 +223,16 @@ def _check_targets(number: int, config: dict[str, Any], name: str, module: nn.Mo
             )
 
 
-def _check_ratios(number: int, setting: Mapping[str, Any], keep_at_least: int) -> None:
+def _check_ratios(number: int, setting: Mapping[str, Any], min_width: int) -> None:
     found = {key: setting.get(key) for key in ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")}
     for key, value in found.items():
         if isinstance(value, (int, float)):
             check_number(f"config_list[{number}]: {key}", value, 0, 1, "[]")
     ratio, low, high = found.values()
-    if ratio == 1 and keep_at_least > 0:
+    if ratio == 1 and min_width > 0:
         raise ConfigError(
             f"config_list[{number}]: sparse_ratio=1 would leave a layer without a single channel; choose less, or "
-            "keep_at_least=0 if that is what you want"
+            "min_width=0 if that is what you want"
         )
     if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
         raise ConfigError(f"config_list[{number}]: min_sparse_ratio={low} is above max_sparse_ratio={high}")

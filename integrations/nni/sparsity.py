@@ -84,12 +84,12 @@ def _internal_blocks(piece: Piece, spaces: Spaces) -> Tensor | None:
     return found
 
 
-def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces, keep_at_least: int) -> list[Tensor]:
+def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces, min_width: int) -> list[Tensor]:
     """Return for every piece which units stay: ``[N]`` bool.
 
     The rules are those of NNI: a threshold decides (bounded by the ratios' limits), or one ratio of the *elements* of a
     global group, or else a ratio of the units, in equal parts of every ``internal_metric_block``. At least
-    ``keep_at_least`` units of each piece stay.
+    ``min_width`` units of each piece stay.
     """
     rules = [rule_of(piece, spaces) for piece in pieces]
     kept: list[Tensor | None] = [None] * len(pieces)
@@ -108,7 +108,7 @@ def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces
     final = []
     for score, chosen in zip(scores, kept, strict=True):
         assert chosen is not None
-        floor = min(keep_at_least, len(score))
+        floor = min(min_width, len(score))
         if int(chosen.sum()) < floor:
             chosen = chosen.clone()
             chosen[score.argsort(descending=True, stable=True)[:floor]] = True

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from singe_plugin.axes.algebra import Axis, is_fixed, leaves, size_of
-from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.layers import follow, graph_adapter
+from singe_plugin.axes.parameters import ModelAxes
 from singe_plugin.axes.rules.base import OPAQUE
 from singe_plugin.axes.tracked import Place
 
@@ -71,7 +71,7 @@ def _feature_infos(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str
 
 
 @graph_adapter
-def link_widths(graph: AxisGraph) -> None:
+def link_widths(graph: ModelAxes) -> None:
     """Let every width that timm keeps follow its axis; one that is not found stays as it is."""
     model, trace = graph.model, graph.trace
     modules = dict(model.named_modules())
@@ -100,7 +100,7 @@ def link_widths(graph: AxisGraph) -> None:
         _link(graph, module, "num_features", heads)
 
 
-def _link(graph: AxisGraph, owner: nn.Module, name: str, tensors: list[list[Axis]]) -> None:
+def _link(graph: ModelAxes, owner: nn.Module, name: str, tensors: list[list[Axis]]) -> None:
     """Link an attribute (or each number of a list) to the first of the axes that has its size."""
     value: Any = owner.__dict__.get(name)
     numbers = enumerate(value) if type(value) in (tuple, list) else [(None, value)]
@@ -113,7 +113,7 @@ def _link(graph: AxisGraph, owner: nn.Module, name: str, tensors: list[list[Axis
                 follow(graph, owner, name, axis, path)
 
 
-def _link_model(graph: AxisGraph, model: nn.Module) -> None:
+def _link_model(graph: ModelAxes, model: nn.Module) -> None:
     trace = graph.trace
     heads = [trace.of(layer.weight)[1:2] for layer in _classifiers(model)]
     inner = [tensors for module, tensors in trace.outputs.items() if module is not model]

@@ -8,25 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from singe_plugin.algorithm import Progress
-from singe_plugin.budget import POINT, CostModel, LayerSpec, Target, count_macs, count_params, plan_removals
+from singe_plugin.budget import POINT, CostModel, LayerSpec, Target, plan_removals
 from singe_plugin.errors import BudgetError
+from singe_plugin.progress import Progress
 
 from .host import TorchPruningHost
 
-__all__ = ["Rounds", "counts_for", "sizes"]
+__all__ = ["Rounds", "counts_for"]
 
 Counts = dict[str, int]
 Scores = Mapping[str, Tensor]
-
-
-def sizes(host: TorchPruningHost) -> dict[str, int]:
-    """The model's parameters and MACs, and the units of its prunable layers."""
-    return {
-        "params": count_params(host.model),
-        "macs": count_macs(host.model, host.example_inputs),
-        "units": sum(spec.units for spec in host.layers()),
-    }
 
 
 def counts_for(
@@ -46,7 +37,7 @@ def counts_for(
     Raises:
         BudgetError: if the target cannot be met within one point, with the nearest that can.
     """
-    before = sizes(host)[target.kind]
+    before = host.sizes()[target.kind]
     return _nearest(host, target, ratios, round_to, scores, host.layers(), host.costs(), before, POINT)
 
 
@@ -86,7 +77,7 @@ def _nearest(
 
 
 class Rounds:
-    r"""What goes in a round: the :data:`~singe_plugin.rounds.Allocation` of a model whose units are removed.
+    r"""What goes in a round: the :data:`~singe_plugin.loop.Allocation` of a model whose units are removed.
 
     With fixed ratios every layer goes its own way to the goal. With ratios by score the units of all layers are
     ranked again in every round, and as many go as the target T and the share s of the way say: of what is left,
@@ -120,7 +111,7 @@ class Rounds:
         if self.progress.goal:
             return {name: round(count * share) - removed.get(name, 0) for name, count in self.progress.goal.items()}
         specs, costs = [self._spec(spec) for spec in self.host.layers()], self.host.costs()
-        now, first = sizes(self.host), self.progress.before
+        now, first = self.host.sizes(), self.progress.before
         if self.target is None:
             ratio = 1 - (1 - self.pruning_ratio * share) * first["units"] / now["units"]
             return plan_removals(specs, costs, None, self.ratios, self.round_to, scores, max(ratio, 0.0))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.budget import RATIOS
+from singe_plugin.checks import check_count, check_number
 from singe_plugin.errors import ConfigError
-from singe_plugin.objective import call_model
+from singe_plugin.guards import check_model
+from singe_plugin.nested import call_model
+from singe_plugin.pace import Pace
 from singe_plugin.state import model_device
-
-from ..checks import check_model
 
 _MOST_STEPS = 100_000
 
@@ -43,23 +43,6 @@ def check_arguments(model: Any, example_inputs: Any, importance: Any) -> None:
             )
 
 
-def check_ratios(ratios: Any) -> Any:
-    if isinstance(ratios, Mapping):
-        for name, ratio in ratios.items():
-            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-                raise ConfigError(f"ratios must be inside [0, 1[, got {ratio!r} for {name!r}")
-        return ratios
-    if isinstance(ratios, str) and ratios in RATIOS:
-        return ratios
-    raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
-
-
-def check_min_width(width: Any) -> int:
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ConfigError(f"min_width={width!r} is not a number of units; give a whole number >= 1 (1 is no limit)")
-    return width
-
-
 def base_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What was given of ``BasePruner``'s arguments behind the first three, and the defaults of the others.
 
@@ -86,17 +69,25 @@ def forward_of(options: dict[str, Any]) -> Callable[[nn.Module, Any], Any]:
 
 
 def check_base_arguments(kwargs: dict[str, Any]) -> None:
-    ratio = kwargs.get("pruning_ratio", 0.5)
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise ConfigError(f"pruning_ratio={ratio!r} is not a fraction of units inside [0, 1[")
-    round_to = kwargs.get("round_to")
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ConfigError(f"round_to={round_to!r} is not a number of channels; give a whole number >= 1, or None")
-    steps = kwargs.get("iterative_steps", 1)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
-        raise ConfigError(
-            f"iterative_steps={steps!r} is not a number of steps; give a whole number >= 1 and at most {_MOST_STEPS}"
-        )
-    top = kwargs.get("max_pruning_ratio", 1.0)
-    if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
-        raise ConfigError(f"max_pruning_ratio={top!r} is not a fraction inside ]0, 1]")
+    check_number("pruning_ratio", kwargs.get("pruning_ratio", 0.5), 0, 1, "[[", "fraction of units")
+    if kwargs.get("round_to") is not None:
+        check_count("round_to", kwargs["round_to"], 1, "number of channels")
+    check_count("iterative_steps", kwargs.get("iterative_steps", 1), 1, "number of steps", _MOST_STEPS)
+    check_number("max_pruning_ratio", kwargs.get("max_pruning_ratio", 1.0), 0, 1, "]]")
+
+
+def settled_with(pace: Pace, options: dict[str, Any]) -> Pace:
+    """The pace of a pruner with everything decided, and ``BasePruner``'s options that are the same thing set to it.
+
+    Raises:
+        ConfigError: if such an option was given twice, and differently.
+    """
+    usual = {"max_pruning_ratio": 1.0, "round_to": None}
+    for name, default in usual.items():
+        mine, theirs = getattr(pace, name), options[name]
+        if mine is not None and theirs != default and mine != theirs:
+            raise ConfigError(f"{name}={theirs!r} and pace.{name}={mine!r} were both given; leave one out")
+    shared = {name: options[name] for name in usual}
+    found = pace.settled(order="layers", units_per_step=1, min_width=1, **shared)
+    options |= {name: getattr(found, name) for name in usual}
+    return found

@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import nn
 
 from singe_plugin.errors import GroupError
-from singe_plugin.folding import is_batchnorm
+from singe_plugin.folding import can_fold, is_batchnorm
 from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
 
 from .slices import ItemSlice, item_slices, owner_of_parameter, tensor_of
@@ -120,8 +120,5 @@ def _folded_norm(node: Any) -> Any:
     if len(readers) != 1:
         return None
     reader = next(iter(readers.values()))
-    norm = reader.module
-    if not is_batchnorm(norm) or norm.running_mean is None or {id(n) for n in reader.inputs} != {id(node)}:
-        return None
-    width = getattr(node.module, "out_channels", None) or getattr(node.module, "out_features", None)
-    return reader if width == len(norm.running_mean) else None
+    alone = {id(n) for n in reader.inputs} == {id(node)}
+    return reader if alone and can_fold(node.module, reader.module) else None

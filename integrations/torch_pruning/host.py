@@ -1,21 +1,19 @@
-"""A host for Algorithm 1 that removes units physically."""
+"""A host for the loop that removes units physically."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
 from singe_plugin.budget import CostModel, LayerSpec, TensorCost, count_macs, count_macs_by_module, count_params
-from singe_plugin.errors import GroupError, ScoringError, SingeError
-from singe_plugin.units import UnitGroup
 
 from .graph import AxisDependencyGraph, AxisGroup
+from .scorers import Ranking
 
-__all__ = ["TorchPruningHost", "block_of", "scores_per_unit"]
+__all__ = ["TorchPruningHost", "block_of", "channels_per_unit"]
 
 
 def block_of(name: str) -> str:
@@ -33,13 +31,14 @@ def block_of(name: str) -> str:
 
 
 class TorchPruningHost:
-    """Layers, slices, removal and cost, for :func:`singe_plugin.algorithm.prune_layers`.
+    """Layers, scores, removal and cost, for :mod:`singe_plugin.loop`.
 
     Args:
         graph: the dependency graph.
         groups: the names of its groups that may be pruned, in forward order.
         trackers: optimizers and EMA copies to cut along.
         example_inputs: for counting MACs.
+        ranking: what scores the groups.
         max_ratio: the largest fraction of a layer's units that may go.
         min_width: how many units of a layer stay at least.
     """
@@ -50,10 +49,11 @@ class TorchPruningHost:
         groups: Sequence[str],
         trackers: Trackers,
         example_inputs: Any,
+        ranking: Ranking,
         max_ratio: float = 1.0,
         min_width: int = 1,
     ) -> None:
-        self.graph, self.trackers, self.example_inputs = graph, trackers, example_inputs
+        self.graph, self.trackers, self.example_inputs, self.ranking = graph, trackers, example_inputs, ranking
         self.max_ratio, self.min_width = max_ratio, min_width
         self.model: nn.Module = graph.model
         self._groups: dict[str, Group] = {name: graph.axis_graph.groups[name] for name in groups}
@@ -71,11 +71,28 @@ class TorchPruningHost:
             for name, group in self._groups.items()
         ]
 
-    def units(self, layer: str) -> UnitGroup:
-        return self._groups[layer].unit_group()
+    def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """One score per unit of some layers, from any torch-pruning importance.
+
+        Raises:
+            ScoringError: if one of torch-pruning's importances fails, or any gives something else than a score per
+                channel.
+        """
+        return self.ranking.scores({name: AxisGroup(self.graph, self._groups[name]) for name in layers})
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
         self.graph.remove(self._groups[layer], units, self.trackers)
+
+    def params(self) -> int:
+        return count_params(self.model)
+
+    def sizes(self) -> dict[str, int]:
+        """The model's parameters and MACs, and the units of its prunable layers."""
+        return {
+            "params": count_params(self.model),
+            "macs": count_macs(self.model, self.example_inputs),
+            "units": sum(group.size for group in self._groups.values()),
+        }
 
     def costs(self) -> CostModel:
         links: dict[int, list[tuple[int, str, float]]] = {}
@@ -108,52 +125,6 @@ class TorchPruningHost:
             return {"params": count_params(self.model), "macs": count_macs(self.model, self.example_inputs)}
         finally:
             undo.restore()
-
-    def score(self, layer: str, importance: Any) -> Tensor | None:
-        """One score per unit from any torch-pruning importance.
-
-        Raises:
-            ScoringError: if one of torch-pruning's importances fails, or any gives something else than a score per
-                channel.
-        """
-        group = AxisGroup(self.graph, self._groups[layer])
-        by_unit = getattr(importance, "score_units", None)
-        if by_unit is not None:
-            return by_unit(group, None)  # type: ignore[no-any-return]
-        try:
-            scores = importance(group)
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            theirs = type(importance).__module__.split(".")[0] == "torch_pruning"  # a user's own error passes as it is
-            if not theirs or isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
-                raise
-            raise ScoringError(
-                f"layer {layer!r}: {type(importance).__name__} failed with {type(error).__name__}: {error}; use "
-                "another importance or put the layer in ignored_layers"
-            ) from error
-        return scores_per_unit(group, importance, scores)
-
-
-def scores_per_unit(group: AxisGroup, importance: Any, scores: Any) -> Tensor:
-    """What an importance returned for a group's channels, as one score per unit.
-
-    Raises:
-        GroupError: if it gives no score for this group.
-        ScoringError: if it gives something else than one per channel.
-    """
-    name = group.axis_group.name
-    if scores is None:
-        raise GroupError(
-            f"layer {name!r}: {type(importance).__name__} gives no score for this group (it ignores its layers); "
-            "use another importance or put the layer in ignored_layers"
-        )
-    lengths = {len(item.idxs) for item in group.items}
-    if not isinstance(scores, Tensor) or scores.ndim != 1 or len(scores) not in lengths:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ScoringError(
-            f"layer {name!r} has {len(group[0].idxs)} channels, but {type(importance).__name__} returned {got}; an "
-            "importance gives one score per channel"
-        )
-    return group.per_unit(scores)
 
 
 def channels_per_unit(group: Group) -> int:

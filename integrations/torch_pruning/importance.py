@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from singe_plugin.batches import materialise
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.objective import ObjectiveLike, materialise
-from singe_plugin.reduction import NormalizerLike
-from singe_plugin.scoring import ScoringOptions, score_error, score_units
+from singe_plugin.guards import check_alone
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_error, score_units
 from singe_plugin.units import UnitGroup
 
-from ..checks import check_alone
 from .graph import AxisGroup
 from .groups import unit_group
 
@@ -33,22 +34,8 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
     :math:`W^n` is every row that produces unit n in the group, bias included, batch-norm folded in. Works wherever
     torch-pruning takes an importance; needs data, which :meth:`bind` gives it.
 
-    Args:
-        criterion: ``l1 l2 lp grad norm_grad sg ig ig_abs``, see :mod:`singe_plugin.criteria`.
-        p: the norms' degree, at least 1.
-        mu: the update rate, inside ]0, 1[ (0.9 on ImageNet and 0.95 on CIFAR-10 in the paper).
-        steps: S; None means the smallest S with :math:`\mu^S\le0.01`.
-        quadrature: ``"geometric"`` is the paper's sum (S+1 passes), ``"gauss"`` integrates the same function with
-            ``nodes`` Gauss-Legendre nodes.
-        nodes: passes of the gauss rule.
-        path: ``"layer"`` (the group decays as a whole) or ``"neuron"`` (each unit alone, Eq. 4).
-        objective: F: ``"loss"``, ``"logit"`` or a callable ``(outputs, targets) -> scalar``; a pruner's fine-tuning
-            minimises it, too (see :meth:`~singe_plugin.FineTune.minimise`).
-        group_reduction: over the group's layers: ``sum mean max prod first gate``.
-        normalizer: of a group's scores, torch-pruning's names, a callable or None.
-        unit_batch: units per pass for ``path="neuron"``.
-        amp: None, ``"bf16"`` or ``"fp16"``.
-        channels_last: convert image batches to that memory format.
+    Its keywords are the fields of :class:`~singe_plugin.Scoring`, also by position; what is None is what Algorithm 1
+    takes. A pruner's fine-tuning minimises its objective, too.
 
     Raises:
         ConfigError: at construction, for a value that cannot mean anything.
@@ -63,37 +50,9 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         torch.Size([8])
     """
 
-    def __init__(
-        self,
-        criterion: str = "ig",
-        p: float = 2,
-        mu: float = 0.9,
-        steps: int | None = None,
-        quadrature: str = "gauss",
-        path: str = "layer",
-        objective: ObjectiveLike = "loss",
-        group_reduction: str = "sum",
-        normalizer: NormalizerLike = None,
-        nodes: int = 5,
-        unit_batch: int = 16,
-        amp: str | None = None,
-        channels_last: bool = False,
-    ) -> None:
-        self.options = ScoringOptions(
-            criterion=criterion,
-            p=p,
-            mu=mu,
-            steps=steps,
-            quadrature=quadrature,
-            nodes=nodes,
-            path=path,
-            objective=objective,
-            group_reduction=group_reduction,
-            normalizer=normalizer,
-            unit_batch=unit_batch,
-            amp=amp,
-            channels_last=channels_last,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.scoring = Scoring(*args, **kwargs)
+        _ = self.scoring.rule
         self.model: nn.Module | None = None
         self.batches: Iterable[Any] | None = None
 
@@ -138,7 +97,7 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             units: positions into the root's indices; None makes every root channel its own unit.
         """
         check_alone()
-        options = self.options
+        options = self.scoring
         if isinstance(group, AxisGroup) and group.axis_group.only_training:
             options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
         with torch.no_grad():
@@ -150,9 +109,9 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def error(self, group: Any) -> tuple[Tensor, Tensor]:
         """Scores before the normaliser, and an estimate of their quadrature error (about three times the cost)."""
-        if self.batches is None and self.options.rule.needs_gradient:
+        if self.batches is None and self.scoring.rule.needs_gradient:
             raise DataError("the quadrature error needs data; call importance.bind(model, batches) first")
-        return score_error(self._model_of(group), self._rows(group, None), self.batches or [], self.options)
+        return score_error(self._model_of(group), self._rows(group, None), self.batches or [], self.scoring)
 
     def _model_of(self, group: Any) -> nn.Module:
         model: nn.Module = group._DG.model
@@ -164,5 +123,8 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         return model
 
     def __repr__(self) -> str:
-        o = self.options
-        return f"SInGEImportance({o.criterion!r}, p={o.p:g}, mu={o.mu:g}, {o.quadrature}, path={o.path!r})"
+        given = {k: v for k, v in vars(self.scoring).items() if v != getattr(Scoring, k)}
+        return f"SInGEImportance({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+
+
+SInGEImportance.__signature__ = inspect.signature(Scoring)

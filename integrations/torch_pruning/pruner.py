@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,24 +14,29 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.algorithm import Pause, Progress, algorithm_1, tune
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
-from singe_plugin.budget import BY_SCORE, Target, count_macs, count_params, plan_removals
+from singe_plugin.batches import materialise
+from singe_plugin.budget import Target, count_macs, count_params, plan_removals
 from singe_plugin.errors import BudgetError, ConfigError, DataError
-from singe_plugin.events import Callback, Callbacks, History
+from singe_plugin.events import Callback, History
+from singe_plugin.fields import given
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import ObjectiveLike, get_objective, materialise
-from singe_plugin.rounds import check_rounds, decided, rounds_of
+from singe_plugin.guards import check_here, check_parts, parts_of
+from singe_plugin.job import carried_out, tuner_of
+from singe_plugin.loop import Loop, Turn, in_layers, in_rounds, scored
+from singe_plugin.objective import ObjectiveLike, get_objective
+from singe_plugin.pace import BY_SCORE, Pace
+from singe_plugin.progress import Progress
+from singe_plugin.result import LayerRow
+from singe_plugin.tuner import Tuner
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
-from ..checks import check_here, check_lone, check_parts, parts_of
-from ..rollback import all_or_nothing
-from .allocation import Rounds, counts_for, sizes
-from .arguments import base_options, check_arguments, check_min_width, check_ratios, forward_of
+from .allocation import Rounds, counts_for
+from .arguments import base_options, check_arguments, forward_of, settled_with
 from .graph import AxisDependencyGraph, AxisGroup
-from .host import TorchPruningHost, channels_per_unit, scores_per_unit
+from .host import TorchPruningHost, block_of, channels_per_unit
 from .importance import SInGEImportance
-from .scorers import RoundScorer, with_gradients
+from .scorers import Ranking
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
 
@@ -81,18 +85,12 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         importance: any torch-pruning importance; a :class:`SInGEImportance` is bound to data, or gets ``batches``.
         target: for ``run``: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``; None removes
             ``pruning_ratio`` of each layer's units.
-        ratios: how it is spread: ``"uniform"``, ``"block"`` (one ratio per block, §3.3), ``"global"`` (by score),
-            ``"per_cost"`` (by score per parameter or MAC) or ``{layer or block name: ratio}``. None is ``"block"``
-            for layers one after the other and ``"per_cost"`` for rounds.
-        units_per_step: removals between two scorings with ``order="layers"``: None or 1 is Algorithm 1 to the letter; a
-            number, a fraction of the layer inside ]0, 1[, or ``"layer"``.
-        order: of ``run``: ``"layers"`` is Algorithm 1, one layer after the other; ``"rounds"`` scores all layers, then
-            removes units of all of them.
-        rounds, schedule: how many rounds (None is 4; 1 scores the intact model only), and how fast the target is
-            approached over them: ``"cubic"`` or ``"linear"``, see :mod:`singe_plugin.rounds`.
-        min_width: how many units of a layer stay at least, in ``run`` and in ``step``, beside ``max_pruning_ratio``; a
-            layer that has no more is left as it is.
-        finetune: a :class:`~singe_plugin.FineTune`, or None. Without a loss of its own it minimises the importance's F.
+        pace: the order, how fast and how far, for ``run``: a :class:`~singe_plugin.Pace`, or the name of an order. By
+            default Algorithm 1 to the letter, without limits of its own: ``Pace("layers", units_per_step=1,
+            max_pruning_ratio=1, min_width=1)``, field by field. Its ``min_width`` holds in ``step``, too, and its
+            ``max_pruning_ratio`` and ``round_to`` are ``BasePruner``'s.
+        finetune: a :class:`~singe_plugin.FineTune` with a loader, or None. Without a loss of its own it
+            minimises the importance's F.
         callbacks: see :mod:`singe_plugin.events`.
         batches: data for importances that need gradients: torch-pruning's (Taylor, Hessian, OBD-C), and a
             :class:`SInGEImportance` that is not bound yet.
@@ -108,13 +106,16 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         >>> import torch, torch_pruning as tp, singe_plugin
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> pruner = tp.pruner.SInGEPruner(net, torch.zeros(2, 4), tp.importance.MagnitudeImportance(),
-        ...                                target="params=0.48", ratios="uniform")
+        ...                                target="params=0.48", pace=singe_plugin.Pace(ratios="uniform"))
         >>> outcome = pruner.run()
         >>> outcome.params, net[0].out_features
         ((58, 30), 4)
     """
 
     current_step: int
+    kind: type[Progress] = Progress
+    protected = True
+    callbacks: Sequence[Callback]
 
     def __init__(
         self,
@@ -123,13 +124,8 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         importance: Callable[..., Any],
         *args: Any,
         target: str | Target | None = None,
-        ratios: str | Mapping[Any, float] | None = None,
-        units_per_step: int | float | str | None = None,
-        order: str = "layers",
-        rounds: int | None = None,
-        schedule: str = "cubic",
-        min_width: int = 1,
-        finetune: FineTune | None = None,
+        pace: Pace | str | None = None,
+        finetune: FineTune | Tuner | None = None,
         callbacks: Iterable[Callback] = (),
         batches: Iterable[Any] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
@@ -139,35 +135,30 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> None:
         check_arguments(model, example_inputs, importance)
         self.target = None if target is None else Target.parse(target)
-        given = {"ratios": ratios, "units_per_step": units_per_step, "rounds": rounds}
-        order, ratios, rounds, units_per_step = decided(order, ratios, rounds, units_per_step, default_units=1)
-        self.ratios = check_ratios(ratios)
-        check_rounds(rounds, schedule)
-        self.order, self.rounds, self.schedule = order, rounds, schedule
-        self.min_width = check_min_width(min_width)
         options = base_options(args, kwargs)
+        asked = given(Pace, pace, "pace", "order")
+        self.pace = settled_with(asked, options)
         options["ignored_layers"] = parts_of(model, options["ignored_layers"])
         check_parts(model, finetune, callbacks := list(callbacks), options["ignored_layers"])
-        self.units_per_step, self.finetune, self.callbacks = units_per_step, finetune, callbacks
+        self.tuner, self.callbacks = tuner_of(finetune), callbacks
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
         self._objective: ObjectiveLike = "loss"
-        self.trackers = Trackers(
+        self._cut_along = Trackers(
             [o for o in (optimizer,) if o is not None],
-            [e for e in (ema, getattr(finetune, "ema", None)) if e is not None],
+            [e for e in (ema, None if self.tuner is None else self.tuner.options.ema) if e is not None],
         )
-        self._only_run = {
-            "target": target is not None, "ratios": given["ratios"] is not None,
-            "units_per_step": given["units_per_step"] is not None, "order": order != "layers",
-            "rounds": given["rounds"] is not None, "schedule": schedule != "cubic", "finetune": finetune is not None,
-            "callbacks": bool(callbacks),
-        }  # fmt: skip
+        usual = Pace()
+        run_only = ("order", "rounds", "course", "units_per_step", "ratios")
+        self._only_run = [f"pace.{name}" for name in run_only if getattr(asked, name) != getattr(usual, name)]
+        parts = {"target": target is not None, "finetune": finetune is not None, "callbacks": bool(callbacks)}
+        self._only_run += [name for name, was_given in parts.items() if was_given]
         self._take(options)
         graph = AxisGraph(model, example_inputs, self.ignored_layers, self.ignored_params, forward_of(options))
         if verify:
             for name, reason in verify_groups(graph).items():
                 graph.drop(name, reason)
-        self.DG = AxisDependencyGraph(graph, self.trackers)
+        self.DG = AxisDependencyGraph(graph, self._cut_along)
         self._initial = {name: group.size for name, group in graph.groups.items()}
 
     def _take(self, options: dict[str, Any]) -> None:
@@ -201,7 +192,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     @property
     def left_whole(self) -> dict[str, str]:
         """Group or layer -> why it is not pruned."""
-        return self.DG.axis_graph.left_whole
+        return self.graph.left_whole
 
     @property
     def layers(self) -> list[Group]:
@@ -214,7 +205,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         roots = tuple(self.root_module_types)
         return [
             group
-            for group in self.DG.axis_graph.groups.values()
+            for group in self.graph.groups.values()
             if any(isinstance(writer, roots) for writer in group.writers.values()) and self._is_chosen(group)
         ]
 
@@ -227,33 +218,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def estimate_importance(self, group: Any) -> Any:
         """Score one group; importances that read gradients get them from ``batches``."""
-        if self.batches is None:
-            return self.importance(group)  # the user may have called backward() for Taylor, as in torch-pruning
-        return with_gradients(self, self.importance, self.batches, lambda: self.importance(group))
+        with self._ranking(own_gradients=True).gradients():
+            return self.importance(group)
 
-    @torch.no_grad()
-    def _prune(self) -> Iterator[AxisGroup]:
-        """Choose what to remove, as ``BasePruner`` does: rank the units of every scope, take the least important."""
-        if self.current_step > self.iterative_steps:
-            warnings.warn("all iterative steps are done: nothing is pruned", stacklevel=3)
-            return
-        scopes: dict[str, list[tuple[AxisGroup, Tensor]]] = {}
-        for group in self.layers:
-            if group.size > 1:
-                full = AxisGroup(self.DG, group)
-                scores = self._scores(full)
-                if scores is not None:
-                    scopes.setdefault(self._scope_of(group, full), []).append((full, scores.cpu()))
-        for members in scopes.values():
-            yield from self._least(members)
-
-    def _scores(self, group: AxisGroup) -> Tensor | None:
-        """One score per unit, or None where the importance has nothing to say."""
-        by_unit = getattr(self.importance, "score_units", None)
-        if by_unit is not None:
-            return by_unit(group, None)  # type: ignore[no-any-return]
-        scores = self.estimate_importance(group)
-        return None if scores is None else scores_per_unit(group, self.importance, scores)
+    def _ranking(self, own_gradients: bool = False) -> Ranking:
+        return Ranking(self.importance, self.model, self.batches, self.objective, own_gradients)
 
     def _scope_of(self, group: Group, full: AxisGroup) -> str:
         """Units are ranked among those of the same scope."""
@@ -277,45 +246,51 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         found = (own[writer] for writer in group.writers.values() if writer in own)
         return float(min(next(found, default)[step], top))
 
-    def _least(self, members: list[tuple[AxisGroup, Tensor]]) -> Iterator[AxisGroup]:
-        """The least important units of one scope, by group."""
-        initial = sum(self._initial[group.axis_group.name] for group, _ in members)
-        scores = torch.cat([s for _, s in members])
-        count = len(scores) - int(initial * (1 - self._target_of(members[0][0].axis_group)))
-        if count <= 0:
-            return
-        owner = torch.cat([torch.full((len(s),), i) for i, (_, s) in enumerate(members)])
-        chosen = owner[scores.argsort(stable=True)[:count]].bincount(minlength=len(members)).tolist()
-        for (group, own), number in zip(members, chosen, strict=True):
-            size, first = group.axis_group.size, self._initial[group.axis_group.name]
-            least = max(self.min_width, group.axis_group.least)
-            kept = max(size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), least)
-            if self.round_to:
-                per_unit = channels_per_unit(group.axis_group)
-                quantum = self.round_to // math.gcd(self.round_to, per_unit)
-                kept = max(kept - kept % quantum, math.ceil(least / quantum) * quantum)
-            if kept < size:
-                yield AxisGroup(self.DG, group.axis_group, own.argsort(stable=True)[: size - kept].tolist())
+    def _least(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many units of each group a step takes, as ``BasePruner``: the least important ones of every scope."""
+        scopes: dict[str, list[str]] = {}
+        for name in scores:
+            group = self.graph.groups[name]
+            scopes.setdefault(self._scope_of(group, AxisGroup(self.DG, group)), []).append(name)
+        counts: dict[str, int] = {}
+        for names in scopes.values():
+            pool = torch.cat([scores[name] for name in names])
+            initial = sum(self._initial[name] for name in names)
+            count = len(pool) - int(initial * (1 - self._target_of(self.graph.groups[names[0]])))
+            owner = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)])
+            chosen = owner[pool.argsort(stable=True)[: max(count, 0)]].bincount(minlength=len(names)).tolist()
+            counts |= {name: self._at_most(name, number) for name, number in zip(names, chosen, strict=True) if number}
+        return counts
+
+    def _at_most(self, name: str, number: int) -> int:
+        """How many of ``number`` units of a group may go."""
+        group, first = self.graph.groups[name], self._initial[name]
+        assert self.pace.min_width is not None
+        least = max(self.pace.min_width, group.least)
+        kept = max(group.size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), least)
+        if self.round_to:
+            quantum = self.round_to // math.gcd(self.round_to, channels_per_unit(group))
+            kept = max(kept - kept % quantum, math.ceil(least / quantum) * quantum)
+        return int(group.size - kept)
 
     def step(self, interactive: bool = False) -> Any:
-        """As ``BasePruner.step``; without ``interactive``, a failure rolls the whole step back.
+        """As ``BasePruner.step``: one turn of the loop; without ``interactive``, a failure rolls it back.
 
         Raises:
             ConfigError: if the pruner was given what only :meth:`run` obeys (a target, ratios, an order, fine-tuning).
         """
         check_here()
-        ignored = [name for name, was_given in self._only_run.items() if was_given]
-        if ignored:
+        if self._only_run:
             raise ConfigError(
-                f"step() prunes by pruning_ratio and iterative_steps, and would ignore {', '.join(ignored)}; call "
-                "run(), or leave these out"
+                f"step() prunes by pruning_ratio and iterative_steps, and would ignore {', '.join(self._only_run)}; "
+                "call run(), or leave these out"
             )
         before: int = self.current_step
         self.current_step += 1
-        self.DG.trackers = self._all_trackers()
+        self.DG.trackers = self.trackers()
         if interactive:
             return self._prune()
-        undo = Snapshot(self.model, self.DG.axis_graph, trackers=self._all_trackers())
+        undo = Snapshot(self.model, self.graph, trackers=self.trackers())
         try:
             for group in self._prune():
                 group.prune()
@@ -325,9 +300,23 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise
         return None
 
+    @torch.no_grad()
+    def _prune(self) -> Iterator[AxisGroup]:
+        """What a step removes, group by group."""
+        if self.current_step > self.iterative_steps:
+            warnings.warn("all iterative steps are done: nothing is pruned", stacklevel=3)
+            return
+        names = [group.name for group in self.layers if group.size > 1]
+        if names:
+            host = self._host(names, own_gradients=True)
+            loop = Loop(host, Progress({}))
+            loop.progress.begin(host.layers())
+            for name, units in loop.chosen(Turn(names, self._least), missing=True).items():
+                yield AxisGroup(self.DG, self.graph.groups[name], units.tolist())
+
     def load_pruning_history(self, pruning_history: list[Any]) -> None:
         """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""
-        self.DG.trackers = self._all_trackers()
+        self.DG.trackers = self.trackers()
         for name, is_out, idxs in list(pruning_history):
             module = self.model.get_submodule(name)
             pruner = self.DG.get_pruner_of_module(module)
@@ -337,38 +326,40 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     @property
     def objective(self) -> ObjectiveLike:
         """F: a :class:`SInGEImportance`'s own, else ``"loss"`` or what it is set to; fine-tuning minimises it, too."""
-        return self.importance.options.objective if isinstance(self.importance, SInGEImportance) else self._objective
+        if isinstance(self.importance, SInGEImportance):
+            return self.importance.scoring.objective or "loss"
+        return self._objective
 
     @objective.setter
     def objective(self, objective: ObjectiveLike) -> None:
         get_objective(objective)
         self._objective = objective
 
-    def _all_trackers(self) -> Trackers:
-        own = list(self.finetune.optimizers) if self.finetune is not None else []
-        unique = {id(o): o for o in [*self.trackers.optimizers, *own]}
-        return Trackers(list(unique.values()), self.trackers.emas)
+    def trackers(self) -> Trackers:
+        """The optimizers and averaged copies that are cut along."""
+        own = list(self.tuner.optimizers) if self.tuner is not None else []
+        unique = {id(o): o for o in [*self._cut_along.optimizers, *own]}
+        return Trackers(list(unique.values()), self._cut_along.emas)
 
-    # -- Algorithm 1 ----------------------------------------------------------------------------------------------
+    # -- Algorithm 1 and rounds -----------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> AxisGraph:
+        """The groups of the model."""
+        return self.DG.axis_graph
 
     def host(self) -> TorchPruningHost:
-        """The verified layers as a host for :mod:`singe_plugin.algorithm`."""
+        """The verified layers as a host for :mod:`singe_plugin.loop`."""
         if not self.layers:
             reasons = "; ".join(f"{k}: {v}" for k, v in list(self.left_whole.items())[:5])
             raise BudgetError(f"no layer of {type(self.model).__name__} can be pruned ({reasons or 'none was found'})")
-        return TorchPruningHost(
-            self.DG,
-            [group.name for group in self.layers],
-            self._all_trackers(),
-            self.example_inputs,
-            min(self.max_pruning_ratio, 1.0),
-            self.min_width,
-        )
+        return self._host([group.name for group in self.layers])
 
-    def score_layer(self, host: TorchPruningHost, layer: str) -> Tensor:
-        """One score per unit of a layer, by whatever importance the pruner has."""
-        scores = with_gradients(self, self.importance, self.batches, lambda: host.score(layer, self.importance))
-        return torch.as_tensor(scores)
+    def _host(self, names: list[str], own_gradients: bool = False) -> TorchPruningHost:
+        assert self.pace.min_width is not None
+        limits = min(self.max_pruning_ratio, 1.0), self.pace.min_width
+        ranking = self._ranking(own_gradients)
+        return TorchPruningHost(self.DG, names, self.trackers(), self.example_inputs, ranking, *limits)
 
     def plan(self) -> dict[str, int]:
         """How many units ``run`` will remove from each layer; nothing is removed.
@@ -379,22 +370,21 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return self._plan(self.host())
 
     def _plan(self, host: TorchPruningHost) -> dict[str, int]:
-        specs, scores = host.layers(), None
-        ratios = self.ratios if isinstance(self.ratios, str) else self._named(self.ratios)
+        specs, scores, round_to = host.layers(), None, self.pace.round_to
+        ratios = self._named(self.pace.ratios) if isinstance(self.pace.ratios, Mapping) else str(self.pace.ratios)
         if ratios in BY_SCORE:
-            last = torch.tensor([math.inf])  # the last unit stays, whatever its score
-            scorer = RoundScorer(self, host, Progress({}))  # nothing is removed in between
-            scores = {spec.name: scorer(spec.name) if spec.units > 1 else last for spec in specs}
+            last = {spec.name: torch.tensor([math.inf]) for spec in specs if spec.units < 2}  # whatever its score
+            scores = last | scored(host, {spec.name: spec.units for spec in specs if spec.units > 1})
         if self.target is not None:
-            return counts_for(host, self.target, ratios, self.round_to, scores)
+            return counts_for(host, self.target, ratios, round_to, scores)
         if self.pruning_ratio_dict:
             own = {spec.name: self._ratio_of(spec.name) for spec in specs}
-            return plan_removals(specs, host.costs(), None, own, self.round_to)
-        return plan_removals(specs, host.costs(), None, ratios, self.round_to, scores, self.pruning_ratio)
+            return plan_removals(specs, host.costs(), None, own, round_to)
+        return plan_removals(specs, host.costs(), None, ratios, round_to, scores, self.pruning_ratio)
 
     def _ratio_of(self, layer: str) -> float:
         """The ratio that ``pruning_ratio_dict`` gives to a layer of the group, else ``pruning_ratio``."""
-        for module in self.DG.axis_graph.groups[layer].writers.values():
+        for module in self.graph.groups[layer].writers.values():
             if module in self.pruning_ratio_dict:
                 return float(self.pruning_ratio_dict[module][-1])
         return float(self.pruning_ratio)
@@ -412,29 +402,29 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             named.update(dict.fromkeys(hits, float(ratio)))
         return named
 
-    def _start(self, host: TorchPruningHost) -> Progress:
+    def start(self, host: TorchPruningHost) -> Progress:
         """Nothing done: with the plan, or with what the rounds need."""
-        if self.order == "layers":
+        if self.pace.order == "layers":
             return Progress(self._plan(host))
-        fixed = self.ratios not in BY_SCORE or bool(self.target is None and self.pruning_ratio_dict)
-        return Progress({}, goal=self._plan(host) if fixed else {}, before=sizes(host))
+        by_ratio = bool(self.target is None and self.pruning_ratio_dict)
+        fixed = isinstance(self.pace.ratios, Mapping) or self.pace.ratios not in BY_SCORE or by_ratio
+        return Progress({}, goal=self._plan(host) if fixed else {}, before=host.sizes())
 
-    def _pauses(
-        self,
-        host: TorchPruningHost,
-        progress: Progress,
-        callback: Callback,
-        checkpoint: Callable[[Progress], None] | None,
-    ) -> Iterator[Pause]:
-        """The algorithm in the order that was asked for."""
-        if self.order == "layers":
-            scorer = partial(self.score_layer, host)
-            return algorithm_1(host, scorer, progress, self.units_per_step, self.finetune, callback, checkpoint)
-        allocation = Rounds(host, progress, self.target, float(self.pruning_ratio), self.ratios, self.round_to)
-        return rounds_of(
-            host, RoundScorer(self, host, progress), allocation, progress, self.rounds, self.schedule, self.finetune,
-            callback, checkpoint,
-        )  # fmt: skip
+    def loop(
+        self, host: TorchPruningHost, progress: Progress, callback: Callback, save: Callable[[Progress], None] | None
+    ) -> Loop:
+        """The loop over the layers."""
+        return Loop(host, progress, None if self.tuner is None else self.tuner.options, callback, save)
+
+    def turns(self, loop: Loop) -> Iterator[Turn]:
+        """Algorithm 1 or rounds, as the pace says."""
+        if self.pace.order == "layers":
+            return in_layers(loop, self.pace)
+        host: Any = loop.host
+        allocation = Rounds(
+            host, loop.progress, self.target, float(self.pruning_ratio), str(self.pace.ratios), self.pace.round_to
+        )
+        return in_rounds(loop, self.pace, allocation)
 
     def run(
         self,
@@ -455,59 +445,47 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """
         check_here()
         history = history or History()
-        callback = Callbacks([history, *self.callbacks])
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
-        self._check_data()
-        check_lone(self.model, self.finetune, self.example_inputs)
-        if self.finetune is not None:
-            self.finetune.minimise(self.objective)
-        if progress is None:
-            self._check_objective(self.host())
-        with all_or_nothing(self.model, self.finetune, self._all_trackers(), self.DG.axis_graph):
-            if self.finetune is not None and (progress is None or self.finetune.optimizer is None):
-                self.finetune.prepare(self.model)
-            host = self.host()
-            if progress is None:
-                progress = self._start(host)
-            if not progress.finished:
-                tune(host, self._pauses(host, progress, callback, checkpoint), self.finetune, callback)
-            after = count_params(self.model), count_macs(self.model, self.example_inputs)
+        with carried_out(self, progress, checkpoint, history) as (host, done):
+            after = host.sizes()
         return PruningOutcome(
-            self.model,
-            (before[0], after[0]),
-            (before[1], after[1]),
-            dict(progress.plan),
-            history,
+            self.model, (before[0], after["params"]), (before[1], after["macs"]), dict(done.plan), history,
             dict(self.left_whole),
-        )
+        )  # fmt: skip
 
-    def _check_objective(self, host: TorchPruningHost) -> None:
-        """Say before anything is pruned that F does not fit the outputs, or does not depend on a layer.
+    def rows(self) -> list[LayerRow]:
+        """The pruned layers: the units they had, and those they have."""
+        return [LayerRow(g.name, block_of(g.name), self._initial[g.name], g.size) for g in self.layers]
+
+    def numbers(self) -> dict[str, Any]:
+        """Nothing: what is removed is gone."""
+        return {}
+
+    def fold(self) -> dict[str, Tensor]:
+        """No masks are left to be made permanent."""
+        return {}
+
+    def check(self) -> None:
+        """Say before anything is pruned that there is no data, or that F fits neither the outputs nor a layer.
 
         Rounds begin with a scoring of all layers, which says so too.
         """
-        importance, batches = self.importance, self.batches
-        if isinstance(importance, SInGEImportance) and importance.options.rule.needs_gradient:
+        importance, batches, host = self.importance, self.batches, self.host()
+        if isinstance(importance, SInGEImportance) and importance.scoring.rule.needs_gradient:
+            if importance.model is None:
+                if self.batches is None:
+                    raise DataError(
+                        f"criterion {importance.scoring.criterion!r} needs data: call importance.bind(model, batches) "
+                        "or give SInGEPruner(batches=...)"
+                    )
+                importance.bind(self.model, self.batches)
             batches = importance.batches
-            if self.order == "layers" and batches is not None:
+            if self.pace.order == "layers" and batches is not None:
                 probe = copy(importance)
                 probe.batches = list(islice(batches, 1))
-                probe.options = replace(importance.options, criterion="grad", path="layer", normalizer=None)
-                for spec in host.layers():
-                    host.score(spec.name, probe)
-        if self.finetune is not None:
+                probe.scoring = replace(importance.scoring, criterion="grad", path="layer", normalizer=None)
+                host.ranking.importance = probe
+                host.score([spec.name for spec in host.layers()])
+        if self.tuner is not None:
             for batch in islice(batches or (), 1):
-                self.finetune.check(self.model, batch)
-
-    def _check_data(self) -> None:
-        """Say before anything happens that the importance has no data, or another model."""
-        importance = self.importance
-        if not isinstance(importance, SInGEImportance) or importance.model is not None:
-            return
-        if importance.options.rule.needs_gradient:
-            if self.batches is None:
-                raise DataError(
-                    f"criterion {importance.options.criterion!r} needs data: call importance.bind(model, batches) or "
-                    "give SInGEPruner(batches=...)"
-                )
-            importance.bind(self.model, self.batches)
+                self.tuner.check(self.model, batch)

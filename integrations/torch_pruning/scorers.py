@@ -1,4 +1,4 @@
-"""Any torch-pruning importance as the scorer of Algorithm 1.
+"""Any torch-pruning importance as what ranks the units.
 
 The loop is criterion-agnostic. What differs between importances is what they need beforehand: Taylor needs
 gradients, Hessian needs them per sample, OBD-C needs its hooks; SInGE and the magnitudes need nothing.
@@ -6,36 +6,29 @@ gradients, Hessian needs them per sample, OBD-C needs its hooks; SInGE and the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
-from singe_plugin.algorithm import Progress
-from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.objective import (
-    call_model,
-    check_batch,
-    check_head,
-    check_logits,
-    get_objective,
-    inputs_for,
-    read,
-    to_device,
-)
+from singe_plugin.batches import check_batch, inputs_for, read
+from singe_plugin.errors import DataError, GroupError, ScoringError, SingeError
+from singe_plugin.nested import call_model, to_device
+from singe_plugin.objective import ObjectiveLike, check_head, check_logits, get_objective
 from singe_plugin.state import model_device, plain_layers, preserved
 
-from .host import TorchPruningHost
+from .graph import AxisGroup
 
-__all__ = ["RoundScorer", "needs_data", "with_gradients"]
+__all__ = ["Ranking", "needs_data"]
 
 _TAYLOR = tp.importance.GroupTaylorImportance
 _HESSIAN = tp.importance.GroupHessianImportance
 _OBDC = tp.importance.OBDCImportance
-Preparer = Callable[[Any, Any, list[Any]], None]
+Preparer = Callable[["Ranking", list[Any]], None]
 
 
 def needs_data(importance: Any) -> bool:
@@ -43,30 +36,95 @@ def needs_data(importance: Any) -> bool:
     return isinstance(importance, (_TAYLOR, _HESSIAN, _OBDC))
 
 
-def with_gradients(pruner: Any, importance: Any, batches: Iterable[Any] | None, score: Callable[[], Any]) -> Any:
-    """Call ``score`` while the model holds the gradients that ``importance`` reads; then put the model back.
+class Ranking:
+    """Scores groups by any torch-pruning importance, and gives it what it needs beforehand.
 
-    Raises:
-        DataError: if the importance needs data and there is none.
+    Args:
+        importance: the importance.
+        model: the model whose groups are scored.
+        batches: data for an importance that reads gradients: they are computed once for all groups.
+        objective: F, which is differentiated.
+        own_gradients: without batches, such an importance reads the gradients that the user has computed, and a group
+            that it has no score for is left out.
     """
-    if not needs_data(importance):
-        return score()
-    if batches is None:
-        raise DataError(
-            f"{type(importance).__name__} reads gradients, and there is no data to compute them on; give "
-            "SInGEPruner(batches=...)"
-        )
-    model: nn.Module = pruner.model
-    with preserved(model), plain_layers(model), torch.enable_grad():
-        model.eval()
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        ready = [to_device(batch, model_device(model)) for batch in checked(batches)]
-        if not ready:
-            raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
-        _PREPARE[next(kind for kind in _PREPARE if isinstance(importance, kind))](pruner, importance, ready)
-        return score()
+
+    def __init__(
+        self,
+        importance: Callable[..., Any],
+        model: nn.Module,
+        batches: Iterable[Any] | None = None,
+        objective: ObjectiveLike = "loss",
+        own_gradients: bool = False,
+    ) -> None:
+        self.importance, self.model, self.batches, self.objective = importance, model, batches, objective
+        self.own_gradients = own_gradients
+
+    def scores(self, groups: Mapping[str, AxisGroup]) -> dict[str, Tensor]:
+        """One score per unit of each group.
+
+        Raises:
+            DataError: if the importance needs data and there is none.
+            GroupError: if it gives no score for a group.
+            ScoringError: if one of torch-pruning's importances fails, or any gives something else than a score per
+                channel.
+        """
+        with self.gradients():
+            found = {name: self._score(name, group) for name, group in groups.items()}
+        return {name: scores for name, scores in found.items() if scores is not None}
+
+    def _score(self, name: str, group: AxisGroup) -> Tensor | None:
+        by_unit = getattr(self.importance, "score_units", None)
+        if by_unit is not None:
+            return torch.as_tensor(by_unit(group, None))
+        kind = type(self.importance).__name__
+        try:
+            scores = self.importance(group)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+            theirs = type(self.importance).__module__.split(".")[0] == "torch_pruning"  # a user's own error passes
+            if not theirs or isinstance(error, (SingeError, torch.cuda.OutOfMemoryError)):
+                raise
+            raise ScoringError(
+                f"layer {name!r}: {kind} failed with {type(error).__name__}: {error}; use another importance or put "
+                "the layer in ignored_layers"
+            ) from error
+        if scores is None:
+            if self.own_gradients:
+                return None
+            raise GroupError(
+                f"layer {name!r}: {kind} gives no score for this group (it ignores its layers); use another importance "
+                "or put the layer in ignored_layers"
+            )
+        lengths = {len(item.idxs) for item in group.items}
+        if not isinstance(scores, Tensor) or scores.ndim != 1 or len(scores) not in lengths:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ScoringError(
+                f"layer {name!r} has {len(group[0].idxs)} channels, but {kind} returned {got}; an importance gives one "
+                "score per channel"
+            )
+        return group.per_unit(scores)
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """The model holds the gradients that the importance reads; then it is put back."""
+        if not needs_data(self.importance) or (self.batches is None and self.own_gradients):
+            yield
+            return
+        if self.batches is None:
+            raise DataError(
+                f"{type(self.importance).__name__} reads gradients, and there is no data to compute them on; give "
+                "SInGEPruner(batches=...)"
+            )
+        model = self.model
+        with preserved(model), plain_layers(model), torch.enable_grad():
+            model.eval()
+            for parameter in model.parameters():
+                parameter.requires_grad_(True)
+                parameter.grad = None
+            ready = [to_device(batch, model_device(model)) for batch in checked(self.batches)]
+            if not ready:
+                raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+            _PREPARE[next(kind for kind in _PREPARE if isinstance(self.importance, kind))](self, ready)
+            yield
 
 
 def checked(batches: Iterable[Any]) -> Iterator[Any]:
@@ -76,39 +134,9 @@ def checked(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-class RoundScorer:
-    """One score per unit of a layer, where all layers are scored before anything is removed.
-
-    An importance that reads gradients gets them once for all layers.
-
-    Args:
-        pruner: whose importance and batches are used.
-        host: the layers.
-        progress: says when the scores are of yesterday.
-    """
-
-    def __init__(self, pruner: Any, host: TorchPruningHost, progress: Progress) -> None:
-        self.pruner, self.host, self.progress = pruner, host, progress
-        self._when: tuple[int, int] | None = None
-        self._scores: dict[str, Any] = {}
-
-    def __call__(self, layer: str) -> torch.Tensor:
-        pruner, importance, host = self.pruner, self.pruner.importance, self.host
-        if not needs_data(importance):
-            return torch.as_tensor(pruner.score_layer(host, layer))
-        now = (self.progress.next_layer, len(self.progress.removals))
-        if now != self._when:
-            names = [spec.name for spec in host.layers()]
-            self._scores = with_gradients(
-                pruner, importance, pruner.batches, lambda: {name: host.score(name, importance) for name in names}
-            )
-            self._when = now
-        return torch.as_tensor(self._scores[layer])
-
-
-def _loss(pruner: Any, batch: Any, per_example: bool = False) -> Any:
-    """F on a batch as ``pruner.objective`` says; one for each example, on request."""
-    model, objective = pruner.model, pruner.objective
+def _loss(ranking: Ranking, batch: Any, per_example: bool = False) -> Any:
+    """F on a batch; one for each example, on request."""
+    model, objective = ranking.model, ranking.objective
     check_head(model, objective)
     inputs, targets = inputs_for(model, batch)
     try:
@@ -137,34 +165,36 @@ def _loss(pruner: Any, batch: Any, per_example: bool = False) -> Any:
         ) from error
 
 
-def _taylor(pruner: Any, importance: Any, batches: list[Any]) -> None:
+def _taylor(ranking: Ranking, batches: list[Any]) -> None:
     for batch in batches:
-        (_loss(pruner, batch) / len(batches)).backward()
+        (_loss(ranking, batch) / len(batches)).backward()
 
 
-def _hessian(pruner: Any, importance: Any, batches: list[Any]) -> None:
+def _hessian(ranking: Ranking, batches: list[Any]) -> None:
+    importance: Any = ranking.importance
     importance.zero_grad()
     for batch in batches:
-        losses = _loss(pruner, batch, per_example=True)
+        losses = _loss(ranking, batch, per_example=True)
         for loss in losses:
-            pruner.model.zero_grad()
+            ranking.model.zero_grad()
             loss.backward(retain_graph=True)
-            importance.accumulate_grad(pruner.model)
+            importance.accumulate_grad(ranking.model)
 
 
-def _obdc(pruner: Any, importance: Any, batches: list[Any]) -> None:
+def _obdc(ranking: Ranking, batches: list[Any]) -> None:
+    importance: Any = ranking.importance
     importance.modules.clear()
     importance.steps = 0
     importance.num_classes = None
     importance.A, importance.DS, importance.Fisher = {}, {}, {}
-    for module in pruner.model.modules():
+    for module in ranking.model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             importance.modules.append(module)
             module.register_forward_pre_hook(importance._save_input)
             module.register_full_backward_hook(importance._save_grad_output)
     for batch in batches:
-        pruner.model.zero_grad()
-        _loss(pruner, batch).backward()
+        ranking.model.zero_grad()
+        _loss(ranking, batch).backward()
         importance.step()
     for module, fisher in importance.Fisher.items():
         if module.bias is not None:  # torch-pruning counts a column for the bias here, but not when it scores

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from singe_plugin.algorithm import lowest
 from singe_plugin.errors import BudgetError, ConfigError
+from singe_plugin.loop import lowest
 
 from .host import WeightHost
 from .patterns import Pattern
 
-__all__ = ["SCOPES", "Allocation", "Scope", "layer_ratios", "lowest_counts"]
+__all__ = ["RATIOS", "Allocation", "layer_ratios", "lowest_counts"]
 
-SCOPES = ("global", "layer")
-Scope = str | Mapping[str, float]
+RATIOS = ("global", "uniform")
 
 
 def layer_ratios(names: Sequence[str], ratios: Mapping[str, float]) -> dict[str, float]:
@@ -34,7 +33,7 @@ def layer_ratios(names: Sequence[str], ratios: Mapping[str, float]) -> dict[str,
     unknown = [name for name in ratios if name not in known]
     if unknown:
         raise ConfigError(
-            f"scope names {unknown}, which are no pruned layers and hold none; the layers are {', '.join(names)}"
+            f"ratios names {unknown}, which are no pruned layers and hold none; the layers are {', '.join(names)}"
         )
     found = {}
     for name in names:
@@ -93,64 +92,64 @@ class Allocation:
     Args:
         host: the layers, and what is masked already.
         sparsity: the fraction to mask in the end, of the weights of all its layers; None is what the pattern needs.
-        scope: ``"global"`` ranks the weights of all layers together, ``"layer"`` masks the same fraction of each, a
+        ratios: ``"global"`` ranks the weights of all layers together, ``"uniform"`` masks the same fraction of each, a
             dict has one fraction per layer.
         pattern: a hard constraint; what it has no place for goes first.
-        max_sparsity: the largest fraction of one layer; at least one weight stays.
+        max_pruning_ratio: the largest fraction of one layer; at least one weight stays.
         removed: what an unfinished run has removed so far.
 
     Raises:
-        ConfigError: if the pattern needs more than ``sparsity`` or ``max_sparsity`` allow.
-        BudgetError: if ``max_sparsity`` leaves too little to mask.
+        ConfigError: if the pattern needs more than ``sparsity`` or ``max_pruning_ratio`` allow.
+        BudgetError: if ``max_pruning_ratio`` leaves too little to mask.
     """
 
     def __init__(
         self,
         host: WeightHost,
         sparsity: float | None,
-        scope: Scope = "global",
+        ratios: str | Mapping[str, float] = "global",
         pattern: Pattern | None = None,
-        max_sparsity: float = 1.0,
+        max_pruning_ratio: float = 1.0,
         removed: Mapping[str, int] | None = None,
     ) -> None:
         self.host, self.pattern = host, pattern
         self.sizes = {name: host.size(name) for name in host.by_name}
-        self.floors = {n: max(1, math.ceil(size * (1 - max_sparsity) - 1e-9)) for n, size in self.sizes.items()}
+        self.floors = {n: max(1, math.ceil(size * (1 - max_pruning_ratio) - 1e-9)) for n, size in self.sizes.items()}
         masked = self._masked()
         self.start = {name: masked[name] - (removed or {}).get(name, 0) for name in self.sizes}
         needed = {name: masked[name] + self._surplus(name) for name in self.sizes}
         tight = [n for n in needed if needed[n] > max(self.sizes[n] - self.floors[n], masked[n])]
         if pattern is not None and tight:
             raise ConfigError(
-                f"max_sparsity={max_sparsity:g} keeps {self.floors[tight[0]]} of the {self.sizes[tight[0]]} weights of "
-                f"layer {tight[0]!r}, but the pattern {pattern} masks {needed[tight[0]]} of them; raise it to at least "
-                f"{pattern.sparsity:g}"
+                f"max_pruning_ratio={max_pruning_ratio:g} keeps {self.floors[tight[0]]} of the "
+                f"{self.sizes[tight[0]]} weights of layer {tight[0]!r}, but the pattern {pattern} masks "
+                f"{needed[tight[0]]} of them; raise it to at least {pattern.sparsity:g}"
             )
-        self.targets = self._targets(sparsity, scope, needed, masked)
+        self.targets = self._targets(sparsity, ratios, needed, masked)
 
     def _targets(
-        self, sparsity: float | None, scope: Scope, needed: dict[str, int], masked: dict[str, int]
+        self, sparsity: float | None, ratios: str | Mapping[str, float], needed: dict[str, int], masked: dict[str, int]
     ) -> dict[str, int] | int:
         """How many weights are masked in the end, per layer or in all."""
-        if scope == "global":
+        if ratios == "global":
             weights = sum(self.sizes.values())
             total = sum(needed.values()) if sparsity is None else round(sparsity * weights)
             most = sum(max(self.sizes[n] - self.floors[n], masked[n]) for n in self.sizes)
             if total - most > len(self.sizes):  # less is the last weight of each layer
                 raise BudgetError(
-                    f"sparsity={sparsity:g} cannot be reached: max_sparsity leaves {most} of {weights} weights to "
-                    f"mask; choose at most {math.floor(1e4 * most / weights) / 1e4:g}, or raise max_sparsity"
+                    f"sparsity={sparsity:g} cannot be reached: max_pruning_ratio leaves {most} of {weights} weights to "
+                    f"mask; choose at most {math.floor(1e4 * most / weights) / 1e4:g}, or raise max_pruning_ratio"
                 )
             return max(min(total, most), sum(needed.values()))
-        if isinstance(scope, str):
-            ratios = dict.fromkeys(self.sizes, sparsity)
+        if isinstance(ratios, str):
+            each = dict.fromkeys(self.sizes, sparsity)
         else:
-            ratios = {name: ratio or None for name, ratio in layer_ratios(list(self.sizes), scope).items()}
-        wanted = {n: 0 if r is None else round(r * self.sizes[n]) for n, r in ratios.items()}
+            each = {name: ratio or None for name, ratio in layer_ratios(list(self.sizes), ratios).items()}
+        wanted = {n: 0 if r is None else round(r * self.sizes[n]) for n, r in each.items()}
         return {n: max(min(wanted[n], self.sizes[n] - self.floors[n]), needed[n]) for n in self.sizes}
 
     def __call__(self, scores: Mapping[str, Tensor], share: float) -> dict[str, int]:
-        """See :data:`singe_plugin.rounds.Allocation`."""
+        """See :data:`singe_plugin.loop.Allocation`."""
         masked = self._masked()
         if isinstance(self.targets, int):
             start = sum(self.start.values())

@@ -1,64 +1,70 @@
-"""What a user may ask of the pruner: each check says what was given, and what would do."""
+"""How many weights a user may ask to mask: each check says what was given, and what would do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
+from singe_plugin.checks import check_number
 from singe_plugin.errors import ConfigError
-from singe_plugin.scoring import ScoringOptions
+from singe_plugin.pace import Pace
 
-from .allocation import SCOPES, Scope
+from .allocation import RATIOS
 from .patterns import Pattern
 
-__all__ = ["DEFAULT_ROUNDS", "DEFAULT_SPARSITY", "PAPER_MU", "check_amount", "scoring_options"]
+__all__ = ["DEFAULT_ROUNDS", "DEFAULT_SPARSITY", "settled_pace", "settled_sparsity"]
 
 DEFAULT_SPARSITY = 0.9
 DEFAULT_ROUNDS = 10
-PAPER_MU = 0.8
 
 
-def scoring_options(scoring: ScoringOptions | None, options: Mapping[str, Any]) -> ScoringOptions:
-    """The options that were given, as an object or field by field; mu is the paper's for single weights (§4.1)."""
-    known = [field.name for field in fields(ScoringOptions)]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r}; options of the scoring are {', '.join(known)}")
-    if scoring is not None and options:
-        raise ConfigError(f"scoring and {next(iter(options))!r} were both given; put the option into scoring")
-    return scoring if scoring is not None else ScoringOptions(**{"mu": PAPER_MU, **options})
+def settled_pace(pace: Pace, rounds: int) -> Pace:
+    """The pace of a pruner of single weights, with everything decided.
+
+    Raises:
+        ConfigError: for what single weights do not have.
+    """
+    for name in ("min_width", "round_to"):
+        if getattr(pace, name) is not None:
+            raise ConfigError(
+                f"{name}={getattr(pace, name)!r} is for units (channels, heads), and single weights have no width; "
+                "leave it out"
+            )
+    if isinstance(pace.ratios, str) and pace.ratios not in RATIOS:
+        raise ConfigError(
+            f"ratios={pace.ratios!r} is for units; for single weights choose one of {', '.join(RATIOS)} or give "
+            "{layer: ratio}"
+        )
+    found = pace.settled(rounds=rounds, ratios="global", max_pruning_ratio=1.0)
+    return replace(found, min_width=None)
 
 
-def check_amount(
-    sparsity: Any, scope: Any, pattern: Pattern | None, max_sparsity: Any
-) -> tuple[float | None, Scope, float]:
-    """Check how much is to be masked, and where."""
-    if not _is_fraction(max_sparsity) or max_sparsity == 0:
-        raise ConfigError(f"max_sparsity={max_sparsity!r} is not a fraction inside ]0, 1]")
-    if isinstance(scope, Mapping):
+def settled_sparsity(sparsity: Any, pace: Pace, pattern: Pattern | None) -> float | None:
+    """The fraction of the weights to mask; None is what the pattern, or a ratio per layer, says.
+
+    Raises:
+        ConfigError: for a fraction that cannot be.
+    """
+    ratios: dict[str, Any]
+    if isinstance(pace.ratios, Mapping):
         if sparsity is not None:
             raise ConfigError(
-                f"sparsity={sparsity!r} and a scope with a ratio per layer were both given; leave one out"
+                f"sparsity={sparsity!r} and ratios with one for each layer were both given; leave one out"
             )
-        ratios = {f"scope[{name!r}]": ratio for name, ratio in scope.items()}
-    elif scope not in SCOPES:
-        raise ConfigError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)} or give {{layer: ratio}}")
+        ratios = {f"ratios[{name!r}]": ratio for name, ratio in pace.ratios.items()}
     else:
         sparsity = DEFAULT_SPARSITY if sparsity is None and pattern is None else sparsity
         ratios = {} if sparsity is None else {"sparsity": sparsity}
+    most = pace.max_pruning_ratio
+    assert most is not None
     for name, ratio in ratios.items():
-        if not _is_fraction(ratio) or ratio == 1:
-            raise ConfigError(f"{name}={ratio!r} is not a fraction of weights inside [0, 1[")
+        check_number(name, ratio, 0, 1, "[[", "fraction of weights")
         if pattern is not None and 0 < ratio < pattern.sparsity - 1e-9:
             raise ConfigError(
                 f"{name}={ratio:g} is less than the {pattern.sparsity:g} that the pattern {pattern} masks; leave it "
                 "out, or give more"
             )
-        if scope != "global" and ratio > max_sparsity:
-            raise ConfigError(f"{name}={ratio:g} is more than max_sparsity={max_sparsity:g}; raise that")
-    return sparsity, dict(scope) if isinstance(scope, Mapping) else scope, float(max_sparsity)
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+        if pace.ratios != "global" and ratio > most:
+            raise ConfigError(f"{name}={ratio:g} is more than max_pruning_ratio={most:g}; raise that")
+    return None if sparsity is None else float(sparsity)

@@ -1,14 +1,14 @@
-"""A host for Algorithm 1 that masks single weights."""
+"""A host for the loop that masks single weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.budget import CostModel, LayerSpec, TensorCost
+from singe_plugin.budget import LayerSpec
 from singe_plugin.errors import ConfigError, RemovalError
 from singe_plugin.masks import hold_mask, mask_module
 from singe_plugin.units import UnitGroup
@@ -21,7 +21,7 @@ __all__ = ["WeightHost"]
 
 
 class WeightHost:
-    """Layers, slices, removal and cost, for :mod:`singe_plugin.algorithm` and :mod:`singe_plugin.rounds`.
+    """Layers, scores and removal, for :mod:`singe_plugin.loop`.
 
     A unit is a weight that is not masked; the units of a layer are numbered in row-major order, without those that are
     gone. Making the host puts a mask on every layer.
@@ -29,6 +29,7 @@ class WeightHost:
     Args:
         model: the model.
         layers: its prunable layers, in forward order.
+        score: one score per weight that is left of a group.
         macs: dense multiply-adds of one example by module name (``""`` is the whole model), if they are known.
         emas: averaged copies, which get the same masks.
     """
@@ -37,10 +38,11 @@ class WeightHost:
         self,
         model: nn.Module,
         layers: Sequence[WeightLayer],
+        score: Callable[[UnitGroup], Tensor],
         macs: Mapping[str, int] | None = None,
         emas: Sequence[nn.Module] = (),
     ) -> None:
-        self.model, self.macs = model, macs
+        self.model, self.macs, self._score = model, macs, score
         self._counts: dict[str, tuple[int, int]] = {}  # the version of a mask, and how many it keeps
         self.by_name = {layer.name: layer for layer in layers}
         self.masks = {layer.name: hold_mask(layer.module) for layer in layers}
@@ -56,7 +58,12 @@ class WeightHost:
     def layers(self) -> list[LayerSpec]:
         return [LayerSpec(name, self.left(name), block_of(name)) for name in self.by_name]
 
+    def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """One score per weight of some layers that is not masked, in row-major order."""
+        return {name: self._score(self.units(name)) for name in layers}
+
     def units(self, layer: str) -> UnitGroup:
+        """The weights of a layer that are not masked, each a unit."""
         whole = self.left(layer) == self.size(layer)
         return self.by_name[layer].group(None if whole else self.places(layer))
 
@@ -70,15 +77,6 @@ class WeightHost:
         flat = mask.flatten().index_fill(0, places[chosen], False)
         for module in (self.by_name[layer].module, *self.twins[layer]):
             hold_mask(module, flat.view(mask.shape))
-
-    def costs(self) -> CostModel:
-        """Every weight costs one parameter and its share of the layer's multiply-adds."""
-        tensors = []
-        for name in self.by_name:
-            macs = 0.0 if self.macs is None else self.macs.get(name, 0) * self.left(name) / self.size(name)
-            tensors.append(TensorCost((self.left(name),), ((0, name, 1.0),), macs))
-        fixed = sum(p.numel() for p in self.model.parameters()) - sum(self.size(name) for name in self.by_name)
-        return CostModel(tuple(tensors), fixed, self.effective_macs() or 0)
 
     def size(self, layer: str) -> int:
         """All weights of a layer, masked or not."""
@@ -95,7 +93,7 @@ class WeightHost:
         """Where in the flat weight the units are, ``[N]``."""
         return self.masks[layer].mask.flatten().nonzero().flatten()
 
-    def nonzero(self) -> int:
+    def params(self) -> int:
         """All parameters of the model that are not masked."""
         return sum(p.numel() for p in self.model.parameters()) - sum(
             self.size(name) - self.left(name) for name in self.by_name

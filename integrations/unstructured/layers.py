@@ -14,13 +14,12 @@ from torch.nn.utils import parametrize
 
 from singe_plugin.decay import decaying
 from singe_plugin.errors import ConfigError, DataError, TiedParameterError
-from singe_plugin.folding import eval_outputs, foldable_pairs, relative_change
+from singe_plugin.folding import eval_outputs, foldable_pairs
+from singe_plugin.guards import parts_of
 from singe_plugin.masks import mask_module, weight_of, weight_slot
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, relative_change, tensors_in
 from singe_plugin.state import preserved
 from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, tied_parameters
-
-from ..checks import parts_of
 
 __all__ = ["WeightLayer", "find_layers"]
 

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from .algebra import Axis, fix, leaves, size_of, split, unify
+from .parameters import ModelAxes
 from .scales import ImpliedScale
 from .tracked import Place
-
-if TYPE_CHECKING:
-    from .graph import AxisGraph
 
 __all__ = ["ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "follow", "graph_adapter"]
 
 ADAPTERS: dict[type[nn.Module], Callable[..., None]] = {}
-GRAPH_ADAPTERS: list[Callable[[AxisGraph], None]] = []
+GRAPH_ADAPTERS: list[Callable[[ModelAxes], None]] = []
 
 
 def adapter(*layers: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -46,13 +44,13 @@ def adapter(*layers: type[nn.Module]) -> Callable[[Callable[..., None]], Callabl
     return register
 
 
-def graph_adapter(function: Callable[[AxisGraph], None]) -> Callable[[AxisGraph], None]:
+def graph_adapter(function: Callable[[ModelAxes], None]) -> Callable[[ModelAxes], None]:
     """Register an adapter that is called once for a whole graph, behind those of the layers."""
     GRAPH_ADAPTERS.append(function)
     return function
 
 
-def adapt(graph: AxisGraph) -> None:
+def adapt(graph: ModelAxes) -> None:
     """Call the adapters of all modules of a graph, then those of graphs.
 
     Where one says where a size is kept, the code's own size is none of the graph's ``constants`` any more.
@@ -70,13 +68,13 @@ def adapt(graph: AxisGraph) -> None:
     graph.trace.constants = [(axis, why) for axis, why in graph.trace.constants if set(leaves(axis)) not in told]
 
 
-def follow(graph: AxisGraph, owner: nn.Module, attr: str, axis: Axis, path: tuple[Any, ...] = ()) -> None:
+def follow(graph: ModelAxes, owner: nn.Module, attr: str, axis: Axis, path: tuple[Any, ...] = ()) -> None:
     """From now on, ``owner.attr`` (or what is found in it along ``path``) is the size of ``axis``."""
     graph.trace.links.setdefault(Place(owner, attr, path), []).append((Fraction(1), axis))
 
 
 @adapter(nn.MultiheadAttention)
-def multihead_attention(graph: AxisGraph, layer: nn.MultiheadAttention) -> None:
+def multihead_attention(graph: ModelAxes, layer: nn.MultiheadAttention) -> None:
     """The layer insists on as many channels inside as outside, and divides by the square root of its head width."""
     if layer.in_proj_weight is None or layer.bias_k is not None:
         for parameter in layer.parameters():
@@ -97,7 +95,7 @@ def multihead_attention(graph: AxisGraph, layer: nn.MultiheadAttention) -> None:
 
 
 @adapter(nn.Bilinear)
-def bilinear(graph: AxisGraph, layer: nn.Bilinear) -> None:
+def bilinear(graph: ModelAxes, layer: nn.Bilinear) -> None:
     """Its attributes are the sizes of its weight, and nothing in its forward pass says so."""
     names = ("out_features", "in1_features", "in2_features")
     for attr, axis in zip(names, graph.trace.of(layer.weight), strict=True):

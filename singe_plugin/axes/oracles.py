@@ -13,134 +13,54 @@ together are they taken apart.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
-from singe_plugin.objective import map_tensors, tensors_in
-from singe_plugin.state import plain_layers, preserved
+from singe_plugin.errors import SingeError, is_of_the_machine
+from singe_plugin.nested import relative_change, tensors_in
 
 from .algebra import contains
-from .graph import AxisGraph, Group, containers_training
+from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_start
+from .graph import AxisGraph
+from .groups import Group
 from .removal import Snapshot, remove_units
-from .substitutes import (
-    NormsOfTheRest,
-    SharedNoise,
-    Values,
-    derangement,
-    double_inputs,
-    exchanged,
-    in_double,
-    masked,
-    random_inputs,
-    randomised,
-)
+from .sorting import sorted_out, taken_apart
+from .substitutes import NormsOfTheRest, Values, derangement, exchanged, masked
 
-__all__ = ["EXACT", "TOLERANCE", "relative_change", "sorted_out", "verify_groups"]
+__all__ = ["Trials", "verify_groups"]
 
-TOLERANCE = 1e-4  # of the output, in single precision
-EXACT = 1e-10  # in double precision
-_ROUNDED = 1e-6  # in double precision, but with constants that the model computed and kept in single precision
 _FELT = 10.0  # what a group does to the output, in units of the tolerance, for a mistake in it to be seen
-_SIDES = (96, 112, 128, 160, 192, 224, 256)  # image sizes that verification tries, if smaller than the example
+_UNFELT = "its units do not change the output on random data, so it cannot be verified"
+_FAILS = "the forward pass fails when its units are removed"
+_NOT_FINITE = "the output is not finite when its units are removed"
 
 
-def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest change between two outputs, relative to the first's size; inf if shapes differ or it is no number."""
-    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
-        return float("inf")
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.is_floating_point() and x.numel():
-            if not bool(torch.isfinite(y).all()):
-                return float("inf")
-            change = float((x - y).abs().max() / x.abs().max().clamp(min=1e-12))
-            if not math.isfinite(change):
-                return float("inf")
-            worst = max(worst, change)
-    return worst
+class Trials:
+    """What groups are put through on a bench; each trial answers why they are wrong, or None.
 
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators, and notices results and operands in less than double precision.
-
-    A constant that the model makes in single precision is no result: only what is rounded is.
+    Args:
+        bench: the model, and how exactly it computes.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-        self.single = self.rounded = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.counts[func._schema.name.split("::")[1]] += 1
-        operands = list(tensors_in((args, kwargs)))
-        if isinstance(out, Tensor) and _is_single(out):
-            self.single = self.single or any(t.dtype == torch.float64 for t in operands)
-        self.rounded = self.rounded or any(map(_is_single, operands))
-        return out
-
-
-def _is_single(tensor: Tensor) -> bool:
-    return tensor.ndim > 0 and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass
-class _Bench:
-    """A randomised model on random inputs, and how exactly it computes."""
-
-    graph: AxisGraph
-    inputs: Any
-    base: list[Tensor]
-    tolerance: float
-
-    def __post_init__(self) -> None:
-        self.number = {name: number for number, name in enumerate(self.graph.groups)}
-
-    def run(self) -> list[Tensor]:
-        """The outputs: every run starts from the same state of the model and the same random numbers."""
-        with _same_start(self.graph), torch.no_grad():
-            return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
-
-    def explained(self, error: Exception, done: str) -> str:
-        """A failure of the forward pass after a change to the model, as a reason; one with another cause goes on.
-
-        Raises:
-            GroupError: if the model fails without the change, too.
-        """
-        if is_of_the_machine(error):
-            raise error
-        try:
-            self.run()
-        except Exception as again:
-            if is_of_the_machine(again):
-                raise
-            raise GroupError(
-                f"the model ran on random inputs, and now it fails with {type(again).__name__}: {again}; its forward "
-                "pass must give the same for the same inputs and weights"
-            ) from again
-        return f"the forward pass fails when its units are {done} ({type(error).__name__}: {error})"
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.number = {name: number for number, name in enumerate(bench.graph.groups)}
 
     def permuted(self, groups: Sequence[Group]) -> str | None:
         """Why permuting the units of these groups changes the function; None if it does not."""
         generator = torch.Generator().manual_seed(len(groups))
         try:
             with exchanged({g: derangement(g.size, generator) for g in groups}):
-                moved = self.run()
+                moved = self.bench.run()
         except SingeError as error:
             return str(error)
         except Exception as error:
-            return self.explained(error, "permuted")
-        change = relative_change(self.base, moved)
-        if change > self.tolerance:
+            return self.bench.explained(error, "permuted")
+        change = relative_change(self.bench.base, moved)
+        if change > self.bench.tolerance:
             return f"permuting its units changes the output by {change:.2g} (relative): the group misses a slice"
         return None
 
@@ -191,25 +111,25 @@ class _Bench:
     def _removed(self, rounds: Sequence[Mapping[Group, list[int]]]) -> str | None:
         expected = []
         try:
-            with masked(rounds[-1]), NormsOfTheRest(self.graph, rounds[-1]):
-                expected = self.run()
+            with masked(rounds[-1]), NormsOfTheRest(self.bench.graph, rounds[-1]):
+                expected = self.bench.run()
         except SingeError as error:
             return str(error)
         except Exception as error:
-            return self.explained(error, "masked")
-        undo = Snapshot(self.graph.model, self.graph)
+            return self.bench.explained(error, "masked")
+        undo = Snapshot(self.bench.graph.model, self.bench.graph)
         gone: dict[Group, list[int]] = {}
         try:
             for chosen in rounds:
                 for group, units in chosen.items():
-                    remove_units(self.graph, group, _renumbered(units, gone.get(group, [])))
+                    remove_units(self.bench.graph, group, _renumbered(units, gone.get(group, [])))
                     gone[group] = list(units)
-            removed = self.run()
+            removed = self.bench.run()
         except SingeError as error:
             return str(error)
         except Exception as error:
             undo.restore()
-            return self.explained(error, "removed")
+            return self.bench.explained(error, "removed")
         finally:
             undo.restore()
         if [t.shape for t in removed] != [t.shape for t in expected]:
@@ -217,7 +137,7 @@ class _Bench:
         change = relative_change(expected, removed)
         if change == float("inf"):
             return _NOT_FINITE
-        if change > self.tolerance:
+        if change > self.bench.tolerance:
             return f"removing its units is not the same as masking them: the outputs differ by {change:.2g}"
         return None
 
@@ -255,27 +175,25 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
     groups = [group for group in graph.groups.values() if group.name not in reasons]
     if not groups:
         return reasons
-    with _bench(graph, graph.inputs if inputs is None else inputs) as bench:
+    with opened_bench(graph, graph.inputs if inputs is None else inputs) as bench:
         bench.tolerance = max(bench.tolerance, min(10 * _amplified(bench), TOLERANCE))
         reasons |= {g.name: _UNFELT for g in _unfelt(bench, groups)}
         right = [g for g in groups if g.name not in reasons]
-        tests = (bench.permuted, bench.unevenly_removed, bench.removed_twice, bench.every_second_removed)
+        trials = Trials(bench)
+        tests = (trials.permuted, trials.unevenly_removed, trials.removed_twice, trials.every_second_removed)
         settled = False
         while not settled:  # in the end, all that are left have passed every test together
             before = len(right)
             for test in tests:
                 right, wrong = _sorted_out_to_two(test, right)
                 reasons |= {g.name: reason for g, reason in wrong}
-            with _elsewhere(bench, graph.inputs if inputs is None else inputs) as other:
-                right, wrong = _sorted_out_to_two(other.unevenly_removed, right) if other is not None else (right, [])
+            with bench_elsewhere(bench, graph.inputs if inputs is None else inputs) as other:
+                wrong = []
+                if other is not None:
+                    right, wrong = _sorted_out_to_two(Trials(other).unevenly_removed, right)
                 reasons |= {g.name: reason for g, reason in wrong}
             settled = len(right) == before
     return reasons
-
-
-_UNFELT = "its units do not change the output on random data, so it cannot be verified"
-_FAILS = "the forward pass fails when its units are removed"
-_NOT_FINITE = "the output is not finite when its units are removed"
 
 
 def _sorted_out_to_two(
@@ -288,7 +206,7 @@ def _sorted_out_to_two(
     single = [g for g in groups if g.least == 1 and g.size > 2] if reason.startswith((_FAILS, _NOT_FINITE)) else []
     for group in single:
         group.least = 2
-    right, wrong = sorted_out(test, groups) if single else _taken_apart(test, groups)
+    right, wrong = sorted_out(test, groups) if single else taken_apart(test, groups)
     if single and wrong:  # then it may have failed for another reason
         for group in single:
             group.least = 1
@@ -298,50 +216,7 @@ def _sorted_out_to_two(
     return right, wrong
 
 
-def sorted_out(
-    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
-) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """The groups that pass a test together, and the others with the reason."""
-    return (groups, []) if not groups or test(groups) is None else _taken_apart(test, groups)
-
-
-def _taken_apart(
-    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
-) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """The same for groups that fail together."""
-    right, wrong = _halve(test, groups)
-    if len(right) < 2 or (wrong and test(right) is None):
-        return right, wrong
-    together: list[Group] = []  # each passes alone, but not all of them together
-    for group in right:
-        reason = test([*together, group])
-        if reason is None:
-            together.append(group)
-        else:
-            wrong.append((group, reason))
-    return together, wrong
-
-
-def _halve(
-    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
-) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """Halve groups that fail together."""
-    wrong: list[tuple[Group, str]] = []
-    if len(groups) == 1:
-        return [], [(groups[0], test(groups) or "it fails together with others")]
-    middle = len(groups) // 2
-    found: list[Group] = []
-    for half in (groups[:middle], groups[middle:]):
-        if test(half) is None:
-            found += half
-            continue
-        right, failed = _halve(test, half)
-        found += right
-        wrong += failed
-    return found, wrong
-
-
-def _amplified(bench: _Bench) -> float:
+def _amplified(bench: Bench) -> float:
     """What a relative change of 1e-14 in every parameter does to the outputs: some networks amplify rounding."""
     if bench.tolerance > EXACT:
         return 0.0
@@ -361,7 +236,7 @@ def _amplified(bench: _Bench) -> float:
         values.restore()
 
 
-def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
+def _unfelt(bench: Bench, groups: Sequence[Group]) -> list[Group]:
     """The groups whose units hardly change the output: a mistake in them could not be seen."""
     try:
         effect = _effects(bench)
@@ -383,11 +258,11 @@ def _unfelt(bench: _Bench, groups: Sequence[Group]) -> list[Group]:
     return silent
 
 
-def _effects(bench: _Bench) -> dict[int, Tensor]:
+def _effects(bench: Bench) -> dict[int, Tensor]:
     """``|gradient x parameter|`` of a random projection of the outputs, relative to it, by the parameter's id."""
     model = bench.graph.model
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    with _same_start(bench.graph), torch.enable_grad():
+    with same_start(bench.graph), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
         outputs = [t for t in tensors_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
@@ -399,113 +274,10 @@ def _effects(bench: _Bench) -> dict[int, Tensor]:
     return {id(p): (g * p.detach()).abs() for p, g in zip(parameters, found, strict=True) if g is not None}
 
 
-def _masked_effect(bench: _Bench, group: Group) -> float:
+def _masked_effect(bench: Bench, group: Group) -> float:
     try:
         with masked({group: _order(group)[: max(group.size // 2, 1)]}):
             return relative_change(bench.base, bench.run())
     except Exception as error:
         bench.explained(error, "masked")
         return math.inf  # the oracles say why
-
-
-@contextmanager
-def _bench(graph: AxisGraph, inputs: Any) -> Iterator[_Bench]:
-    """The randomised model with the most exact arithmetic and the smallest input that it runs on."""
-    model = graph.model
-    with ExitStack() as stack:
-        stack.enter_context(randomised(model))
-        with ExitStack() as precise:
-            precise.enter_context(in_double(model))
-            for candidate in _candidates(inputs):
-                noise = double_inputs(random_inputs(candidate))
-                outcome = _attempt(graph, noise)
-                if isinstance(outcome, tuple) and _same_path(graph, outcome[1]):
-                    base, watch = outcome
-                    if watch.single:
-                        break  # parts of the model compute in single precision: so do the oracles
-                    stack.push(precise.pop_all())
-                    yield _Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT)
-                    return
-        noise = random_inputs(inputs)
-        outcome = _attempt(graph, noise)
-        if not isinstance(outcome, tuple):
-            raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
-        yield _Bench(graph, noise, _finite(outcome[0]), TOLERANCE)
-
-
-@contextmanager
-def _elsewhere(bench: _Bench, inputs: Any) -> Iterator[_Bench | None]:
-    """The same on other inputs and parameters, with another number of examples and pixels, and in training mode.
-
-    As far as the model runs so: not every one takes other sizes. Single layers stay in eval mode.
-    """
-    graph = bench.graph
-    for mode in (containers_training, nullcontext):
-        with randomised(graph.model, 1, bias=0.1), mode(graph.model):
-            for candidate in _other_inputs(inputs, bench.inputs):
-                noise = random_inputs(candidate, 1)
-                noise = double_inputs(noise) if bench.tolerance < TOLERANCE else noise
-                outcome = _attempt(graph, noise)
-                if isinstance(outcome, str) or not _same_path(graph, outcome[1]):
-                    continue
-                if all(bool(torch.isfinite(t).all()) for t in outcome[0] if t.is_floating_point()):
-                    yield _Bench(graph, noise, outcome[0], bench.tolerance)
-                    return
-    yield None
-
-
-def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
-    """More examples, of other image sizes first; then as many as before."""
-    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
-        for side in (*_SIDES, min(inputs.shape[2:])):
-            if side <= min(inputs.shape[2:]) and side != min(used.shape[2:]):
-                yield _repeated(inputs[:, :, :side, :side], 3)
-    for count in (3, 4):
-        yield _repeated(used, count)
-    yield used
-
-
-def _repeated(inputs: Any, count: int) -> Any:
-    """Tensors with their examples again and again, until they are as many as asked for."""
-    return map_tensors(lambda t: t[torch.arange(count, device=t.device) % len(t)] if t.ndim and len(t) else t, inputs)
-
-
-def _same_path(graph: AxisGraph, watch: _Watch) -> bool:
-    """Whether the operators that mix channels are those of the trace."""
-    names = {name for name, _ in graph.trace.mixing}
-    return all(watch.counts[name] == graph.trace.count(name) for name in names)
-
-
-def _finite(outputs: list[Tensor]) -> list[Tensor]:
-    if not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
-        raise GroupError("the model's output is not finite on random inputs, so groups cannot be verified")
-    return outputs
-
-
-def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str:
-    watch = _Watch()
-    try:
-        with _same_start(graph), torch.no_grad(), watch:
-            return list(tensors_in(graph.forward(graph.model, inputs))), watch
-    except Exception as error:
-        if is_of_the_machine(error):
-            raise
-        return f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _same_start(graph: AxisGraph) -> Iterator[None]:
-    """A run of the model: it keeps nothing for the next one, and draws the same random numbers for all units."""
-    with preserved(graph.model), plain_layers(graph.model):
-        graph.trace.forget()
-        with SharedNoise():
-            yield
-
-
-def _candidates(inputs: Any) -> Iterator[Any]:
-    """Smaller images first, where the example is a batch of images."""
-    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
-        for side in _SIDES:
-            if side < min(inputs.shape[2:]):
-                yield inputs[:2, :, :side, :side]
-    yield inputs

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .algebra import leaves
+from .groups import Group
+from .parameters import Held, ModelAxes
 
-if TYPE_CHECKING:
-    from .graph import AxisGraph, Group, Held
-
-__all__ = ["unwritten", "why_whole"]
+__all__ = ["why_whole"]
 
 _NO_WRITER = "no convolution or linear layer writes its units, and only such groups are pruned"
 _ONE = "it has one output channel"
@@ -20,30 +18,29 @@ _HEADS = "its units are whole attention heads, which go with prune_num_heads=Tru
 _OVERLAP = "its units (group {!r}) overlap with those of a group with smaller ones, which is pruned instead"
 
 
-def unwritten(graph: AxisGraph) -> list[Held]:
-    """The parameters with two or more dimensions from whose outputs no group removes anything, unless on request."""
-    written = {key for group in graph.groups.values() if not group.secondary for key in _written(group)}
-    return [
-        held
-        for held in graph.held
-        if held.attr in held.owner._parameters and held.tensor.ndim > 1 and id(held.tensor) not in written
-    ]
-
-
 def _written(group: Group) -> set[int]:
     return {id(part.tensor) for part in group.slices() if part.is_parameter and not part.reads}
 
 
-def why_whole(graph: AxisGraph) -> Iterator[tuple[str, str]]:
-    """``(name, reason)`` for all of :func:`unwritten`: the name of the layer, or that of a parameter alone."""
-    on_request = {key: group for group in graph.groups.values() if group.secondary for key in _written(group)}
+def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str, str]]:
+    """``(name, reason)`` for the layers and parameters from whose outputs no group removes anything, unless on request.
+
+    Args:
+        axes: of the model; parameters with two or more dimensions are looked at.
+        groups: that can be pruned.
+    """
+    written = {key for group in groups if not group.secondary for key in _written(group)}
+    whole = [
+        h for h in axes.held if h.attr in h.owner._parameters and h.tensor.ndim > 1 and id(h.tensor) not in written
+    ]
+    on_request = {key: group for group in groups if group.secondary for key in _written(group)}
     found: dict[nn.Module, dict[str, str]] = {}
-    for held in unwritten(graph):
+    for held in whole:
         group = on_request.get(id(held.tensor))
-        reason = _reason(graph, held) if group is None else _HEADS if group.is_heads else _OVERLAP.format(group.name)
+        reason = _reason(axes, held) if group is None else _HEADS if group.is_heads else _OVERLAP.format(group.name)
         found.setdefault(held.owner, {})[held.attr] = reason
     for owner, reasons in found.items():
-        name = graph.names[owner]
+        name = axes.names[owner]
         layer, computed, _ = name.rpartition(".parametrizations.")
         if computed or name.startswith("parametrizations."):
             yield layer or name, f"its weight is computed by a parametrization: {next(iter(reasons.values()))}"
@@ -59,9 +56,8 @@ def _is_layer(owner: nn.Module, whole: Collection[str]) -> bool:
     return next(owner.children(), None) is None and matrices == set(whole)
 
 
-def _reason(graph: AxisGraph, held: Held) -> str:
-    axes = graph.outputs_of(held)
-    found = [leaf for axis in axes for leaf in leaves(axis)]
+def _reason(axes: ModelAxes, held: Held) -> str:
+    found = [leaf for axis in axes.outputs_of(held) for leaf in leaves(axis)]
     free = [leaf for leaf in found if not leaf.fixed]
     if not found or all(leaf.size < 2 for leaf in found):
         return next((leaf.fixed for leaf in reversed(found) if leaf.fixed), _ONE)

@@ -21,7 +21,8 @@ from singe_plugin.undo import Contents
 
 from .algebra import Atom, contains, size_of
 from .equations import own_widths
-from .graph import AxisGraph, Group
+from .graph import AxisGraph
+from .groups import Group
 from .scales import ImpliedScale
 
 __all__ = ["Snapshot", "Trackers", "remove_units"]

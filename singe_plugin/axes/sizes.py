@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 
 from .algebra import Atom, Axis, fix, is_fixed, size_of, split, split_concat
 from .tracked import TrackedInt, dimension, plain, tracked_in

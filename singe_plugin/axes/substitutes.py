@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError
-from singe_plugin.objective import map_tensors
+from singe_plugin.nested import map_tensors
 from singe_plugin.state import preserved
 
 from .algebra import Axis, contains, labels
-from .graph import AxisGraph, Group
+from .graph import AxisGraph
+from .groups import Group
 
 __all__ = [
     "NormsOfTheRest",

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.weak import WeakIdKeyDictionary
 
 from singe_plugin.errors import GroupError
-from singe_plugin.objective import call_model, tensors_in
+from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of
 
 from .algebra import Axis, fix_all, fresh, is_fixed, size_of, unify

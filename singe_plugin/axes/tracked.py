@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from singe_plugin.nested import leaves_in
+
 from .algebra import Axis
 
 __all__ = ["Place", "Term", "TrackedInt", "attribute", "dimension", "plain", "tracked_attributes", "tracked_in"]
@@ -338,12 +340,10 @@ def tracked_attributes(model: nn.Module) -> Iterator[None]:
 
 def tracked_in(value: Any) -> list[TrackedInt]:
     """The tracked integers among nested arguments."""
-    if isinstance(value, TrackedInt):
-        return [value]
-    if isinstance(value, slice):
-        return tracked_in((value.start, value.stop, value.step))
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return [number for item in value for number in tracked_in(item)]
-    return []
+    found: list[TrackedInt] = []
+    for leaf in leaves_in(value):
+        if isinstance(leaf, slice):
+            found += tracked_in((leaf.start, leaf.stop, leaf.step))
+        elif isinstance(leaf, TrackedInt):
+            found.append(leaf)
+    return found

@@ -23,7 +23,7 @@ from singe_plugin.axes.substitutes import (
 )
 from singe_plugin.data import few
 from singe_plugin.errors import is_of_the_machine
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 from singe_plugin.state import plain_layers, preserved
 
 from .holes import Holes, Units, slices_of

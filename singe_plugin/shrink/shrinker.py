@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.artifact import Builder, Structure, describe_structure
+from singe_plugin.architecture import Builder, Structure, describe_structure
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, remove_units
 from singe_plugin.axes.algebra import contains
 from singe_plugin.budget import count_macs, count_params
@@ -24,7 +24,7 @@ from singe_plugin.data import few
 from singe_plugin.errors import ConfigError, GroupError, is_of_the_machine
 from singe_plugin.events import History, Removed
 from singe_plugin.masks import mask_module
-from singe_plugin.objective import to_device
+from singe_plugin.nested import to_device
 from singe_plugin.result import LayerRow, Metrics, package_versions
 from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of
@@ -80,7 +80,7 @@ def shrink(
         >>> import singe_plugin
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
-        >>> result = singe_plugin.prune_weights(net, batches, sparsity=0.7, finetune_steps=2)
+        >>> result = singe_plugin.prune_weights(net, batches, sparsity=0.7, finetune=2)
         >>> expected = net(batches[0][0])  # with most weights at zero
         >>> net = shrink(net, result.weight_masks, batches[0][0])
         >>> net[0].out_features < 8, torch.allclose(net(batches[0][0]), expected, atol=1e-6)

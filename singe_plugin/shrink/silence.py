@@ -20,7 +20,7 @@ from singe_plugin.axes.algebra import labels
 from singe_plugin.axes.substitutes import Values, normal, uniform
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.masks import LAYERS
-from singe_plugin.objective import map_tensors, tensors_in
+from singe_plugin.nested import map_tensors, tensors_in
 
 from .holes import Holes, line_of, units_at
 from .laboratory import Laboratory, OpenFunctions

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from singe_plugin.axes import Group, Snapshot, remove_units
-from singe_plugin.axes.oracles import relative_change, sorted_out
+from singe_plugin.axes.sorting import sorted_out
 from singe_plugin.axes.substitutes import NormsOfTheRest, masked
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
+from singe_plugin.nested import relative_change
 
 from .holes import Holes, Units, any_unit, with_units
 from .laboratory import Laboratory, OpenFunctions

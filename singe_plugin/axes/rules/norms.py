@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 
 from ..algebra import split
 from ..trace import Trace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from singe_plugin.objective import tensors_in
+from singe_plugin.nested import tensors_in
 
 from ..algebra import Axis, concat, is_fixed, size_of, split
 from ..trace import Trace

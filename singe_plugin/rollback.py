@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from torch import nn
 
 from singe_plugin.axes import AxisGraph, Snapshot, Trackers
-from singe_plugin.finetune import FineTune
 from singe_plugin.state import RngState, train_mode_of
+from singe_plugin.tuner import Tuner
 
 __all__ = ["all_or_nothing"]
 
 
 @contextmanager
 def all_or_nothing(
-    model: nn.Module, finetune: FineTune | None, trackers: Trackers, graph: AxisGraph | None = None
+    model: nn.Module, tuner: Tuner | None, trackers: Trackers, graph: AxisGraph | None = None
 ) -> Iterator[None]:
     """If the block fails, model, graph, optimizer, EMA, scheduler, loader and random states are as before.
 
@@ -24,13 +24,13 @@ def all_or_nothing(
 
     Args:
         model: the model.
-        finetune: the fine-tuning that runs in the block, and is prepared in it: an optimizer that is made there goes.
+        tuner: the fine-tuning that runs in the block, and is prepared in it: an optimizer that is made there goes.
         trackers: optimizers and averaged copies that change along.
         graph: the groups of the model, if units are removed.
     """
     modes = train_mode_of(model)
     undo = Snapshot(model, graph, trackers=trackers, values=True)
-    rewind = None if finetune is None else finetune.rewinder()
+    rewind = None if tuner is None else tuner.rewinder()
     rng = RngState.capture()
     try:
         yield

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,36 +12,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe_plugin.artifact import Builder, Structure
+from singe_plugin.architecture import Builder, Structure
 from singe_plugin.axes import Trackers
+from singe_plugin.batches import check_batch, split_batch
 from singe_plugin.budget import count_macs, count_params, measure_latency
-from singe_plugin.checkpoint import seed_everything
+from singe_plugin.checkpoint import CHECKPOINT, seed_everything
+from singe_plugin.checks import check_count
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.events import Callback, LogCallback, ProgressBar
+from singe_plugin.events import Callback, LogCallback
 from singe_plugin.files import digest, locked, sweep
-from singe_plugin.finetune import FineTune, loader_generators
+from singe_plugin.finetune import FineTune
+from singe_plugin.guards import check_model
 from singe_plugin.masks import named_tensors
-from singe_plugin.objective import ObjectiveLike, check_batch, split_batch, tensors_in, to_device
+from singe_plugin.nested import tensors_in, to_device
+from singe_plugin.options import Scoring
 from singe_plugin.result import Metrics
+from singe_plugin.rollback import all_or_nothing
 from singe_plugin.state import RngState, model_device
-
-from .checks import check_model
-from .rollback import all_or_nothing
+from singe_plugin.stream import loader_generators
+from singe_plugin.tuner import Tuner
 
 __all__ = [
-    "Stage",
-    "callbacks_of",
-    "described",
-    "examples_in",
-    "fine_tuning",
-    "fingerprint_of",
-    "fingerprints",
-    "measure",
-    "resolve_device",
-    "staged",
-    "text_of",
-]
+    "Stage", "callbacks_of", "examples_in", "fingerprint_of", "fingerprints", "measure", "resolve_device", "staged",
+]  # fmt: skip
+
+BATCH = 64  # of a dataset; a loader has its own
 
 
 @dataclass
@@ -50,20 +45,22 @@ class Stage:
     """What a run works with.
 
     Attributes:
-        loader: batches to fine-tune on.
+        tuner: the fine-tuning.
         batches: fixed batches to score on.
         example: inputs for tracing and counting.
         validation: batches for the accuracy, or None.
         builder: how to build the unpruned architecture, or None.
         structure: the plain attributes of the unpruned model.
+        checkpoint: where the state of the run is written, or None.
     """
 
-    loader: Iterable[Any]
+    tuner: Tuner
     batches: list[Any]
     example: Any
     validation: Iterable[Any] | None
     builder: Builder | None
     structure: Structure
+    checkpoint: Path | None
 
 
 @contextmanager
@@ -71,18 +68,14 @@ def staged(
     model: nn.Module,
     data: Any,
     *,
-    val_data: Any,
-    example_inputs: Any,
-    device: str | torch.device | None,
-    seed: int,
-    scoring_batch_size: int,
-    scoring_batch_count: int,
-    batch_size: int,
-    workers: int,
-    builder: Builder | None,
-    out_dir: str | Path | None,
-    resume: bool,
-    finetune: Any = None,
+    scoring: Scoring,
+    finetune: FineTune,
+    val_data: Any = None,
+    example_inputs: Any = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> Iterator[Stage]:
     """Move the model, seed, draw the batches; afterwards put device and random states back.
 
@@ -96,9 +89,7 @@ def staged(
     check_model(model)
     if resume and out_dir is None:
         raise ConfigError("resume=True needs out_dir, the folder of the run to continue")
-    sizes = {"scoring_batch_size": scoring_batch_size, "scoring_batch_count": scoring_batch_count}
-    check_counts(1, **sizes, batch_size=batch_size)
-    check_counts(0, seed=seed, workers=workers)
+    check_count("seed", seed, 0)
     if seed >= 2**64:
         raise ConfigError(f"seed={seed} is too large for torch's generators; give a whole number below 2**64")
     if any(t.is_meta for t in tensors_in(example_inputs)):
@@ -107,35 +98,32 @@ def staged(
         )
     home = model_device(model)
     where = resolve_device(device, home)
-    if builder is not None:
-        if not isinstance(builder, Builder):
-            raise ConfigError(
-                f"builder must be a Builder, got {builder!r}; use Builder.factory('package.module:function', ...) or "
-                "Builder.timm(name, ...)"
-            )
-        builder.check(model)
     if where.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]  # it has random states from then on
     with nullcontext() if out_dir is None else _alone_in(out_dir):
         rng = RngState.capture()
         generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
-        tune = finetune if isinstance(finetune, FineTune) else None  # anything else is refused later
+        ema = finetune.ema if isinstance(finetune.ema, nn.Module) else None
+        tuner = None
         try:
             seed_everything(seed)
-            _move(model, finetune, where)
-            loader = as_loader(data, batch_size, workers, True, seed)
-            batches = scoring_batches(data, loader, scoring_batch_size, scoring_batch_count, seed)
+            loader = as_loader(data, BATCH, 0, True, seed)
+            tuner = Tuner(finetune, loader)
+            _move(model, tuner, ema, where)
+            assert scoring.batches is not None
+            batches = scoring_batches(data, loader, scoring.batch_size, scoring.batches, seed)
             _check_batches(batches, example_inputs)
             example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
-            validation = None if val_data is None else as_loader(val_data, batch_size, workers, shuffle=False)
+            validation = None if val_data is None else as_loader(val_data, BATCH, 0, shuffle=False)
             if isinstance(validation, Sized) and not len(validation):
                 raise DataError("val_data is empty; give at least one batch, or leave it out")
-            builder = builder if builder is not None else Builder.infer(model)
-            stage = Stage(loader, batches, example, validation, builder, Structure.of(model))
-            with all_or_nothing(model, tune, _trackers(finetune)):
+            checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
+            stage = Stage(tuner, batches, example, validation, Builder.infer(model), Structure.of(model), checkpoint)
+            with all_or_nothing(model, tuner, Trackers(list(tuner.optimizers), [] if ema is None else [ema])):
                 yield stage
         finally:
-            _move(model, finetune, home)
+            if tuner is not None:
+                _move(model, tuner, ema, home)
             rng.restore()
             for generator, state in generators:
                 generator.set_state(state)
@@ -158,60 +146,20 @@ def _alone_in(out_dir: str | Path) -> Iterator[None]:
         yield
 
 
-def _trackers(finetune: Any) -> Trackers:
-    """What is trained along with the model, to be rolled back with it."""
-    if not isinstance(finetune, FineTune):
-        return Trackers()
-    return Trackers(list(finetune.optimizers), [finetune.ema] if isinstance(finetune.ema, nn.Module) else [])
-
-
-def _move(model: nn.Module, finetune: Any, device: torch.device) -> None:
+def _move(model: nn.Module, tuner: Tuner, ema: nn.Module | None, device: torch.device) -> None:
     """A model to a device, and what is trained along with it."""
     start = model_device(model)
     model.to(device)
-    if isinstance(finetune, FineTune):
-        finetune.follow()
-        if isinstance(finetune.ema, nn.Module) and model_device(finetune.ema) == start:
-            finetune.ema.to(device)
+    tuner.follow()
+    if ema is not None and model_device(ema) == start:
+        ema.to(device)
 
 
-def fine_tuning(
-    stage: Stage,
-    finetune: FineTune | None,
-    steps: int,
-    every: str,
-    lr: float,
-    amp: str | None,
-    channels_last: bool,
-    objective: ObjectiveLike,
-) -> tuple[FineTune, dict[str, Any]]:
-    """The fine-tuning of a run, as it was given or made from the run's options, and what is recorded of it.
-
-    It minimises the objective that is scored with, unless it has a loss of its own.
-
-    What was given and is none is left for the pruner to refuse.
-    """
-    if finetune is None:
-        tune_amp = "auto" if amp is None else amp
-        finetune = FineTune(stage.loader, steps, every, lr=lr, amp=tune_amp, channels_last=channels_last)
-    if not isinstance(finetune, FineTune):
-        return finetune, {}
-    finetune.minimise(objective)
-    return finetune, finetune.described()
-
-
-def callbacks_of(given: Iterable[Callback], progress: bool) -> list[Callback]:
-    """The callbacks of a run: the user's, a progress bar on request, and the log."""
+def callbacks_of(given: Iterable[Callback]) -> list[Callback]:
+    """The callbacks of a run: the user's, and the log."""
     if not isinstance(given, Iterable):
         raise ConfigError(f"callbacks must be a list of singe_plugin.Callback objects, got {given!r}")
-    return [*given, *([ProgressBar()] if progress else []), LogCallback()]
-
-
-def check_counts(least: int, **values: Any) -> None:
-    """Raise :class:`ConfigError` unless all are whole numbers of at least ``least``."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r} is not a count; give a whole number >= {least}")
+    return [*given, LogCallback()]
 
 
 def resolve_device(device: str | torch.device | None, home: torch.device | None = None) -> torch.device:
@@ -239,24 +187,13 @@ def resolve_device(device: str | torch.device | None, home: torch.device | None 
     return chosen
 
 
-def described(options: Mapping[str, Any], recorded: Collection[str]) -> dict[str, Any]:
-    """The recorded ones of a call's options as plain values that are the same in every process."""
-    chosen = {k: v for k, v in options.items() if k in recorded}
-    return {k: v if isinstance(v, (bool, int, float, str, type(None))) else text_of(v) for k, v in chosen.items()}
-
-
-def text_of(value: Any) -> str:
-    """A description without the addresses of objects."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def measure(model: nn.Module, stage: Stage, latency: bool) -> Metrics:
+def measure(model: nn.Module, stage: Stage) -> Metrics:
     """Parameters, MACs of one example, accuracy and latency."""
     return Metrics(
         count_params(model),
         count_macs(model, stage.example) // examples_in(stage.example),
         None if stage.validation is None else evaluate(model, stage.validation),
-        measure_latency(model, stage.example) if latency else None,
+        measure_latency(model, stage.example),
     )
 
 
@@ -279,28 +216,21 @@ def fingerprint_of(model: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def fingerprints(model: nn.Module, stage: Stage, finetune: FineTune) -> dict[str, Any]:
-    """What must be the same, besides the options, for a resumed run to mean the same: model, data, fine-tuning.
+def fingerprints(model: nn.Module, stage: Stage) -> dict[str, Any]:
+    """What must be the same, besides the options, for a resumed run to mean the same: the model and the data.
 
     The data are known by the batches to score on, the example inputs, and by how many there are to fine-tune on.
     """
     batches = hashlib.sha256()
     for tensor in (t for batch in stage.batches for t in tensors_in(batch)):
         batches.update(digest(tensor).encode())
-    plain = ("steps", "every", "lr", "momentum", "weight_decay", "warmup", "label_smoothing", "clip_grad", "amp")
-    parts = {"optimizer": finetune.made_by, "scheduler": finetune.scheduler, "average": finetune.ema}
     return {
         "model": fingerprint_of(model),
         "data": {
             "scoring": batches.hexdigest()[:16],
             "inputs": [[str(t.dtype), list(t.shape)] for t in tensors_in(stage.example)],
-            "batches": _length(finetune.loader),
+            "batches": _length(stage.tuner.stream.batches),
             "validation": _length(stage.validation),
-        },
-        "finetune": {
-            **{name: getattr(finetune, name) for name in plain},
-            **{name: type(part).__qualname__ for name, part in parts.items()},
-            **{name: text_of(part) for name, part in (("loss", finetune.loss), ("step_fn", finetune.step_fn))},
         },
     }
 

@@ -14,8 +14,9 @@ from singe_plugin.data import few, lone_example
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback
 from singe_plugin.finetune import FineTune
-from singe_plugin.objective import call_model
+from singe_plugin.nested import call_model
 from singe_plugin.state import RngState, preserved
+from singe_plugin.tuner import Tuner
 
 __all__ = ["check_alone", "check_here", "check_launcher", "check_lone", "check_model", "check_parts", "parts_of"]
 
@@ -109,11 +110,11 @@ def check_devices(model: nn.Module) -> None:
         raise ConfigError(f"the model is spread over several devices ({places}); move it to one, as model.to('cuda:0')")
 
 
-def check_lone(model: nn.Module, finetune: FineTune | None, example: Any) -> None:
+def check_lone(model: nn.Module, tuner: Tuner | None, example: Any) -> None:
     """Raise :class:`DataError` if fine-tuning would meet a batch of one example, and a batch-norm that it stops at."""
-    if finetune is None or not finetune.steps or finetune.step_fn is not None or example is None:
+    if tuner is None or not tuner.options.steps or tuner.options.step_fn is not None or example is None:
         return
-    if not lone_example(finetune.loader):
+    if not lone_example(tuner.stream.batches):
         return
     rng = RngState.capture()
     try:
@@ -142,7 +143,7 @@ def parts_of(model: nn.Module, given: Any, what: str = "ignored_layers") -> list
 
 def check_parts(model: nn.Module, finetune: Any, callbacks: Sequence[Any], ignored: Sequence[Any]) -> None:
     """Raise :class:`ConfigError` for a fine-tuning, a callback or an ignored layer that is none."""
-    if finetune is not None and not isinstance(finetune, FineTune):
+    if finetune is not None and not isinstance(finetune, (FineTune, Tuner)):
         raise ConfigError(f"finetune must be a FineTune, got {type(finetune).__name__}; use FineTune(loader, steps)")
     for callback in callbacks:
         if not isinstance(callback, Callback):

@@ -1,0 +1,192 @@
+"""A model to try things out on: randomised, on random inputs, in the most exact arithmetic that it runs in.
+
+So nothing passes because it is all ones and zeros, and a change of the function is told from rounding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from singe_plugin.errors import GroupError, is_of_the_machine
+from singe_plugin.nested import map_tensors, tensors_in
+from singe_plugin.state import containers_training, plain_layers, preserved
+
+from .graph import AxisGraph
+from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, randomised
+
+__all__ = ["EXACT", "TOLERANCE", "Bench", "bench_elsewhere", "opened_bench", "same_start"]
+
+TOLERANCE = 1e-4  # of the output, in single precision
+EXACT = 1e-10  # in double precision
+_ROUNDED = 1e-6  # in double precision, but with constants that the model computed and kept in single precision
+_SIDES = (96, 112, 128, 160, 192, 224, 256)  # image sizes that verification tries, if smaller than the example
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators, and notices results and operands in less than double precision.
+
+    A constant that the model makes in single precision is no result: only what is rounded is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+        self.single = self.rounded = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.counts[func._schema.name.split("::")[1]] += 1
+        operands = list(tensors_in((args, kwargs)))
+        if isinstance(out, Tensor) and _is_single(out):
+            self.single = self.single or any(t.dtype == torch.float64 for t in operands)
+        self.rounded = self.rounded or any(map(_is_single, operands))
+        return out
+
+
+def _is_single(tensor: Tensor) -> bool:
+    return tensor.ndim > 0 and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Bench:
+    """A randomised model on random inputs, and how exactly it computes."""
+
+    graph: AxisGraph
+    inputs: Any
+    base: list[Tensor]
+    tolerance: float
+
+    def run(self) -> list[Tensor]:
+        """The outputs: every run starts from the same state of the model and the same random numbers."""
+        with same_start(self.graph), torch.no_grad():
+            return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
+
+    def explained(self, error: Exception, done: str) -> str:
+        """A failure of the forward pass after a change to the model, as a reason; one with another cause goes on.
+
+        Raises:
+            GroupError: if the model fails without the change, too.
+        """
+        if is_of_the_machine(error):
+            raise error
+        try:
+            self.run()
+        except Exception as again:
+            if is_of_the_machine(again):
+                raise
+            raise GroupError(
+                f"the model ran on random inputs, and now it fails with {type(again).__name__}: {again}; its forward "
+                "pass must give the same for the same inputs and weights"
+            ) from again
+        return f"the forward pass fails when its units are {done} ({type(error).__name__}: {error})"
+
+
+@contextmanager
+def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
+    """The randomised model with the most exact arithmetic and the smallest input that it runs on."""
+    model = graph.model
+    with ExitStack() as stack:
+        stack.enter_context(randomised(model))
+        with ExitStack() as precise:
+            precise.enter_context(in_double(model))
+            for candidate in _candidates(inputs):
+                noise = double_inputs(random_inputs(candidate))
+                outcome = _attempt(graph, noise)
+                if isinstance(outcome, tuple) and _same_path(graph, outcome[1]):
+                    base, watch = outcome
+                    if watch.single:
+                        break  # parts of the model compute in single precision: so do the oracles
+                    stack.push(precise.pop_all())
+                    yield Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT)
+                    return
+        noise = random_inputs(inputs)
+        outcome = _attempt(graph, noise)
+        if not isinstance(outcome, tuple):
+            raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
+        yield Bench(graph, noise, _finite(outcome[0]), TOLERANCE)
+
+
+@contextmanager
+def bench_elsewhere(bench: Bench, inputs: Any) -> Iterator[Bench | None]:
+    """The same on other inputs and parameters, with another number of examples and pixels, and in training mode.
+
+    As far as the model runs so: not every one takes other sizes. Single layers stay in eval mode.
+    """
+    graph = bench.graph
+    for mode in (containers_training, nullcontext):
+        with randomised(graph.model, 1, bias=0.1), mode(graph.model):
+            for candidate in _other_inputs(inputs, bench.inputs):
+                noise = random_inputs(candidate, 1)
+                noise = double_inputs(noise) if bench.tolerance < TOLERANCE else noise
+                outcome = _attempt(graph, noise)
+                if isinstance(outcome, str) or not _same_path(graph, outcome[1]):
+                    continue
+                if all(bool(torch.isfinite(t).all()) for t in outcome[0] if t.is_floating_point()):
+                    yield Bench(graph, noise, outcome[0], bench.tolerance)
+                    return
+    yield None
+
+
+def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
+    """More examples, of other image sizes first; then as many as before."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
+        for side in (*_SIDES, min(inputs.shape[2:])):
+            if side <= min(inputs.shape[2:]) and side != min(used.shape[2:]):
+                yield _repeated(inputs[:, :, :side, :side], 3)
+    for count in (3, 4):
+        yield _repeated(used, count)
+    yield used
+
+
+def _repeated(inputs: Any, count: int) -> Any:
+    """Tensors with their examples again and again, until they are as many as asked for."""
+    return map_tensors(lambda t: t[torch.arange(count, device=t.device) % len(t)] if t.ndim and len(t) else t, inputs)
+
+
+def _same_path(graph: AxisGraph, watch: _Watch) -> bool:
+    """Whether the operators that mix channels are those of the trace."""
+    names = {name for name, _ in graph.trace.mixing}
+    return all(watch.counts[name] == graph.trace.count(name) for name in names)
+
+
+def _finite(outputs: list[Tensor]) -> list[Tensor]:
+    if not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
+        raise GroupError("the model's output is not finite on random inputs, so groups cannot be verified")
+    return outputs
+
+
+def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str:
+    watch = _Watch()
+    try:
+        with same_start(graph), torch.no_grad(), watch:
+            return list(tensors_in(graph.forward(graph.model, inputs))), watch
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def same_start(graph: AxisGraph) -> Iterator[None]:
+    """A run of the model: it keeps nothing for the next one, and draws the same random numbers for all units."""
+    with preserved(graph.model), plain_layers(graph.model):
+        graph.trace.forget()
+        with SharedNoise():
+            yield
+
+
+def _candidates(inputs: Any) -> Iterator[Any]:
+    """Smaller images first, where the example is a batch of images."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
+        for side in _SIDES:
+            if side < min(inputs.shape[2:]):
+                yield inputs[:2, :, :side, :side]
+    yield inputs

@@ -1,0 +1,56 @@
+"""Units that can be removed one by one, together with everything that goes with them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from singe_plugin.units import UnitGroup
+
+from .algebra import Atom
+from .parameters import ModelAxes, UnitSlice
+from .producers import unit_group
+
+__all__ = ["Group"]
+
+
+class Group:
+    """Units that can be removed one by one: the leaf of an axis, and everything that contains it.
+
+    Attributes:
+        name: the first layer that writes the units, with a number if there are several such groups.
+        writers: the convolutions and linear layers that write them, by name.
+        secondary: whether its units overlap with those of a group with smaller units (an attention head is made of
+            head dimensions); such a group is pruned on request only.
+        is_heads: whether its units are attention heads.
+        in_heads: whether attention heads are made of its units.
+        least: how many units have to stay: 1, or 2 where the model does not run with one (a standardised weight).
+    """
+
+    def __init__(self, axes: ModelAxes, leaf: Atom, name: str, writers: dict[str, nn.Module]) -> None:
+        self.axes, self.leaf, self.name, self.writers = axes, leaf, name, writers
+        self.secondary = self.is_heads = self.in_heads = False
+        self.least = 1
+
+    @property
+    def size(self) -> int:
+        """The number of units, now."""
+        return self.leaf.root().size
+
+    @property
+    def only_training(self) -> bool:
+        """Whether its layers are read in training mode only (auxiliary heads)."""
+        return all(id(writer.weight) in self.axes.only_training for writer in self.writers.values())
+
+    def slices(self) -> list[UnitSlice]:
+        """Every dimension of every parameter and buffer that goes with the units."""
+        return self.axes.slices(self.leaf)
+
+    def unit_group(self) -> UnitGroup:
+        """The rows that produce the units, for the scoring engine."""
+        leaf = self.leaf.root()
+        if leaf not in self.axes.unit_groups:
+            self.axes.unit_groups[leaf] = unit_group(self.axes, self.name, leaf)
+        return self.axes.unit_groups[leaf]
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r}, {self.size} units)"

@@ -1,0 +1,209 @@
+"""The axes of a model's parameters and buffers, as one forward pass shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
+from singe_plugin.folding import can_fold
+from singe_plugin.nested import call_model
+from singe_plugin.state import containers_training
+from singe_plugin.units import UnitGroup
+
+from .algebra import Atom, Axis, fix_all, labels, leaves, size_of, split
+from .scales import ImpliedScale, implied_scales
+from .trace import Forward, Trace, trace
+
+__all__ = ["CONV", "LAYERS", "Held", "ModelAxes", "UnitSlice", "out_axis"]
+
+CONV = nn.modules.conv._ConvNd
+LAYERS = (CONV, nn.Linear)
+_LARGE, _SMALLER = 320, (160, 168, 192, 224, 256)  # pixels a side
+
+
+@dataclass(frozen=True)
+class UnitSlice:
+    """A dimension of a tensor, with the unit of every position along it.
+
+    Attributes:
+        owner: the module that holds the tensor.
+        attr: its name there; a parameter or a buffer.
+        dim: the dimension.
+        units: ``[shape[dim]]`` int64, -1 where a position belongs to no unit of the group.
+        reads: whether the positions only read the units (the input columns of a layer) instead of producing them.
+    """
+
+    owner: nn.Module
+    attr: str
+    dim: int
+    units: NDArray[np.int64]
+    reads: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now."""
+        found: Tensor | None = self.owner._parameters.get(self.attr)
+        found = self.owner._buffers.get(self.attr) if found is None else found
+        assert found is not None
+        return found
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.attr in self.owner._parameters
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter or buffer, where it is held, and its axes."""
+
+    owner: nn.Module
+    attr: str
+    tensor: Tensor
+    axes: tuple[Axis, ...]
+
+
+class ModelAxes:
+    """What the dimensions of all parameters and buffers are made of.
+
+    Args:
+        model: any module; it is run in eval mode and left as it was.
+        inputs: example inputs.
+        forward: how the model is called with the inputs.
+
+    Attributes:
+        trace: what the forward pass showed.
+        held: every parameter and buffer with its axes.
+        names: of the modules.
+        scales: the attention layers whose scale follows a width.
+        only_training: ids of the parameters that are read in training mode only.
+        places: leaf -> the dimensions that contain it; see :meth:`find_places`.
+        unit_groups: what was made of leaves since the last change.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, forward: Forward = call_model) -> None:
+        self.model, self.inputs, self.forward = model, inputs, forward
+        self.only_training: set[int] = set()
+        self.places: dict[Atom, list[tuple[Held, int]]] = {}
+        self.unit_groups: dict[Atom, UnitGroup] = {}
+        self._slices: dict[Atom, list[UnitSlice]] = {}
+        try:
+            self.trace: Trace = self._traced()
+        except SingeError:
+            raise
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            raise GroupError(
+                f"{type(model).__name__} could not be traced: {type(error).__name__}: {error}; check that "
+                "model(example_inputs) runs"
+            ) from error
+        if self.trace.unread():
+            self._read_more()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.held = list(self._held())
+        self.scales: list[ImpliedScale] = implied_scales(model, self.inputs, self.trace, self.forward)
+
+    def _traced(self) -> Trace:
+        """The trace of the example, or of a smaller image if the example is large and the model takes one."""
+        inputs = self.inputs
+        if isinstance(inputs, Tensor) and inputs.ndim == 4 and min(inputs.shape[2:]) > _LARGE:
+            for side in _SMALLER:
+                try:
+                    small = inputs[:2, :, :side, :side].contiguous()
+                    found = trace(self.model, small, self.forward)
+                except Exception as error:  # not a size for this model
+                    if is_of_the_machine(error):
+                        raise
+                    continue
+                self.inputs = small
+                return found
+        return trace(self.model, inputs, self.forward)
+
+    def _read_more(self) -> None:
+        """Some parameters (of auxiliary heads) are only read in training mode: trace both modes."""
+        forward = self.forward
+
+        def both(model: nn.Module, inputs: Any) -> Any:
+            outputs = [forward(model, inputs)]
+            with containers_training(model):
+                outputs.append(forward(model, inputs))
+            return outputs
+
+        try:
+            more = trace(self.model, self.inputs, both)
+        except Exception as error:  # it cannot be run so: what is not read stays as it is
+            if is_of_the_machine(error):
+                raise
+            more = self.trace
+        if len(more.unread()) < len(self.trace.unread()):
+            self.only_training = {id(p) for p in self.trace.unread()} - {id(p) for p in more.unread()}
+            self.trace, self.forward = more, both
+        for tensor in self.trace.unread():
+            fix_all(self.trace.of(tensor), "no forward pass reads it")
+
+    def _held(self) -> Iterator[Held]:
+        for module in self.model.modules():
+            for table in (module._parameters, module._buffers):
+                for attr, tensor in table.items():
+                    if tensor is not None:
+                        yield Held(module, attr, tensor, tuple(self.trace.of(tensor)))
+
+    def find_places(self) -> None:
+        """Note where the leaves are that can lose units; to be called when all that has to stay is fixed."""
+        for held, dim in ((h, d) for h in self.held for d in range(len(h.axes))):
+            for leaf in dict.fromkeys(leaves(held.axes[dim])):
+                if not leaf.fixed:
+                    self.places.setdefault(leaf, []).append((held, dim))
+
+    def outputs_of(self, held: Held) -> list[Axis]:
+        """The axes of a parameter along which it produces units."""
+        if isinstance(held.owner, LAYERS) and held.attr == "weight":
+            return [out_axis(held)]
+        return [axis for dim, axis in enumerate(held.axes) if not self.reads(held, dim)]
+
+    def reads(self, held: Held, dim: int) -> bool:
+        """Whether a dimension of a parameter or buffer only reads units, instead of producing them.
+
+        The slopes of a PReLU and buffers produce nothing, whatever is done with them.
+        """
+        if held.attr in held.owner._buffers or isinstance(held.owner, nn.PReLU):
+            return True
+        return self.trace.origins.reads(held.tensor, dim)
+
+    def norm_of(self, layer: nn.Module) -> nn.Module | None:
+        """The batch-norm that folds into a layer: it reads this layer and nothing else does, and it fits."""
+        norm = self.trace.sole_reader(layer)
+        return norm if norm is not None and can_fold(layer, norm) else None
+
+    def slices(self, leaf: Atom) -> list[UnitSlice]:
+        """Every dimension of every parameter and buffer that goes with the units of a leaf."""
+        leaf = leaf.root()
+        if leaf not in self._slices:
+            self._slices[leaf] = [
+                UnitSlice(held.owner, held.attr, dim, labels(held.axes[dim], leaf), self.reads(held, dim))
+                for held, dim in self.places.get(leaf, [])
+            ]
+        return self._slices[leaf]
+
+    def changed(self) -> None:
+        """Units were removed or put back: positions are computed anew."""
+        self._slices.clear()
+        self.unit_groups.clear()
+
+
+def out_axis(weight: Held) -> Axis:
+    """The axis of a layer's output channels."""
+    owner = weight.owner
+    if isinstance(owner, CONV) and owner.transposed:
+        if owner.groups == 1:
+            return weight.axes[1]
+        groups = int(owner.groups)
+        outer, _ = split(weight.axes[0], [groups, size_of(weight.axes[0]) // groups], "a transposed convolution")
+        return (*outer, *weight.axes[1])
+    return weight.axes[0]

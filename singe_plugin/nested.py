@@ -1,0 +1,145 @@
+"""Nested arguments and outputs: the tensors in them, the same with other tensors, and the call of a model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["call_model", "leaves_in", "map_tensors", "relative_change", "tensors_in", "to_device"]
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call the model: a tensor is its one argument, a tuple or list its arguments, a mapping its keywords.
+
+    Example:
+        >>> import torch
+        >>> call_model(torch.nn.Identity(), torch.ones(1))
+        tensor([1.])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def leaves_in(value: Any) -> Iterator[Any]:
+    """Everything in nested arguments or outputs that is no tuple, list or mapping, in order.
+
+    Example:
+        >>> list(leaves_in(({"x": 1}, [2, "no"])))
+        [1, 2, 'no']
+    """
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):  # first: it is what is met most
+            yield value
+        elif isinstance(value, (tuple, list)):
+            stack.extend(reversed(value))
+        elif isinstance(value, Mapping):
+            stack.extend(reversed([*value.values()]))
+        else:
+            yield value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested arguments or outputs, in order.
+
+    Example:
+        >>> import torch
+        >>> [t.item() for t in tensors_in(({"x": torch.tensor(1)}, [torch.tensor(2), "no"]))]
+        [1, 2]
+    """
+    return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any, others: Callable[[Any], Any] | None = None) -> Any:
+    """Nested arguments with every tensor replaced; tuples, lists, mappings and dataclasses keep their classes.
+
+    Args:
+        function: what a tensor is replaced by.
+        value: the arguments.
+        others: what any other object, mappings apart, is replaced by; None if it is to be looked into, or stays.
+
+    Example:
+        >>> import torch
+        >>> from collections import OrderedDict
+        >>> list(map_tensors(lambda t: t.item() + 1, OrderedDict(a=[torch.tensor(1)], b=2)).items())
+        [('a', [2]), ('b', 2)]
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return _mapping_like(value, {k: map_tensors(function, v, others) for k, v in value.items()})
+    if others is not None and (found := others(value)) is not None:
+        return found
+    if isinstance(value, (tuple, list)):
+        moved = [map_tensors(function, v, others) for v in value]
+        if hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*moved)
+        return tuple(moved) if isinstance(value, tuple) else moved
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for name in (f.name for f in dataclasses.fields(value) if hasattr(value, f.name)):
+            object.__setattr__(made, name, map_tensors(function, getattr(value, name), others))
+        return made
+    return value
+
+
+def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """The items in a dictionary of the same class, with its attributes; other mappings become plain dictionaries."""
+    if type(value) is dict or not isinstance(value, dict):
+        return items
+    made = type(value).__new__(type(value))
+    base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    for key, item in items.items():
+        base.__setitem__(made, key, item)  # its own method may refuse, or do more
+    vars(made).update({key: items.get(key, held) for key, held in vars(value).items()})
+    return made
+
+
+def to_device(value: Any, device: torch.device, channels_last: bool = False) -> Any:
+    """Move every tensor in a nested batch to ``device``; 4-D float images to ``channels_last`` on request.
+
+    Of other objects, those with a method ``to`` are moved by it: a batch of graphs, a packed sequence.
+
+    Example:
+        >>> import torch
+        >>> to_device((torch.zeros(1), {"y": 2}), torch.device("cpu"))
+        (tensor([0.]), {'y': 2})
+    """
+    later = device.type != "cpu"  # what goes to the CPU is read as soon as this returns
+
+    def moved(tensor: Tensor) -> Tensor:
+        if channels_last and tensor.ndim == 4 and tensor.is_floating_point():
+            return tensor.to(device, non_blocking=later, memory_format=torch.channels_last)
+        return tensor.to(device, non_blocking=later)
+
+    def by_itself(other: Any) -> Any:
+        return move(device) if callable(move := getattr(other, "to", None)) else None
+
+    return map_tensors(moved, value, by_itself)
+
+
+def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest change between two outputs, relative to the first's size; inf if shapes differ or it is no number."""
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.is_floating_point() and x.numel():
+            if not bool(torch.isfinite(y).all()):
+                return float("inf")
+            change = float((x - y).abs().max() / x.abs().max().clamp(min=1e-12))
+            if not math.isfinite(change):
+                return float("inf")
+            worst = max(worst, change)
+    return worst
