@@ -42,10 +42,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
-	$(BIN)/mypy -p integrations
 
 doctest: $(STAMP)
-	$(BIN)/python -m pytest --doctest-modules --import-mode=importlib singe_plugin integrations
+	$(BIN)/python -m pytest --doctest-modules --import-mode=importlib singe_plugin
 
 examples: $(STAMP)
 	@set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example > /dev/null; done

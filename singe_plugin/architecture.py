@@ -38,12 +38,12 @@ class Builder:
 
     @classmethod
     def timm(cls, name: str, **options: Any) -> Builder:
-        """``timm.create_model(name, pretrained=False, **options)``."""
+        """Build with ``timm.create_model(name, pretrained=False, **options)``."""
         return cls("timm", name, options)
 
     @classmethod
     def factory(cls, name: str, **options: Any) -> Builder:
-        """``"package.module:function"``, called with ``options``.
+        """Build with ``"package.module:function"``, called with ``options``.
 
         Raises:
             ConfigError: if the name has another form.
@@ -83,7 +83,7 @@ class Builder:
 
     @classmethod
     def infer(cls, model: nn.Module) -> Builder | None:
-        """The builder of a timm model, from what it knows of itself; None if that does not build the same model."""
+        """Find the builder of a timm model from what it knows of itself; None if that does not build the same model."""
         config = getattr(model, "pretrained_cfg", None) or {}
         name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
         if not name or not hasattr(model, "num_classes"):
@@ -101,7 +101,7 @@ class Builder:
 
 
 def build_by(what: str, make: Callable[[], Any]) -> nn.Module:
-    """The module that a function makes; random states are left alone.
+    """Return the module that a function makes; random states are left alone.
 
     Args:
         what: the architecture, for the message.
@@ -129,7 +129,7 @@ def _signature(model: nn.Module) -> dict[str, Any]:
 
 
 def _modules(model: nn.Module) -> dict[str, Any]:
-    """The type and the plain attributes of every module, masks apart."""
+    """Return the type and the plain attributes of every module, masks apart."""
     plain = Structure.of(model).modules
     return {name: (kind.__qualname__, plain[name]) for name, kind in plain_types(model)}
 
@@ -153,7 +153,7 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
-        """Read them off a model."""
+        """Read the attributes off a model."""
         found = {}
         for name, module in model.named_modules():
             found[name] = {
@@ -164,7 +164,7 @@ class Structure:
         return cls(found)
 
     def changes_to(self, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """``module -> {attribute: new value}`` for what is different now, ready for JSON."""
+        """Return ``module -> {attribute: new value}`` for what is different now, ready for JSON."""
         changes: dict[str, dict[str, Any]] = {}
         for name, attributes in Structure.of(model).modules.items():
             old = self.modules.get(name)
@@ -177,7 +177,7 @@ class Structure:
 
 
 def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[str, str]]) -> dict[str, Any]:
-    """What :func:`load` needs to turn the unpruned architecture into ``model``."""
+    """Describe what loading needs to turn the unpruned architecture into ``model``."""
     channels_last = [
         name
         for name, t in plain_tensors(model)

@@ -169,7 +169,7 @@ def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None, 
 
 
 def read(directory: str | Path) -> Result:
-    """Everything of a saved result but the model, which is an empty ``nn.Module``: nothing is built.
+    """Read everything of a saved result but the model, which is an empty ``nn.Module``: nothing is built.
 
     Raises:
         ArtifactError: if files are missing or damaged.
@@ -181,7 +181,7 @@ def read(directory: str | Path) -> Result:
 def _architecture(
     record: Mapping[str, Any], tensors: Mapping[str, Tensor], factory: Callable[[], nn.Module] | None, trust: bool
 ) -> nn.Module:
-    """The unpruned model, by what the caller gives or the record says."""
+    """Build the unpruned model, by what the caller gives or the record says."""
     if factory is not None:
         return build_by("of the factory that was given", factory)
     builder = Builder(**record["builder"])
@@ -237,7 +237,7 @@ def _result(model: nn.Module, record: Mapping[str, Any], masks: dict[str, Tensor
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """The record and the tensors, every byte of which is what was written."""
+    """Read the record and the tensors, every byte of which is what was written."""
     path = directory / RECORD
     for name in (RECORD, TENSORS):
         if not (directory / name).is_file():

@@ -102,7 +102,7 @@ def check_batch(batch: Any) -> None:
 
 
 def in_memory(batches: Iterable[Any]) -> list[Any]:
-    """All batches as a list, as long as they are few enough: a generator may never end.
+    """Return all batches as a list, as long as they are few enough: a generator may never end.
 
     Raises:
         DataError: at ``MOST_BATCHES`` batches, or ``MOST_BYTES`` of tensors.
@@ -121,7 +121,7 @@ def in_memory(batches: Iterable[Any]) -> list[Any]:
 
 
 def read(batches: Iterable[Any], what: str) -> Iterator[Any]:
-    """The batches one by one; what the code behind them raises becomes one error that says where.
+    """Yield the batches one by one; what the code behind them raises becomes one error that says where.
 
     Raises:
         DataError: with the original error as its cause.

@@ -1,4 +1,4 @@
-r"""Parameters, MACs, latency; and a global target turned into a number of units to remove from each layer.
+r"""Parameters, MACs; and a global target turned into a number of units to remove from each layer.
 
 §3.3 of the paper: layer-wise objectives :math:`\rho_l` with
 :math:`\sum_l\rho_l\,\Omega(W_l)=\rho\,\Omega(F)`. The cost of a layer depends on what is removed from the layers
@@ -10,7 +10,6 @@ One MAC is one multiply-add; ``torch.utils.flop_counter`` counts two operations 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +31,6 @@ __all__ = [
     "count_macs",
     "count_macs_by_module",
     "count_params",
-    "measure_latency",
     "plan_removals",
 ]
 
@@ -91,26 +89,6 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         6
     """
     return count_macs_by_module(model, example_inputs)[""]
-
-
-def measure_latency(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup: int = 3) -> float:
-    """The median time of one forward pass in milliseconds, in eval mode, on the model's device.
-
-    Compare two models only inside one run on one machine.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    times = []
-    with preserved(model), torch.no_grad():
-        model.eval()
-        for index in range(warmup + repeats):
-            start = time.perf_counter()
-            call_model(model, example_inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if index >= warmup:
-                times.append(time.perf_counter() - start)
-    times.sort()
-    return 1000 * times[len(times) // 2]
 
 
 def check_kind(kind: object) -> None:

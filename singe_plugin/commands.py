@@ -51,9 +51,9 @@ _model = _stacked(
     click.option("--seed", default=0, show_default=True, help="Of everything random."),
 )
 _data = _stacked(
-    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}; by default the folder."),
+    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}, hfds/NAME; default: folder."),
     click.option("--data-dir", type=click.Path(), help="Folder of images (train/ and val/ in it, or classes)."),
-    click.option("--dataset-download", is_flag=True, help="Let torchvision download the dataset."),
+    click.option("--dataset-download", is_flag=True, help="Let the dataset be downloaded."),
     click.option("--no-aug", is_flag=True, help="No training augmentation."),
     click.option("-b", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Of fine-tuning."),
     click.option("-j", "--workers", default=0, show_default=True, type=click.IntRange(0), help="Loader processes."),

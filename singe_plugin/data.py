@@ -19,7 +19,7 @@ __all__ = ["as_loader", "evaluate", "example_from", "few", "is_dataset", "lone_e
 
 
 def as_loader(data: Any, batch_size: int, workers: int = 0, shuffle: bool = True, seed: int = 0) -> Iterable[Any]:
-    """A map-style dataset becomes a DataLoader; anything that yields batches stays what it is.
+    """Make a DataLoader of a map-style dataset; anything that yields batches stays what it is.
 
     A last batch of a single example is left out where batches are shuffled for training: batch-norm cannot train on it.
 
@@ -96,7 +96,7 @@ def lone_example(loader: Any) -> bool:
 
 
 def scoring_batches(data: Any, loader: Iterable[Any], batch_size: int, count: int, seed: int = 0) -> list[Any]:
-    """A few fixed batches to score on: drawn at random from a dataset, the first ones of a loader.
+    """Take a few fixed batches to score on: drawn at random from a dataset, the first ones of a loader.
 
     Args:
         data: what the user gave.
@@ -145,18 +145,21 @@ def _collate(data: Any, chunk: list[int]) -> Any:
 
 
 def example_from(batch: Any, device: torch.device, examples: int = 2) -> Any:
-    """The inputs of the first few examples of a batch, for tracing."""
+    """Take the inputs of the first few examples of a batch, for tracing."""
     inputs, _ = split_batch(batch)
     return to_device(few(inputs, examples), device)
 
 
 def few(value: Any, count: int) -> Any:
-    """The first ``count`` examples of a batch, whatever its tensors are nested in."""
+    """Take the first ``count`` examples of a batch, whatever its tensors are nested in."""
     return map_tensors(lambda tensor: tensor[:count] if tensor.ndim else tensor, value)
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
-    """Top-1 accuracy in [0, 1], in eval mode; None if outputs are not class scores or targets not class indices.
+    """Measure top-1 accuracy in [0, 1], in eval mode; None if outputs are no class scores or targets no class indices.
+
+    Scores may also be the ``logits`` of what a model returns, as Transformers' models do: an attribute, or a key. Right
+    answers are counted, not averaged over batches, so that the figure is exact.
 
     Example:
         >>> evaluate(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))])
@@ -169,7 +172,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
         for batch in read(batches, "reading val_data"):
             inputs, targets = split_batch(to_device(batch, device))
             try:
-                outputs = call_model(model, inputs)
+                outputs = _class_scores(call_model(model, inputs))
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
@@ -188,3 +191,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
             right += int((outputs.argmax(1) == targets).sum())
             total += len(targets)
     return right / total if total else None
+
+
+def _class_scores(outputs: Any) -> Any:
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits")
+    return getattr(outputs, "logits", outputs)

@@ -1,7 +1,7 @@
-"""Data for the command line and the demo: the embedded digits, a folder of images, a torchvision dataset.
+"""Data for the command line and the demo: the embedded digits, or what timm opens by name.
 
 The preprocessing is the model's own (timm's ``resolve_data_config`` and ``create_transform``). What is imported
-here beyond torch (timm, torchvision, scikit-learn) is imported when it is needed.
+here beyond torch and timm (scikit-learn, Hugging Face's datasets) is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
+from singe_plugin.checks import check_choice
 from singe_plugin.errors import ConfigError, DataError
 
 __all__ = [
@@ -29,21 +32,16 @@ __all__ = [
     "image_folder",
     "load_splits",
     "stratified_split",
-    "torchvision_dataset",
 ]
 
-TORCHVISION = {
-    "torch/cifar10": "CIFAR10",
-    "torch/cifar100": "CIFAR100",
-    "torch/mnist": "MNIST",
-    "torch/fashion_mnist": "FashionMNIST",
-}
+TORCHVISION = ("torch/cifar10", "torch/cifar100", "torch/mnist", "torch/kmnist", "torch/fashion_mnist", "torch/qmnist")
 NO_DATA = (
     "there is no data: give what the model was trained on, --data-dir FOLDER (one folder of images per class) or "
     f"--dataset {'|'.join(TORCHVISION)} with --data-dir; --dataset digits is for trying things out"
 )
-_DEMO = 'pip install "singe_plugin[demo]"'
-_UNFLIPPABLE = ("torch/mnist", "torch/fashion_mnist")
+_HFDS = "hfds/"
+_UNFLIPPABLE = ("torch/mnist", "torch/kmnist", "torch/fashion_mnist", "torch/qmnist")
+_VAL = ("val", "validation", "valid", "eval", "test")  # in this order
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ class DataConfig:
 
     def transform(self, training: bool, augment: bool = True) -> Any:
         """timm's transform: PIL image -> ``[channels, size, size]``; for training with its augmentation or without."""
-        create = _need("timm.data", "timm").create_transform
-        return create(
+        return create_transform(
             (self.channels, self.size, self.size),
             is_training=training and augment,
             mean=self.mean,
@@ -113,8 +110,7 @@ def data_config(model: nn.Module, img_size: int | None = None) -> DataConfig:
     channels = 3 if first is None else first.in_channels
     if channels not in (1, 3):
         raise ConfigError(f"the model's first convolution takes {channels} channels; images have 1 or 3")
-    resolve = _need("timm.data", "timm").resolve_data_config
-    found = resolve({} if img_size is None else {"img_size": img_size}, model=model)
+    found = resolve_data_config({} if img_size is None else {"img_size": img_size}, model=model)
     mean, std = tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
     if channels == 1 and len(mean) == 3:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
@@ -134,9 +130,10 @@ def load_splits(
 
     Args:
         config: the preprocessing.
-        dataset: ``"digits"``, a name of ``TORCHVISION``, ``"folder"``, or None: the folder of ``data_dir``.
-        data_dir: the folder of images, or where torchvision keeps its files.
-        download: let torchvision download what is missing.
+        dataset: ``"digits"``, a name of ``TORCHVISION``, ``"hfds/NAME"`` (of Hugging Face's hub, or a folder that
+            ``datasets`` opens), ``"folder"``, or None: the folder of ``data_dir``.
+        data_dir: the folder of images, or where torchvision or ``datasets`` keep their files.
+        download: let them download what is missing.
         seed: of the split where the source has none.
         augment: use timm's training augmentation (never for digits).
 
@@ -155,14 +152,26 @@ def load_splits(
     name = dataset or "folder"
     if name == "digits":
         return digits(config, seed=seed)
-    if name != "folder" and name not in TORCHVISION:
-        known = ", ".join(["digits", "folder", *TORCHVISION])
-        raise ConfigError(f"unknown dataset {name!r}; choose one of {known}")
+    if not name.startswith(_HFDS):
+        check_choice("dataset", name, ["digits", "folder", *TORCHVISION], f", or {_HFDS}NAME")
     if data_dir is None:
         raise ConfigError(f"dataset {name!r} needs --data-dir, the folder its files are in")
     if name == "folder":
         return image_folder(data_dir, config, seed, augment)
-    return torchvision_dataset(name, data_dir, config, download, augment)
+    online = name.startswith(_HFDS) and not Path(name.removeprefix(_HFDS)).exists()
+    if online and not download:
+        raise DataError(
+            f"{name} may have to be downloaded from Hugging Face's hub; give --dataset-download to let it (under "
+            "HF_HUB_OFFLINE=1 it is looked for in --data-dir only)"
+        )
+    train, held_out = _open(name, data_dir, "train", download), "validation"
+    if name.startswith(_HFDS):
+        splits = train.dataset.info.splits or ["train"]
+        held_out = next((split for split in _VAL if split in splits), "")
+        if not held_out:
+            raise DataError(f"{name} has only the splits {', '.join(splits)}; give one with {' or '.join(_VAL)}")
+    val = _open(name, data_dir, held_out, download)
+    return _splits(name, train, val, config, augment and name not in _UNFLIPPABLE)
 
 
 def digits(config: DataConfig, val: int = 500, seed: int = 0) -> Splits:
@@ -180,7 +189,7 @@ def digits(config: DataConfig, val: int = 500, seed: int = 0) -> Splits:
         >>> digits(DataConfig(size=16, channels=1, mean=(0.5,), std=(0.5,))).classes
         10
     """
-    found = _need("sklearn.datasets", "scikit-learn", _DEMO).load_digits()
+    found = _need("sklearn.datasets", "scikit-learn", '"singe_plugin[demo]"').load_digits()
     images = torch.as_tensor(found.images, dtype=torch.float32)[:, None] / 16
     labels = torch.as_tensor(found.target, dtype=torch.int64)
     if config.size != images.shape[-1]:
@@ -188,20 +197,15 @@ def digits(config: DataConfig, val: int = 500, seed: int = 0) -> Splits:
     images = images.expand(-1, config.channels, -1, -1)
     shape = (1, config.channels, 1, 1)
     images = (images - torch.tensor(config.mean).view(shape)) / torch.tensor(config.std).view(shape)
-    first, second = stratified_split(labels.tolist(), val, seed)
-    return Splits(
-        "digits (scikit-learn)",
-        TensorDataset(images[first], labels[first]),
-        TensorDataset(images[second], labels[second]),
-        10,
-    )
+    train, held_out = (TensorDataset(images[p], labels[p]) for p in stratified_split(labels.tolist(), val, seed))
+    return Splits("digits (scikit-learn)", train, held_out, 10)
 
 
 def image_folder(directory: str | Path, config: DataConfig, seed: int = 0, augment: bool = True) -> Splits:
     """A folder with one sub-folder of images per class.
 
-    ``DIRECTORY/train`` and ``DIRECTORY/val`` (or ``validation``) are used if they are there; else a fifth of the
-    images, drawn per class with the seed, is the validation set.
+    ``DIRECTORY/train`` and ``DIRECTORY/val`` (or ``validation``, ``valid``, ``eval``, and last ``test``) are used if
+    they are there; else a fifth of the images, drawn per class with the seed, is the validation set.
 
     Raises:
         DataError: if the folder or a class is missing, or there is no image; it says what was found.
@@ -210,49 +214,19 @@ def image_folder(directory: str | Path, config: DataConfig, seed: int = 0, augme
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give --data-dir a folder with one sub-folder of images per class")
     train_dir = root / "train" if (root / "train").is_dir() else root
-    val_dir = next((root / n for n in ("val", "validation") if train_dir != root and (root / n).is_dir()), None)
+    val_dir = next((root / name for name in _VAL if train_dir != root and (root / name).is_dir()), None)
     train = _scan(train_dir)
-    if val_dir is not None:
-        val = _scan(val_dir)
-        if val.classes != train.classes:
-            odd = sorted(set(val.classes) ^ set(train.classes))
-            raise DataError(
-                f"{train_dir} has {len(train.classes)} classes and {val_dir} has {len(val.classes)}; "
-                f"{odd[:5]} are in one of them only; give both the same sub-folders"
-            )
-        first, second = list(range(len(train))), list(range(len(val)))
-    else:
-        val = train
-        first, second = stratified_split(train.targets, 0.2, seed)
-    return Splits(
-        f"folder {root.name}",
-        _Images(train, first, config.transform(True, augment), config.channels),
-        _Images(val, second, config.transform(False), config.channels),
-        len(train.classes),
-    )
-
-
-def torchvision_dataset(
-    name: str, directory: str | Path, config: DataConfig, download: bool = False, augment: bool = True
-) -> Splits:
-    """A torchvision dataset by timm's name for it (``torch/cifar10``), its test set as the validation set.
-
-    Raises:
-        DataError: if its files are not in the folder and ``download`` is false, or the download fails.
-    """
-    kind = getattr(_need("torchvision.datasets", "torchvision"), TORCHVISION[name])
-    try:
-        train, val = (kind(str(directory), train=flag, download=download) for flag in (True, False))
-    except (RuntimeError, OSError, ValueError) as error:
-        remedy = "check the network and the folder" if download else "give --dataset-download to fetch them"
-        raise DataError(f"the files of {name} in {directory} cannot be used ({error}); {remedy}") from error
-    augment = augment and name not in _UNFLIPPABLE
-    return Splits(
-        name,
-        _Images(train, list(range(len(train))), config.transform(True, augment), config.channels),
-        _Images(val, list(range(len(val))), config.transform(False), config.channels),
-        len(train.classes),
-    )
+    if val_dir is None:
+        parts = stratified_split(train.targets, 0.2, seed)
+        return _splits(f"folder {root.name}", train, train, config, augment, parts)
+    val = _scan(val_dir)
+    if val.classes != train.classes:
+        odd = sorted(set(val.classes) ^ set(train.classes))
+        raise DataError(
+            f"{train_dir} has {len(train.classes)} classes and {val_dir} has {len(val.classes)}; "
+            f"{odd[:5]} are in one of them only; give both the same sub-folders"
+        )
+    return _splits(f"folder {root.name}", train, val, config, augment)
 
 
 def stratified_split(labels: Sequence[int], val: int | float, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -296,12 +270,24 @@ def stratified_split(labels: Sequence[int], val: int | float, seed: int = 0) -> 
     return [i for i in range(total) if i not in chosen], sorted(chosen)
 
 
-class _Images(Dataset[Any]):
-    """Some images of a torchvision dataset, converted and transformed."""
+def _splits(
+    name: str, train: Any, val: Any, config: DataConfig, augment: bool, parts: Sequence[Sequence[int]] | None = None
+) -> Splits:
+    """Two sources, or the parts of them that are used, as the model's input."""
+    first, second = parts or (range(len(train)), range(len(val)))
+    training = _Images(train, first, config.transform(True, augment), config)
+    return Splits(name, training, _Images(val, second, config.transform(False), config), len(train.class_to_idx))
 
-    def __init__(self, source: Any, positions: Sequence[int], transform: Any, channels: int) -> None:
+
+class _Images(Dataset[Any]):
+    """Images of a source that timm opened, converted and transformed.
+
+    timm's own dataset puts the next image in the place of one that cannot be read; here it is an error.
+    """
+
+    def __init__(self, source: Any, positions: Sequence[int], transform: Any, config: DataConfig) -> None:
         self.source, self.positions, self.transform = source, positions, transform
-        self.mode = "L" if channels == 1 else "RGB"
+        self.mode = "L" if config.channels == 1 else "RGB"
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -310,17 +296,31 @@ class _Images(Dataset[Any]):
         position = self.positions[index]
         try:
             image, label = self.source[position]
+            if not isinstance(image, Image.Image):
+                image = Image.open(image)
+            image = image.convert(self.mode)
         except OSError as error:
             samples = getattr(self.source, "samples", None)
             where = samples[position][0] if samples else f"example {position}"
             raise DataError(f"{where} cannot be read as an image: {error}; remove or replace it") from error
-        return self.transform(image.convert(self.mode)), int(label)
+        return self.transform(image), int(label)
+
+
+def _open(name: str, root: str | Path, split: str, download: bool) -> Any:
+    """A source as timm opens it by name: images (or their files) and classes by number."""
+    if name.startswith(_HFDS):
+        _need("datasets", "Hugging Face's datasets", "datasets")
+    try:
+        found = create_dataset(name, str(root), split, download=download)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        remedy = "check the name, the network and the folder" if download else "give --dataset-download to fetch them"
+        raise DataError(f"the files of {name} in {root} cannot be used ({error}); {remedy}") from error
+    return getattr(found, "reader", found)
 
 
 def _scan(directory: Path) -> Any:
-    folder = _need("torchvision.datasets", "torchvision").ImageFolder
     try:
-        return folder(str(directory))
+        return create_dataset("torch/folder", str(directory), search_split=False)
     except (FileNotFoundError, RuntimeError) as error:
         inside = sorted(p.name for p in directory.iterdir())
         found = f"found {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}" if inside else "it is empty"
@@ -330,10 +330,9 @@ def _scan(directory: Path) -> Any:
         ) from error
 
 
-def _need(module: str, package: str, remedy: str | None = None) -> Any:
+def _need(module: str, name: str, package: str) -> Any:
     """Import what is not always installed, or say what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        remedy = remedy or f"pip install {package}"
-        raise DataError(f"{package} is needed here and cannot be imported ({error}); {remedy}") from error
+        raise DataError(f"{name} is needed here and cannot be imported ({error}); pip install {package}") from error

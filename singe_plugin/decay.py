@@ -17,18 +17,9 @@ from singe_plugin.folding import norm_scale_shift
 from singe_plugin.units import Producer, RowLayout, UnitGroup
 
 __all__ = [
-    "LayerStats",
-    "Measured",
-    "Row",
-    "decaying",
-    "inner_products",
-    "join",
-    "root",
-    "row_power",
-    "to_units",
-    "unit_norms",
-    "weight_norms",
-]
+    "LayerStats", "Measured", "Row", "decaying", "inner_products", "join", "root", "row_power", "to_units",
+    "unit_norms", "weight_norms",
+]  # fmt: skip
 
 Measured: TypeAlias = list[tuple[Tensor, Tensor]]
 """At one node of the path, per producer: gradient norms and inner products, ``[N]`` each."""
@@ -72,7 +63,7 @@ class Row:
         return self.source.unit_of_row().to(self.base.device)
 
     def scaled(self, scale: float, unit: Tensor | None = None) -> Tensor:
-        """The tensor with its units' rows (or those of one unit) multiplied by ``scale``."""
+        """Return the tensor with its units' rows (or those of one unit) multiplied by ``scale``."""
         factor = torch.full((), scale, dtype=self.base.dtype, device=self.base.device)
         if unit is None and isinstance(self.element_of, slice):
             return self.base * factor  # all of it
@@ -81,7 +72,7 @@ class Row:
         return self.base * self.layout.spread(factors.to(self.base.dtype), self.base)
 
     def elements(self, tensor: Tensor) -> Tensor:
-        """Of a tensor shaped like ``base``, the number that belongs to each unit ``[N]``, in float64."""
+        """Read the number that belongs to each unit off a tensor shaped like ``base``, ``[N]`` in float64."""
         return tensor.detach().reshape(-1)[self.element_of].double()
 
 
@@ -112,7 +103,7 @@ def decaying(model: nn.Module, group: UnitGroup) -> Iterator[list[Row]]:
 
 
 def _elements(producer: Producer, layout: RowLayout, base: Tensor, size: int) -> Tensor | slice | None:
-    """See :attr:`Row.element_of`."""
+    """Find the place of every unit's number in the tensor, or None: :attr:`Row.element_of`."""
     if len(producer.units) != size or layout.count(base) != base.numel():
         return None
     place = torch.full((size,), -1, dtype=torch.int64)
@@ -125,7 +116,7 @@ def _elements(producer: Producer, layout: RowLayout, base: Tensor, size: int) ->
 
 
 def _folded(producer: Producer) -> Iterator[tuple[nn.Module, str, RowLayout, Tensor]]:
-    """The tensors of a producer with batch-norm folded in; the batch-norm itself becomes the identity."""
+    """Yield the tensors of a producer with batch-norm folded in; the batch-norm itself becomes the identity."""
     slots = [(slot, slot.tensor) for slot in producer.slots]
     norm = producer.norm
     if norm is None and not producer.is_norm:
@@ -189,7 +180,7 @@ def _make_identity(norm: nn.Module) -> None:
 
 
 def row_power(rows: Tensor, p: float) -> Tensor:
-    """Per row, sum of |x|^p in float64 (the largest |x| for p = inf)."""
+    """Sum |x|^p over every row, in float64 (take the largest |x| for p = inf)."""
     values = rows.detach().double().abs()
     if math.isinf(p):
         return values.amax(1)
@@ -215,7 +206,7 @@ def join(parts: list[Tensor], p: float) -> Tensor:
 
 
 def unit_norms(rows: list[tuple[Row, Tensor]], size: int, p: float) -> Tensor:
-    """The p-norm of each unit ``[N]``, over the rows of one producer; with each row, the tensor that is measured."""
+    """Compute the p-norm of each unit ``[N]``, over the rows of one producer, each with the tensor to measure."""
     row, tensor = rows[0]
     if row.element_of is not None:
         return row.elements(tensor).abs()
@@ -223,7 +214,7 @@ def unit_norms(rows: list[tuple[Row, Tensor]], size: int, p: float) -> Tensor:
 
 
 def inner_products(rows: list[tuple[Row, Tensor, Tensor]], size: int) -> Tensor:
-    """The inner product of two tensors for each unit ``[N]``, over the rows of one producer."""
+    """Compute the inner product of two tensors for each unit ``[N]``, over the rows of one producer."""
     row, one, other = rows[0]
     if row.element_of is not None:
         return row.elements(one) * row.elements(other)
@@ -235,7 +226,7 @@ def inner_products(rows: list[tuple[Row, Tensor, Tensor]], size: int) -> Tensor:
 
 
 def weight_norms(group: UnitGroup, rows: list[Row], p: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Per producer, the norms of its units at the start of the path and which units it has, ``[N]`` each."""
+    """Return, per producer, the norms of its units at the start of the path and which units it has, ``[N]`` each."""
     norms, covered = [], []
     for number in range(len(group.producers)):
         mine = [r for r in rows if r.producer == number]

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 
 from singe_plugin.architecture import Builder
 from singe_plugin.artifact import load, save
-from singe_plugin.budget import measure_latency
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import Splits, data_config, digits
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import write_atomically
 from singe_plugin.finetune import FineTune
 from singe_plugin.inspection import figure_two
+from singe_plugin.latency import measure_latency
 from singe_plugin.report import Point, markdown_table, write_report
 from singe_plugin.result import Result
 from singe_plugin.state import RngState, preserved

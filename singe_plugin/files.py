@@ -23,17 +23,9 @@ from torch import Tensor
 from singe_plugin.errors import ArtifactError, ConfigError
 
 __all__ = [
-    "describe",
-    "digest",
-    "locked",
-    "make_folder",
-    "parse",
-    "seal",
-    "sweep",
-    "unseal",
-    "write_atomically",
-    "write_text",
-]
+    "DEEPEST", "LOCK", "REMEDY", "describe", "digest", "locked", "make_folder", "parse", "seal", "sweep", "unseal",
+    "write_atomically", "write_text",
+]  # fmt: skip
 
 LOCK = "run.lock"
 REMEDY = "take an undamaged copy, or run it again"
@@ -45,7 +37,7 @@ DEEPEST = 64
 
 
 def make_folder(path: str | Path) -> Path:
-    """A folder that can be written to, made if need be.
+    """Make sure of a folder that can be written to.
 
     Raises:
         ConfigError: if it is no path.
@@ -117,7 +109,7 @@ def _clear(workshop: Path) -> None:
 
 
 def _create(path: Path) -> int:
-    """Make an empty file; the mode that the umask gives it."""
+    """Make an empty file, and return the mode that the umask gives it."""
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(handle).st_mode)
@@ -135,7 +127,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """An error of the system in its own words, without the path that the message names anyway."""
+    """Say an error of the system in its own words, without the path that the message names anyway."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
@@ -143,7 +135,7 @@ def _reason(error: Exception) -> str:
 
 
 def digest(tensor: Tensor) -> str:
-    """A checksum of a tensor's dtype, shape and bytes, the same on every device and in every memory format.
+    """Compute a checksum of a tensor's dtype, shape and bytes, the same on every device and in every memory format.
 
     Example:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
@@ -156,12 +148,12 @@ def digest(tensor: Tensor) -> str:
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every tensor's checksum, for a record that belongs to them."""
+    """Compute every tensor's checksum, for a record that belongs to them."""
     return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with a checksum of everything in it.
+    """Add to a record a checksum of everything in it.
 
     Example:
         >>> unseal(seal({"a": [1, None]}), "it")
@@ -171,7 +163,7 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(record: Any, what: str | Path, remedy: str = REMEDY) -> dict[str, Any]:
-    """The record without its checksum.
+    """Check a record, and return it without its checksum.
 
     Raises:
         ArtifactError: if something in it has changed since it was sealed.
@@ -187,7 +179,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def parse(text: str | bytes, what: str | Path, remedy: str = REMEDY) -> Any:
-    """JSON as plain values.
+    """Read JSON as plain values.
 
     Raises:
         ArtifactError: if it is none, or nested deeper than any record is.
@@ -247,7 +239,7 @@ def locked(folder: str | Path, run: bool = True) -> Iterator[None]:
 
 
 def _acquire(path: Path, folder: str | Path) -> int | None:
-    """The open lock file, or None where there are no locks."""
+    """Return the open lock file, or None where there are no locks."""
     fcntl = _fcntl()
     while fcntl is not None:
         handle = None
@@ -289,5 +281,5 @@ def _taken(folder: str | Path, pid: int | str) -> ArtifactError:
 
 
 def _fcntl() -> ModuleType | None:
-    """The system's locks; not on Windows."""
+    """Import the system's locks, which Windows does not have."""
     return importlib.import_module("fcntl") if os.name == "posix" else None

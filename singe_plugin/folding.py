@@ -24,15 +24,9 @@ from singe_plugin.state import preserved
 from singe_plugin.units import RowLayout, tied_parameters
 
 __all__ = [
-    "FoldingReport",
-    "can_fold",
-    "eval_outputs",
-    "fold_batchnorm",
-    "foldable_pairs",
-    "is_batchnorm",
-    "norm_scale_shift",
-    "replace_folded",
-]
+    "FoldingReport", "can_fold", "eval_outputs", "fold_batchnorm", "foldable_pairs", "is_batchnorm",
+    "norm_scale_shift", "replace_folded",
+]  # fmt: skip
 
 _CONVS = (nn.modules.conv._ConvNd,)
 
@@ -73,7 +67,7 @@ def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
 
 
 def norm_scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    r"""The affine map of a batch-norm in eval mode: scale :math:`\gamma/\sigma`, shift :math:`\beta-m\gamma/\sigma`.
+    r"""Return a batch-norm in eval mode as scale :math:`\gamma/\sigma` and shift :math:`\beta-m\gamma/\sigma`.
 
     Args:
         norm: a batch-norm with running statistics.
@@ -203,7 +197,7 @@ def foldable_pairs(
 
 
 def _count_readers(outputs: Any) -> dict[Any, int]:
-    """How many edges of the autograd graph (and model outputs) read each node."""
+    """Count how many edges of the autograd graph (and model outputs) read each node."""
     readers: dict[Any, int] = {}
     stack = []
     for tensor in tensors_in(outputs):
@@ -277,7 +271,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> FoldingReport:
 
 
 def eval_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """Copies of all floating tensors that a model returns in eval mode; the model is left as it was."""
+    """Copy all floating tensors that a model returns in eval mode; the model is left as it was."""
     with preserved(model), torch.no_grad():
         model.eval()
         return [t.clone() for t in tensors_in(call_model(model, example_inputs)) if t.is_floating_point()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -36,11 +36,9 @@ class Job(Protocol):
         objective: F, which is fine-tuned for, too.
         kind: the class of its progress.
         left_whole: what is not pruned, and why.
-        protected: whether a failure is rolled back here; not where whoever runs the job does it.
     """
 
     kind: type[Progress]
-    protected: bool
     model: nn.Module
     tuner: Tuner | None
     callbacks: Sequence[Callback]
@@ -102,8 +100,7 @@ def carried_out(
     check_lone(job.model, job.tuner, job.example_inputs)
     if job.tuner is not None:
         job.tuner.objective = job.objective
-    protection = all_or_nothing(job.model, job.tuner, job.trackers(), job.graph)
-    with protection if job.protected else nullcontext():
+    with all_or_nothing(job.model, job.tuner, job.trackers(), job.graph):
         if progress is None:
             job.check()
         if job.tuner is not None and (progress is None or job.tuner.optimizer is None):

@@ -24,7 +24,7 @@ _logger = logging.getLogger("singe_plugin")
 def loss_on(
     model: Callable[..., Any], inputs: Any, chosen: Objective | None, targets: Any, label_smoothing: float
 ) -> Tensor:
-    """The loss on a batch: ``chosen``, or the model's own, or cross-entropy with label smoothing.
+    """Compute the loss on a batch: ``chosen``, or the model's own, or cross-entropy with label smoothing.
 
     Raises:
         DataError: if the outputs are none of what these take.
@@ -85,7 +85,7 @@ def check_loss(model: nn.Module, inputs: Any, chosen: Objective | None, targets:
 
 
 def unmoved(why: str) -> DataError:
-    """The error for a loss that no step can change."""
+    """Make the error for a loss that no step can change."""
     return DataError(
         f"the fine-tuning loss does not depend on the parameters that are trained: {why}; give FineTune(loss=...) or "
         "an objective that the outputs move, and see that the forward pass detaches nothing and that the layers to "

@@ -31,7 +31,7 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def leaves_in(value: Any) -> Iterator[Any]:
-    """Everything in nested arguments or outputs that is no tuple, list or mapping, in order.
+    """Yield everything in nested arguments or outputs that is no tuple, list or mapping, in order.
 
     Example:
         >>> list(leaves_in(({"x": 1}, [2, "no"])))
@@ -51,7 +51,7 @@ def leaves_in(value: Any) -> Iterator[Any]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments or outputs, in order.
+    """Yield all tensors in nested arguments or outputs, in order.
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any, others: Callable[[Any], Any] | None = None) -> Any:
-    """Nested arguments with every tensor replaced; tuples, lists, mappings and dataclasses keep their classes.
+    """Replace every tensor in nested arguments; tuples, lists, mappings and dataclasses keep their classes.
 
     Args:
         function: what a tensor is replaced by.
@@ -95,7 +95,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any, others: Callable[
 
 
 def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """The items in a dictionary of the same class, with its attributes; other mappings become plain dictionaries."""
+    """Put items into a dictionary of the same class, with its attributes; other mappings become plain dictionaries."""
     if type(value) is dict or not isinstance(value, dict):
         return items
     made = type(value).__new__(type(value))
@@ -130,7 +130,10 @@ def to_device(value: Any, device: torch.device, channels_last: bool = False) -> 
 
 
 def relative_change(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest change between two outputs, relative to the first's size; inf if shapes differ or it is no number."""
+    """Return the largest change between two outputs, relative to the first's size.
+
+    It is infinite if shapes differ or something is not finite.
+    """
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
     worst = 0.0

@@ -21,7 +21,7 @@ ObjectiveLike: TypeAlias = str | Objective
 
 
 def cross_entropy(outputs: Any, targets: Any) -> Tensor:
-    r"""``"loss"``: the mean cross-entropy :math:`F = -\frac1B\sum_b\log p_{y_b}(x_b)`.
+    r"""Compute ``"loss"``, the mean cross-entropy :math:`F = -\frac1B\sum_b\log p_{y_b}(x_b)`.
 
     A model that computes its loss itself (see :func:`own_loss`) has that as its F.
 
@@ -46,7 +46,7 @@ def cross_entropy(outputs: Any, targets: Any) -> Tensor:
 
 
 def true_class_logit(outputs: Any, targets: Any) -> Tensor:
-    r"""``"logit"``: the mean logit of the true class, :math:`F=\frac1B\sum_b z_{b,y_b}`.
+    r"""Compute ``"logit"``, the mean logit of the true class, :math:`F=\frac1B\sum_b z_{b,y_b}`.
 
     Args:
         outputs: logits ``[B, C]``.
@@ -174,7 +174,7 @@ def check_head(model: nn.Module, objective: ObjectiveLike | None) -> None:
 
 
 def own_loss(outputs: Any) -> Tensor | None:
-    """The loss in a model's outputs, ``outputs.loss`` or ``outputs["loss"]``, as Transformers' models return it.
+    """Return the loss in a model's outputs, ``outputs.loss`` or ``outputs["loss"]``, as Transformers' models return it.
 
     Example:
         >>> import torch

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singe_plugin.axes.removal import refresh_widths
+from singe_plugin.axes.widths import refresh_widths
 from singe_plugin.errors import ArtifactError
 from singe_plugin.result import Metrics
 
@@ -28,14 +28,14 @@ __all__ = [
 
 NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")
 _SCALARS = (bool, int, float, str, type(None))
-Check = Callable[[Any], bool]
+_Check = Callable[[Any], bool]
 
 
 # -- plain values -------------------------------------------------------------------------------------------------
 
 
 def encode(value: Any) -> Any:
-    """Plain values for JSON, which has no tuples."""
+    """Turn plain values into those that JSON has, which knows no tuples."""
     if isinstance(value, tuple):
         return {"tuple": [encode(v) for v in value]}
     if isinstance(value, list):
@@ -46,7 +46,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """What :func:`encode` was given.
+    """Return what :func:`encode` was given.
 
     Raises:
         ArtifactError: if it has another form.
@@ -61,7 +61,7 @@ def decode(value: Any) -> Any:
     return [decode(v) for v in value] if isinstance(value, list) else value
 
 
-def _is(*kinds: type) -> Check:
+def _is(*kinds: type) -> _Check:
     return lambda value: type(value) in kinds
 
 
@@ -73,16 +73,16 @@ def _number(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and math.isfinite(value) and value >= 0)
 
 
-def _list_of(check: Check) -> Check:
+def _list_of(check: _Check) -> _Check:
     return lambda value: type(value) is list and all(map(check, value))
 
 
-def _dict_of(check: Check) -> Check:
+def _dict_of(check: _Check) -> _Check:
     return lambda value: type(value) is dict and all(map(check, value.values()))
 
 
-def _form(**parts: Check) -> Check:
-    """A dictionary with exactly these keys."""
+def _form(**parts: _Check) -> _Check:
+    """Check for a dictionary with exactly these keys."""
     return lambda value: type(value) is dict and set(value) == set(parts) and all(c(value[k]) for k, c in parts.items())
 
 
@@ -102,7 +102,7 @@ def _metrics(value: Any) -> bool:
     return all(map(_count, counts)) and (value["accuracy"] or 0) <= 1
 
 
-_FORMS: dict[str, Check] = {
+_FORMS: dict[str, _Check] = {
     "format": _count,
     "builder": _form(kind=_is(str), name=_is(str), options=_dict_of(_anything)),
     "structure": _form(

@@ -41,7 +41,6 @@ def carried_through(
         ArtifactError: if the checkpoint is damaged, or of another run.
     """
     model, tuner, checkpoint = job.model, stage.tuner, stage.checkpoint
-    job.protected = False  # the stage rolls back
     asked = {**options, "finetune": tuner.described()}
     history, progress = History(), None
     fingerprint = {

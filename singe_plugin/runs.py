@@ -154,7 +154,7 @@ def _prune(
     from singe_plugin.integrations.prune import prune
     from singe_plugin.integrations.unstructured import prune_weights
 
-    run = {"unit": prune, "weight": prune_weights}[granularity]
+    runs: dict[str, Callable[..., Result]] = {"unit": prune, "weight": prune_weights}
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
         say(f"note: {_RANDOM}")
@@ -168,7 +168,7 @@ def _prune(
     started = time.perf_counter()
     bar = ProgressBar() if progress else None
     try:
-        result: Result = run(
+        result: Result = runs[granularity](
             named.model, splits.train, val_data=as_loader(splits.val, batch_size, workers, shuffle=False),
             out_dir=output, resume=resume,
             callbacks=() if bar is None else (bar,), **prune_options,

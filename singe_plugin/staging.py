@@ -15,7 +15,7 @@ from torch import nn
 from singe_plugin.architecture import Builder, Structure
 from singe_plugin.axes import Trackers
 from singe_plugin.batches import check_batch, split_batch
-from singe_plugin.budget import count_macs, count_params, measure_latency
+from singe_plugin.budget import count_macs, count_params
 from singe_plugin.checkpoint import CHECKPOINT, seed_everything
 from singe_plugin.checks import check_count
 from singe_plugin.data import as_loader, evaluate, example_from, scoring_batches
@@ -24,6 +24,7 @@ from singe_plugin.events import Callback, LogCallback
 from singe_plugin.files import digest, locked, sweep
 from singe_plugin.finetune import FineTune
 from singe_plugin.guards import check_model
+from singe_plugin.latency import measure_latency
 from singe_plugin.masks import named_tensors
 from singe_plugin.nested import tensors_in, to_device
 from singe_plugin.options import Scoring

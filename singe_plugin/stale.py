@@ -27,7 +27,7 @@ _removals = 0
 
 
 def remember_shapes(before: Iterable[tuple[Tensor, torch.Size]]) -> None:
-    """Units were removed: from now on an optimizer with a state of one of these shapes is refused.
+    """Refuse optimizers with a state of one of these shapes from now on: units were removed.
 
     Args:
         before: parameters with the shapes that they had before.

@@ -67,7 +67,7 @@ def _cuda_in_use() -> bool:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer; CPU for a model that has neither.
+    """Return the device of the first parameter or buffer; the CPU for a model that has neither.
 
     Example:
         >>> import torch
@@ -80,12 +80,12 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def train_mode_of(model: nn.Module) -> dict[nn.Module, bool]:
-    """Train/eval mode of every module: a frozen batch-norm inside a training model is common."""
+    """Return the train or eval mode of every module: a frozen batch-norm inside a training model is common."""
     return {module: module.training for module in model.modules()}
 
 
 def tables_of(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], dict[Any, Tensor]]]:
-    """Plain attributes that are dictionaries of tensors, or empty: constants, or what was computed and is kept."""
+    """Yield plain attributes that are dictionaries of tensors, or empty: constants, or what was computed and kept."""
     for module in model.modules():
         for attr, value in module.__dict__.items():
             if not attr.startswith("_") and type(value) is dict and all(isinstance(v, Tensor) for v in value.values()):
@@ -93,7 +93,7 @@ def tables_of(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], dict[An
 
 
 def computed_tables(model: nn.Module, run: Callable[[], Any]) -> list[tuple[nn.Module, str]]:
-    """Those of the dictionaries of tensors that ``run``, a forward pass, can do without: it fills them again.
+    """Find those of the dictionaries of tensors that ``run``, a forward pass, can do without: it fills them again.
 
     Example:
         >>> net = torch.nn.Identity()
@@ -122,7 +122,7 @@ def _runs_without(model: nn.Module, tables: list[tuple[nn.Module, str]], run: Ca
 
 
 def forget_caches(model: nn.Module, run: Callable[[], Any]) -> None:
-    """From now on every layer that keeps tensors in a dictionary (attention biases, by device) makes them anew.
+    """Make every layer compute anew, from now on, what it keeps in a dictionary (attention biases, by device).
 
     What is kept would belong to other weights, or to a graph that is gone. The hooks that do it are taken away by
     :func:`preserved`, inside which this is called.
@@ -171,7 +171,7 @@ def casts_forgotten() -> Iterator[None]:
 
 @contextmanager
 def containers_training(model: nn.Module) -> Iterator[None]:
-    """Modules that have parts are in training mode; single layers (norms, dropout) stay as they are."""
+    """Put modules that have parts into training mode; single layers (norms, dropout) stay as they are."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -185,7 +185,7 @@ def containers_training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def native_rnns(model: nn.Module) -> Iterator[None]:
-    """Recurrent layers run without cuDNN in here, which differentiates them in train mode only.
+    """Run recurrent layers without cuDNN in here, which differentiates them in train mode only.
 
     Its operator also hides what PyTorch's own show: which gates belong to which unit.
 
@@ -219,7 +219,7 @@ def native_rnns(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """The layers of ``nn.Transformer`` run operator by operator in here, as they do in training.
+    """Run the layers of ``nn.Transformer`` operator by operator in here, as they do in training.
 
     In eval mode and without gradients they are one fused operator, which shows neither what it reads and writes nor
     what it costs.
@@ -239,7 +239,7 @@ def unfused_attention() -> Iterator[None]:
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
-    """The model runs in here so that it can be followed and differentiated in any way, and computes the same.
+    """Let the model run so that it can be followed and differentiated in any way, and computes the same.
 
     See :func:`native_rnns` and :func:`unfused_attention`; what is checkpointed is, in the way that PyTorch recommends
     (``use_reentrant=False``): the other is no function of parameters if its inputs want no gradient, and refuses

@@ -148,19 +148,19 @@ def _plan_of(cls: Any) -> tuple[_Kind | None, tuple[Any, ...], bool] | None:
 
 @functools.cache
 def _slots_of(cls: Any) -> tuple[Any, ...]:
-    """The descriptors of a class's slots."""
+    """Return the descriptors of a class's slots."""
     members = (member for base in cls.__mro__ for member in vars(base).values())
     return tuple(member for member in members if isinstance(member, types.MemberDescriptorType))
 
 
 @functools.cache
 def _own_classes(cls: Any) -> tuple[type, ...]:
-    """The classes of a module that are not PyTorch's: a cache may be an attribute of one."""
+    """Return the classes of a module that are not PyTorch's: a cache may be an attribute of one."""
     return tuple(c for c in cls.__mro__ if issubclass(c, nn.Module) and c.__module__.partition(".")[0] != "torch")
 
 
 def _data_of(cls: type) -> dict[str, Any]:
-    """The attributes of a class that are no code."""
+    """Return the attributes of a class that are no code."""
     return {
         key: value
         for key, value in vars(cls).items()
@@ -266,7 +266,7 @@ class Contents:
                 stack.extend(self._attributes(value, cls, slots))
 
     def _attributes(self, value: Any, cls: type, slots: tuple[Any, ...]) -> Iterator[Any]:
-        """Record the attributes of an object; what they hold."""
+        """Record the attributes of an object, and yield what they hold."""
         if isinstance(value, Tensor):
             self.tensors[id(value)] = value
         elif isinstance(value, np.ndarray) and value.nbytes <= LARGE and not value.dtype.hasobject:
@@ -326,7 +326,7 @@ class Contents:
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Where a tensor's storage begins; None if it has none of its own."""
+    """Return where a tensor's storage begins; None if it has none of its own."""
     if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.is_meta:
         return None
     return tensor.untyped_storage().data_ptr() or None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import GroupError, TiedParameterError
 
-__all__ = ["BlockLayout", "Producer", "RowLayout", "Slot", "UnitGroup", "subgroup", "tied_parameters"]
+__all__ = ["BlockLayout", "Producer", "RowLayout", "Slot", "UnitGroup", "refuse_tied", "subgroup", "tied_parameters"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class RowLayout:
         return RowLayout(self.dim, self.groups)
 
     def count(self, tensor: Tensor) -> int:
-        """The number of rows in ``tensor``."""
+        """Count the rows in ``tensor``."""
         return tensor.shape[self.dim] * self.groups // self.blocks
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """``tensor`` as a matrix with one row per unit-producing row, ``[rows, -1]``."""
+        """Return ``tensor`` as a matrix with one row per unit-producing row, ``[rows, -1]``."""
         if self.groups > 1:
             split = tensor.reshape(self.groups, -1, *tensor.shape[1:]).transpose(1, 2)
             return split.flatten(0, 1).flatten(1)
@@ -59,7 +59,7 @@ class RowLayout:
         return moved.reshape(moved.shape[0], -1)
 
     def spread(self, factors: Tensor, tensor: Tensor) -> Tensor:
-        """One factor per row, shaped so that ``tensor * spread(factors, tensor)`` scales the rows."""
+        """Shape one factor per row so that ``tensor * spread(factors, tensor)`` scales the rows."""
         shape = [1] * tensor.ndim
         if self.groups > 1:
             per_group = factors.view(self.groups, 1, -1)
@@ -88,7 +88,7 @@ class BlockLayout(RowLayout):
     kernel: tuple[int, ...] = ()
 
     def _sizes(self, tensor: Tensor) -> list[tuple[int, int]]:
-        """Per dimension, how many blocks and how large they are."""
+        """Return, for every dimension, how many blocks there are and how large they are."""
         if len(self.kernel) != tensor.ndim:
             raise GroupError(f"a block of {self.kernel} does not fit a tensor of shape {tuple(tensor.shape)}")
         sizes = []
@@ -168,7 +168,7 @@ class Producer:
     bias: Slot | None = None
 
     def unit_of_row(self) -> Tensor:
-        """``[rows]`` int64: the unit of each row of the layer, -1 for rows that belong to none."""
+        """Return the unit of each row of the layer, ``[rows]`` int64, -1 for rows that belong to none."""
         tensor = self.slots[0].tensor
         if tensor is not None:
             count = self.slots[0].layout.count(tensor)
@@ -211,13 +211,13 @@ class UnitGroup:
                     )
 
     def slots(self) -> Iterator[Slot]:
-        """All parameters of all producers."""
+        """Yield all parameters of all producers."""
         for producer in self.producers:
             yield from producer.slots
 
 
 def subgroup(group: UnitGroup, units: Tensor) -> UnitGroup:
-    """The group with some of its units only, numbered anew in the given order.
+    """Make a group of some of the units only, numbered anew in the given order.
 
     Args:
         group: the group.
@@ -242,7 +242,7 @@ def subgroup(group: UnitGroup, units: Tensor) -> UnitGroup:
 
 
 def tied_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Parameters that are registered in more than one place, as ``id(parameter) -> all their names``.
+    """Find the parameters that are registered in more than one place, as ``id(parameter) -> all their names``.
 
     A *module* that is registered or called twice is not a tie: it has one weight, and one place to slice it.
 

@@ -52,17 +52,17 @@ class Walker:
         self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
 
     def nodes(self, prefix: PrefixCache) -> Iterator[Measured]:
-        """What is measured at every node of the path, in order: nothing of earlier nodes is kept."""
+        """Yield what is measured at every node of the path, in order: nothing of earlier nodes is kept."""
         return self._layer_path(prefix) if self.options.path == "layer" else self._neuron_path(prefix)
 
     def _layer_path(self, prefix: PrefixCache) -> Iterator[Measured]:
-        """All units of the group decay together: one pass per node."""
+        """Let all units of the group decay together, with one pass per node."""
         for scale in self.path.scales.tolist():
             yield self._decayed(scale)
             prefix.seal()
 
     def _decayed(self, scale: float, unit: Tensor | None = None) -> Measured:
-        """With all units (or one alone) at ``scale``: per producer the gradient norms and inner products [N]."""
+        """Measure gradient norms and inner products [N] per producer, with all units (or one alone) at ``scale``."""
         p, size = self.options.degree, self.group.size
         leaves = self._scaled_leaves(scale, unit)
         found = self._gradients(leaves, scale)
@@ -75,7 +75,7 @@ class Walker:
         return result
 
     def _scaled_leaves(self, scale: float, unit: Tensor | None) -> list[Tensor]:
-        """The parameters of the group in the model, written for this place of the path."""
+        """Write the parameters of the group in the model for this place of the path, and return them."""
         leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
         with torch.no_grad():
             for row, leaf in zip(self.rows, leaves, strict=True):
@@ -87,13 +87,13 @@ class Walker:
         return any(bool(gradient.any()) for gradient in self._gradients(self._scaled_leaves(1.0, None), 1.0))
 
     def value_at(self, scale: float, unit: Tensor | None = None) -> Tensor:
-        """F with all units (or one alone) at ``scale``, without a gradient."""
+        """Compute F with all units (or one alone) at ``scale``, without a gradient."""
         self._scaled_leaves(scale, unit)
         with torch.no_grad():
             return self._value(self.model)
 
     def _neuron_path(self, prefix: PrefixCache) -> Iterator[Measured]:
-        """Each unit decays alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
+        """Let each unit decay alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
         if self.options.unit_batch == 1:
             yield from self._unit_by_unit(prefix)
             return
@@ -111,7 +111,7 @@ class Walker:
             yield list(zip(norms, dots, strict=True))
 
     def _unit_by_unit(self, prefix: PrefixCache) -> Iterator[Measured]:
-        """The neuron path without ``torch.func``, for models that it cannot follow."""
+        """Walk the neuron path without ``torch.func``, for models that it cannot follow."""
         units = torch.arange(self.group.size, device=self.device)
         for scale in self.path.scales.tolist():
             found = []
@@ -127,7 +127,7 @@ class Walker:
             ]
 
     def _units_at(self, scale: float, keys: list[str]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """With each unit alone at ``scale``: per producer the gradient norms and inner products [N], and F [N]."""
+        """Measure gradient norms and inner products [N] per producer, and F [N], with each unit alone at ``scale``."""
         p, producers = self.options.degree, len(self.group.producers)
 
         def one_unit(unit: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -164,7 +164,7 @@ class Walker:
         return [root(x.detach(), p) for x in powers], [x.detach() for x in dots], values.detach()
 
     def _value(self, call: Any) -> Tensor:
-        """F on this batch, as a scalar."""
+        """Compute F on this batch, as a scalar."""
         amp = self.options.amp
         context = torch.autocast(self.device.type, dtype=AMP_DTYPES[amp]) if amp else nullcontext()
         with context:
@@ -196,7 +196,7 @@ class Walker:
             self._lower_loss_scale(scale)
 
     def _lower_loss_scale(self, scale: float) -> None:
-        """A gradient overflowed: try again with a smaller loss scale, as long as there is one."""
+        """Answer an overflow of a gradient: try again with a smaller loss scale, as long as there is one."""
         if self.loss_scale <= 1.0:
             raise self._not_finite("a gradient", scale)
         self.loss_scale /= 4.0

@@ -12,66 +12,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin.algorithm import prune_layers, units_per_removal
-from singe_plugin.budget import CostModel, LayerSpec
 from singe_plugin.errors import ConfigError, ScoringError
 from singe_plugin.events import Callback, Callbacks, History
-from singe_plugin.finetune import FineTune
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.loop import Loop, in_layers
+from singe_plugin.pace import Pace, units_per_turn
 from singe_plugin.progress import Progress
-from singe_plugin.units import UnitGroup
 
 from asked import asked
+from memory_host import MemoryHost, MemoryTuner, RepairingHost
 
 
-class FakeHost:
-    """Layers that are lists of numbers; a unit's score is its number. Writes down what it is asked to do."""
-
-    def __init__(self, log: list[Any], **layers: Sequence[float]) -> None:
-        self.model: nn.Module = nn.Linear(1, 1)
-        self.log, self.scores = log, {name: list(values) for name, values in layers.items()}
-
-    def layers(self) -> list[LayerSpec]:
-        return [LayerSpec(name, len(values), name) for name, values in self.scores.items()]
-
-    def units(self, layer: str) -> UnitGroup:
-        raise AssertionError("the algorithm has no need of the slices")
-
-    def costs(self) -> CostModel:
-        raise AssertionError("the plan is made before")
-
-    def remove(self, layer: str, units: Sequence[int]) -> None:
-        self.log.append(("remove", layer, [self.scores[layer][u] for u in units]))
-        for unit in sorted(units, reverse=True):
-            del self.scores[layer][unit]
-
-    def score(self, layer: str) -> Tensor:
-        self.log.append(("score", layer, len(self.scores[layer])))
-        return torch.tensor(self.scores[layer])
-
-
-class FakeTuning(FineTune):
-    """Takes no steps, but writes down how many it was asked for."""
-
-    def __init__(self, log: list[Any], steps: int, every: str) -> None:
-        super().__init__([(torch.zeros(1, 1), torch.zeros(1))], steps, every)
-        self.log = log
-
-    def run(self, model: nn.Module, steps: int, callback: Callback, phase: tuple[int, int] | None = None) -> None:
-        if phase is not None:  # a piece of the one phase that has all the steps
-            assert phase[1] == self.steps
-            assert 0 <= phase[0] <= self.steps - steps
-        self.log.append(("tune", steps))
-
-
-def run(plan: dict[str, int], layers: dict[str, Sequence[float]], **options: Any) -> tuple[list[Any], History]:
+def run(
+    plan: dict[str, int],
+    layers: dict[str, Sequence[float]],
+    units_per_step: Any = 1,
+    finetune: Any = None,
+    **options: Any,
+) -> tuple[list[Any], History]:
     log: list[Any] = []
-    host, history = FakeHost(log, **layers), History()
-    if "finetune" in options:
-        options["finetune"] = FakeTuning(log, *options["finetune"])
-    progress = prune_layers(host, host.score, Progress(dict(plan)), callback=history, **options)
+    history = History()
+    tuner = None if finetune is None else MemoryTuner(log, *finetune)
+    progress = taken(MemoryHost(log, **layers), Progress(dict(plan)), units_per_step, tuner, history, **options)
     assert progress.finished
     return log, history
+
+
+def taken(
+    host: Any, progress: Progress, units_per_step: Any = 1, tuner: Any = None, callback: Any = None, **options: Any
+) -> Progress:
+    loop = Loop(host, progress, None if tuner is None else tuner.options, callback, **options)
+    return loop.run(in_layers(loop, Pace("layers", units_per_step=units_per_step)), tuner)
 
 
 LAYERS = {"a": [3.0, 1.0, 2.0, 5.0], "b": [9.0, 8.0, 7.0], "c": [0.5, 0.25, 4.0, 0.75, 6.0]}
@@ -95,15 +66,13 @@ def test_layers_in_order_the_least_goes_and_all_is_scored_again() -> None:
 
 def test_scores_that_change_are_read_again() -> None:
     """After the first removal the order turns round; a loop that scored once would take unit 1 second."""
-    log: list[Any] = []
-    host = FakeHost(log, a=[1.0, 2.0, 3.0, 4.0])
 
-    def scorer(layer: str) -> Tensor:
-        values = torch.tensor(host.scores[layer])
-        return values if len(values) == 4 else -values
+    class Turning(MemoryHost):
+        def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
+            return {k: v if len(v) == 4 else -v for k, v in super().score(layers).items()}
 
     history = History()
-    prune_layers(host, scorer, Progress({"a": 3}), callback=history)
+    taken(Turning(a=[1.0, 2.0, 3.0, 4.0]), Progress({"a": 3}), callback=history)
     assert history.removals() == {"a": [0, 3, 2]}
 
 
@@ -136,43 +105,48 @@ def test_equal_scores_go_in_the_order_of_the_units() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.0, 0.0, 1.5, "all", True, None])
-def test_units_per_removal_refuses(bad: Any) -> None:
+def test_units_per_turn_refuses(bad: Any) -> None:
     with pytest.raises(ConfigError, match=r"units_per_step=.*whole number >= 1, a fraction inside \]0, 1\[ or 'layer'"):
-        units_per_removal(bad, 8)
+        units_per_turn(bad, 8)
 
 
 # --- fine-tuning in between -------------------------------------------------------------------------------------
 
 
+def kinds_of(log: list[Any]) -> list[str]:
+    return [entry[0] for entry in log]
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 100])
 def test_fine_tuning_after_every_removal(steps: int) -> None:
     log, _ = run({"a": 2, "b": 0, "c": 3}, LAYERS, finetune=(steps, "removal"))
-    kinds = [entry[0] for entry in log]
-    assert kinds == ["score", "remove", "tune"] * 5
-    shares = [entry[1] for entry in log if entry[0] == "tune"]
-    assert sum(shares) == steps
+    shares = [(i + 1) * steps // 5 - i * steps // 5 for i in range(5)]
+    assert kinds_of(log) == [kind for share in shares for kind in ["score", "remove", *["tune"] * (share > 0)]]
+    assert [entry[1] for entry in log if entry[0] == "tune"] == [share for share in shares if share]
     assert max(shares) - min(shares) <= 1
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 100])
 def test_fine_tuning_after_every_removal_of_several_units(steps: int) -> None:
     log, _ = run({"a": 3, "c": 4}, LAYERS, finetune=(steps, "removal"), units_per_step=2)
-    assert [entry[0] for entry in log] == ["score", "remove", "tune"] * 4  # 2 + 1 of a, 2 + 2 of c
+    shares = [(i + 1) * steps // 4 - i * steps // 4 for i in range(4)]  # 2 + 1 of a, 2 + 2 of c
+    assert kinds_of(log) == [kind for share in shares for kind in ["score", "remove", *["tune"] * (share > 0)]]
     assert sum(entry[1] for entry in log if entry[0] == "tune") == steps
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 100])
 def test_fine_tuning_after_every_layer(steps: int) -> None:
     log, _ = run({"a": 2, "b": 1, "c": 0}, LAYERS, finetune=(steps, "layer"))
-    assert [entry[0] for entry in log] == [*["score", "remove"] * 2, "tune", "score", "remove", "tune"]
+    first, second = (["tune"] * (share > 0) for share in (steps // 2, steps - steps // 2))
+    assert kinds_of(log) == [*["score", "remove"] * 2, *first, "score", "remove", *second]
     assert sum(entry[1] for entry in log if entry[0] == "tune") == steps
 
 
 def test_fine_tuning_at_the_end_in_pieces_that_can_be_saved() -> None:
     saved: list[tuple[int, int]] = []
     log, _ = run(
-        {"a": 1, "b": 1}, LAYERS, finetune=(450, "end"), checkpoint_steps=200,
-        checkpoint=lambda p: saved.append((p.next_layer, p.end_done)),
+        {"a": 1, "b": 1}, LAYERS, finetune=(450, "end"), save_steps=200,
+        save=lambda p: saved.append((p.next_layer, p.end_done)),
     )  # fmt: skip
     assert [entry[0] for entry in log] == ["score", "remove", "score", "remove", "tune", "tune", "tune"]
     assert [entry[1] for entry in log if entry[0] == "tune"] == [200, 200, 50]
@@ -184,16 +158,15 @@ def test_continuing_from_any_checkpoint_does_the_rest(every: str) -> None:
     plan = {"a": 3, "b": 1, "c": 2}
     states: list[Progress] = []
     whole, _ = run(
-        plan, LAYERS, finetune=(500, every), units_per_step=2, checkpoint=lambda p: states.append(copy.deepcopy(p))
+        plan, LAYERS, finetune=(500, every), units_per_step=2, save=lambda p: states.append(copy.deepcopy(p))
     )
     for state in states[:-1]:
         log: list[Any] = []
-        host = FakeHost(log, **LAYERS)
+        host = MemoryHost(log, **LAYERS)
         for layer, units in state.removals:
             host.remove(layer, units)
         log.clear()
-        tuning = FakeTuning(log, 500, every)
-        done = prune_layers(host, host.score, state, units_per_step=2, finetune=tuning)
+        done = taken(host, state, 2, MemoryTuner(log, 500, every))
         assert log == whole[len(whole) - len(log) :]
         assert done.removals == states[-1].removals
         assert done.alive == states[-1].alive
@@ -209,17 +182,45 @@ def test_continuing_from_any_checkpoint_does_the_rest(every: str) -> None:
 ])  # fmt: skip
 def test_scores_that_do_not_fit(answer: Any, message: str) -> None:
     log: list[Any] = []
+
+    class Wrong(MemoryHost):
+        def score(self, layers: Sequence[str]) -> Any:
+            return dict.fromkeys(layers, answer)
+
     with pytest.raises(ScoringError, match=message):
-        prune_layers(FakeHost(log, **LAYERS), lambda layer: answer, Progress({"a": 2}))
+        taken(Wrong(log, **LAYERS), Progress({"a": 2}))
     assert log == []
 
 
 def test_every_callback_sees_every_event() -> None:
-    log: list[Any] = []
-    host, one, two = FakeHost(log, **LAYERS), History(), History()
-    prune_layers(host, host.score, Progress({"a": 2}), callback=Callbacks([one, two]))
+    one, two = History(), History()
+    taken(MemoryHost(**LAYERS), Progress({"a": 2}), callback=Callbacks([one, two]))
     assert one.rows == two.rows
     assert len(one.rows) == 2 + 4 + 1
+
+
+def test_a_host_that_can_repairs_after_every_turn_before_fine_tuning() -> None:
+    log: list[Any] = []
+    host = RepairingHost(log, a=[3.0, 1.0, 2.0], b=[5.0, 4.0])
+    taken(host, Progress({"a": 2, "b": 1}), tuner=MemoryTuner(log, 6, "removal"))
+    assert kinds_of(log) == ["score", "remove", "repair", "tune"] * 3
+    assert [entry[1] for entry in log if entry[0] == "repair"] == [4, 3, 2]
+
+
+def test_a_callback_gets_the_model_and_may_act_before_fine_tuning() -> None:
+    class Act(Callback):
+        def on_model(self, model: nn.Module) -> None:
+            self.model: Any = model
+
+        def on_removed(self, event: Any) -> None:
+            log.append(("act", event.layer))
+            torch.nn.init.zeros_(self.model.weight)
+
+    log: list[Any] = []
+    host = MemoryHost(log, a=[3.0, 1.0, 2.0])
+    taken(host, Progress({"a": 2}), tuner=MemoryTuner(log, 4, "removal"), callback=Callbacks([Act()]))
+    assert kinds_of(log) == ["score", "remove", "act", "tune"] * 2
+    assert not host.model.weight.any()
 
 
 # --- the same, written down once more ---------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin.axes.algebra import Atom, labels, leaves
+from singe_plugin.axes.forward import _Operators
 from singe_plugin.axes.rules import RULES, pointwise
 from singe_plugin.axes.substitutes import derangement
-from singe_plugin.axes.trace import Trace, _Operators
+from singe_plugin.axes.trace import Trace
 from singe_plugin.nested import call_model
 
 from cuda_cells import gru_cell, lstm_cell

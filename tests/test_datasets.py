@@ -92,6 +92,47 @@ def test_folder_without_val_is_split_per_class(tmp_path: Path) -> None:
     assert sorted(label for _, label in splits.val) == [0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("held_out", "used"),
+    [
+        ("val", "val"),
+        ("valid", "valid"),
+        ("eval", "eval"),
+        ("test", "test"),
+        ("test val", "val"),
+        ("test eval", "eval"),
+    ],
+)
+def test_the_held_out_folder_has_many_names(tmp_path: Path, held_out: str, used: str) -> None:
+    """And ``test`` is only taken where there is nothing else."""
+    write_images(tmp_path / "train", {"a": [0, 0], "b": [0, 0]})
+    for name in held_out.split():
+        write_images(tmp_path / name, {"a": [255 if name == used else 0], "b": [255 if name == used else 0]})
+    splits = image_folder(tmp_path, GREY, augment=False)
+    assert (len(splits.train), len(splits.val)) == (4, 2)
+    assert all(image.mean().item() == pytest.approx(1.5) for image, _ in splits.val)
+
+
+def test_a_folder_that_hugging_faces_datasets_opens(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    write_images(tmp_path / "images" / "train", {"cat": [0, 64], "dog": [128]})
+    name = f"hfds/{tmp_path / 'images'}"
+    with pytest.raises(DataError, match="has only the splits train"):
+        load_splits(GREY, name, tmp_path / "cache")
+    write_images(tmp_path / "images" / "test", {"cat": [255], "dog": [51]})
+    splits = load_splits(GREY, name, tmp_path / "cache", augment=False)
+    assert (splits.classes, len(splits.train)) == (2, 3)
+    assert [(label, round(image.mean().item(), 4)) for image, label in splits.val] == [(0, 1.5), (1, -0.1)]
+
+
+def test_what_hugging_face_has_is_not_downloaded_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="--dataset-download"):
+        load_splits(GREY, "hfds/mnist", tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        load_splits(GREY, "hfds/mnist", tmp_path, download=True)
+
+
 def test_augmentation_changes_training_images_only(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for i in range(5):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
+from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.errors import FoldingError
 from singe_plugin.folding import fold_batchnorm, foldable_pairs, is_batchnorm, norm_scale_shift, replace_folded
 from singe_plugin.options import Scoring
@@ -159,7 +160,7 @@ def tied() -> nn.Module:
 
 
 def layers(function: Any, norm: nn.Module | None = None, **more: nn.Module) -> nn.Module:
-    return Net(function, fc=nn.Linear(3, 3), bn=norm or nn.BatchNorm1d(3), **more)
+    return Net(function, **{"fc": nn.Linear(3, 3), "bn": norm or nn.BatchNorm1d(3), **more})
 
 
 LEFT = {
@@ -265,3 +266,53 @@ def test_a_reader_outside_autograd_is_noticed_and_everything_is_put_back() -> No
     assert type(model.norm) is nn.BatchNorm2d
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def frozen(function: Any, **more: nn.Module) -> Any:
+    return lambda: layers(function, FrozenBatchNorm2d(3), fc=nn.Conv2d(3, 3, 1), **more)
+
+
+FROZEN = {
+    "frozen": frozen(once),
+    "frozen, twice": frozen(lambda m, x: m.bn(m.bn(m.fc(x)))),
+    "frozen, of two layers": frozen(lambda m, x: m.bn(m.fc(x)) + m.bn(m.other(x)), other=nn.Conv2d(3, 3, 1)),
+    "frozen, read elsewhere": frozen(lambda m, x: (lambda y: m.bn(y) + y)(m.fc(x))),
+    "frozen, of a sum": frozen(lambda m, x: m.bn(m.fc(x) + x)),
+    "frozen, read by the caller": frozen(lambda m, x: (lambda y: (m.bn(y), y))(m.fc(x))),
+}
+
+
+def test_a_frozen_norm_is_scored_and_pruned_with_its_layer() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), FrozenBatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    for name, value in net[1].named_buffers():
+        value.copy_(torch.rand(6) + (0.5 if name != "bias" else 0.0))
+    x = torch.randn(2, 3, 5, 5)
+    graph = AxisGraph(net, x)
+    assert verify_groups(graph) == {}
+    scores = score_units(net, graph.groups["0"].unit_group(), [], ScoringOptions(criterion="l2"))
+    fold_batchnorm(net, x)
+    rows = torch.cat([net[0].weight.flatten(1), net[0].bias[:, None]], 1)
+    torch.testing.assert_close(scores, rows.norm(dim=1).detach().to(scores.dtype))
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CASES, *LEFT, *FROZEN])
+def test_the_trace_and_autograd_agree_on_what_folds(name: str) -> None:
+    """Whether it is found with the groups or by itself, a norm folds into the same layer."""
+    if name in LAYERS:
+        layer, norm = copy.deepcopy(LAYERS[name])
+        model: nn.Module = nn.Sequential(layer, norm, nn.ReLU())
+        x = torch.randn(3, 4, *[5] * (layer.weight.ndim - 2))
+    elif name in CASES:
+        model, x = get_case(name).model, get_case(name).batches[0][0]
+    elif name in FROZEN:
+        model, x = FROZEN[name](), torch.randn(4, 3, 2, 2)
+    else:
+        model, x = LEFT[name][0](), torch.randn(4, 3, 3) if name == "other width" else torch.randn(4, 3)
+    names = {module: key for key, module in model.named_modules()}
+    graph = AxisGraph(model, x)
+    found = {(key, names[norm]) for module, key in names.items() if (norm := graph.norm_of(module)) is not None}
+    assert found - set(foldable_pairs(model, x)[0]) <= MORE.get(name, set())
+    assert set(foldable_pairs(model, x)[0]) <= found
+
+
+MORE = {key: {("fc", "bn")} for key in ("tied", "parametrized")}  # scoring refuses the whole group, and says so

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin.errors import ConfigError, DataError, GroupError, TiedParameterError
-from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner, groups, register_slots
+from singe_plugin.units import RowLayout, Slot
 
 from references import (
     CASES,
@@ -188,6 +189,52 @@ def test_taylor_is_a_special_case() -> None:
     ours = imp.bind(net, [(x, y)])(group)
     torch.testing.assert_close(ours, theirs.to(ours.dtype))
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+
+
+# --- customized pruners -----------------------------------------------------------------------------------------
+
+
+class Gain(nn.Module):
+    """A layer that torch-pruning does not know: every channel times a number, plus a number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.rand(1, width, 1, 1)), nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain + self.shift[:, None, None]
+
+
+class GainPruner(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+    def prune_out_channels(self, layer: Gain, idxs: list[int]) -> nn.Module:
+        raise AssertionError("nothing is pruned here")
+
+    def get_out_channels(self, layer: Gain) -> int:
+        return len(layer.shift)
+
+    prune_in_channels, get_in_channels = prune_out_channels, get_out_channels
+
+
+def test_a_customized_pruner_is_told_which_parameters_it_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_SLOTS", dict(groups._SLOTS))
+    net = Net(
+        lambda m, x: m.head(m.own(m.conv(x)).mean((2, 3))), conv=nn.Conv2d(2, 4, 1), own=Gain(4), head=nn.Linear(4, 3)
+    )  # fmt: skip
+    own = GainPruner()
+    graph = tp.DependencyGraph().build_dependency(net, pictures()[0][0].float(), customized_pruners={Gain: own})
+    group = graph.get_pruning_group(net.conv, tp.prune_conv_out_channels, [3, 0])
+    imp = SInGEImportance("l2", group_reduction="sum")
+    with pytest.raises(GroupError, match=r"GainPruner.prune_out_channels cuts of a Gain.*register_slots"):
+        imp(group)
+    register_slots(
+        own.prune_out_channels, lambda layer, dim: [Slot(layer, "gain", RowLayout(1)), Slot(layer, "shift")]
+    )  # fmt: skip
+    expected = [
+        float(torch.cat([net.conv.weight[n].flatten(), net.conv.bias[n : n + 1]]).norm())
+        + float(torch.stack([net.own.gain[0, n, 0, 0], net.own.shift[n]]).norm())
+        for n in (3, 0)
+    ]
+    assert imp(group).tolist() == pytest.approx(expected)
 
 
 # --- inside BasePruner ------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from nni.compression.quantization import QATQuantizer
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.integrations.nni import SInGEPruner
 
-from asked import asked
 from nni_nets import (
     BATCHES,
     CONVS,
@@ -32,6 +31,8 @@ from nni_nets import (
     wrapped_state,
 )
 from small_nets import Residual, Trace, images, mlp, vectors
+
+from asked import asked
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:'saved_variables' is deprecated", "ignore:.*weight_norm.* is deprecated"

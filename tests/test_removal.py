@@ -240,7 +240,7 @@ def failing_at(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
 
         return counted
 
-    for name in ("_swap_data", "refresh_widths"):
+    for name in ("swap_data", "refresh_widths"):
         monkeypatch.setattr(removal, name, counting(getattr(removal, name)))
     return calls
 

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from singe_plugin.algorithm import tune
-from singe_plugin.budget import CostModel, LayerSpec
 from singe_plugin.errors import ConfigError
 from singe_plugin.events import Callbacks, History, LogCallback, ProgressBar, Removed, RunStarted
-from singe_plugin.finetune import FineTune
+from singe_plugin.loop import Loop, in_rounds
+from singe_plugin.pace import Pace
 from singe_plugin.progress import CountedProgress, Progress
-from singe_plugin.rounds import check_rounds, covered, rounds_of
-from singe_plugin.units import UnitGroup
 
-
-class Numbers:
-    """Layers that are lists of numbers; a unit's score is its number, and falls a little whenever it is asked for."""
-
-    def __init__(self, **layers: Sequence[float]) -> None:
-        self.model: nn.Module = nn.Linear(1, 1)
-        self.scores = {name: list(values) for name, values in layers.items()}
-        self.log: list[Any] = []
-
-    def layers(self) -> list[LayerSpec]:
-        return [LayerSpec(name, len(values), name) for name, values in self.scores.items()]
-
-    def units(self, layer: str) -> UnitGroup:
-        raise AssertionError("rounds have no need of the slices")
-
-    def costs(self) -> CostModel:
-        raise AssertionError("nor of the costs")
-
-    def remove(self, layer: str, units: Sequence[int]) -> None:
-        self.log.append(("remove", layer, [self.scores[layer][u] for u in units]))
-        for unit in sorted(units, reverse=True):
-            del self.scores[layer][unit]
-
-    def score(self, layer: str) -> Tensor:
-        self.log.append(("score", layer))
-        return torch.tensor(self.scores[layer])
+from memory_host import MemoryHost, MemoryTuner
 
 
 def half_of_each(scores: Mapping[str, Tensor], share: float) -> dict[str, int]:
@@ -52,32 +23,27 @@ def half_of_each(scores: Mapping[str, Tensor], share: float) -> dict[str, int]:
     return {name: max(0, round(4 * share) - (8 - len(values))) for name, values in scores.items()}
 
 
-class Tuning(FineTune):
-    """Takes no steps, but writes down how many it was asked for."""
-
-    def __init__(self, log: list[Any], steps: int, every: str) -> None:
-        super().__init__([(torch.zeros(1, 1), torch.zeros(1))], steps, every)
-        self.log = log
-
-    def run(self, model: nn.Module, steps: int, callback: Any, phase: tuple[int, int] | None = None) -> None:
-        self.log.append(("tune", steps))
+def host() -> MemoryHost:
+    return MemoryHost(a=[8, 1, 7, 2, 6, 3, 5, 4], b=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
 
 
-def host() -> Numbers:
-    return Numbers(a=[8, 1, 7, 2, 6, 3, 5, 4], b=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+def taken(
+    host: MemoryHost, progress: Progress, rounds: int, tuner: Any = None, callback: Any = None, save: Any = None
+) -> None:
+    loop = Loop(host, progress, None if tuner is None else tuner.options, callback, save)
+    loop.run(in_rounds(loop, Pace(rounds=rounds, course="linear"), half_of_each), tuner)
 
 
 @pytest.mark.parametrize("every", ["layer", "removal", "end"])
 def test_all_layers_are_scored_then_all_are_cut(every: str) -> None:
     numbers, history, progress = host(), History(), Progress({})
-    tuning = Tuning(numbers.log, 10, every)
-    pauses = rounds_of(numbers, numbers.score, half_of_each, progress, 2, "linear", tuning, history)
-    tune(numbers, pauses, tuning, history)
-    scores = [("score", "a"), ("score", "b")]
+    taken(numbers, progress, 2, MemoryTuner(numbers.log, 10, every), history)
+    scores = [("score", "a", 8), ("score", "b", 8)]
+    again = [("score", "a", 6), ("score", "b", 6)]
     first = [("remove", "a", [1, 2]), ("remove", "b", [0.1, 0.2])]
     second = [("remove", "a", [3, 4]), ("remove", "b", [0.3, 0.4])]
     tuned = [] if every == "end" else [("tune", 5)]
-    assert numbers.log == [*scores, *first, *tuned, *scores, *second, *tuned, *([("tune", 10)] if not tuned else [])]
+    assert numbers.log == [*scores, *first, *tuned, *again, *second, *tuned, *([("tune", 10)] if not tuned else [])]
     assert progress.plan == {"a": 4, "b": 4}
     assert (progress.finished, progress.next_layer) == (True, 2)
     assert history.removals() == {"a": [1, 3, 5, 7], "b": [0, 1, 2, 3]}
@@ -94,7 +60,7 @@ def test_all_layers_are_scored_then_all_are_cut(every: str) -> None:
 @pytest.mark.parametrize("kind", [Progress, CountedProgress])
 def test_rounds_go_on_where_they_stopped(kind: type[Progress]) -> None:
     whole, parts = host(), host()
-    tune(whole, rounds_of(whole, whole.score, half_of_each, kind({}), 4, "linear"), None, History())
+    taken(whole, kind({}), 4)
     progress = kind({})
 
     class Stop(Exception):
@@ -105,11 +71,9 @@ def test_rounds_go_on_where_they_stopped(kind: type[Progress]) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        tune(
-            parts, rounds_of(parts, parts.score, half_of_each, progress, 4, "linear", None, None, stop), None, History()
-        )
+        taken(parts, progress, 4, save=stop)
     heard = History()
-    tune(parts, rounds_of(parts, parts.score, half_of_each, progress, 4, "linear", None, heard), None, heard)
+    taken(parts, progress, 4, callback=heard)
     assert parts.log == whole.log
     assert heard.select("run_start") == []
     assert progress.plan == {"a": 4, "b": 4}
@@ -117,15 +81,15 @@ def test_rounds_go_on_where_they_stopped(kind: type[Progress]) -> None:
 
 def test_courses() -> None:
     for course in ("cubic", "linear"):
-        shares = [covered(course, number, 10) for number in range(1, 11)]
+        shares = [Pace(rounds=10, course=course).covered(number) for number in range(1, 11)]
         assert shares == sorted(shares)
         assert shares[-1] == 1.0
-    assert covered("cubic", 1, 10) > covered("linear", 1, 10)
+    assert Pace(rounds=10).covered(1) > Pace(rounds=10, course="linear").covered(1)
     for rounds in (0, -1, 1.5, True, "2"):
         with pytest.raises(ConfigError, match="is not a number of rounds"):
-            check_rounds(rounds, "cubic")
-    with pytest.raises(ConfigError, match="unknown schedule 'step'; choose one of cubic, linear"):
-        check_rounds(1, "step")
+            Pace(rounds=rounds)
+    with pytest.raises(ConfigError, match="unknown course 'step'; choose one of cubic, linear"):
+        Pace(course="step")
 
 
 def test_a_bar_of_millions_of_removals_leaves_room_for_the_steps() -> None:
@@ -147,12 +111,7 @@ def test_a_round_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     numbers = host()
     with caplog.at_level(logging.INFO, "singe_plugin"):
         callback = Callbacks([LogCallback()])
-        tune(
-            numbers,
-            rounds_of(numbers, numbers.score, half_of_each, Progress({}), 2, "linear", None, callback),
-            None,
-            callback,
-        )
+        taken(numbers, Progress({}), 2, callback=callback)
     assert [r.message for r in caplog.records if r.message.startswith("round")] == [
         "round 1/2 done: 4 removed, 12 left", "round 2/2 done: 4 removed, 8 left",
     ]  # fmt: skip

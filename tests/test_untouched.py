@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import singe_plugin
 from singe_plugin import Callback, FineTune
 from singe_plugin.axes import AxisGraph, Snapshot, Trackers, removal, remove_units, verify_groups
-from singe_plugin.budget import count_macs, measure_latency
+from singe_plugin.budget import count_macs
+from singe_plugin.latency import measure_latency
 from singe_plugin.data import evaluate
 from singe_plugin.errors import SingeError
 from singe_plugin.inspection import inspect_model
@@ -299,8 +300,8 @@ def test_a_removal_that_fails_half_way_is_undone() -> None:
     graph = AxisGraph(net, example())
     before, failed = fingerprint(net), 0
     for k in range(20):
-        wrapped = Fault(k, MemoryError).around(removal._swap_data)
-        with mock.patch.object(removal, "_swap_data", wrapped):
+        wrapped = Fault(k, MemoryError).around(removal.swap_data)
+        with mock.patch.object(removal, "swap_data", wrapped):
             try:
                 remove_units(graph, graph.groups["first"], [1])
             except MemoryError:

@@ -7,20 +7,19 @@ import torch_pruning as tp
 from singe_plugin.axes import Trackers
 
 from .graph import AxisDependencyGraph, AxisGroup
+from .groups import register_slots
 from .importance import SInGEImportance
 from .pruner import PruningOutcome, SInGEPruner
-from .slices import ItemSlice, register_slices
 
 __all__ = [
     "AxisDependencyGraph",
     "AxisGroup",
-    "ItemSlice",
     "PruningOutcome",
     "SInGEImportance",
     "SInGEPruner",
     "Trackers",
     "register",
-    "register_slices",
+    "register_slots",
 ]
 
 

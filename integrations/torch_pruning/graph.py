@@ -63,11 +63,11 @@ class AxisGroup(Group):  # type: ignore[misc]
         self._DG.remove(self.axis_group, self.units, self._DG.trackers, record_history)
 
     def unit_group(self) -> UnitGroup:
-        """The rows that produce all units of the group (see :mod:`singe_plugin.units`)."""
+        """Return the rows that produce all units of the group (see :mod:`singe_plugin.units`)."""
         return self.axis_group.unit_group()
 
     def per_unit(self, scores: Tensor) -> Tensor:
-        """The mean score of each unit, from the scores that an importance gives to the root's indices."""
+        """Compute the mean score of each unit from the scores that an importance gives to the root's indices."""
         self._group  # numbers the indices  # noqa: B018
         position = {unit: number for number, unit in enumerate(self.units)}
         owners = torch.tensor([position[u] for u in self._unit_of_number], device=scores.device)
@@ -75,7 +75,7 @@ class AxisGroup(Group):  # type: ignore[misc]
         return total.index_add(0, owners, scores[: len(owners)]) / (len(owners) // len(self.units))
 
     def per_channel(self, scores: Tensor) -> Tensor:
-        """The score of its unit for each of the root's indices, from one score per unit of the whole group."""
+        """Return the score of its unit for each of the root's indices, from one score per unit of the whole group."""
         self._group  # numbers the indices  # noqa: B018
         return scores[torch.tensor(self._unit_of_number, device=scores.device)]
 
@@ -148,7 +148,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         root_module_types: Sequence[type] = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR),
         root_instances: Collection[nn.Module] | None = None,
     ) -> Iterator[AxisGroup]:
-        """Every group with a writer of the given types, and none that is ignored, in forward order."""
+        """Yield every group with a writer of the given types, and none that is ignored, in forward order."""
         for group in list(self.axis_graph.groups.values()):
             writers = list(group.writers.values())
             if any(writer in ignored_layers for writer in writers):
@@ -159,7 +159,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
                 yield AxisGroup(self, group)
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> AxisGroup:
-        """The group whose units own exactly these channels of a layer.
+        """Find the group whose units own exactly these channels of a layer.
 
         Raises:
             GroupError: if there is none: the channels cannot be removed, or not without others.
@@ -195,7 +195,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             self._pruning_history.append([next(iter(group.writers)), True, channels])
 
     def restricted(self, group: AxisGroup, idxs: Sequence[int]) -> AxisGroup:
-        """The part of a group that owns the root's channels ``idxs``."""
+        """Return the part of a group that owns the root's channels ``idxs``."""
         rows = group.axis_group.unit_group().producers[0]
         owner = dict(zip(rows.rows.tolist(), rows.units.tolist(), strict=True))
         units = {owner[int(i)] for i in idxs if int(i) in owner}
@@ -204,7 +204,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         return AxisGroup(self, group.axis_group, sorted(units))
 
     def check_pruning_group(self, group: Any) -> bool:
-        """Whether something would be left."""
+        """Whether something would be left of the group."""
         return bool(len(group.units) < group.axis_group.size)
 
     def _units_of(self, group: axes.Group, module: nn.Module, is_in: bool) -> list[int]:
@@ -218,7 +218,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         return []
 
     def parts(self, group: axes.Group) -> Iterator[tuple[Node, Any, list[int]]]:
-        """``(node, pruning function, unit of every channel)`` for every layer of a group, its writers first."""
+        """Yield ``(node, pruning function, unit of every channel)`` for every layer of a group, its writers first."""
         slices = [s for s in group.slices() if s.is_parameter]
         writers = list(group.writers.values())
         slices.sort(key=lambda s: writers.index(s.owner) if s.owner in writers and not s.reads else len(writers))

@@ -114,7 +114,6 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     current_step: int
     kind: type[Progress] = Progress
-    protected = True
     callbacks: Sequence[Callback]
 
     def __init__(

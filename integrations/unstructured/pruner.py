@@ -186,7 +186,6 @@ class UnstructuredPruner:
 
     graph = None  # units stay where they are
     kind: type[Progress] = CountedProgress
-    protected = True
     callbacks: Sequence[Callback]
 
     @property

@@ -4,10 +4,12 @@
 units that can be removed, :func:`verify_groups` puts them through two oracles, :func:`remove_units` removes them.
 """
 
+from singe_plugin.rollback import Snapshot, Trackers
+
 from .graph import AxisGraph
 from .groups import Group
 from .oracles import verify_groups
 from .parameters import UnitSlice
-from .removal import Snapshot, Trackers, remove_units
+from .removal import remove_units
 
 __all__ = ["AxisGraph", "Group", "Snapshot", "Trackers", "UnitSlice", "remove_units", "verify_groups"]

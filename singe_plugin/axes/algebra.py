@@ -379,7 +379,7 @@ def labels(axis: Axis, leaf: Atom) -> NDArray[np.int64]:
 
 
 def _labels(atom: Atom, leaf: Atom, size: int) -> NDArray[np.int64]:
-    """The same for one atom that contains the leaf."""
+    """Label the positions of one atom that contains the leaf, as :func:`labels` does."""
     if atom is leaf:
         return np.arange(size, dtype=np.int64)
     found = np.full(size, -1, dtype=np.int64)

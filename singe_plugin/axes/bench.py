@@ -65,12 +65,12 @@ class Bench:
     tolerance: float
 
     def run(self) -> list[Tensor]:
-        """The outputs: every run starts from the same state of the model and the same random numbers."""
+        """Compute the outputs: every run starts from the same state of the model and the same random numbers."""
         with same_start(self.graph), torch.no_grad():
             return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
 
     def explained(self, error: Exception, done: str) -> str:
-        """A failure of the forward pass after a change to the model, as a reason; one with another cause goes on.
+        """Say a failure of the forward pass after a change to the model as a reason; one with another cause goes on.
 
         Raises:
             GroupError: if the model fails without the change, too.
@@ -91,7 +91,7 @@ class Bench:
 
 @contextmanager
 def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
-    """The randomised model with the most exact arithmetic and the smallest input that it runs on."""
+    """Open a bench: the randomised model with the most exact arithmetic and the smallest input that it runs on."""
     model = graph.model
     with ExitStack() as stack:
         stack.enter_context(randomised(model))
@@ -116,7 +116,7 @@ def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
 
 @contextmanager
 def bench_elsewhere(bench: Bench, inputs: Any) -> Iterator[Bench | None]:
-    """The same on other inputs and parameters, with another number of examples and pixels, and in training mode.
+    """Open a bench with other inputs and parameters, another number of examples and pixels, in training mode.
 
     As far as the model runs so: not every one takes other sizes. Single layers stay in eval mode.
     """
@@ -136,7 +136,7 @@ def bench_elsewhere(bench: Bench, inputs: Any) -> Iterator[Bench | None]:
 
 
 def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
-    """More examples, of other image sizes first; then as many as before."""
+    """Yield more examples, of other image sizes first; then as many as before."""
     if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
         for side in (*_SIDES, min(inputs.shape[2:])):
             if side <= min(inputs.shape[2:]) and side != min(used.shape[2:]):
@@ -147,7 +147,7 @@ def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
 
 
 def _repeated(inputs: Any, count: int) -> Any:
-    """Tensors with their examples again and again, until they are as many as asked for."""
+    """Repeat the examples of all tensors until they are as many as asked for."""
     return map_tensors(lambda t: t[torch.arange(count, device=t.device) % len(t)] if t.ndim and len(t) else t, inputs)
 
 
@@ -176,7 +176,7 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
 
 @contextmanager
 def same_start(graph: AxisGraph) -> Iterator[None]:
-    """A run of the model: it keeps nothing for the next one, and draws the same random numbers for all units."""
+    """Let a run of the model keep nothing for the next one, and draw the same random numbers for all units."""
     with preserved(graph.model), plain_layers(graph.model):
         graph.trace.forget()
         with SharedNoise():
@@ -184,7 +184,7 @@ def same_start(graph: AxisGraph) -> Iterator[None]:
 
 
 def _candidates(inputs: Any) -> Iterator[Any]:
-    """Smaller images first, where the example is a batch of images."""
+    """Yield inputs to try: smaller images first, where the example is a batch of images."""
     if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
         for side in _SIDES:
             if side < min(inputs.shape[2:]):

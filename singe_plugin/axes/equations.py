@@ -12,52 +12,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, TypeAlias
-
-from torch import nn
+from typing import TypeAlias
 
 from .algebra import Atom, Axis, concat, expand, fix, fix_all, fresh, is_fixed, size_of, split, unify
+from .trace import Trace
 from .tracked import Place, Term, TrackedInt
 
-if TYPE_CHECKING:
-    from .trace import Trace
+__all__ = ["solve"]
 
-__all__ = ["own_widths", "solve"]
-
-Monomial: TypeAlias = frozenset[tuple[Atom, int]]
-Polynomial: TypeAlias = dict[Monomial, Fraction]
+_Monomial: TypeAlias = frozenset[tuple[Atom, int]]
+_Polynomial: TypeAlias = dict[_Monomial, Fraction]
 
 _FROM_THE_OTHER = "the model computes one size from the other"
-
-
-def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """``(attribute, parameter or buffer, dimension)`` of the widths that PyTorch's layers keep.
-
-    Example:
-        >>> list(own_widths(nn.Linear(2, 3)))
-        [('out_features', 'weight', 0), ('in_features', 'weight', 1)]
-    """
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if not module.transposed:
-            yield "out_channels", "weight", 0
-        elif module.groups == 1:
-            yield "out_channels", "weight", 1
-        if module.groups == 1 or module.transposed:
-            yield "in_channels", "weight", 0 if module.transposed else 1
-    elif isinstance(module, nn.Linear):
-        yield from (("out_features", "weight", 0), ("in_features", "weight", 1))
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        yield from (("num_features", "weight", 0), ("num_features", "running_mean", 0))
-    elif isinstance(module, nn.GroupNorm):
-        yield "num_channels", "weight", 0
-    elif isinstance(module, nn.Embedding):
-        yield from (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1))
-    elif isinstance(module, nn.PReLU):
-        yield "num_parameters", "weight", 0
-    elif isinstance(module, nn.RNNBase):
-        yield from (("hidden_size", "weight_hh_l0", 1), ("input_size", "weight_ih_l0", 1))
 
 
 def solve(trace: Trace) -> None:
@@ -102,7 +70,7 @@ def _holds(trace: Trace, size: TrackedInt, axis: Axis) -> bool:
     return size.followed and whole and _polynomial(trace, size.terms) == _of_axis(axis)
 
 
-def _is_whole(polynomial: Polynomial) -> bool:
+def _is_whole(polynomial: _Polynomial) -> bool:
     """Whether it is a whole number for all sizes of the leaves."""
     return all(
         coefficient.denominator == 1 and all(exponent > 0 for _, exponent in monomial)
@@ -110,9 +78,9 @@ def _is_whole(polynomial: Polynomial) -> bool:
     )
 
 
-def _of_axis(axis: Axis) -> Polynomial:
+def _of_axis(axis: Axis) -> _Polynomial:
     """The size of an axis as a polynomial in the sizes of its leaves; a fixed leaf is a number."""
-    product: Polynomial = {frozenset(): Fraction(1)}
+    product: _Polynomial = {frozenset(): Fraction(1)}
     for atom in expand(axis):
         if atom.parts is not None:
             factor = _sum(_of_axis(part) for part in atom.parts)
@@ -124,12 +92,12 @@ def _of_axis(axis: Axis) -> Polynomial:
     return product
 
 
-def _polynomial(trace: Trace, terms: Sequence[Term]) -> Polynomial:
+def _polynomial(trace: Trace, terms: Sequence[Term]) -> _Polynomial:
     """A sum of terms; an attribute that follows nothing is a number."""
     return _sum(_of_term(trace, term) for term in terms)
 
 
-def _of_term(trace: Trace, term: Term) -> Polynomial:
+def _of_term(trace: Trace, term: Term) -> _Polynomial:
     number, above, below = _sides(trace, term)
     product = _product({frozenset(): number}, _of_axis(tuple(above)))
     for atom in below:
@@ -139,16 +107,16 @@ def _of_term(trace: Trace, term: Term) -> Polynomial:
     return product
 
 
-def _sum(polynomials: Iterable[Polynomial]) -> Polynomial:
-    total: Polynomial = {}
+def _sum(polynomials: Iterable[_Polynomial]) -> _Polynomial:
+    total: _Polynomial = {}
     for polynomial in polynomials:
         for monomial, coefficient in polynomial.items():
             total[monomial] = total.get(monomial, Fraction(0)) + coefficient
     return {m: c for m, c in total.items() if c}
 
 
-def _product(a: Polynomial, b: Polynomial) -> Polynomial:
-    made: list[Polynomial] = []
+def _product(a: _Polynomial, b: _Polynomial) -> _Polynomial:
+    made: list[_Polynomial] = []
     for one, first in a.items():
         for other, second in b.items():
             exponents = Counter(dict(one))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -112,7 +112,7 @@ class AxisGraph(ModelAxes):
         self.rank()
 
     def _outer(self) -> set[Atom]:
-        """Leaves whose units contain units of other leaves; of two groups of one layer they are named second."""
+        """Find the leaves whose units contain units of others; of two groups of one layer they are named second."""
         found: set[Atom] = set()
         for held in self.held:
             for axis in held.axes:
@@ -147,8 +147,24 @@ class AxisGraph(ModelAxes):
             if not group.secondary:
                 first.add(group)
 
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that gives all groups the sizes that they have now, and forgets later removals."""
+        sizes = [(group.leaf.root(), group.size) for group in self.groups.values()]
+        scale_rows = [[rows for _, _, rows in scale.rows] for scale in self.scales]
+        removals = len(self.history)
+
+        def rewind() -> None:
+            for leaf, size in sizes:
+                leaf.resize(size)
+            self.changed()
+            del self.history[removals:]
+            for scale, saved in zip(self.scales, scale_rows, strict=True):
+                scale.rows = [(m, a, rows) for (m, a, _), rows in zip(scale.rows, saved, strict=True)]
+
+        return rewind
+
     def drop(self, name: str, reason: str) -> None:
-        """Leave a group whole."""
+        """Leave a group whole, for a reason."""
         group = self.groups.pop(name)
         group.leaf.root().fixed = reason
         self._dropped[name] = reason
@@ -157,7 +173,7 @@ class AxisGraph(ModelAxes):
 
 
 def _chains(axis: Axis) -> Iterator[list[Atom]]:
-    """Leaves that meet in one product, outermost first."""
+    """Yield the leaves that meet in one product, outermost first."""
     atoms = expand(axis)
     own = [a for a in atoms if a.parts is None]
     inner = [chain for a in atoms if a.parts is not None for part in a.parts for chain in _chains(part)]

@@ -42,11 +42,11 @@ class Group:
         return all(id(writer.weight) in self.axes.only_training for writer in self.writers.values())
 
     def slices(self) -> list[UnitSlice]:
-        """Every dimension of every parameter and buffer that goes with the units."""
+        """Return every dimension of every parameter and buffer that goes with the units."""
         return self.axes.slices(self.leaf)
 
     def unit_group(self) -> UnitGroup:
-        """The rows that produce the units, for the scoring engine."""
+        """Return the rows that produce the units, for the scoring engine."""
         leaf = self.leaf.root()
         if leaf not in self.axes.unit_groups:
             self.axes.unit_groups[leaf] = unit_group(self.axes, self.name, leaf)

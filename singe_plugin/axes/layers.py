@@ -19,7 +19,9 @@ from .parameters import ModelAxes
 from .scales import ImpliedScale
 from .tracked import Place
 
-__all__ = ["ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "follow", "graph_adapter"]
+__all__ = [
+    "ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "bilinear", "follow", "graph_adapter", "multihead_attention",
+]  # fmt: skip
 
 ADAPTERS: dict[type[nn.Module], Callable[..., None]] = {}
 GRAPH_ADAPTERS: list[Callable[[ModelAxes], None]] = []
@@ -69,13 +71,13 @@ def adapt(graph: ModelAxes) -> None:
 
 
 def follow(graph: ModelAxes, owner: nn.Module, attr: str, axis: Axis, path: tuple[Any, ...] = ()) -> None:
-    """From now on, ``owner.attr`` (or what is found in it along ``path``) is the size of ``axis``."""
+    """Let ``owner.attr`` (or what is found in it along ``path``) be the size of ``axis`` from now on."""
     graph.trace.links.setdefault(Place(owner, attr, path), []).append((Fraction(1), axis))
 
 
 @adapter(nn.MultiheadAttention)
 def multihead_attention(graph: ModelAxes, layer: nn.MultiheadAttention) -> None:
-    """The layer insists on as many channels inside as outside, and divides by the square root of its head width."""
+    """Adapt to a layer that is as wide inside as outside, and divides by the square root of its head width."""
     if layer.in_proj_weight is None or layer.bias_k is not None:
         for parameter in layer.parameters():
             for axis in graph.trace.of(parameter):
@@ -96,7 +98,7 @@ def multihead_attention(graph: ModelAxes, layer: nn.MultiheadAttention) -> None:
 
 @adapter(nn.Bilinear)
 def bilinear(graph: ModelAxes, layer: nn.Bilinear) -> None:
-    """Its attributes are the sizes of its weight, and nothing in its forward pass says so."""
+    """Link its attributes to the sizes of its weight, for nothing in its forward pass does."""
     names = ("out_features", "in1_features", "in2_features")
     for attr, axis in zip(names, graph.trace.of(layer.weight), strict=True):
         follow(graph, layer, attr, axis)

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from singe_plugin.errors import SingeError, is_of_the_machine
 from singe_plugin.nested import relative_change, tensors_in
+from singe_plugin.rollback import Snapshot
 
 from .algebra import contains
 from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_start
 from .graph import AxisGraph
 from .groups import Group
-from .removal import Snapshot, remove_units
+from .removal import remove_units
 from .sorting import sorted_out, taken_apart
 from .substitutes import NormsOfTheRest, Values, derangement, exchanged, masked
 
@@ -73,13 +74,13 @@ class Trials:
         return self._removed([{g: _order(g)[: self._few(g)] for g in groups}])
 
     def removed_twice(self, groups: Sequence[Group]) -> str | None:
-        """The same for larger numbers, after some were removed: the graph has to be right after a removal, too."""
+        """Why that is not so for larger numbers, after some were removed: the graph has to be right then, too."""
         first = {g: self._uneven(g, 1) for g in groups}
         counts = (first, {g: max(first[g], self._uneven(g, 2)) for g in groups})
         return self._removed([{g: _order(g)[: count[g]] for g in groups} for count in counts])
 
     def every_second_removed(self, groups: Sequence[Group]) -> str | None:
-        """The same where neighbours stay whole, in turn.
+        """Why that is not so where neighbours stay whole, in turn.
 
         If all lose units, what is left of two neighbours may happen to meet a bound again; and an odd number of a
         group goes once, for what depends on whether a width is even.
@@ -98,7 +99,7 @@ class Trials:
         return most if most % 2 else max(most - 1, 0)
 
     def _few(self, group: Group) -> int:
-        """Some units, at most half of them."""
+        """How many units of a group go at first: some, at most half of them."""
         left = group.size - group.least
         return max(min((1, 3, 2, 0, 2)[self.number[group.name] % 5], max(left // 2, 1), left), 0)
 
@@ -143,13 +144,13 @@ class Trials:
 
 
 def _order(group: Group) -> list[int]:
-    """The units of a group in a random order, always the same."""
+    """List the units of a group in a random order, always the same."""
     order: list[int] = torch.randperm(group.size, generator=torch.Generator().manual_seed(group.size)).tolist()
     return order
 
 
 def _renumbered(units: Sequence[int], gone: Sequence[int]) -> list[int]:
-    """The present numbers of units, after those in ``gone`` were removed."""
+    """Return the present numbers of units, after those in ``gone`` were removed."""
     return [u - sum(g < u for g in gone) for u in units if u not in set(gone)]
 
 
@@ -199,7 +200,7 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
 def _sorted_out_to_two(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """As :func:`sorted_out`; where the model fails with a layer of one unit, two units of every group have to stay."""
+    """Sort groups out; where the model fails with a layer of one unit, two units of every group have to stay."""
     reason = test(groups) if groups else None
     if reason is None:
         return groups, []
@@ -217,7 +218,7 @@ def _sorted_out_to_two(
 
 
 def _amplified(bench: Bench) -> float:
-    """What a relative change of 1e-14 in every parameter does to the outputs: some networks amplify rounding."""
+    """Measure what a change of 1e-14 in every parameter does to the outputs: some networks amplify rounding."""
     if bench.tolerance > EXACT:
         return 0.0
     generator = torch.Generator().manual_seed(1)
@@ -237,7 +238,7 @@ def _amplified(bench: Bench) -> float:
 
 
 def _unfelt(bench: Bench, groups: Sequence[Group]) -> list[Group]:
-    """The groups whose units hardly change the output: a mistake in them could not be seen."""
+    """Find the groups whose units hardly change the output: a mistake in them could not be seen."""
     try:
         effect = _effects(bench)
     except Exception as error:  # the model cannot be differentiated: look at each group alone
@@ -259,7 +260,7 @@ def _unfelt(bench: Bench, groups: Sequence[Group]) -> list[Group]:
 
 
 def _effects(bench: Bench) -> dict[int, Tensor]:
-    """``|gradient x parameter|`` of a random projection of the outputs, relative to it, by the parameter's id."""
+    """Compute ``|gradient x parameter|`` of a random projection of the outputs, relative to it, by parameter id."""
     model = bench.graph.model
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     with same_start(bench.graph), torch.enable_grad():

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["Origins"]
 
-Dims: TypeAlias = frozenset[tuple[int, int]]
+_Dims: TypeAlias = frozenset[tuple[int, int]]
 """``(id of a parameter, dimension)``."""
 
 _SWAPS = frozenset({"t", "transpose", "t_", "transpose_", "swapaxes", "adjoint", "mT"})
@@ -78,19 +78,19 @@ class Origins:
             self.activate(results)
         elif made_of:
             for result in (r for r in results if r not in self._of):
-                found: list[Dims] = [frozenset()] * result.ndim
+                found: list[_Dims] = [frozenset()] * result.ndim
                 for tensor in made_of:
                     carried = _carried(operator, args, self._dims(tensor), tensor, result)
                     found = [a | b for a, b in zip(found, carried, strict=True)]
                 self._of[result] = found
         self._summed.clear()
 
-    def _dims(self, tensor: Tensor) -> list[Dims]:
-        found: list[Dims] = self._of[tensor]
+    def _dims(self, tensor: Tensor) -> list[_Dims]:
+        found: list[_Dims] = self._of[tensor]
         return found
 
 
-def _carried(operator: str, args: Any, origins: list[Dims], source: Tensor, result: Tensor) -> list[Dims]:
+def _carried(operator: str, args: Any, origins: list[_Dims], source: Tensor, result: Tensor) -> list[_Dims]:
     """Of which dimensions of the source the dimensions of a result are made."""
     ndim = source.ndim
     if operator in _SWAPS and ndim > 1:
@@ -116,15 +116,15 @@ def _carried(operator: str, args: Any, origins: list[Dims], source: Tensor, resu
     return [frozenset().union(*origins)] * result.ndim
 
 
-def _through_view(before: list[int], origins: list[Dims], after: list[int]) -> list[Dims]:
+def _through_view(before: list[int], origins: list[_Dims], after: list[int]) -> list[_Dims]:
     """A dimension is made of those that lie in the same stretch of memory."""
-    found: list[Dims] = []
+    found: list[_Dims] = []
     i = 0
     start, left = 1, before[0] if before else 1  # of the source's dimension i: what is in front of it, and with it
     right = 1
     for size in after:
         begin, right = right, right * size
-        mine: Dims = frozenset()
+        mine: _Dims = frozenset()
         while before:
             if size > 1 and before[i] > 1 and start < right and begin < left:
                 mine |= origins[i]

@@ -17,8 +17,9 @@ from singe_plugin.state import containers_training
 from singe_plugin.units import UnitGroup
 
 from .algebra import Atom, Axis, fix_all, labels, leaves, size_of, split
+from .forward import trace
 from .scales import ImpliedScale, implied_scales
-from .trace import Forward, Trace, trace
+from .trace import Forward, Trace
 
 __all__ = ["CONV", "LAYERS", "Held", "ModelAxes", "UnitSlice", "out_axis"]
 
@@ -110,7 +111,7 @@ class ModelAxes:
         self.scales: list[ImpliedScale] = implied_scales(model, self.inputs, self.trace, self.forward)
 
     def _traced(self) -> Trace:
-        """The trace of the example, or of a smaller image if the example is large and the model takes one."""
+        """Trace the example, or a smaller image if the example is large and the model takes one."""
         inputs = self.inputs
         if isinstance(inputs, Tensor) and inputs.ndim == 4 and min(inputs.shape[2:]) > _LARGE:
             for side in _SMALLER:
@@ -126,7 +127,7 @@ class ModelAxes:
         return trace(self.model, inputs, self.forward)
 
     def _read_more(self) -> None:
-        """Some parameters (of auxiliary heads) are only read in training mode: trace both modes."""
+        """Trace both modes: some parameters (of auxiliary heads) are only read in training mode."""
         forward = self.forward
 
         def both(model: nn.Module, inputs: Any) -> Any:
@@ -162,7 +163,7 @@ class ModelAxes:
                     self.places.setdefault(leaf, []).append((held, dim))
 
     def outputs_of(self, held: Held) -> list[Axis]:
-        """The axes of a parameter along which it produces units."""
+        """Return the axes of a parameter along which it produces units."""
         if isinstance(held.owner, LAYERS) and held.attr == "weight":
             return [out_axis(held)]
         return [axis for dim, axis in enumerate(held.axes) if not self.reads(held, dim)]
@@ -177,12 +178,12 @@ class ModelAxes:
         return self.trace.origins.reads(held.tensor, dim)
 
     def norm_of(self, layer: nn.Module) -> nn.Module | None:
-        """The batch-norm that folds into a layer: it reads this layer and nothing else does, and it fits."""
+        """Find the batch-norm that folds into a layer: it reads this layer and nothing else does, and it fits."""
         norm = self.trace.sole_reader(layer)
         return norm if norm is not None and can_fold(layer, norm) else None
 
     def slices(self, leaf: Atom) -> list[UnitSlice]:
-        """Every dimension of every parameter and buffer that goes with the units of a leaf."""
+        """Return every dimension of every parameter and buffer that goes with the units of a leaf."""
         leaf = leaf.root()
         if leaf not in self._slices:
             self._slices[leaf] = [
@@ -192,13 +193,13 @@ class ModelAxes:
         return self._slices[leaf]
 
     def changed(self) -> None:
-        """Units were removed or put back: positions are computed anew."""
+        """Compute positions anew from now on: units were removed or put back."""
         self._slices.clear()
         self.unit_groups.clear()
 
 
 def out_axis(weight: Held) -> Axis:
-    """The axis of a layer's output channels."""
+    """Return the axis of a layer's output channels."""
     owner = weight.owner
     if isinstance(owner, CONV) and owner.transposed:
         if owner.groups == 1:

@@ -19,7 +19,7 @@ __all__ = ["unit_group"]
 
 
 def unit_group(axes: ModelAxes, name: str, leaf: Atom) -> UnitGroup:
-    """The units of a leaf: every layer that writes them, with the batch-norm that folds into it.
+    """Describe the units of a leaf: every layer that writes them, with the batch-norm that folds into it.
 
     Args:
         axes: of the model.

@@ -23,7 +23,7 @@ def _written(group: Group) -> set[int]:
 
 
 def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str, str]]:
-    """``(name, reason)`` for the layers and parameters from whose outputs no group removes anything, unless on request.
+    """Yield ``(name, reason)`` for the layers and parameters that no group writes, unless on request.
 
     Args:
         axes: of the model; parameters with two or more dimensions are looked at.

@@ -8,119 +8,25 @@ puts everything back.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import RemovalError, SingeError, is_of_the_machine
-from singe_plugin.undo import Contents
+from singe_plugin.rollback import Snapshot, Trackers, swap_data
 
-from .algebra import Atom, contains, size_of
-from .equations import own_widths
+from .algebra import contains, size_of
 from .graph import AxisGraph
 from .groups import Group
 from .scales import ImpliedScale
+from .widths import refresh_widths
 
-__all__ = ["Snapshot", "Trackers", "remove_units"]
+__all__ = ["remove_units"]
 
 _SCALARS = (bool, int, float, str, tuple, type(None))
-
-
-@dataclass
-class Trackers:
-    """What has to be cut along with the model.
-
-    Attributes:
-        optimizers: any ``torch.optim`` optimizers over the model's parameters.
-        emas: models with the same module names (or wrappers with a ``.module``, such as timm's ``ModelEmaV3``).
-    """
-
-    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    emas: list[nn.Module] = field(default_factory=list)
-
-    def ema_models(self) -> list[nn.Module]:
-        """The averaged models themselves, out of their wrappers."""
-        inner = [getattr(e, "module", e) for e in self.emas]
-        return [m if isinstance(m, nn.Module) else e for m, e in zip(inner, self.emas, strict=True)]
-
-
-class Snapshot:
-    """The structure (and on request the values) of a model, its graph and its trackers, to go back to.
-
-    What is put back are the same objects with the same content, whatever can be reached from them.
-
-    Args:
-        model: the model.
-        graph: its graph, if it has one.
-        modules: the modules that may change; None means the whole model.
-        trackers: optimizers and EMA copies that may change.
-        values: also copy the values, so that training steps can be undone too.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: AxisGraph | None = None,
-        modules: Collection[nn.Module] | None = None,
-        trackers: Trackers | None = None,
-        values: bool = False,
-    ) -> None:
-        self.graph = graph
-        trackers = trackers or Trackers()
-        chosen: list[nn.Module] | None = None
-        roots: list[Any] = [model, *trackers.emas]
-        if modules is not None:
-            names = [] if graph is None else [graph.names[m] for m in modules]
-            chosen = [*modules, *(ema.get_submodule(n) for ema in trackers.ema_models() for n in names)]
-            roots = list(chosen)
-        roots += [vars(optimizer) for optimizer in trackers.optimizers]
-        self.contents = Contents(roots, chosen, math.inf if values else 0, parameters=values)
-        self.tensors = [(t, t.data) for t in self.contents.tensors.values()]
-        self.sizes: list[tuple[Atom, int]] = []
-        self.scale_rows: list[list[Tensor]] = []
-        if graph is not None:
-            self.sizes = [(group.leaf.root(), group.size) for group in graph.groups.values()]
-            self.scale_rows = [[rows for _, _, rows in scale.rows] for scale in graph.scales]
-            self.history = len(graph.history)
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for tensor, data in self.tensors:
-            if not _same_memory(tensor, data):
-                tensor.grad = None  # of another shape; the content's record has the old one
-                _swap_data(tensor, data)
-        self.contents.restore()
-        for leaf, size in self.sizes:
-            leaf.resize(size)
-        if self.graph is not None:
-            self.graph.changed()
-            del self.graph.history[self.history :]
-            for scale, rows in zip(self.graph.scales, self.scale_rows, strict=True):
-                scale.rows = [(m, a, r) for (m, a, _), r in zip(scale.rows, rows, strict=True)]
-
-
-def _same_memory(tensor: Tensor, data: Tensor) -> bool:
-    """Whether a tensor has this data, in this form."""
-    now = tensor.data
-    if now.dtype != data.dtype or now.device != data.device or now.shape != data.shape:
-        return False
-    return data.layout == torch.strided and not data.is_meta and bool(now.is_set_to(data))
-
-
-def _swap_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor data of another shape.
-
-    Autograd caches the shape of a leaf in its gradient accumulator, which a graph may keep alive; going through
-    another dtype makes it drop the cache.
-    """
-    if tensor.requires_grad:
-        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
-        tensor.data = torch.empty(0, dtype=other, device=data.device)
-    tensor.data = data
 
 
 @dataclass
@@ -216,7 +122,7 @@ def _apply(cut: _Cut, trackers: Trackers) -> None:
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         fresh = fresh.contiguous(memory_format=torch.channels_last)
     tensor.grad = None
-    _swap_data(tensor, fresh)
+    swap_data(tensor, fresh)
     if grad is not None:
         tensor.grad = cut.select(grad)
     for optimizer in trackers.optimizers:
@@ -244,18 +150,6 @@ def _rescale(graph: AxisGraph, scale: ImpliedScale, factor: float, trackers: Tra
             tensor.data = torch.where(chosen, tensor.data * factor, tensor.data)
 
 
-def refresh_widths(module: nn.Module) -> None:
-    """Set the attributes in which a layer keeps the shape of its own tensors."""
-    for attr, name, dim in own_widths(module):
-        tensor: Tensor | None = module._parameters.get(name)
-        tensor = module._buffers.get(name) if tensor is None else tensor
-        if tensor is not None:
-            setattr(module, attr, tensor.shape[dim])
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
-        attr = "out_channels" if module.transposed else "in_channels"
-        setattr(module, attr, module.weight.shape[1] * module.groups)
-
-
 def _cut_emas(graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], trackers: Trackers) -> None:
     for ema in trackers.ema_models():
         for cut in cuts:
@@ -271,7 +165,7 @@ def _cut_emas(graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], trac
                 )
             fresh = cut.select(tensor.data)
             tensor.grad = None
-            _swap_data(tensor, fresh)
+            swap_data(tensor, fresh)
         for module in changed:
             twin = ema.get_submodule(graph.names[module])
             for key, value in module.__dict__.items():

@@ -49,7 +49,7 @@ class _Attention(TorchFunctionMode):
 
 
 class _Search:
-    """For every call of interest, the parameters of the calling module that its q (or k) is proportional to."""
+    """Finds, for every call of interest, the parameters of the calling module that its q (or k) is proportional to."""
 
     def __init__(self, callers: set[nn.Module]) -> None:
         self.callers = callers
@@ -91,7 +91,7 @@ class _Search:
 
 
 def _saved_plainly() -> torch.autograd.graph.saved_tensors_hooks:
-    """What a checkpoint around this would not save is kept, so that the graph in it can be differentiated."""
+    """Keep what a checkpoint around this would not save, so that the graph in it can be differentiated."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
@@ -142,14 +142,14 @@ def _touches(others: tuple[Tensor, ...], parameter: Tensor, rows: Tensor) -> boo
 
 
 def _two_of_each(inputs: Any) -> Any:
-    """A batch of one image twice: the gradient of a batch-norm in eval mode can be wrong on CPU for a batch of one."""
+    """Take a single image twice: on CPU the gradient of a batch-norm in eval mode can be wrong for a batch of one."""
     if isinstance(inputs, Tensor) and inputs.ndim == 4 and len(inputs) == 1:
         return torch.cat([inputs, inputs])
     return inputs
 
 
 def implied_scales(model: nn.Module, inputs: Any, trace: Trace, forward: Forward) -> list[ImpliedScale]:
-    """The parameters to rescale for every attention of a trace; a width that nothing can make up for is fixed."""
+    """Find the parameters to rescale for every attention of a trace; a width that nothing can make up for is fixed."""
     wanted = [call for call in trace.attention if not is_fixed(call.width)]
     if not wanted:
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,8 @@ from torch import Tensor
 from singe_plugin.nested import tensors_in
 
 from .algebra import Atom, Axis, fix, is_fixed, size_of, split, split_concat
+from .trace import Trace
 from .tracked import TrackedInt, dimension, plain, tracked_in
-
-if TYPE_CHECKING:
-    from .trace import Trace
 
 __all__ = ["CUTS", "cut_evenly", "link_sizes"]
 
@@ -25,7 +23,7 @@ _FILLED = frozenset({"full", "new_full"})
 _UNDERSTOOD = frozenset({"multi_head_attention_forward"})  # nn.MultiheadAttention has an adapter
 _CUT = frozenset({"__getitem__", "__setitem__", "narrow", "split", "split_with_sizes"})
 CUTS = frozenset({"chunk", "unsafe_chunk", "tensor_split", "hsplit", "vsplit", "dsplit"})
-Linked = Iterator[tuple[Any, Axis]]
+_Linked = Iterator[tuple[Any, Axis]]
 
 
 def link_sizes(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -50,7 +48,7 @@ def link_sizes(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
                 state.spend(number)
 
 
-def _linked(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Linked:
+def _linked(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> _Linked:
     if name == "__setitem__":
         yield from _slices(state, args[0], args[1])
         return
@@ -107,7 +105,7 @@ def _size_arguments(args: Any, kwargs: Any, filled: bool = False) -> list[Any]:
     return [a for a in rest if isinstance(a, int)]
 
 
-def _groups(state: Trace, groups: Any, axis: Axis) -> Linked:
+def _groups(state: Trace, groups: Any, axis: Axis) -> _Linked:
     if groups > 1:
         outer, _ = split(axis, [plain(groups), size_of(axis) // plain(groups)], state.why)
         yield groups, outer
@@ -124,7 +122,7 @@ def _bounds(name: str, args: Any) -> list[TrackedInt]:
     return tracked_in(args[2:4]) if name == "narrow" else []
 
 
-def _slices(state: Trace, source: Tensor, index: Any) -> Linked:
+def _slices(state: Trace, source: Tensor, index: Any) -> _Linked:
     """The sizes of what a slice leaves out in front and of what it takes."""
     items = index if isinstance(index, tuple) else (index,)
     taken = sum(_dims_of(item) for item in items)
@@ -153,7 +151,7 @@ def _dims_of(item: Any) -> int:
     return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
-def _part(state: Trace, source: Tensor, dim: int, *numbers: Any) -> Linked:
+def _part(state: Trace, source: Tensor, dim: int, *numbers: Any) -> _Linked:
     """What is in front of a part, the part, and what is behind it, where these numbers are their sizes."""
     axis = state.of(source)[dim]
     sizes = [plain(number) for number in numbers]

@@ -12,14 +12,14 @@ __all__ = ["sorted_out", "taken_apart"]
 def sorted_out(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """The groups that pass a test together, and the others with the reason."""
+    """Tell the groups that pass a test together from the others, which come with the reason."""
     return (groups, []) if not groups or test(groups) is None else taken_apart(test, groups)
 
 
 def taken_apart(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """The same for groups that fail together."""
+    """Tell them apart, as :func:`sorted_out` does, where it is known that they fail together."""
     right, wrong = _halve(test, groups)
     if len(right) < 2 or (wrong and test(right) is None):
         return right, wrong
@@ -36,7 +36,7 @@ def taken_apart(
 def _halve(
     test: Callable[[Sequence[Group]], str | None], groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """Halve groups that fail together."""
+    """Halve groups that fail together until those that fail alone are found."""
     wrong: list[tuple[Group, str]] = []
     if len(groups) == 1:
         return [], [(groups[0], test(groups) or "it fails together with others")]

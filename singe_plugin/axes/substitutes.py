@@ -38,7 +38,7 @@ __all__ = [
 
 @contextmanager
 def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0) -> Iterator[None]:
-    """The model in eval mode with random affine parameters and statistics; restored on leaving.
+    """Put the model into eval mode with random affine parameters and statistics; restore it on leaving.
 
     Batch-norm statistics and one-dimensional parameters are drawn anew; larger weights are kept unless they are
     (nearly) zero, as zero-initialised branches are.
@@ -78,17 +78,17 @@ def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0) -> Iterator[N
 
 
 def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers between 0.5 and 1.5, of a tensor's shape, type and device."""
+    """Draw numbers between 0.5 and 1.5, of a tensor's shape, type and device."""
     return (torch.rand(like.shape, generator=generator) + 0.5).to(like)
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers, of a tensor's shape, type and device."""
+    """Draw standard normal numbers, of a tensor's shape, type and device."""
     return torch.randn(like.shape, generator=generator).to(like)
 
 
 def random_inputs(inputs: Any, seed: int = 0) -> Any:
-    """Random normal tensors in the place of floating ones, each with a seed of its own; everything else as it is.
+    """Put random normal tensors in the place of floating ones, each with a seed of its own; leave everything else.
 
     Example:
         >>> left, right = random_inputs({"left": torch.zeros(2), "right": torch.zeros(2)}).values()
@@ -106,13 +106,13 @@ def random_inputs(inputs: Any, seed: int = 0) -> Any:
 
 
 def double_inputs(inputs: Any) -> Any:
-    """The floating tensors of nested inputs in double precision."""
+    """Turn the floating tensors of nested inputs to double precision."""
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, inputs)
 
 
 @contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
-    """All floating parameters and buffers in double precision; call inside :func:`randomised`."""
+    """Turn all floating parameters and buffers to double precision; call inside :func:`randomised`."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     originals = [(t, t.data) for t in tensors]
     try:
@@ -125,7 +125,7 @@ def in_double(model: nn.Module) -> Iterator[None]:
 
 
 def derangement(count: int, generator: torch.Generator) -> list[int]:
-    """A permutation without fixed points: a random cycle through all units."""
+    """Draw a permutation without fixed points: a random cycle through all units."""
     order = torch.randperm(count, generator=generator).tolist()
     target = [0] * count
     for here, there in zip(order, order[1:] + order[:1], strict=True):
@@ -224,7 +224,7 @@ class NormsOfTheRest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _kept(axis: Axis, chosen: Mapping[Group, Sequence[int]]) -> Tensor | None:
-    """The positions that stay, or None if all do."""
+    """Return the positions that stay, or None if all do."""
     stay: Tensor | None = None
     for group, units in chosen.items():
         if contains(axis, group.leaf.root()):
@@ -240,7 +240,7 @@ def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 
 def _spread(small: Tensor, like: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """``small`` in its places of a tensor shaped as ``like``, zeros elsewhere."""
+    """Put ``small`` in its places of a tensor shaped as ``like``, with zeros elsewhere."""
     for dim, index in kept.items():
         shape = list(small.shape)
         shape[dim] = like.shape[dim]

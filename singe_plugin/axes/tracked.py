@@ -22,7 +22,9 @@ from singe_plugin.nested import leaves_in
 
 from .algebra import Axis
 
-__all__ = ["Place", "Term", "TrackedInt", "attribute", "dimension", "plain", "tracked_attributes", "tracked_in"]
+__all__ = [
+    "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "plain", "tracked_attributes", "tracked_in",
+]  # fmt: skip
 
 OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size leaves the integers: ``head_dim ** -0.5``
 _OWN = frozenset({"training"})
@@ -46,7 +48,7 @@ class Place:
         return plain(value)
 
     def set(self, value: int) -> None:
-        """Change it; what holds it is replaced, not changed, so that the old one can be put back."""
+        """Change the integer; what holds it is replaced, not changed, so that the old one can be put back."""
         self.owner.__dict__[self.attr] = _replaced(self.owner.__dict__[self.attr], self.path, value)
 
 
@@ -272,7 +274,7 @@ class TrackedInt(int):
 
 
 def plain(number: int) -> int:
-    """The same as an ordinary integer, without telling anybody."""
+    """Turn it into an ordinary integer, without telling anybody."""
     return int.__int__(number)
 
 
@@ -287,7 +289,7 @@ def _tracked(number: int) -> tuple[TrackedInt, ...]:
 
 
 def _divided(above: int, below: int) -> Any:
-    """A quotient: followed if nothing is left over and what it is divided by is one product."""
+    """Make a quotient, which is followed if nothing is left over and what it is divided by is one product."""
     value, rest = divmod(plain(above), plain(below))
     known = _tracked(above) + _tracked(below)
     if rest or len(_terms(below)) != 1 or isinstance(above, bool):
@@ -300,12 +302,12 @@ def _divided(above: int, below: int) -> Any:
 
 
 def attribute(value: int, place: Place) -> TrackedInt:
-    """An integer that is an attribute."""
+    """Make an integer that is an attribute."""
     return TrackedInt(value, (Term(places={place: 1}),))
 
 
 def dimension(value: int, axis: Axis) -> TrackedInt:
-    """An integer that was read off a tensor's shape."""
+    """Make an integer that was read off a tensor's shape."""
     return TrackedInt(value, (Term(axes=((axis, 1),)),))
 
 
@@ -315,7 +317,7 @@ def _is_width(value: Any) -> bool:
 
 @contextmanager
 def tracked_attributes(model: nn.Module) -> Iterator[None]:
-    """Every integer attribute (and integers in tuples and lists) of every module, replaced by a tracked one."""
+    """Replace every integer attribute (and integers in tuples and lists) of every module by a tracked one."""
     saved: list[tuple[nn.Module, str, Any]] = []
     try:
         for module in model.modules():
@@ -339,7 +341,7 @@ def tracked_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def tracked_in(value: Any) -> list[TrackedInt]:
-    """The tracked integers among nested arguments."""
+    """List the tracked integers among nested arguments."""
     found: list[TrackedInt] = []
     for leaf in leaves_in(value):
         if isinstance(leaf, slice):

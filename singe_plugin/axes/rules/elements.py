@@ -12,6 +12,8 @@ from ..algebra import Axis, fresh, split
 from ..trace import Trace
 from .base import RULES, opaque, rule
 
+__all__ = ["constant", "pointwise"]
+
 
 def pointwise(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     """Operands of one shape up to broadcasting: dimensions that meet are the same."""
@@ -73,7 +75,7 @@ def constant(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("normal")
 def _normal(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    """Of tensors of means or deviations, or of a size."""
+    """Draw from tensors of means or deviations, or of a size."""
     given = [*args, *kwargs.values()]
     (pointwise if any(isinstance(x, Tensor) for x in given) else _uniform)(t, args, kwargs, out)
 

@@ -1,0 +1,170 @@
+"""Following the axes of all parameters through one forward pass, operator by operator."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from singe_plugin.errors import GroupError
+from singe_plugin.nested import call_model, tensors_in
+from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of
+
+from .algebra import fix_all, fresh, is_fixed
+from .equations import solve
+from .rules import RULES, pointwise
+from .sizes import CUTS, cut_evenly, link_sizes
+from .trace import Forward, Trace
+from .tracked import OBSERVERS, dimension, tracked_attributes, tracked_in
+
+__all__ = ["trace"]
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Applies the rule of every operator."""
+
+    def __init__(self, state: Trace, rules: dict[str, Callable[..., None]], pointwise: Callable[..., None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state, self.rules, self.pointwise = state, rules, pointwise
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        state = self.state
+        out = func(*args, **kwargs)
+        state.operator = name = func._schema.name.split("::")[1]
+        state.note_reading((args, kwargs), out)
+        rule = self.rules.get(name)
+        if rule is not None:
+            rule(state, args, kwargs, out)
+        elif torch.Tag.pointwise in func.tags:
+            self.pointwise(state, args, kwargs, out)
+        else:
+            _unknown(state, args, kwargs, out)
+        state.origins.note(name, args, list(tensors_in((args, kwargs))), list(tensors_in(out)))
+        state.counted()
+        return out
+
+
+def _unknown(state: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Nothing may be removed from what an operator without a rule reads."""
+    owner = type(state.stack[-1]).__name__ if state.stack else ""
+    state.unknown.setdefault(state.operator, set()).add(owner)
+    why = f"the operator {state.why} has no rule"
+    for tensor in tensors_in((args, kwargs)):
+        fix_all(state.of(tensor), why)
+    for tensor in tensors_in(out):
+        state.set(tensor, [fresh(size, why) for size in tensor.shape])
+
+
+class _Functions(TorchFunctionMode):
+    """Links the integer attributes that torch functions are called with to the dimensions of what they return."""
+
+    def __init__(self, state: Trace) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
+            self.state.note_attention(kwargs["query"] if "query" in kwargs else args[0])
+        with torch._C.DisableTorchFunctionSubclass():  # a subclass would give out another object than what was followed
+            out = func(*args, **kwargs)
+        if name == "__get__" and isinstance(out, torch.Size):
+            return self._sizes(args[0], out)
+        if name == "size":
+            if isinstance(out, torch.Size):
+                return self._sizes(args[0], out)
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            return self._sizes(args[0], args[0].shape)[dim]
+        if name in ("numel", "nelement"):
+            return math.prod(self._sizes(args[0], args[0].shape))
+        if name == "__len__":
+            for size in tracked_in(tuple(self._sizes(args[0], args[0].shape))[:1]):
+                self.state.operator = "len()"
+                self.state.spend(size)  # what len() returns forgets where it comes from
+        if name in CUTS:
+            self.state.operator = name
+            cut_evenly(self.state, name, args, kwargs, out)
+        self.state.operator = name
+        link_sizes(self.state, name, args, kwargs, out)
+        return out
+
+    def _sizes(self, tensor: Tensor, shape: Any) -> Any:
+        """The sizes of a tensor, as integers that know their dimensions."""
+        axes = self.state.of(tensor)
+        return torch.Size([s if s < 2 or is_fixed(a) else dimension(s, a) for s, a in zip(shape, axes, strict=True)])
+
+
+@contextmanager
+def _module_stack(state: Trace) -> Iterator[None]:
+    def enter(module: nn.Module, args: Any) -> None:
+        state.stack.append(module)
+        state.runs[module] += 1
+        state.inputs[module] = [state.of(t) for t in tensors_in(args)]
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        state.stack.pop()
+        state.outputs[module] = [state.of(t) for t in tensors_in(output)]
+
+    handles = []
+    try:
+        for module in state.model.modules():
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_traceable_wrapper_subclass(tensor):
+            raise GroupError(
+                f"{name} is a {type(tensor).__name__}, a tensor made of others (sharded, quantized, ...), which cannot "
+                "be followed or cut; prune the model with plain tensors first, then convert it"
+            )
+
+
+def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace:
+    """Run the model once, in eval mode, and follow every axis; the model is left as it was.
+
+    Args:
+        model: any module.
+        inputs: example inputs.
+        forward: how the model is called with them.
+    """
+    _refuse_wrappers(model)
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        stack.enter_context(plain_layers(model))
+        stack.enter_context(torch.no_grad())
+        model.eval()
+        state = Trace(model, caches=computed_tables(model, lambda: forward(model, inputs)))
+        state.forget()
+        for tensor in tensors_in(inputs):
+            state.set(tensor, [fresh(size, "it is a dimension of the model's input") for size in tensor.shape])
+        state.origins.activate(tensors_in(inputs))
+        stack.enter_context(tracked_attributes(model))
+        stack.enter_context(_module_stack(state))
+        OBSERVERS.append(state.note_scale)
+        try:
+            with _Functions(state), _Operators(state, RULES, pointwise):
+                outputs = forward(model, inputs)
+        finally:
+            OBSERVERS.pop()
+        for tensor in tensors_in(outputs):
+            state.note_reader(tensor, None)
+            fix_all(state.of(tensor), "it reaches the model's output")
+        before = dict.fromkeys(state.caches)
+        state.caches = [key for key, table in tables_of(model) if key in before and table]
+    solve(state)
+    return state
