@@ -13,19 +13,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from singe_plugin.costs import KINDS, CostModel, check_kind
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.pace import BY_SCORE, RATIOS
 
-__all__ = [
-    "CostModel",
-    "LayerSpec",
-    "Target",
-    "TensorCost",
-    "count_macs",
-    "count_macs_by_module",
-    "count_params",
-    "plan_removals",
-]
+__all__ = ["LayerSpec", "Target", "plan_removals"]
 
 
 POINT = 0.01
