@@ -268,7 +268,7 @@ def test_scoring_leaves_training_distillation_and_quantization_alone(criterion: 
         compressor: Any = distiller_of(model)
         if with_pruner:
             config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.01}]
-            compressor = SInGEPruner.from_compressor(compressor, config, 2, criterion, mask_norms=False)
+            compressor = SInGEPruner.from_compressor(compressor, config, 2, scoring=criterion, mask_norms=False)
         quantizer = QATQuantizer.from_compressor(compressor, INT8)
         quantizer.compress(5, None)
         spaces = compressor.fused_compressors[-1]._target_spaces
