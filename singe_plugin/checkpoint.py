@@ -99,10 +99,10 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
             inner = next(k for k in {**was, **now} if was.get(k) != now.get(k))
-            was, now = f"{inner} {was.get(inner)!r}", f"{inner} {now.get(inner)!r}"
+            key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
         raise ArtifactError(
             f"{path} was written by a run with other options ({', '.join(different)}: {key} was {was!r}, now {now!r}); "
-            f"use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
+            f"use the same {_OWN_WORDS.get(different[0], 'options')}, or start anew in another folder"
         )
     return record, tensors
 
