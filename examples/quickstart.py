@@ -1,4 +1,4 @@
-"""Prune a small network to half of its parameters, save it, load it: the whole path in a few lines."""
+"""Prune a small network to half of its multiply-adds, save it, load it: the whole path in a few lines."""
 
 import tempfile
 
@@ -23,7 +23,7 @@ for _ in range(5):
         torch.nn.functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
 
-result = singe_plugin.prune(model, train, val_data=val, target="params=0.5", finetune_steps=200)
+result = singe_plugin.prune(model, train, target="macs=0.5", finetune=200, val_data=val)
 print(result.summary())
 
 with tempfile.TemporaryDirectory() as folder:
