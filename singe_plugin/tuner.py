@@ -152,7 +152,7 @@ class Tuner:
         return rates[0] if len(set(rates)) == 1 else rates
 
     def _chosen_loss(self) -> Objective | None:
-        """The given loss, or F; None for cross-entropy with label smoothing, which stands for ``loss`` and ``logit``."""
+        """The given loss, or F; None for cross-entropy with label smoothing, as for ``loss`` and ``logit``."""
         if self.options.loss is not None:
             return self.options.loss
         return None if self.objective in ("loss", "logit") else get_objective(self.objective)
