@@ -101,8 +101,8 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
             inner = next(k for k in {**was, **now} if was.get(k) != now.get(k))
             name, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
         raise ArtifactError(
-            f"{path} was written by a run with other options ({', '.join(different)}: {name} was {was!r}, now {now!r}); "
-            f"use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
+            f"{path} was written by a run with other options ({', '.join(different)}: {name} was {was!r}, now "
+            f"{now!r}); use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
         )
     return record, tensors
 

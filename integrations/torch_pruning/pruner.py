@@ -147,9 +147,9 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             [o for o in (optimizer,) if o is not None],
             [e for e in (ema, None if self.tuner is None else self.tuner.options.ema) if e is not None],
         )
-        usual = Pace("layers")
-        run_only = ("order", "rounds", "course", "units_per_step", "ratios")
-        self._only_run = [f"pace.{name}" for name in run_only if getattr(asked, name) not in (None, getattr(usual, name))]
+        usual, run_only = Pace("layers"), ("order", "rounds", "course", "units_per_step", "ratios")
+        own = {name: (None, getattr(usual, name)) for name in run_only}
+        self._only_run = [f"pace.{name}" for name in run_only if getattr(asked, name) not in own[name]]
         parts = {"target": target is not None, "finetune": finetune is not None, "callbacks": bool(callbacks)}
         self._only_run += [name for name, was_given in parts.items() if was_given]
         self._take(options)
