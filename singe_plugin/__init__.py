@@ -24,7 +24,7 @@ from singe_plugin.errors import (
     TiedParameterError,
 )
 from singe_plugin.registration import register_with_torch_pruning
-from singe_plugin.version import __version__
+from singe_plugin.version import __version__  # noqa: F401 - of the package
 
 if TYPE_CHECKING:
     from singe_plugin.architecture import Builder

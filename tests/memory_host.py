@@ -1,4 +1,4 @@
-"""A host in memory: what whoever writes another one copies. Its layers are lists of numbers, a unit's score is its number.
+"""A host in memory: what whoever writes another one copies. A layer is a list of numbers, the scores of its units.
 
 :class:`singe_plugin.loop.Host` is the whole protocol: ``model``, ``layers``, ``score``, ``remove`` and ``params``;
 ``repair`` is called after every turn of a host that has it. Nothing else is asked of it.
