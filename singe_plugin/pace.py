@@ -138,7 +138,8 @@ class Pace:
     round_to: int | None = option(default=None, text="Channels that are kept are a multiple of this.")
 
     def __post_init__(self) -> None:
-        check_choice("order", self.order, (None, *ORDERS))
+        if self.order is not None:
+            check_choice("order", self.order, ORDERS)
         check_choice("course", self.course, COURSES)
         if self.rounds is not None:
             why = ": every round scores all layers"

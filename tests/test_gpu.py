@@ -222,8 +222,8 @@ def test_labels_out_of_range_leave_the_device_usable() -> None:
 def test_the_pruner_on_the_device() -> None:
     batches = images(2)
     pruner = SInGEPruner(
-        chain().to(CUDA), batches[0][0].to(CUDA), SInGEImportance(), **asked(target="params=0.5", batches=moved(batches),
-        finetune=FineTune(batches, 4), units_per_step=0.25),
+        chain().to(CUDA), batches[0][0].to(CUDA), SInGEImportance(),
+        **asked(target="params=0.5", batches=moved(batches), finetune=FineTune(batches, 4), units_per_step=0.25),
     )  # fmt: skip
     pruner.run()
     with torch.no_grad():
