@@ -35,7 +35,13 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=
 finetune = singe_plugin.FineTune(batches, steps=40, every="layer", optimizer=optimizer, ema=ema, step_fn=step)
 importance = tp.importance.SInGEImportance().bind(model, batches[:1])
 pruner = tp.pruner.SInGEPruner(
-    model, batches[0][0][:2], importance, target="macs=0.4", units_per_step=0.25, finetune=finetune, callbacks=[Watch()]
+    model,
+    batches[0][0][:2],
+    importance,
+    target="macs=0.4",
+    pace=singe_plugin.Pace(units_per_step=0.25),
+    finetune=finetune,
+    callbacks=[Watch()],
 )
 outcome = pruner.run()
 print(f"MACs {outcome.macs[0]:,} -> {outcome.macs[1]:,}; the EMA follows: {ema.module(batches[0][0]).shape}")

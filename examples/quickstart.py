@@ -23,7 +23,7 @@ for _ in range(5):
         torch.nn.functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
 
-result = singe_plugin.prune(model, train, val_data=val, target="params=0.5", finetune_steps=200)
+result = singe_plugin.prune(model, train, val_data=val, target="params=0.5", finetune=200)
 print(result.summary())
 
 with tempfile.TemporaryDirectory() as folder:

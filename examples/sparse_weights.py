@@ -11,8 +11,11 @@ torch.manual_seed(0)
 model = timm.create_model("resnet18", num_classes=10, layers=[1, 1, 1, 1], channels=[16, 16, 32, 32])
 train = [(torch.randn(16, 3, 64, 64), torch.randint(0, 10, (16,))) for _ in range(4)]  # your DataLoader
 
-for options in ({"sparsity": 0.9, "rounds": 3}, {"pattern": "2:4", "rounds": 1}):
-    result = singe_plugin.prune_weights(copy.deepcopy(model), train, finetune_steps=6, **options)
+for options in (
+    {"sparsity": 0.9, "pace": singe_plugin.Pace(rounds=3)},
+    {"pattern": "2:4", "pace": singe_plugin.Pace(rounds=1)},
+):
+    result = singe_plugin.prune_weights(copy.deepcopy(model), train, finetune=6, **options)
     print(result.summary())  # sparsity, and the multiply-adds that are left
 
 # the model is an ordinary one with zeros in it; hold them when training goes on
