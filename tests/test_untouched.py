@@ -230,8 +230,8 @@ def pruned(net: nn.Module, ema: nn.Module, place: str, fault: Fault, out_dir: Pa
         warnings.simplefilter("ignore")
         singe_plugin.prune(
             net, batches_for(2), **asked(target="params=0.38", order=order, nodes=1,
-            finetune=FineTune(loader, 4, ema=ema), out_dir=out_dir, callbacks=[Events(fault)] if place == "callback" else [], max_pruning_ratio=0.9,
-            min_width=1),
+            finetune=FineTune(loader, 4, ema=ema), out_dir=out_dir, max_pruning_ratio=0.9, min_width=1,
+            callbacks=[Events(fault)] if place == "callback" else []),
         )  # fmt: skip
 
 
