@@ -24,6 +24,7 @@ from singe_plugin.errors import (
     TiedParameterError,
 )
 from singe_plugin.registration import register_with_torch_pruning
+from singe_plugin.version import __version__
 
 if TYPE_CHECKING:
     from singe_plugin.architecture import Builder
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from singe_plugin.result import Result
     from singe_plugin.scoring import score_error, score_units
 
-__version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",

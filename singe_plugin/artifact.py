@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from singe_plugin.architecture import Builder, build_by
 from singe_plugin.checkpoint import forget
-from singe_plugin.errors import ArtifactError
+from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.events import History
 from singe_plugin.files import REMEDY, describe, parse, seal, unseal, write_atomically, write_text
 from singe_plugin.folding import replace_folded
@@ -68,6 +68,11 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
             f"{type(result.model).__name__} cannot be rebuilt from a timm name alone; say how to build the unpruned "
             "model: save(result, directory, builder=Builder.factory('package.module:function', ...)) or "
             "Builder.timm(name, ...) with its options"
+        )
+    if not isinstance(builder, Builder):
+        raise ConfigError(
+            f"builder={builder!r} does not say how to build a model; give Builder.factory('package.module:function', "
+            "...) or Builder.timm(name, ...)"
         )
     directory = Path(directory)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in plain_tensors(result.model)}

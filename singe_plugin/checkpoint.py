@@ -95,14 +95,14 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
     names = sorted(old.keys() | new.keys(), key=lambda k: (k in _OWN_WORDS, k))  # an option may change the data, too
     different = [k for k in names if old.get(k) != new.get(k)]
     if different:
-        key = different[0]
+        name = key = different[0]
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
             inner = next(k for k in {**was, **now} if was.get(k) != now.get(k))
-            was, now = f"{inner} {was.get(inner)!r}", f"{inner} {now.get(inner)!r}"
+            name, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
         raise ArtifactError(
-            f"{path} was written by a run with other options ({', '.join(different)}: {key} was {was!r}, now {now!r}); "
-            f"use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
+            f"{path} was written by a run with other options ({', '.join(different)}: {name} was {was!r}, "
+            f"now {now!r}); use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
         )
     return record, tensors
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from singe_plugin import __version__
+from singe_plugin.version import __version__
 from singe_plugin.errors import SingeError
 
 __all__ = ["COMMANDS", "main"]

@@ -87,7 +87,7 @@ def given(cls: type[Kind], value: Any, name: str, shorthand: str) -> Kind:
         return cls()
     kinds = typing.get_type_hints(cls)[shorthand]
     lone = callable(value) and not isinstance(value, type) and "Callable" in str(kinds)
-    if lone or (isinstance(value, (str, int)) and not isinstance(value, bool)):
+    if lone or (isinstance(value, _kind(kinds)) and not isinstance(value, bool)):
         return cls(**{shorthand: value})
     raise ConfigError(
         f"{name} must be a {cls.__name__}, or its {shorthand}, got {type(value).__name__}; give e.g. "

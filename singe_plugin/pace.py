@@ -163,7 +163,7 @@ class Pace:
             check_number("max_pruning_ratio", self.max_pruning_ratio, 0, 1, "]]")
         for name, what in (("min_width", "number of units"), ("round_to", "number of channels")):
             if (value := getattr(self, name)) is not None:
-                check_count(name, value, 1, what)
+                check_count(name, value, 1, what, why=", or None")
 
     def settled(self, **defaults: Any) -> Pace:
         """This pace with everything decided.

@@ -19,7 +19,7 @@ from singe_plugin.fields import described
 from singe_plugin.finetune import FineTune
 from singe_plugin.losses import check_loss, loss_on, unmoved
 from singe_plugin.nested import to_device
-from singe_plugin.objective import Objective, ObjectiveLike
+from singe_plugin.objective import Objective, ObjectiveLike, get_objective
 from singe_plugin.state import casts_forgotten, model_device, train_mode_of
 from singe_plugin.stream import BatchStream
 
@@ -152,10 +152,10 @@ class Tuner:
         return rates[0] if len(set(rates)) == 1 else rates
 
     def _chosen_loss(self) -> Objective | None:
-        """The given loss, or F if it is a function; None for cross-entropy with label smoothing."""
+        """The given loss, or F; None for cross-entropy with label smoothing, as for ``loss`` and ``logit``."""
         if self.options.loss is not None:
             return self.options.loss
-        return None if isinstance(self.objective, str) else self.objective
+        return None if self.objective in ("loss", "logit") else get_objective(self.objective)
 
     def check(self, model: nn.Module, batch: Any) -> None:
         """See before anything is pruned that the loss fits the outputs in train mode and can move, on a scoring batch.

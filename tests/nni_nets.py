@@ -18,7 +18,7 @@ from small_nets import Chain, images
 
 __all__ = [
     "BATCHES", "CONVS", "INT8", "NETS", "Loop", "batches_of", "channel_masks", "check_masks", "evaluator_of",
-    "example_of", "make_net", "metrics_of", "pruner_of", "training_step", "wrapped_state",
+    "example_of", "make_net", "metrics_of", "nni_asked", "pruner_of", "training_step", "wrapped_state",
 ]  # fmt: skip
 
 BATCHES = images(count=3, size=8, examples=6)
@@ -134,10 +134,16 @@ def wrapped_state(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def nni_asked(**options: Any) -> dict[str, Any]:
+    """As :func:`asked`; NNI's pruner has the least width, and when to train on, among its own arguments."""
+    own = {name: options.pop(name) for name in ("every", "min_width") if name in options}
+    return {**asked(**options), **own}
+
+
 def pruner_of(model: nn.Module, config: Any = CONVS, loop: Loop | None = None, **options: Any) -> SInGEPruner:
     """Our pruner with an evaluator, on a few passes."""
     options = {"training_steps": 2, "nodes": 2, **options}
-    return SInGEPruner(model, config, evaluator_of(model, loop), **asked(**options))
+    return SInGEPruner(model, config, evaluator_of(model, loop), **nni_asked(**options))
 
 
 def check_masks(model: nn.Module, pruner: SInGEPruner, masks: Any, ratio: float = 0.4) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import singe_plugin
 from singe_plugin import Builder, FineTune, Scoring, load, prune, save
+from singe_plugin.architecture import Structure, describe_structure
 from singe_plugin.budget import Target
 from singe_plugin.errors import (
     ArtifactError,
@@ -28,6 +29,7 @@ from singe_plugin.errors import (
 from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.result import Metrics, Result
+from singe_plugin.tuner import Tuner
 
 from asked import asked
 from small_nets import Chain, Pairs, Trace, images, mlp, vectors
@@ -69,7 +71,7 @@ def pruning(data: Any = GOOD, **options: Any) -> Callable[[nn.Module], Any]:
 
 
 def tuning(loader: Any = GOOD, **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: FineTune(loader, **options)
+    return lambda model: Tuner(FineTune(loader, **options))
 
 
 def scored(batches: Any, imp: Callable[[], Any] = SInGEImportance) -> Callable[[nn.Module], Any]:
@@ -124,11 +126,12 @@ class Weird(tp.importance.Importance):  # type: ignore[misc]
 
 
 def plain_result(model: nn.Module) -> Result:
-    return Result(model, Metrics(1, 1), Metrics(1, 1), history=History())
+    structure = describe_structure(model, Structure.of(model), [])
+    return Result(model, Metrics(1, 1), Metrics(1, 1), history=History(), structure=structure)
 
 
-def save_plain(model: nn.Module) -> Any:
-    return save(plain_result(model), "never_made")
+def save_plain(builder: Any = None) -> Callable[[nn.Module], Any]:
+    return lambda model: save(plain_result(model), "never_made", builder)
 
 
 NAN = [(torch.full_like(X, float("nan")), Y[:2])]
@@ -249,7 +252,7 @@ CASES = [
     Case("tuning warmup", tuning(warmup=-1), ConfigError, ("warmup=-1", ">= 0")),
     Case("tuning smoothing", tuning(label_smoothing=1.0), ConfigError, ("label_smoothing=1.0", r"\[0, 1\[")),
     Case("tuning clip", tuning(clip_grad=0), ConfigError, ("clip_grad=0", "or None")),
-    Case("tuning amp", tuning(amp="fp8"), ConfigError, ("fp8", "'bf16'")),
+    Case("tuning amp", tuning(amp="fp8"), ConfigError, ("fp8", "bf16, fp16")),
     Case("tuning optimizer", tuning(optimizer="adam"), ConfigError, ("'adam'", "makes one from parameters")),
     Case("tuning scheduler", tuning(scheduler=object()), ConfigError, ("scheduler", "give that optimizer too")),
     Case("tuning empty", run(finetune=FineTune([], 2)), DataError, ("loader is empty", "at least one batch")),
@@ -287,11 +290,10 @@ CASES = [
     ),
     Case("prune criterion", pruning(criterion="taylor"), ConfigError, ("taylor", "choose one of")),
     Case("prune steps", pruning(finetune_steps=-1), ConfigError, ("steps=-1", ">= 0")),
-    Case("prune every", pruning(finetune_every="step"), ConfigError, ("step", "removal, layer, end")),
+    Case("prune every", pruning(every="step"), ConfigError, ("step", "removal, layer, end")),
     Case("prune batch size", pruning(batch_size=0), ConfigError, ("batch_size=0", ">= 1")),
-    Case("prune scoring size", pruning(scoring_batch_size=1.5), ConfigError, ("scoring_batch_size=1.5", ">= 1")),
-    Case("prune scoring count", pruning(scoring_batch_count=True), ConfigError, ("scoring_batch_count=True", ">= 1")),
-    Case("prune workers", pruning(workers=-1), ConfigError, ("workers=-1", ">= 0")),
+    Case("prune scoring size", pruning(batch_size=1.5), ConfigError, ("batch_size=1.5", ">= 1")),
+    Case("prune scoring count", pruning(batches=True), ConfigError, ("batches=True", ">= 1")),
     Case("prune seed", pruning(seed="lucky"), ConfigError, ("'lucky'", ">= 0")),
     Case("prune amp", pruning(amp="fp8"), ConfigError, ("fp8", "bf16")),
     Case("prune device name", pruning(device="gpu"), ConfigError, ("'gpu'", "not a device")),
@@ -304,11 +306,11 @@ CASES = [
     Case("prune resume", pruning(resume=True), ConfigError, ("resume=True", "out_dir")),
     Case("prune out_dir", pruning(out_dir=__file__), ArtifactError, ("test_bad_input.py", "output folder")),
     Case(
-        "prune builder", pruning(builder=Builder.factory("small_nets:Residual")),
-        ArtifactError, ("Residual", "options it was made"),
+        "save with another builder", save_plain(Builder.factory("small_nets:Residual")),
+        ArtifactError, ("Residual", "options that it was made with"),
     ),
     Case(
-        "prune unknown builder", pruning(builder=Builder.timm("resnet_of_tomorrow")),
+        "save with an unknown builder", save_plain(Builder.timm("resnet_of_tomorrow")),
         ArtifactError, ("resnet_of_tomorrow", "cannot be built"),
     ),
     # artifacts
@@ -322,7 +324,7 @@ CASES = [
         "builder no model", lambda m: Builder.factory("builtins:dict").build(),
         ArtifactError, ("dict", "torch.nn.Module"),
     ),
-    Case("save without builder", save_plain, ArtifactError, ("Chain", r"Builder.factory\(")),
+    Case("save without builder", save_plain(), ArtifactError, ("Chain", r"Builder.factory\(")),
     Case(
         "load nothing", lambda m: load("no/such/folder"),
         ArtifactError, ("no/such/folder", r"folder that save\(\) wrote"),
@@ -371,6 +373,6 @@ def test_a_good_call_is_not_refused() -> None:
     """The settings of the table are bad one by one: without them the same calls work."""
     torch.manual_seed(0)
     model = Chain()
-    result = prune(model, GOOD, **asked(finetune_steps=2, verify=False))
+    result = prune(model, GOOD, **asked(target="params=0.5", finetune_steps=2, verify=False))
     assert result.removed_params == pytest.approx(0.5, abs=0.01)
     assert issubclass(singe_plugin.SingeError, Exception)

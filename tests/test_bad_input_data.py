@@ -15,13 +15,15 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from singe_plugin import FineTune, UnstructuredPruner, prune, prune_weights
+from singe_plugin import FineTune, UnstructuredPruner, prune, prune_weights, save
 from singe_plugin.batches import MOST_BATCHES
 from singe_plugin.budget import Target
 from singe_plugin.costs import CostModel
 from singe_plugin.data import as_loader, is_dataset, lone_example, scoring_batches
 from singe_plugin.errors import BudgetError, ConfigError, DataError, GroupError, ScoringError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.result import Metrics, Result
+from singe_plugin.tuner import Tuner
 
 from asked import asked
 from small_nets import Chain, Pairs, Trace, images, mlp, vectors
@@ -118,9 +120,9 @@ def failing() -> Iterator[Any]:
     raise OSError("the disk is gone")
 
 
-def single(batches: Any = None) -> TensorDataset:
-    """Nine examples: with batches of four the last has one."""
-    return TensorDataset(torch.cat([X, X[:1]]), torch.cat([Y, Y[:1]]))
+def single(eights: int = 1) -> TensorDataset:
+    """Eight times a number and one: with batches of four, or of that many eights, the last has one."""
+    return TensorDataset(torch.cat([X] * eights + [X[:1]]), torch.cat([Y] * eights + [Y[:1]]))
 
 
 def pooled() -> nn.Module:
@@ -167,9 +169,9 @@ WORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
     "Hugging Face's": (Keywords, Records, {"val_data": Records("targets")}),
     "numbers of numpy as classes": (Chain, lambda: [(X[i], np.int64(Y[i])) for i in range(8)], {}),
     "a short generator": (Chain, lambda: iter(GOOD), {}),
-    "n mod batch is one": (pooled, single, {"finetune_steps": 7}),
-    "more batches than there are": (Chain, lambda: Pairs(GOOD), {"scoring_batch_count": 10**9}),
-    "a batch larger than the data": (Chain, lambda: Pairs(GOOD), {"batch_size": 10**12, "scoring_batch_size": 10**12}),
+    "n mod batch is one": (pooled, lambda: single(8), {"finetune_steps": 7}),
+    "more batches than there are": (Chain, lambda: Pairs(GOOD), {"batches": 10**9}),
+    "a batch larger than the data": (Chain, lambda: Pairs(GOOD), {"batch_size": 10**12}),
     "one example in a batch, and no batch-norm minds": (Chain, lambda: [(X, Y), (X[:1], Y[:1])], {"finetune_steps": 4}),
     "a layer ignored twice": (Chain, lambda: GOOD, {"ignored_layers": ["conv1", "conv1"]}),
     "bytes as classes": (Chain, lambda: [(X, Y.to(torch.uint8))] * 2, {}),
@@ -181,7 +183,7 @@ WORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
 def test_it_works(name: str) -> None:
     make, data, options = WORKS[name]
     torch.manual_seed(0)
-    settings = {"finetune_steps": 2, "verify": False, "batch_size": 4, "min_width": 1, "device": "cpu"}
+    settings = {"target": "params=0.5", "finetune_steps": 2, "verify": False, "min_width": 1, "device": "cpu"}
     result = prune(make(), data(), **asked(**{**settings, **options}))
     assert result.removed_params == pytest.approx(0.5, abs=0.011)
     assert (result.after.accuracy is None) is ("val_data" not in options)
@@ -235,6 +237,10 @@ def pruning(data: Any = GOOD, **options: Any) -> Callable[[nn.Module], Any]:
     """``prune``; data may be a function that makes it."""
     settings = {"finetune_steps": 2, "verify": False, "device": "cpu", **options}
     return lambda model: prune(model, data() if callable(data) else data, **asked(**settings))
+
+
+def saving(builder: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: save(Result(model, Metrics(1, 1), Metrics(1, 1)), "never_made", builder)
 
 
 def pruner(example: Any = X[:2], **options: Any) -> Callable[[nn.Module], Any]:
@@ -312,7 +318,7 @@ CASES = {
     ),
     "data without end": Case(pruning(endless), DataError, ENDLESS),
     "data without end to score on": Case(lambda m: SInGEImportance().bind(m, endless()), DataError, ENDLESS),
-    "data without end to train on": Case(lambda m: FineTune(endless()), DataError, ENDLESS),
+    "data without end to train on": Case(lambda m: Tuner(FineTune(endless())), DataError, ENDLESS),
     "data without end for weights": Case(
         lambda m: prune_weights(m, endless(), **asked(finetune_steps=0)), DataError, ENDLESS
     ),
@@ -389,7 +395,7 @@ CASES = {
         lambda m: prune_weights(m, GOOD, **asked(rounds=10**6)), ConfigError, ("rounds=1000000",)
     ),
     "iterative_steps": Case(pruner(iterative_steps=10**9), ConfigError, ("iterative_steps=1000000000", "at most")),
-    "builder": Case(pruning(builder="resnet18"), ConfigError, ("'resnet18'", "Builder.factory")),
+    "builder": Case(saving("resnet18"), ConfigError, ("'resnet18'", "Builder.factory")),
     "out_dir": Case(pruning(out_dir=3), ConfigError, ("3 is not the path of a folder",)),
     "device": Case(pruning(device=3.5), ConfigError, ("3.5", "not a device")),
     "callbacks": Case(pruning(callbacks="abc"), ConfigError, ("'a'", "Callback")),
@@ -398,8 +404,10 @@ CASES = {
     "no example inputs": Case(pruner(None), ConfigError, ("got NoneType",)),
     "min_width": Case(pruning(min_width=0), ConfigError, ("min_width=0", ">= 1")),
     "min_width, half": Case(pruner(min_width=2.5), ConfigError, ("min_width=2.5", ">= 1")),
-    "min_width of all": Case(pruning(min_width=10**9), BudgetError, (r"nearest.*params=0\.0000", "min_width")),
-    "schedule": Case(pruning(schedule=["cubic"]), ConfigError, (r"\['cubic'\]", "cubic, linear")),
+    "min_width of all": Case(
+        pruning(target="params=0.5", min_width=10**9), BudgetError, (r"nearest.*params=0\.0000", "min_width")
+    ),
+    "course": Case(pruning(course=["cubic"]), ConfigError, (r"\['cubic'\]", "cubic, linear")),
     # targets
     "flops": Case(pruning(target="flops=0.5"), ConfigError, ("'flops'", "params and macs")),
     "latency": Case(pruner(target="latency=0.5"), ConfigError, ("'latency'", "params and macs")),

@@ -21,7 +21,6 @@ from singe_plugin.cli import main
 from singe_plugin.errors import ConfigError
 from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.options import Scoring
 
 from asked import asked
 from small_nets import Chain, Residual, StopAt, images
@@ -125,11 +124,11 @@ def test_the_cost_of_a_unit_decides_between_equal_scores() -> None:
 
 
 @pytest.mark.parametrize("ratios", ["global", "per_cost", "uniform", "block"])
-@pytest.mark.parametrize("schedule", ["linear", "cubic"])
+@pytest.mark.parametrize("course", ["linear", "cubic"])
 @pytest.mark.parametrize("target", ["params=0.5", "macs=0.5"])
-def test_every_round_scores_the_model_as_it_is_and_the_target_is_met(ratios: str, schedule: str, target: str) -> None:
+def test_every_round_scores_the_model_as_it_is_and_the_target_is_met(ratios: str, course: str, target: str) -> None:
     model, importance = Residual(96, 512), Norms()  # units so small that the last round of the cubic course has some
-    pruner = pruner_of(model, importance, ratios=ratios, target=target, order="rounds", rounds=4, schedule=schedule)
+    pruner = pruner_of(model, importance, ratios=ratios, target=target, order="rounds", rounds=4, course=course)
     sizes, layers = [count_params(model)], [group.name for group in pruner.layers]
     importance.asked.clear()
 
@@ -146,7 +145,7 @@ def test_every_round_scores_the_model_as_it_is_and_the_target_is_met(ratios: str
     assert gone == sorted(gone)
     assert gone[1] < gone[-1]
     if target == "params=0.5" and ratios in ("global", "per_cost"):
-        shares = [1 - (1 - r / 4) ** 3 if schedule == "cubic" else r / 4 for r in range(5)]
+        shares = [1 - (1 - r / 4) ** 3 if course == "cubic" else r / 4 for r in range(5)]
         assert gone == pytest.approx([0.5 * share for share in shares], abs=0.02)
     model(BATCHES[0][0])
 
@@ -162,7 +161,7 @@ def test_the_largest_ratio_counts_from_the_unpruned_layer() -> None:
     model = Chain(widths=(16, 16, 16))
     model.conv1.weight.data *= 1e-3  # would go first
     pruner = pruner_of(
-        model, ratios="per_cost", target="params=0.5", order="rounds", rounds=5, schedule="linear",
+        model, ratios="per_cost", target="params=0.5", order="rounds", rounds=5, course="linear",
         max_pruning_ratio=0.5,
     )  # fmt: skip
     pruner.run()
@@ -179,7 +178,7 @@ def test_gradients_are_computed_once_a_round_and_are_those_of_every_layer_alone(
     model, passes, scored = Chain(), [], {}
     alone = pruner_of(copy.deepcopy(model), importance(), target="params=0.4")
     host = alone.host()
-    expected = {spec.name: alone.score_layer(host, spec.name) for spec in host.layers()}
+    expected = {spec.name: host.score([spec.name])[spec.name] for spec in host.layers()}
 
     class First(Callback):
         def on_layer_scored(self, event: Any) -> None:
@@ -246,7 +245,7 @@ def test_the_order_decides_ratios_and_rounds_that_are_not_given() -> None:
             for how in (given, meant)
         ]
         assert_same_run(*results)
-        assert all(results[0].options[name] == value for name, value in meant.items())
+        assert all(results[0].options["pace"][name] == value for name, value in meant.items())
 
     same({"order": "rounds"}, {"order": "rounds", "ratios": "per_cost", "rounds": 4})
     same({"order": "rounds", "ratios": "global"}, {"order": "rounds", "ratios": "global", "rounds": 4})
@@ -264,7 +263,7 @@ def test_inspect_counts_with_the_ratios_and_rounds_of_the_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"order": "both"}, {"rounds": 0}, {"rounds": 2.0}, {"schedule": "fast"}, {"ratios": "per_mac"}]
+    "wrong", [{"order": "both"}, {"rounds": 0}, {"rounds": 2.0}, {"course": "fast"}, {"ratios": "per_mac"}]
 )
 def test_options_that_mean_nothing(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
@@ -313,20 +312,20 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_removed() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     options = {"model": "resnet10t", "img-size": 32, "num-classes": 10, "in-chans": 1, "dataset": "digits",
-               "target": "params=0.3", "order": "rounds", "rounds": 2, "finetune-steps": 0, "scoring-batch-count": 3,
+               "target": "params=0.3", "order": "rounds", "rounds": 2, "finetune-steps": 0, "scoring-batches": 3,
                "criterion": "l2", "output": tmp_path}  # fmt: skip
     words = ["prune", "--no-curves", "--json", *(f"--{name}={value}" for name, value in options.items())]
     found = CliRunner().invoke(main, words)
     assert found.exit_code == 0, found.output
     used = json.loads(found.stdout)["options"]
-    assert (used["order"], used["rounds"], used["ratios"]) == ("rounds", 2, "per_cost")
-    assert used["scoring_batch_count"] == 3
+    assert [used["pace"][name] for name in ("order", "rounds", "ratios")] == ["rounds", 2, "per_cost"]
+    assert used["scoring"]["batches"] == 3
 
 
 @pytest.mark.parametrize(
     ("given", "nodes", "count"),
     [({}, 1, 4), ({"order": "layers"}, 5, 1), ({"units_per_step": 2}, 5, 1), ({"nodes": 3}, 3, 4),
-     ({"scoring_batch_count": 2}, 1, 2)],
+     ({"batches": 2}, 1, 2)],
 )  # fmt: skip
 def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count: int) -> None:
     """By the passes that are made: one for every node, batch and scoring of a layer.
@@ -338,26 +337,17 @@ def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count:
     model.conv3.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
     result = prune(model, batches, **asked(target="params=0.3", finetune_steps=0, verify=False, min_width=1, **given))
     scorings = len(result.history.select("layer_scored"))
-    first = 0 if result.options["order"] == "rounds" else len(result.layers)
+    first = 0 if result.options["pace"]["order"] == "rounds" else len(result.layers)
     assert sum(passes) - first == nodes * count * scorings > 0
-    assert (result.options["nodes"], result.options["scoring_batch_count"]) == (nodes, count)
-    found = inspect_model(
-        Chain(), batches[0][0], **asked(target="params=0.3", finetune_steps=0, **_as_inspected(given))
-    )
+    assert (result.options["scoring"]["nodes"], result.options["scoring"]["batches"]) == (nodes, count)
+    found = inspect_model(Chain(), batches[0][0], **asked(target="params=0.3", finetune_steps=0, **given))
     assert found.cost is not None
     assert found.cost.scoring_passes == nodes * count * found.cost.scorings
 
 
-def _as_inspected(given: dict[str, Any]) -> dict[str, Any]:
-    """Of ``prune``'s options those of ``inspect_model``."""
-    return {k: v for k, v in given.items() if k != "nodes"} | (
-        {"scoring": Scoring(nodes=given["nodes"])} if "nodes" in given else {}
-    )
-
-
 def test_the_command_scores_as_the_library_does() -> None:
     for words, per_scoring in (([], 4), (["--order", "layers"], 5), (["--nodes", "2"], 8),
-                               (["--scoring-batch-count", "3"], 3)):  # fmt: skip
+                               (["--scoring-batches", "3"], 3)):  # fmt: skip
         found = CliRunner().invoke(main, ["inspect", "--model", "resnet10t", "--img-size", "32", "--json", *words])
         assert found.exit_code == 0, found.output
         cost = json.loads(found.stdout)["cost"]
@@ -369,5 +359,5 @@ def test_what_is_inspected_is_plain_values() -> None:
     net = Chain()
     found = inspect_model(net, BATCHES[0][0], **asked(target=None, ratios={net.conv2: 0.5}, finetune_steps=0))
     shown = json.loads(json.dumps(found.as_dict()))
-    assert shown["options"]["ratios"] == {"conv2": 0.5}
+    assert shown["options"]["pace"]["ratios"] == {"conv2": 0.5}
     assert shown["cost"]["units_removed"] == net.conv2.out_channels // 2

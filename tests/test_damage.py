@@ -37,8 +37,8 @@ RECORD, TENSORS, MASKS = "singe.json", "model.safetensors", "masks.safetensors"
 def write(folder: Path, kind: str) -> Path:
     torch.manual_seed(0)
     if kind == "units":
-        return save(prune(Chain(), BATCHES, **asked(verify=False, fold=True, builder=CHAIN, **FAST)), folder)
-    return save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.7, rounds=1, builder=CHAIN, **FAST)), folder)
+        return save(prune(Chain(), BATCHES, **asked(verify=False, fold=True, **FAST)), folder, CHAIN)
+    return save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.7, rounds=1, **FAST)), folder, CHAIN)
 
 
 @pytest.fixture(scope="module", params=["units", "weights"])
@@ -419,7 +419,7 @@ def test_tensors_have_to_fit(name: str, of_chain: Path) -> None:
 
 
 def test_values_that_were_not_finite_when_they_were_saved_are_loaded(tmp_path: Path) -> None:
-    result = prune(Chain(), BATCHES, **asked(verify=False, builder=CHAIN, **FAST))
+    result = prune(Chain(), BATCHES, **asked(verify=False, **FAST))
     with torch.no_grad():
         result.model.fc.bias[0] = float("inf")
-    assert bool(load(save(result, tmp_path), trust=True).model.fc.bias.isinf().any())
+    assert bool(load(save(result, tmp_path, CHAIN), trust=True).model.fc.bias.isinf().any())

@@ -115,7 +115,9 @@ def test_a_run_that_cannot_write(run: Any, place: str, error: str, after: int, t
 @pytest.fixture(scope="module")
 def result() -> Result:
     torch.manual_seed(0)
-    return prune_weights(Chain(), BATCHES, **asked(sparsity=0.7, builder=Builder.factory("small_nets:Chain"), **FAST))
+    found = prune_weights(Chain(), BATCHES, **asked(sparsity=0.7, **FAST))
+    found.builder = Builder.factory("small_nets:Chain")
+    return found
 
 
 @pytest.mark.parametrize(("place", "error"), [(place, "full") for place in WRITERS] + [("save_file", "rust")])

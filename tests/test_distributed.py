@@ -102,7 +102,7 @@ def test_a_group_of_one_process_is_none(tmp_path: Path) -> None:
     torch.manual_seed(0)
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        result = prune(Chain(), GOOD, **asked(criterion="l2", finetune_steps=0, min_width=1))
+        result = prune(Chain(), GOOD, **asked(target="params=0.5", criterion="l2", finetune_steps=0, min_width=1))
     finally:
         distributed.destroy_process_group()
     assert result.removed_params == pytest.approx(0.5, abs=0.01)

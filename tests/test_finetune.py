@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, FinetuneStep
-from singe_plugin.finetune import FineTune
+from singe_plugin.finetune import FineTune, phase_share
 from singe_plugin.state import RngState
 from singe_plugin.stream import BatchStream
+from singe_plugin.tuner import Tuner
 
 from references import Net
 from small_nets import Chain, assert_same_values, images, mlp, values_of, vectors
@@ -34,10 +35,10 @@ class Heard(Callback):
         self.steps.append(event)
 
 
-def take(model: nn.Module, tuning: FineTune, steps: int) -> list[FinetuneStep]:
-    heard = Heard()
-    tuning.prepare(model)
-    tuning.run(model, steps, heard)
+def take(model: nn.Module, tuning: FineTune | Tuner, steps: int) -> list[FinetuneStep]:
+    heard, tuner = Heard(), tuning if isinstance(tuning, Tuner) else Tuner(tuning)
+    tuner.prepare(model)
+    tuner.run(model, steps, heard)
     return heard.steps
 
 
@@ -56,7 +57,7 @@ def test_the_learning_rate_is_a_cosine_after_a_warmup(steps: int, warmup: int) -
 
 
 def test_the_cosine_restarts_in_each_phase_and_spans_the_pieces_of_one() -> None:
-    model, tuning, heard = mlp(), FineTune(DATA, 12, lr=0.2), Heard()
+    model, tuning, heard = mlp(), Tuner(FineTune(DATA, 12, lr=0.2)), Heard()
     tuning.prepare(model)
     tuning.run(model, 4, heard)
     tuning.run(model, 2, heard)
@@ -188,7 +189,7 @@ def test_an_optimizer_without_a_scheduler_keeps_its_rate_and_a_function_gets_the
 
 
 def test_prepared_again_it_starts_again_also_for_another_model() -> None:
-    tuning, models = FineTune(DATA, 3), [mlp(), mlp()]
+    tuning, models = Tuner(FineTune(DATA, 3)), [mlp(), mlp()]
     models[1].load_state_dict(models[0].state_dict())
     first, second = (take(model, tuning, 3) for model in models)
     assert [(e.step, e.loss, e.lr) for e in first] == [(e.step, e.loss, e.lr) for e in second]
@@ -241,7 +242,7 @@ def test_what_cannot_be_trained_says_why(tuning: Callable[[Any], FineTune], erro
 @pytest.mark.parametrize("phases", [1, 2, 3, 7])
 @pytest.mark.parametrize("steps", [0, 1, 5, 1000])
 def test_shares_add_up_and_differ_by_at_most_one(steps: int, phases: int) -> None:
-    shares = [FineTune(DATA, steps).share(phase, phases) for phase in range(phases)]
+    shares = [phase_share(steps, phase, phases) for phase in range(phases)]
     assert sum(shares) == steps
     assert max(shares) - min(shares) <= 1
 
@@ -348,7 +349,7 @@ def test_making_a_stream_draws_nothing_and_starts_nothing() -> None:
     loader = own_generator()
     own = loader.generator.get_state()
     BatchStream(Counting())
-    FineTune(loader)
+    Tuner(FineTune(loader))
     assert started == []
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(loader.generator.get_state(), own)

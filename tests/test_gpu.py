@@ -21,6 +21,7 @@ from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.options import Scoring
 from singe_plugin.scoring import score_units
+from singe_plugin.tuner import Tuner
 
 from asked import asked
 from references import CASES, Net, get_case
@@ -108,9 +109,7 @@ def test_a_model_goes_there_and_comes_back(options: dict[str, Any], example: boo
     given = {"example_inputs": batches[0][0][:2]} if example else {}
     expected = prune(chain(), batches, **asked(target="params=0.5", device="cpu", **FULL, **options))
     model = chain()
-    result = prune(
-        model, batches, **asked(target="params=0.5", val_data=batches, latency=True, **FULL, **given, **options)
-    )
+    result = prune(model, batches, **asked(target="params=0.5", val_data=batches, **FULL, **given, **options))
     assert devices(model) == {"cpu"}
     assert kept(result) == kept(expected)
     assert (result.after.params, result.after.macs) == (expected.after.params, expected.after.macs)
@@ -177,7 +176,10 @@ def test_mixed_precision_and_memory_format() -> None:
         result = prune(
             chain(),
             images(3),
-            **asked(target="params=0.5", finetune_steps=4, amp=amp, channels_last=True, verify=False),
+            target="params=0.5",
+            scoring=Scoring(amp=amp, channels_last=True),
+            finetune=FineTune(steps=4, amp=amp, channels_last=True),
+            verify=False,
         )
         assert all(bool(v.isfinite().all()) for v in values_of(result.model).values() if v.is_floating_point())
 
@@ -254,7 +256,7 @@ def test_nni_takes_batches_on_the_cpu() -> None:
 
 def test_a_phase_of_fine_tuning_on_the_device() -> None:
     model = chain().to(CUDA)
-    loop = FineTune(images(2), 3, amp="fp16")
+    loop = Tuner(FineTune(images(2), 3, amp="fp16"))
     loop.prepare(model)
     loop.run(model, 3, Callback())
     assert loop.done == 3

@@ -280,13 +280,13 @@ def test_scores_follow_the_model_as_it_shrinks() -> None:
     imp = SInGEImportance(nodes=2).bind(net, BATCHES)
     pruner = SInGEPruner(net, X, imp)
     host = pruner.host()
-    before = host.score("conv2", imp)
+    before = host.score(["conv2"])["conv2"]
     host.remove("conv1", [0, 1])
     host.remove("conv2", [int(before.argmin())])
-    after = host.score("conv2", imp)
+    after = host.score(["conv2"])["conv2"]
     assert len(after) == len(before) - 1
     with torch.no_grad():
-        torch.testing.assert_close(host.score("conv2", imp), after, rtol=0, atol=0)
+        torch.testing.assert_close(host.score(["conv2"])["conv2"], after, rtol=0, atol=0)
 
 
 # --- never NaN --------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_macs_are_those_of_one_example(form: str, examples: int) -> None:
     assert found.macs == count_macs(Chain(), X[:1])
 
 
-@pytest.mark.parametrize("options", [{}, {"order": "layers"}, {"scoring_batch_count": 2}, {"rounds": 2}])
+@pytest.mark.parametrize("options", [{}, {"order": "layers"}, {"batches": 2}, {"rounds": 2}])
 def test_the_passes_that_are_printed_multiply_to_their_sum(options: dict[str, Any]) -> None:
     """And they are those that a run makes: a hook on the last layer, which every pass goes through, counts them."""
     model, passes = Chain(), []

@@ -101,7 +101,7 @@ def test_a_layer_that_has_fewer_is_left_as_it_is() -> None:
     result = prune(model, BATCHES, **asked(target="params=0.4", criterion="l2", finetune_steps=0, min_width=4))
     assert {row.name: row.units_after for row in result.layers}["conv1"] == 3
     assert result.removed_params == pytest.approx(0.4, abs=0.01)
-    assert result.options["min_width"] == 4
+    assert result.options["pace"]["min_width"] == 4
 
 
 def test_the_error_says_what_is_nearest_and_that_the_width_is_in_the_way() -> None:

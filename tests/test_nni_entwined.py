@@ -22,7 +22,7 @@ from singe_plugin.finetune import FineTune, phase_share
 from singe_plugin.integrations.nni import SInGEPruner
 
 from asked import asked
-from nni_nets import BATCHES, Loop, channel_masks, evaluator_of, make_net
+from nni_nets import BATCHES, Loop, channel_masks, evaluator_of, make_net, nni_asked
 from small_nets import Residual, images
 
 pytestmark = pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")  # NNI overrides it
@@ -33,7 +33,7 @@ COUNTS = {"conv1": 4, "conv2": 5, "conv3": 3}  # of 8, 10 and 6 channels
 def entwined(model: nn.Module, config: Any = HALF, loop: Loop | None = None, **options: Any) -> SInGEPruner:
     rates = {key: options.pop(key) for key in ("lr", "decay") if key in options}
     options = {"training_steps": 7, "nodes": 2, "units_per_step": 2, **options}
-    return SInGEPruner(model, config, evaluator_of(model, loop, **rates), **asked(pace="layers", **options))
+    return SInGEPruner(model, config, evaluator_of(model, loop, **rates), **nni_asked(order="layers", **options))
 
 
 def masked(pruner: SInGEPruner) -> dict[str, int]:
@@ -224,7 +224,7 @@ def test_fused_with_a_distiller_and_over_coupled_layers() -> None:
         lambda batch, net: net(batch[0]),
     )  # fmt: skip
     pruner = SInGEPruner.from_compressor(
-        distiller, HALF, 5, pace="layers", nodes=1, units_per_step="layer", every="layer"
+        distiller, HALF, 5, **nni_asked(order="layers", nodes=1, units_per_step="layer", every="layer")
     )
     _, masks = pruner.compress(5, None)
     kept = channel_masks(masks)
@@ -257,5 +257,5 @@ def test_what_is_masked_stays_masked_all_the_way() -> None:
 
 @pytest.mark.parametrize("kind", [AGPPruner, LinearPruner])
 def test_it_cannot_be_scheduled_twice(kind: Any) -> None:
-    with pytest.raises(ConfigError, match="schedule='entwined' prunes by a schedule of its own"):
+    with pytest.raises(ConfigError, match="a pruner with a pace prunes by a schedule of its own"):
         kind(entwined(make_net("chain")), 3, 2)

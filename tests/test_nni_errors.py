@@ -17,6 +17,7 @@ from nni.compression.quantization import QATQuantizer
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.integrations.nni import SInGEPruner
 
+from asked import asked
 from nni_nets import (
     BATCHES,
     CONVS,
@@ -26,13 +27,12 @@ from nni_nets import (
     check_masks,
     evaluator_of,
     make_net,
+    nni_asked,
     pruner_of,
     training_step,
     wrapped_state,
 )
 from small_nets import Residual, Trace, images, mlp, vectors
-
-from asked import asked
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:'saved_variables' is deprecated", "ignore:.*weight_norm.* is deprecated"
@@ -59,7 +59,7 @@ def test_scoring_leaves_the_wrapped_model_as_it_was(fails: bool) -> None:
     model.drop.p = 0.5
     model.fc.bias.requires_grad_(False)
     objective = explode(8 if fails else 1 << 30)
-    pruner = pruner_of(model, **asked(batches=BATCHES, objective=objective, nodes=2))
+    pruner = pruner_of(model, batches=BATCHES, objective=objective, nodes=2)
     QATQuantizer.from_compressor(pruner, INT8)
     training_step(BATCHES[0], model.train()).backward()
     pruner.update_masks({"conv1": {"weight": (torch.arange(8) % 2).view(8, 1, 1, 1)}})
@@ -79,7 +79,7 @@ def test_scoring_leaves_the_wrapped_model_as_it_was(fails: bool) -> None:
 
 def test_a_training_that_fails_leaves_the_evaluator_to_be_used_again(caplog: pytest.LogCaptureFixture) -> None:
     model = make_net("chain")
-    pruner = pruner_of(model, **asked(objective=explode(0)))
+    pruner = pruner_of(model, objective=explode(0))
     with pytest.raises(ScoringError, match="RuntimeError: no"):
         pruner.compress()
     assert pruner.evaluator.model is None
@@ -123,8 +123,10 @@ def entry(**keys: Any) -> list[dict[str, Any]]:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no evaluator": ({"evaluator": None}, "criterion 'ig' with schedule 'one_shot' needs an evaluator.*batches="),
-    "no evaluator, entwined": ({"evaluator": None, "schedule": "entwined", "criterion": "l2"}, "needs an evaluator"),
+    "no evaluator": ({"evaluator": None}, "criterion 'ig' needs an evaluator.*batches="),
+    "no evaluator, entwined": (
+        {"evaluator": None, "pace": "layers", "criterion": "l2"}, "'l2' with a pace needs an evaluator",
+    ),
     "wrong evaluator": ({"evaluator": print}, "must be one of NNI's .*got builtin_function"),
     "no example": ({"evaluator": None, "criterion": "l2"}, "give example_inputs=.* or coupled=False"),
     "unknown type": ({"config": entry(op_types=["Conv2dd"])}, "'Conv2dd', which is not there .did you mean 'Conv2d'"),
@@ -152,7 +154,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "block": ({"config": entry(granularity=[3, 1, 1, 1])}, r"cannot be divided into blocks of \(3, 1, 1, 1\)"),
     "long block": ({"config": entry(granularity=[1] * 5)}, r"granularity \[1, 1, 1, 1, 1\] does not fit its shape"),
     "criterion": ({"criterion": "igg"}, "unknown criterion 'igg'"),
-    "schedule": ({"schedule": "agp"}, "unknown schedule 'agp'; choose one of one_shot, entwined"),
+    "pace": ({"pace": "agp"}, "unknown order 'agp'; choose one of .*rounds, layers"),
     "every": ({"every": "epoch"}, "unknown every 'epoch'; choose one of"),
     "units": ({"units_per_step": 1.5}, "units_per_step=1.5 is not a number of units"),
     "steps": ({"training_steps": 0}, "training_steps=0 is not a number of steps"),
@@ -168,7 +170,7 @@ def test_what_cannot_mean_anything_is_one_clear_error_and_the_model_is_untouched
     trace, objects = Trace(model), wrapped_state(model)
     options = {"evaluator": evaluator_of(model), "config": CONVS, **options}
     with pytest.raises(DataError if case == "no batches" else ConfigError, match=message):
-        SInGEPruner(model, options.pop("config"), options.pop("evaluator"), **asked(**options))
+        SInGEPruner(model, options.pop("config"), options.pop("evaluator"), **nni_asked(**options))
     trace.assert_unchanged()
     assert wrapped_state(model) == objects
 
@@ -188,7 +190,7 @@ def test_an_error_inside_the_wrapping_gives_the_model_and_the_other_compressor_b
     stem = quantizer._module_wrappers["stem"]
     assert model.stem._nni_wrapper is stem
     assert (stem.pruning_target_spaces, list(stem.configs)) == ({}, ["quantization"])
-    pruner = SInGEPruner.from_compressor(quantizer, config[:1], 2, nodes=1)
+    pruner = SInGEPruner.from_compressor(quantizer, config[:1], 2, **asked(nodes=1))
     assert int((~channel_masks(pruner.compress(2, None)[1])["stem"]).sum()) == 4
 
 
@@ -264,7 +266,7 @@ def test_a_loop_that_ends_too_early_or_the_wrong_duration_is_refused() -> None:
 @pytest.mark.parametrize("constant", [lambda z, y: z.sum() * 0, lambda z, y: torch.zeros(())])
 def test_an_objective_that_cannot_move(constant: Any) -> None:
     model = make_net("chain")
-    pruner = pruner_of(model, **asked(batches=BATCHES, objective=constant, nodes=2))
+    pruner = pruner_of(model, batches=BATCHES, objective=constant, nodes=2)
     state = wrapped_state(model)
     with pytest.raises(ScoringError, match=r"F does not depend .*objective"):
         pruner.compress()

@@ -34,6 +34,7 @@ from nni_nets import (
     example_of,
     make_net,
     metrics_of,
+    nni_asked,
     pruner_of,
     training_step,
 )
@@ -80,7 +81,7 @@ def under_linear(model: nn.Module) -> Ran:
 
 
 def from_distiller(model: nn.Module) -> Ran:
-    pruner = SInGEPruner.from_compressor(distiller_of(model), CONVS, 2, nodes=2)
+    pruner = SInGEPruner.from_compressor(distiller_of(model), CONVS, 2, **asked(nodes=2))
     return pruner, pruner, pruner.compress(3, None)[1]
 
 
@@ -91,7 +92,7 @@ def distiller_from_ours(model: nn.Module) -> Ran:
 
 
 def from_quantizer(model: nn.Module) -> Ran:
-    pruner = SInGEPruner.from_compressor(QATQuantizer(model, INT8, evaluator_of(model)), CONVS, 2, nodes=2)
+    pruner = SInGEPruner.from_compressor(QATQuantizer(model, INT8, evaluator_of(model)), CONVS, 2, **asked(nodes=2))
     return pruner, pruner, pruner.compress(3, None)[1]
 
 
@@ -103,14 +104,14 @@ def quantizer_from_ours(model: nn.Module) -> Ran:
 
 
 def three_in_one(model: nn.Module) -> Ran:
-    pruner = SInGEPruner.from_compressor(distiller_of(model), CONVS, 2, nodes=2)
+    pruner = SInGEPruner.from_compressor(distiller_of(model), CONVS, 2, **asked(nodes=2))
     outer = LsqQuantizer.from_compressor(pruner, INT8)
     outer.compress(3, None)
     return pruner, outer, pruner.get_masks()
 
 
 def fused_under_agp(model: nn.Module) -> Ran:
-    outer = AGPPruner(pruner := SInGEPruner.from_compressor(distiller_of(model), CONVS, 2, nodes=2), 2, 2)
+    outer = AGPPruner(pruner := SInGEPruner.from_compressor(distiller_of(model), CONVS, 2, **asked(nodes=2)), 2, 2)
     return pruner, outer, outer.compress(4, None)[1]
 
 
@@ -192,7 +193,7 @@ def test_groups_that_are_only_partly_in_the_config_list_are_named(caplog: pytest
 def test_at_least_so_many_channels_stay() -> None:
     model = make_net("chain")
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.9}]
-    kept = channel_masks(SInGEPruner(model, config, **asked(batches=BATCHES, nodes=1, min_width=3)).compress()[1])
+    kept = channel_masks(SInGEPruner(model, config, **nni_asked(batches=BATCHES, nodes=1, min_width=3)).compress()[1])
     assert {name: int(mask.sum()) for name, mask in kept.items() if "conv" in name} == dict.fromkeys(
         ("conv1", "conv2", "conv3"), 3
     )
@@ -245,7 +246,7 @@ def test_wrappers_of_other_compressors_are_kept_with_their_state() -> None:
     quantizer = QATQuantizer(model, INT8, evaluator_of(model))
     quantizer.compress(2, None)
     scale = quantizer._module_wrappers["conv1"].weight_scale.clone()
-    pruner = SInGEPruner.from_compressor(quantizer, CONVS, 2, nodes=1)
+    pruner = SInGEPruner.from_compressor(quantizer, CONVS, 2, **asked(nodes=1))
     assert pruner.fused_compressors == [pruner, quantizer]
     for name, wrapper in quantizer._module_wrappers.items():
         assert pruner._module_wrappers[name] is wrapper
@@ -267,7 +268,7 @@ def test_scoring_leaves_training_distillation_and_quantization_alone(criterion: 
         compressor: Any = distiller_of(model)
         if with_pruner:
             config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.01}]
-            compressor = SInGEPruner.from_compressor(compressor, config, 2, criterion=criterion, mask_norms=False)
+            compressor = SInGEPruner.from_compressor(compressor, config, 2, scoring=criterion, mask_norms=False)
         quantizer = QATQuantizer.from_compressor(compressor, INT8)
         quantizer.compress(5, None)
         spaces = compressor.fused_compressors[-1]._target_spaces
@@ -287,7 +288,7 @@ FUSED = [{**INT8[0], "op_names": ["conv1", "conv2"], "fuse_names": [("conv1", "b
 
 def test_norms_that_a_quantizer_fuses_are_left_to_it() -> None:
     model = make_net("chain")
-    pruner = SInGEPruner.from_compressor(QATQuantizer(model, FUSED, evaluator_of(model)), CONVS, 2, nodes=1)
+    pruner = SInGEPruner.from_compressor(QATQuantizer(model, FUSED, evaluator_of(model)), CONVS, 2, **asked(nodes=1))
     kept = channel_masks(pruner.compress(3, None)[1])
     assert {n: int((~mask).sum()) for n, mask in kept.items()} == {"conv1": 3, "conv2": 4, "conv3": 2, "bn3": 2}
 
@@ -315,7 +316,7 @@ def test_an_adaptive_distiller_is_fused_too() -> None:
         model, [{"op_names": ["fc"], "lambda": 0.1}], evaluator_of(model), teacher, lambda b, m: m(b[0])
     )
     distiller.track_forward(BATCHES[0][0])
-    pruner = SInGEPruner.from_compressor(distiller, CONVS, 2, nodes=1)
+    pruner = SInGEPruner.from_compressor(distiller, CONVS, 2, **asked(nodes=1))
     check_masks(model, pruner, pruner.compress(3, None)[1])
 
 
@@ -336,7 +337,7 @@ def test_f_is_evaluated_on_the_latest_batches_with_the_users_own_step(steps: int
         return {"loss": model(batch.x).pow(2).mean(), "other": 1}
 
     model, pairs = make_net("chain"), [Pair(*batch) for batch in BATCHES]
-    options: dict[str, Any] = {"training_steps": 3, "scoring_batches": steps, "nodes": 2}
+    options: dict[str, Any] = {"training_steps": 3, "batches": steps, "nodes": 2}
     pruner = SInGEPruner(model, CONVS, evaluator_of(model, Loop(pairs), lr=0.0, step=step), **asked(**options))
     metrics: list[Any] = []
     calculate = pruner._calculate_metrics

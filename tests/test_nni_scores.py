@@ -29,15 +29,15 @@ def test_metrics_are_torch_prunings_importance_in_the_shape_of_a_scaler(name: st
     model = Grouped() if name == "grouped" else make_net(name)
     batches = images() if name == "grouped" else batches_of(name)[:1]
     pruner = SInGEPruner(
-        copy.deepcopy(model), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], **asked(batches=batches, criterion=criterion,
-        nodes=3),
+        copy.deepcopy(model), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
+        **asked(batches=batches, criterion=criterion, nodes=3),
     )  # fmt: skip
     importance = tp.importance.SInGEImportance(criterion=criterion, nodes=3).bind(model, batches)
-    host = (other := tp.pruner.SInGEPruner(model, batches[0][0], importance)).host()
+    host = tp.pruner.SInGEPruner(model, batches[0][0], importance).host()
     metrics = metrics_of(pruner)
     assert [piece.name for piece in pruner.pieces] == [layer.name for layer in host.layers() if layer.name != "fc"]
     for piece in pruner.pieces:
-        expected = other.score_layer(host, piece.name)
+        expected = host.score([piece.name])[piece.name]
         for layer, _ in piece.members:
             metric = metrics[layer]["weight"]
             assert metric.shape == (model.get_submodule(layer).out_channels, 1, 1, 1)
@@ -148,7 +148,7 @@ def test_what_is_masked_counts_least_and_the_rest_is_scored_on_the_masked_model(
                 for key, mask in wide.items():
                     model.get_submodule(layer).get_parameter(key).mul_(mask)
     importance = tp.importance.SInGEImportance(nodes=2).bind(model, batches)
-    host = (other := tp.pruner.SInGEPruner(model, batches[0][0], importance)).host()
+    host = tp.pruner.SInGEPruner(model, batches[0][0], importance).host()
     metrics = metrics_of(pruner)
     for piece in pruner.pieces:
         metric = metrics[next(iter(piece.members))[0]]["weight"].flatten()
@@ -157,7 +157,7 @@ def test_what_is_masked_counts_least_and_the_rest_is_scored_on_the_masked_model(
             masked[gone] = True
         assert bool((metric[masked] == -1).all())
         assert int((metric == -1).sum()) == int(masked.sum())
-        expected = other.score_layer(host, piece.name)[next(iter(piece.members.values()))]
+        expected = host.score([piece.name])[piece.name][next(iter(piece.members.values()))]
         torch.testing.assert_close(metric[~masked], expected[~masked], rtol=1e-5, atol=0)
 
 

@@ -18,7 +18,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner
 
 from asked import asked
-from nni_nets import BATCHES, channel_masks, example_of, make_net, metrics_of
+from nni_nets import BATCHES, channel_masks, example_of, make_net, metrics_of, nni_asked
 from small_nets import Grouped, images
 
 Masks = dict[str, dict[str, Tensor]]
@@ -31,7 +31,7 @@ def both(config: Any, metrics: Masks | None = None, model: nn.Module | None = No
     """Our masks and NNI's, from the same metrics, as wide as their targets; and the metrics."""
     model = model or make_net("chain")
     options: dict[str, Any] = {"criterion": "l2", "coupled": False, "mask_norms": False, "min_width": 0}
-    pruner = SInGEPruner(model, config, **asked(**options))
+    pruner = SInGEPruner(model, config, **nni_asked(**options))
     if metrics is None:
         metrics = {m: {t: torch.rand_like(v) for t, v in ts.items()} for m, ts in metrics_of(pruner).items()}
     spaces = pruner._target_spaces

@@ -31,6 +31,13 @@ X = DATA[0][0]
 FAST: dict[str, Any] = {"finetune_steps": 4, "nodes": 2}
 
 
+def fast(options: dict[str, Any]) -> dict[str, Any]:
+    """Few steps and nodes, unless the options say otherwise; an object that is given has its own."""
+    without = {"finetune": {"finetune_steps"}, "scoring": {"nodes"}}
+    gone = {name for key, names in without.items() if key in options for name in names}
+    return {name: value for name, value in FAST.items() if name not in gone} | options
+
+
 def one_hot(targets: Tensor) -> Tensor:
     return functional.one_hot(targets, 3).float()
 
@@ -49,7 +56,7 @@ def made(seed: int = 0) -> nn.Sequential:
 
 
 def units(model: nn.Module, **options: Any) -> Result:
-    return prune(model, DATA, **asked(verify=False, **{**FAST, **options}))
+    return prune(model, DATA, **asked(target="params=0.5", verify=False, **fast(options)))
 
 
 def layers(model: nn.Module, **options: Any) -> Result:
@@ -57,7 +64,7 @@ def layers(model: nn.Module, **options: Any) -> Result:
 
 
 def weights(model: nn.Module, **options: Any) -> Result:
-    return prune_weights(model, DATA, **asked(rounds=2, **{**FAST, **options}))
+    return prune_weights(model, DATA, **asked(rounds=2, **fast(options)))
 
 
 RUNS = {"units": units, "layers": layers, "weights": weights}
@@ -75,10 +82,10 @@ def test_a_function_is_scored_and_trained(objective: Any, run: str) -> None:
     told = RUNS[run](made(), objective=objective, finetune=FineTune(DATA, 4, loss=objective))
     assert_same_values(result.model, told.model)
     assert losses(result) == losses(told)
-    assert result.options["finetune_loss"] == objective.__name__
+    assert result.options["finetune"]["loss"] == objective.__name__
     other = RUNS[run](made(), objective=objective, finetune=FineTune(DATA, 4, loss=functional.cross_entropy))
     assert losses(other) != losses(result)  # a loss that is given goes before it
-    assert other.options["finetune_loss"] == "cross_entropy"
+    assert other.options["finetune"]["loss"] == "cross_entropy"
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -122,9 +129,9 @@ def test_an_importance_with_another_objective_is_refused() -> None:
     model = made()
     importance = SInGEImportance(objective=binary)
     with pytest.raises(ConfigError, match=r"objective=.*squared.* beside an importance whose F is .*binary"):
-        units(model, importance=importance, objective=squared)
-    result = units(model, importance=importance)
-    assert "binary" in result.options["objective"]
+        units(model, scoring=Scoring(importance, objective=squared))
+    result = units(model, scoring=importance)
+    assert "binary" in result.options["scoring"]["objective"]
     assert losses(result) == losses(units(made(), objective=binary, nodes=5))
 
 
@@ -145,20 +152,20 @@ class Seen(tp.importance.GroupTaylorImportance):  # type: ignore[misc]
 def test_taylor_reads_gradients_of_the_objective() -> None:
     model = made()
     twin, importance = copy.deepcopy(model), Seen()
-    result = units(model, importance=importance, objective=squared, scoring_batch_count=3)
+    result = units(model, criterion=importance, objective=squared, batches=3)
     torch.stack([squared(twin(x), y) for x, y in DATA]).mean().backward()
     torch.testing.assert_close(importance.gradient, twin[0].weight.grad)
     assert losses(result)[0] < 1.0  # a mean square of small numbers; the cross-entropy of three classes is above
-    assert losses(units(made(), importance=Seen()))[0] > 1.0
+    assert losses(units(made(), criterion=Seen()))[0] > 1.0
 
 
 def test_what_needs_a_loss_for_every_example_says_so() -> None:
     hessian = tp.importance.GroupHessianImportance()
-    assert units(made(), importance=hessian).removed_params > 0.4
+    assert units(made(), criterion=hessian).removed_params > 0.4
     model = made()
     trace = Trace(model)
     with pytest.raises(ScoringError, match="GroupHessianImportance needs a loss for every example"):
-        units(model, importance=hessian, objective=squared)
+        units(model, criterion=hessian, objective=squared)
     trace.assert_unchanged()
 
 

@@ -307,14 +307,16 @@ def test_optimizer_and_average_live_through_an_entwined_run(make: Any) -> None:
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     tuning = FineTune(BATCHES, 6, "removal", optimizer=optimizer, ema=ema)
-    SInGEPruner(model, X, bound(model), **asked(target="params=0.4", units_per_step=0.3, finetune=tuning)).run()
+    pruner = SInGEPruner(model, X, bound(model), **asked(target="params=0.4", units_per_step=0.3, finetune=tuning))
+    pruner.run()
     for parameter in model.parameters():
         buffers = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.ndim]
         assert buffers
         assert all(v.shape == parameter.shape for v in buffers)
     assert {n: p.shape for n, p in ema.module.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert ema.module(X).shape == (2, 3)
-    assert tuning.done == 6
+    assert pruner.tuner is not None
+    assert pruner.tuner.done == 6
 
 
 def test_momentum_is_cut_along_with_its_own_channel() -> None:
@@ -323,7 +325,7 @@ def test_momentum_is_cut_along_with_its_own_channel() -> None:
     nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
     optimizer.step()
     momentum = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()}
-    outcome = SInGEPruner(model, torch.zeros(2, 4), MAGNITUDE, **asked(ratios={"0": 0.5}, optimizer=optimizer)).run()
+    outcome = SInGEPruner(model, torch.zeros(2, 4), MAGNITUDE, optimizer=optimizer, **asked(ratios={"0": 0.5})).run()
     keep = [n for n in range(16) if n not in outcome.history.removals()["0"]]
     now = {n: optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
     assert torch.equal(now["0.weight"], momentum["0.weight"][keep])
@@ -382,7 +384,8 @@ def test_a_failure_anywhere_is_rolled_back_and_a_second_run_works(place: str, co
     trace.assert_unchanged(ignore=("rng",))
     assert_same_values(ema, averages)
     assert graph_of(pruner) == graph
-    assert (tuning.done, scheduler.state_dict()) == (0, rate)
+    assert pruner.tuner is not None
+    assert (pruner.tuner.done, scheduler.state_dict()) == (0, rate)
 
     again = copy.deepcopy(model)
     pruner.importance, pruner.callbacks = MAGNITUDE, []

@@ -12,9 +12,10 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
-from singe_plugin import Callback, FineTune, prune, prune_weights
+from singe_plugin import Callback, FineTune, Pace, prune, prune_weights
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
+from singe_plugin.tuner import Tuner
 
 from asked import asked
 from small_nets import StopAt, Trace, mlp, vectors
@@ -50,11 +51,11 @@ TUNINGS: dict[str, tuple[Callable[[nn.Module], FineTune], Any, str]] = {
 def test_the_recorded_rate_is_the_one_of_the_first_step(name: str, run: Any) -> None:
     make, rate, course = TUNINGS[name]
     model = mlp()
-    result = run(model, DATA, criterion="l2", rounds=2, finetune=make(model))
+    result = run(model, DATA, **asked(criterion="l2", rounds=2, finetune=make(model)))
     first = result.history.select("finetune_step")[0]["lr"]
-    assert result.options["lr"] == rate
+    assert result.options["finetune"]["lr"] == rate
     assert first == (rate[0] if isinstance(rate, list) else rate)
-    assert result.options["lr_schedule"] == course
+    assert result.options["finetune"]["schedule"] == course
     rates = {row["lr"] for row in result.history.select("finetune_step")}
     assert (len(rates) == 1) == (course == "constant")
 
@@ -66,16 +67,17 @@ def test_a_scheduler_is_recorded_by_its_name() -> None:
     result = prune(
         model, DATA, **asked(criterion="l2", finetune=FineTune(DATA, 6, optimizer=optimizer, scheduler=scheduler))
     )
-    assert (result.options["lr"], result.options["lr_schedule"]) == (0.08, "StepLR")
+    tuned = result.options["finetune"]
+    assert (tuned["lr"], tuned["schedule"]) == (0.08, "StepLR")
 
 
 def test_that_there_is_no_cosine_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "singe_plugin"):
         for optimizer in (None, SGD, lambda p: SGD(p, 0.1)):
-            FineTune(DATA, 2, optimizer=optimizer).prepare(mlp())
+            Tuner(FineTune(DATA, 2, optimizer=optimizer)).prepare(mlp())
         assert not caplog.messages
         model = mlp()
-        FineTune(DATA, 2, optimizer=SGD(model.parameters(), 0.1)).prepare(model)
+        Tuner(FineTune(DATA, 2, optimizer=SGD(model.parameters(), 0.1))).prepare(model)
     assert caplog.messages == [
         "fine-tuning at the constant learning rate of the given SGD; give a function that makes it, for the cosine, or "
         "its scheduler"
@@ -118,8 +120,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def pruner(model: nn.Module, **options: Any) -> SInGEPruner:
-    return SInGEPruner(model, X, MAGNITUDE, **asked(pruning_ratio=0.5, iterative_steps=2, verify=False, **options))
+def pruner(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> SInGEPruner:
+    options = asked(pruning_ratio=0.5, iterative_steps=2, verify=False, **options)
+    return SInGEPruner(model, X, MAGNITUDE, optimizer=optimizer, **options)
 
 
 def interactive(model: nn.Module) -> None:
@@ -179,7 +182,7 @@ def test_a_removal_that_was_rolled_back_changes_nothing_for_an_optimizer() -> No
 
 ONLY_RUN: dict[str, Any] = {
     "target": "params=0.5", "ratios": "uniform", "units_per_step": 2, "order": "rounds", "rounds": 1,
-    "schedule": "linear", "finetune": FineTune(DATA, 2), "callbacks": [Callback()],
+    "course": "linear", "finetune": FineTune(DATA, 2), "callbacks": [Callback()],
 }  # fmt: skip
 
 
@@ -189,7 +192,8 @@ def test_step_refuses_what_it_would_ignore(name: str, interactive: bool) -> None
     model = mlp()
     made = pruner(model, **{name: ONLY_RUN[name]})
     trace = Trace(model)
-    with pytest.raises(ConfigError, match=rf"step\(\) prunes by .* would ignore {name}; call run\(\)"):
+    said = rf"pace\.{name}" if hasattr(Pace, name) else name
+    with pytest.raises(ConfigError, match=rf"step\(\) prunes by .* would ignore {said}; call run\(\)"):
         made.step(interactive)
     trace.assert_unchanged()
     assert made.current_step == 0
@@ -198,7 +202,7 @@ def test_step_refuses_what_it_would_ignore(name: str, interactive: bool) -> None
 def test_step_takes_defaults_that_are_given() -> None:
     model = mlp()
     pruner(
-        model, target=None, ratios=None, units_per_step=None, order="layers", rounds=None, schedule="cubic",
+        model, target=None, ratios=None, units_per_step=None, order="layers", rounds=None, course="cubic",
         finetune=None, callbacks=[],
     ).step()  # fmt: skip
     assert model[0].out_features == 12

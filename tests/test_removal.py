@@ -114,7 +114,7 @@ def test_objects_and_flags_survive_and_values_are_those_of_the_channels_that_are
         parameter.requires_grad_(i % 3 != 0)
     objects = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
     model.train()
-    host = SInGEPruner(model, X, MAGNITUDE, **asked(ema=masked.tags)).host()
+    host = SInGEPruner(model, X, MAGNITUDE, ema=masked.tags).host()
     for layer in host.layers():
         host.remove(layer.name, list(range(0, layer.units, 2)))
     assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == objects
@@ -158,7 +158,7 @@ def test_a_split_is_followed_through_many_removals() -> None:
 
     model = randomise_norms(Net(forward, conv=nn.Conv2d(2, 16, 3), bn=nn.BatchNorm2d(16), fc=nn.Linear(8, 3))).eval()
     masked = Masked(model)
-    pruner = SInGEPruner(model, X, MAGNITUDE, **asked(ema=masked.tags))
+    pruner = SInGEPruner(model, X, MAGNITUDE, ema=masked.tags)
     for unit in (2, 0, 5, 4, 1, 1):
         pruner.host().remove("conv", [unit])
         torch.testing.assert_close(model(X), masked.model()(X))
@@ -174,7 +174,7 @@ def test_optimizer_state_is_cut_exactly(optimizer: str) -> None:
     opt = OPTIMIZERS[optimizer](model.parameters())
     train(model, opt)
     before = {n: {k: copy.deepcopy(v) for k, v in opt.state[p].items()} for n, p in model.named_parameters()}
-    SInGEPruner(model, X, MAGNITUDE, **asked(optimizer=opt)).host().remove("conv1", [1, 6])
+    SInGEPruner(model, X, MAGNITUDE, optimizer=opt).host().remove("conv1", [1, 6])
     keep = torch.tensor([0, 2, 3, 4, 5, 7])
     cut = {"conv1.weight": 0, "bn1.weight": 0, "bn1.bias": 0, "conv2.weight": 1}
     for name, parameter in model.named_parameters():
@@ -194,7 +194,7 @@ def test_an_average_is_cut_exactly(ema: str) -> None:
     train(model, opt, average)
     inner = getattr(average, "module", average)
     before, objects = values_of(inner), dict(inner.named_parameters())
-    SInGEPruner(model, X, MAGNITUDE, **asked(ema=average)).host().remove("conv1", [1, 6])
+    SInGEPruner(model, X, MAGNITUDE, ema=average).host().remove("conv1", [1, 6])
     keep = torch.tensor([0, 2, 3, 4, 5, 7])
     expected = {
         name: value.index_select(0, keep) if name.startswith(("conv1", "bn1")) and value.ndim else value
@@ -214,7 +214,7 @@ def test_training_continues_as_in_a_model_built_small(net: str, optimizer: str) 
     model = NETS[net]()
     opt = OPTIMIZERS[optimizer](model.parameters())
     train(model, opt)
-    pruner = SInGEPruner(model, X, MAGNITUDE, **asked(optimizer=opt))
+    pruner = SInGEPruner(model, X, MAGNITUDE, optimizer=opt)
     for layer in pruner.host().layers():
         pruner.host().remove(layer.name, [0, layer.units - 1])
     small = in_the_shape_of(model, NETS[net])
@@ -250,7 +250,7 @@ def prepared(net: str) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module, SIn
     opt = OPTIMIZERS["adam"](model.parameters())
     average = AveragedModel(model, use_buffers=True)
     train(model, opt, average)
-    return model, opt, average, SInGEPruner(model, X, MAGNITUDE, **asked(optimizer=opt, ema=average))
+    return model, opt, average, SInGEPruner(model, X, MAGNITUDE, optimizer=opt, ema=average)
 
 
 def structure_of(graph: Any) -> Any:
@@ -291,7 +291,7 @@ def test_a_failure_at_any_cut_is_rolled_back(net: str, whole_step: bool, interru
 
 def test_an_average_of_another_shape_is_refused_and_nothing_happens() -> None:
     model, average = Chain(), Chain(widths=(9, 12, 8))
-    pruner = SInGEPruner(model, X, MAGNITUDE, **asked(ema=average))
+    pruner = SInGEPruner(model, X, MAGNITUDE, ema=average)
     trace = Trace(model)
     with pytest.raises(RemovalError, match="EMA"):
         pruner.host().remove("conv1", [0])
@@ -350,7 +350,7 @@ def test_the_history_repeats_the_removals_on_a_fresh_model(net: str) -> None:
     history = pruner.pruning_history()
     opt = OPTIMIZERS["sgd"](fresh.parameters())
     train(copy.deepcopy(fresh), opt)
-    other = SInGEPruner(fresh, X, MAGNITUDE, **asked(optimizer=opt))
+    other = SInGEPruner(fresh, X, MAGNITUDE, optimizer=opt)
     objects = dict(fresh.named_parameters())
     other.load_pruning_history(history)
     assert dict(fresh.named_parameters()) == objects

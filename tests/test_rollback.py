@@ -12,6 +12,7 @@ from singe_plugin import FineTune, prune, prune_weights, rollback
 from singe_plugin.axes import AxisGraph, remove_units
 from singe_plugin.rollback import Trackers, all_or_nothing
 
+from asked import asked
 from fingerprint import assert_untouched, fingerprint
 from small_nets import mlp, vectors
 
@@ -55,7 +56,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_run_copies_the_weights_once(run: Any, given: bool, copies: list[bool]) -> None:
     target = {"target": "params=0.5"} if run is prune else {"sparsity": 0.5}
     finetune = {"finetune": FineTune(vectors(), 2)} if given else {"finetune_steps": 2}
-    run(mlp(), vectors(), nodes=1, **target, **finetune)
+    run(mlp(), vectors(), **asked(nodes=1, **target, **finetune))
     assert copies.count(True) == 1
 
 

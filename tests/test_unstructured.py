@@ -123,23 +123,23 @@ def test_rounds_with_fine_tuning_in_between(course: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global", "dict"])
-def test_algorithm_1_layer_by_layer(scope: str) -> None:
+@pytest.mark.parametrize("ratios", ["uniform", "global", "dict"])
+def test_algorithm_1_layer_by_layer(ratios: str) -> None:
     net = chain()
     masks = ones(net)
     sizes = {name: mask.numel() for name, mask in masks.items()}
-    if scope == "global":
+    if ratios == "global":
         first = ones(net)
         mask_lowest(literal_ig(net, first), first, round(0.5 * sum(sizes.values())))
         plan = {name: sizes[name] - int(mask.sum()) for name, mask in first.items()}
     else:
-        plan = {name: round({"layer": 0.5, "dict": 0.25}[scope] * size) for name, size in sizes.items()}
+        plan = {name: round({"uniform": 0.5, "dict": 0.25}[ratios] * size) for name, size in sizes.items()}
     for name, count in plan.items():
         step = round(0.2 * sizes[name])
         for done in range(0, count, step):
             scores = literal_ig(net, masks)[name]
             mask_lowest({name: scores}, {name: masks[name]}, min(step, count - done))
-    amount = {"scope": dict.fromkeys(NAMES, 0.25)} if scope == "dict" else {"scope": scope, "sparsity": 0.5}
+    amount = {"ratios": dict.fromkeys(NAMES, 0.25)} if ratios == "dict" else {"ratios": ratios, "sparsity": 0.5}
     heard = History()
     outcome = UnstructuredPruner(net, BATCHES, **asked(order="layers", units_per_step=0.2, **amount, **LITERAL)).run(
         history=heard
@@ -153,7 +153,7 @@ def test_algorithm_1_layer_by_layer(scope: str) -> None:
 @pytest.mark.parametrize("order", ["rounds", "layers"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.31, 0.9, 0.999])
 def test_counts_are_exact(sparsity: float, order: str, rounds: int) -> None:
-    for scope in ("global", "layer"):
+    for ratios in ("global", "uniform"):
         net = chain()
         sizes = {name: net.get_submodule(name).weight.numel() for name in NAMES}
         outcome = UnstructuredPruner(
@@ -161,7 +161,7 @@ def test_counts_are_exact(sparsity: float, order: str, rounds: int) -> None:
             BATCHES[:1],
             **asked(
                 sparsity=sparsity,
-                ratios=scope,
+                ratios=ratios,
                 order=order,
                 rounds=rounds if order == "rounds" else None,
                 units_per_step=1 / rounds if order == "layers" and rounds > 1 else None,
@@ -169,7 +169,7 @@ def test_counts_are_exact(sparsity: float, order: str, rounds: int) -> None:
             ),
         ).run()
         masked = {layer.name: layer.weights - layer.nonzero for layer in outcome.layers}
-        if scope == "global":
+        if ratios == "global":
             assert sum(masked.values()) == min(round(sparsity * sum(sizes.values())), sum(sizes.values()) - 4)
         else:
             assert masked == {name: min(round(sparsity * size), size - 1) for name, size in sizes.items()}
@@ -211,16 +211,16 @@ def test_a_model_that_is_masked_already_goes_on_from_there() -> None:
 @pytest.mark.parametrize(
     ("options", "dense", "why"),
     [
-        ({"scope": {"conv1": 0.5, "conv2": 0.0, "fc": 0.25}}, {"conv2", "conv3"}, "scope gives it no sparsity"),
-        ({"scope": {"conv1": 0.5, "conv2": 0.5, "fc": 0.5}, "pattern": "2:4"}, {"conv1", "conv3"}, "input channels"),
+        ({"ratios": {"conv1": 0.5, "conv2": 0.0, "fc": 0.25}}, {"conv2", "conv3"}, "ratios gives it no sparsity"),
+        ({"ratios": {"conv1": 0.5, "conv2": 0.5, "fc": 0.5}, "pattern": "2:4"}, {"conv1", "conv3"}, "input channels"),
     ],
     ids=["ratio zero", "no fit"],
 )
-def test_a_scope_may_name_layers_that_stay_whole(options: dict[str, Any], dense: set[str], why: str) -> None:
+def test_ratios_may_name_layers_that_stay_whole(options: dict[str, Any], dense: set[str], why: str) -> None:
     net = chain()
     outcome = UnstructuredPruner(net, BATCHES, **asked(criterion="l1", **options)).run()
     assert {row.name: row.nonzero for row in outcome.layers} == {
-        name: round(net.get_submodule(name).weight.numel() * (1 - options["scope"][name]))
+        name: round(net.get_submodule(name).weight.numel() * (1 - options["ratios"][name]))
         for name in NAMES
         if name not in dense
     }
@@ -228,7 +228,7 @@ def test_a_scope_may_name_layers_that_stay_whole(options: dict[str, Any], dense:
     assert any(why in outcome.left_whole[name] for name in dense)
 
 
-def test_max_sparsity() -> None:
+def test_max_pruning_ratio() -> None:
     outcome = UnstructuredPruner(chain(), BATCHES, **asked(sparsity=0.74, max_pruning_ratio=0.75)).run()
     assert max(layer.sparsity for layer in outcome.layers) == 0.75
     assert outcome.sparsity == pytest.approx(0.74, abs=2e-3)
@@ -254,12 +254,19 @@ def test_the_host_knows_what_a_weight_costs() -> None:
     net = chain()
     pruner = UnstructuredPruner(net, BATCHES, **asked(nodes=1))
     host = pruner.host()
-    costs, plan = host.costs(), {"conv1": 10, "conv2": 50, "fc": 3}
-    assert costs.cost("params", {}) == sum(p.numel() for p in net.parameters()) == host.nonzero()
+    plan, params, macs = {"conv1": 10, "conv2": 50, "fc": 3}, host.params(), host.effective_macs()
+    assert params == sum(p.numel() for p in net.parameters())
+    positions: dict[str, int] = {}
+    for name in NAMES:
+        net.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: positions.update({name: out[0, 0].numel()})
+        )
+    net(BATCHES[0][0])
+    assert macs == sum(positions[name] * net.get_submodule(name).weight.numel() for name in NAMES)
     for name, count in plan.items():
         host.remove(name, range(count))
-    assert host.costs().cost("params", {}) == costs.cost("params", plan) == host.nonzero()
-    assert round(costs.cost("macs", plan)) == host.effective_macs() == round(host.costs().cost("macs", {}))
+    assert host.params() == params - sum(plan.values())
+    assert host.effective_macs() == macs - sum(positions[name] * count for name, count in plan.items())
     assert [(spec.name, spec.units) for spec in host.layers()] == [(n, host.left(n)) for n in NAMES]
     for units in ([host.left("fc")], [-1]):
         with pytest.raises(SingeError, match=rf"'fc' has {host.left('fc')} weights left, but number {units[0]} was"):

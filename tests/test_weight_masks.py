@@ -21,7 +21,7 @@ from small_nets import Chain, Grouped, assert_same_values, images, mlp, values_o
 
 BATCHES = images(2)
 BUILDER = Builder.factory("small_nets:Chain")
-FAST: dict[str, Any] = {"nodes": 1, "rounds": 2, "finetune_steps": 4, "builder": BUILDER}
+FAST: dict[str, Any] = {"nodes": 1, "rounds": 2, "finetune_steps": 4}
 
 
 def masked(model: nn.Module, share: float = 0.5) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def test_saved_and_loaded_bit_for_bit(last: bool, tmp_path: Path) -> None:
     result = prune_weights(net, BATCHES, **asked(sparsity=0.6, val_data=BATCHES, **FAST))
     with torch.no_grad():
         net.conv2.weight[:2] = 0.0  # zeros that are not masked
-    save(result, tmp_path)
+    save(result, tmp_path, BUILDER)
     again = load(tmp_path, trust=True)
     assert_same_values(again.model, result.model)
     assert torch.equal(again.model(BATCHES[0][0]), result.model.eval()(BATCHES[0][0]))
@@ -142,9 +142,9 @@ def test_saved_and_loaded_bit_for_bit(last: bool, tmp_path: Path) -> None:
 
 def test_a_model_whose_masks_are_on_is_saved_as_if_they_were_folded(tmp_path: Path) -> None:
     result = prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST))
-    save(result, tmp_path / "folded")
+    save(result, tmp_path / "folded", BUILDER)
     hold_masks(result.model, result.weight_masks)
-    save(result, tmp_path / "held")
+    save(result, tmp_path / "held", BUILDER)
     one, other = load(tmp_path / "folded", trust=True), load(tmp_path / "held", trust=True)
     assert_same_values(one.model, other.model)
     assert_same_values(one.weight_masks, other.weight_masks)
@@ -155,14 +155,14 @@ def test_masks_that_were_not_held_are_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         result.model.conv1.weight += 1
     with pytest.raises(ArtifactError, match=r"the mask of 'conv1.weight' does not fit.*hold_masks.*weight_masks = {}"):
-        save(result, tmp_path)
+        save(result, tmp_path, BUILDER)
     assert not (tmp_path / "singe.json").exists()
     result.weight_masks = {}
-    assert load(save(result, tmp_path), trust=True).weight_masks == {}
+    assert load(save(result, tmp_path, BUILDER), trust=True).weight_masks == {}
 
 
 def test_damaged_masks(tmp_path: Path) -> None:
-    save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST)), tmp_path)
+    save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST)), tmp_path, BUILDER)
     path = tmp_path / "masks.safetensors"
     masks = load_file(path)
     for damage, message in (
@@ -182,14 +182,12 @@ def test_damaged_masks(tmp_path: Path) -> None:
 
 
 def test_units_have_no_masks_and_take_those_of_an_earlier_result_away(tmp_path: Path) -> None:
-    save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST)), tmp_path)
+    save(prune_weights(Chain(), BATCHES, **asked(sparsity=0.6, **FAST)), tmp_path, BUILDER)
     assert (tmp_path / "masks.safetensors").exists()
-    result = prune(
-        Chain(), BATCHES, **asked(builder=BUILDER, verify=False, finetune_steps=2, nodes=1, units_per_step="layer")
-    )
+    result = prune(Chain(), BATCHES, **asked(verify=False, finetune_steps=2, nodes=1, units_per_step="layer"))
     assert (result.sparsity, result.weight_sparsity, result.weight_masks) == (None, None, {})
     assert "sparsity" not in result.summary()
-    save(result, tmp_path)
+    save(result, tmp_path, BUILDER)
     assert not (tmp_path / "masks.safetensors").exists()
     assert load(tmp_path, trust=True).weight_masks == {}
 
@@ -207,7 +205,7 @@ def test_a_model_that_is_one_layer() -> None:
 def test_pruning_goes_on_from_what_was_saved(tmp_path: Path) -> None:
     """Saved, loaded, held and pruned further: the architecture is still recognised, and masks only grow."""
     first = prune_weights(Chain(), BATCHES, **asked(sparsity=0.5, **FAST))
-    loaded = load(save(first, tmp_path / "first"), trust=True)
+    loaded = load(save(first, tmp_path / "first", BUILDER), trust=True)
     hold_masks(loaded.model, loaded.weight_masks)
     BUILDER.check(loaded.model)
     second = prune_weights(loaded.model, BATCHES, **asked(sparsity=0.8, **FAST))
@@ -215,7 +213,7 @@ def test_pruning_goes_on_from_what_was_saved(tmp_path: Path) -> None:
     assert second.before.effective_macs == first.after.effective_macs
     for name, mask in second.weight_masks.items():
         assert not bool((mask & ~first.weight_masks[name]).any())
-    again = load(save(second, tmp_path / "second"), trust=True)
+    again = load(save(second, tmp_path / "second", BUILDER), trust=True)
     assert_same_values(again.model, second.model)
     with pytest.raises(ArtifactError, match="does not build this model"):
         Builder.factory("small_nets:Grouped").check(loaded.model)

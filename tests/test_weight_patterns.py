@@ -67,11 +67,11 @@ def one_layer(layer: nn.Module) -> tuple[nn.Module, list[Any]]:
 @given(
     kind=st.sampled_from(list(LAYERS)), pattern=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 5)]),
     criterion=st.sampled_from(["l1", "ig"]), rounds=st.integers(1, 3), order=st.sampled_from(["rounds", "layers"]),
-    extra=st.sampled_from([None, 0.0, 0.2]), scope=st.sampled_from(["global", "layer"]), seed=st.integers(0, 99),
+    extra=st.sampled_from([None, 0.0, 0.2]), ratios=st.sampled_from(["global", "uniform"]), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_at_most_n_of_m_always(
-    kind: str, pattern: tuple[int, int], criterion: str, rounds: int, order: str, extra: float | None, scope: str,
+    kind: str, pattern: tuple[int, int], criterion: str, rounds: int, order: str, extra: float | None, ratios: str,
     seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def test_at_most_n_of_m_always(
     weight, start = layer.weight.detach().clone(), 1 - n / m
     sparsity = None if extra is None else start + extra * (1 - start)
     pruner = UnstructuredPruner(
-        net, batches, **asked(pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, order=order, ratios=scope,
+        net, batches, **asked(pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, order=order, ratios=ratios,
         **({"rounds": rounds} if order == "rounds" else {"units_per_step": 0.3})),
     )  # fmt: skip
     mask = pruner.run().masks["layer.weight"]
@@ -143,8 +143,10 @@ def test_a_pattern_and_more_on_top_of_it() -> None:
         assert int(Pattern(2, 4).counts(mask, layer).max()) <= 2
     by_layer = UnstructuredPruner(Chain(), images(1), **asked(pattern="2:4", ratios={"conv2": 0.75}, nodes=1)).run()
     assert [(layer.name, layer.sparsity) for layer in by_layer.layers] == [("conv2", 0.75)]
-    assert by_layer.left_whole["fc"] == "scope gives it no sparsity"
-    with pytest.raises(ConfigError, match=r"max_sparsity=0.4 keeps 519 of the 864 weights of layer 'conv2'.*raise it"):
+    assert by_layer.left_whole["fc"] == "ratios gives it no sparsity"
+    with pytest.raises(
+        ConfigError, match=r"max_pruning_ratio=0.4 keeps 519 of the 864 weights of layer 'conv2'.*raise it"
+    ):
         UnstructuredPruner(Chain(), images(1), **asked(pattern="2:4", max_pruning_ratio=0.4, nodes=1)).run()
 
 
@@ -206,5 +208,5 @@ def test_ratios_of_the_innermost_name_hold() -> None:
     random.shuffle(names)
     found = layer_ratios(names, {"blocks": 0.5, "blocks.0": 0.6, "blocks.0.conv2": 0.7})
     assert found == {"stem": 0.0, "blocks.0.conv1": 0.6, "blocks.0.conv2": 0.7, "blocks.1.conv1": 0.5}
-    with pytest.raises(ConfigError, match=r"scope names \['blocks.2'\]"):
+    with pytest.raises(ConfigError, match=r"ratios names \['blocks.2'\]"):
         layer_ratios(names, {"blocks.2": 0.5})

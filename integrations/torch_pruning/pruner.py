@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -11,21 +10,20 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, verify_groups
+from singe_plugin.axes import AxisGraph, Trackers, verify_groups
 from singe_plugin.batches import materialise
 from singe_plugin.budget import Target, plan_removals
 from singe_plugin.costs import count_macs, count_params
-from singe_plugin.errors import BudgetError, ConfigError, DataError
+from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.events import Callback, History
 from singe_plugin.fields import given
 from singe_plugin.finetune import FineTune
 from singe_plugin.guards import check_here, check_parts, parts_of
 from singe_plugin.job import carried_out, tuner_of
 from singe_plugin.loop import Loop, Turn, in_layers, in_rounds, scored
-from singe_plugin.objective import ObjectiveLike, get_objective
+from singe_plugin.objective import ObjectiveLike
 from singe_plugin.pace import BY_SCORE, Pace
 from singe_plugin.progress import Progress
 from singe_plugin.result import LayerRow
@@ -34,10 +32,10 @@ from singe_plugin.tuner import Tuner
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from .allocation import Rounds, counts_for
 from .arguments import base_options, check_arguments, forward_of, settled_with
-from .graph import AxisDependencyGraph, AxisGroup
-from .host import TorchPruningHost, block_of, channels_per_unit
+from .graph import AxisDependencyGraph
+from .host import TorchPruningHost, block_of
 from .importance import SInGEImportance
-from .scorers import Ranking
+from .stepping import SteppingPruner
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
 
@@ -62,7 +60,7 @@ class PruningOutcome:
     left_whole: dict[str, str]
 
 
-class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+class SInGEPruner(SteppingPruner):
     """Prune with verified groups: one-shot or iteratively (``step``), or by the paper's Algorithm 1 (``run``).
 
     All arguments of ``tp.pruner.BasePruner`` are accepted, and ``step()``, ``step(interactive=True)`` and the
@@ -113,7 +111,6 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ((58, 30), 4)
     """
 
-    current_step: int
     kind: type[Progress] = Progress
     callbacks: Sequence[Callback]
 
@@ -148,9 +145,11 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             [o for o in (optimizer,) if o is not None],
             [e for e in (ema, None if self.tuner is None else self.tuner.options.ema) if e is not None],
         )
-        usual = Pace()
+        usual = Pace("layers")
         run_only = ("order", "rounds", "course", "units_per_step", "ratios")
-        self._only_run = [f"pace.{name}" for name in run_only if getattr(asked, name) != getattr(usual, name)]
+        self._only_run = [
+            f"pace.{name}" for name in run_only if getattr(asked, name) not in (None, getattr(usual, name))
+        ]
         parts = {"target": target is not None, "finetune": finetune is not None, "callbacks": bool(callbacks)}
         self._only_run += [name for name, was_given in parts.items() if was_given]
         self._take(options)
@@ -161,205 +160,7 @@ class SInGEPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.DG = AxisDependencyGraph(graph, self._cut_along)
         self._initial = {name: group.size for name, group in graph.groups.items()}
 
-    def _take(self, options: dict[str, Any]) -> None:
-        """Keep ``BasePruner``'s options under its names."""
-        for name in (
-            "global_pruning", "pruning_ratio", "max_pruning_ratio", "isomorphic", "round_to", "iterative_steps",
-            "iterative_pruning_ratio_scheduler", "prune_num_heads", "prune_head_dims", "head_pruning_ratio",
-        ):  # fmt: skip
-            setattr(self, name, options[name])
-        self.root_module_types = list(options["root_module_types"])
-        given = options["ignored_layers"]
-        self.ignored_layers = [m for part in given if isinstance(part, nn.Module) for m in part.modules()]
-        self.ignored_params = [part for part in given if isinstance(part, nn.Parameter)]
-        self.current_step = 0
-        schedule = self.iterative_pruning_ratio_scheduler
-        self.per_step_pruning_ratio = schedule(self.pruning_ratio, self.iterative_steps)
-        self.per_step_head_pruning_ratio = schedule(self.head_pruning_ratio, self.iterative_steps)
-        self.pruning_ratio_dict, self._scopes = {}, {}
-        for number, (key, ratio) in enumerate((options["pruning_ratio_dict"] or {}).items()):
-            for module in (m for part in (key if isinstance(key, tuple) else (key,)) for m in part.modules()):
-                self.pruning_ratio_dict[module] = schedule(ratio, self.iterative_steps)
-                self._scopes[module] = f"scope {number}"
-        self.head_pruning_ratio_dict = {
-            module: schedule(ratio, self.iterative_steps)
-            for part, ratio in (options["head_pruning_ratio_dict"] or {}).items()
-            for module in part.modules()
-        }
-
-    # -- groups ---------------------------------------------------------------------------------------------------
-
-    @property
-    def left_whole(self) -> dict[str, str]:
-        """Group or layer -> why it is not pruned."""
-        return self.graph.left_whole
-
-    @property
-    def layers(self) -> list[Group]:
-        """The groups that are pruned, in forward order.
-
-        Of groups that share their channels, this is the one with the smaller units: the dimensions of attention heads
-        rather than whole heads. ``prune_num_heads=True`` adds the heads (by ``head_pruning_ratio``),
-        ``prune_head_dims=False`` leaves their dimensions out.
-        """
-        roots = tuple(self.root_module_types)
-        return [
-            group
-            for group in self.graph.groups.values()
-            if any(isinstance(writer, roots) for writer in group.writers.values()) and self._is_chosen(group)
-        ]
-
-    def _is_chosen(self, group: Group) -> bool:
-        if group.secondary:
-            return bool(self.prune_num_heads) and group.is_heads
-        return bool(self.prune_head_dims) or not group.in_heads
-
-    # -- BasePruner's own way -------------------------------------------------------------------------------------
-
-    def estimate_importance(self, group: Any) -> Any:
-        """Score one group; importances that read gradients get them from ``batches``."""
-        with self._ranking(own_gradients=True).gradients():
-            return self.importance(group)
-
-    def _ranking(self, own_gradients: bool = False) -> Ranking:
-        return Ranking(self.importance, self.model, self.batches, self.objective, own_gradients)
-
-    def _scope_of(self, group: Group, full: AxisGroup) -> str:
-        """Units are ranked among those of the same scope."""
-        name = group.name
-        if group.secondary:
-            return "heads" if self.global_pruning else name
-        for module in group.writers.values():
-            if module in self._scopes:
-                return self._scopes[module] + ("" if self.global_pruning else name)
-        if self.isomorphic:
-            parts = (f"{type(item.dep.layer).__name__}.{item.dep.handler.__name__}" for item in full.items)
-            return f"isomorphic {' '.join(parts)}"
-        return "all" if self.global_pruning else name
-
-    def _target_of(self, group: Group) -> float:
-        """The ratio of a group's initial units that is gone after this step."""
-        step = self.current_step
-        own, default, top = self.pruning_ratio_dict, self.per_step_pruning_ratio, self.max_pruning_ratio
-        if group.secondary:
-            own, default, top = self.head_pruning_ratio_dict, self.per_step_head_pruning_ratio, 1.0
-        found = (own[writer] for writer in group.writers.values() if writer in own)
-        return float(min(next(found, default)[step], top))
-
-    def _least(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many units of each group a step takes, as ``BasePruner``: the least important ones of every scope."""
-        scopes: dict[str, list[str]] = {}
-        for name in scores:
-            group = self.graph.groups[name]
-            scopes.setdefault(self._scope_of(group, AxisGroup(self.DG, group)), []).append(name)
-        counts: dict[str, int] = {}
-        for names in scopes.values():
-            pool = torch.cat([scores[name] for name in names])
-            initial = sum(self._initial[name] for name in names)
-            count = len(pool) - int(initial * (1 - self._target_of(self.graph.groups[names[0]])))
-            owner = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)])
-            chosen = owner[pool.argsort(stable=True)[: max(count, 0)]].bincount(minlength=len(names)).tolist()
-            counts |= {name: self._at_most(name, number) for name, number in zip(names, chosen, strict=True) if number}
-        return counts
-
-    def _at_most(self, name: str, number: int) -> int:
-        """How many of ``number`` units of a group may go."""
-        group, first = self.graph.groups[name], self._initial[name]
-        assert self.pace.min_width is not None
-        least = max(self.pace.min_width, group.least)
-        kept = max(group.size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), least)
-        if self.round_to:
-            quantum = self.round_to // math.gcd(self.round_to, channels_per_unit(group))
-            kept = max(kept - kept % quantum, math.ceil(least / quantum) * quantum)
-        return int(group.size - kept)
-
-    def step(self, interactive: bool = False) -> Any:
-        """As ``BasePruner.step``: one turn of the loop; without ``interactive``, a failure rolls it back.
-
-        Raises:
-            ConfigError: if the pruner was given what only :meth:`run` obeys (a target, ratios, an order, fine-tuning).
-        """
-        check_here()
-        if self._only_run:
-            raise ConfigError(
-                f"step() prunes by pruning_ratio and iterative_steps, and would ignore {', '.join(self._only_run)}; "
-                "call run(), or leave these out"
-            )
-        before: int = self.current_step
-        self.current_step += 1
-        self.DG.trackers = self.trackers()
-        if interactive:
-            return self._prune()
-        undo = Snapshot(self.model, self.graph, trackers=self.trackers())
-        try:
-            for group in self._prune():
-                group.prune()
-        except BaseException:
-            undo.restore()
-            self.current_step = before
-            raise
-        return None
-
-    @torch.no_grad()
-    def _prune(self) -> Iterator[AxisGroup]:
-        """What a step removes, group by group."""
-        if self.current_step > self.iterative_steps:
-            warnings.warn("all iterative steps are done: nothing is pruned", stacklevel=3)
-            return
-        names = [group.name for group in self.layers if group.size > 1]
-        if names:
-            host = self._host(names, own_gradients=True)
-            loop = Loop(host, Progress({}))
-            loop.progress.begin(host.layers())
-            for name, units in loop.chosen(Turn(names, self._least), missing=True).items():
-                yield AxisGroup(self.DG, self.graph.groups[name], units.tolist())
-
-    def load_pruning_history(self, pruning_history: list[Any]) -> None:
-        """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""
-        self.DG.trackers = self.trackers()
-        for name, is_out, idxs in list(pruning_history):
-            module = self.model.get_submodule(name)
-            pruner = self.DG.get_pruner_of_module(module)
-            function = pruner.prune_out_channels if is_out else pruner.prune_in_channels
-            self.DG.get_pruning_group(module, function, idxs).prune()
-
-    @property
-    def objective(self) -> ObjectiveLike:
-        """F: a :class:`SInGEImportance`'s own, else ``"loss"`` or what it is set to; fine-tuning minimises it, too."""
-        if isinstance(self.importance, SInGEImportance):
-            return self.importance.scoring.objective or "loss"
-        return self._objective
-
-    @objective.setter
-    def objective(self, objective: ObjectiveLike) -> None:
-        get_objective(objective)
-        self._objective = objective
-
-    def trackers(self) -> Trackers:
-        """The optimizers and averaged copies that are cut along."""
-        own = list(self.tuner.optimizers) if self.tuner is not None else []
-        unique = {id(o): o for o in [*self._cut_along.optimizers, *own]}
-        return Trackers(list(unique.values()), self._cut_along.emas)
-
     # -- Algorithm 1 and rounds -----------------------------------------------------------------------------------
-
-    @property
-    def graph(self) -> AxisGraph:
-        """The groups of the model."""
-        return self.DG.axis_graph
-
-    def host(self) -> TorchPruningHost:
-        """The verified layers as a host for :mod:`singe_plugin.loop`."""
-        if not self.layers:
-            reasons = "; ".join(f"{k}: {v}" for k, v in list(self.left_whole.items())[:5])
-            raise BudgetError(f"no layer of {type(self.model).__name__} can be pruned ({reasons or 'none was found'})")
-        return self._host([group.name for group in self.layers])
-
-    def _host(self, names: list[str], own_gradients: bool = False) -> TorchPruningHost:
-        assert self.pace.min_width is not None
-        limits = min(self.max_pruning_ratio, 1.0), self.pace.min_width
-        ranking = self._ranking(own_gradients)
-        return TorchPruningHost(self.DG, names, self.trackers(), self.example_inputs, ranking, *limits)
 
     def plan(self) -> dict[str, int]:
         """How many units ``run`` will remove from each layer; nothing is removed.

@@ -20,6 +20,7 @@ from .algebra import Atom, Axis, fix_all, labels, leaves, size_of, split
 from .forward import trace
 from .scales import ImpliedScale, implied_scales
 from .trace import Forward, Trace
+from .widths import tensor_of
 
 __all__ = ["CONV", "LAYERS", "Held", "ModelAxes", "UnitSlice", "out_axis"]
 
@@ -49,8 +50,7 @@ class UnitSlice:
     @property
     def tensor(self) -> Tensor:
         """The tensor as it is now."""
-        found: Tensor | None = self.owner._parameters.get(self.attr)
-        found = self.owner._buffers.get(self.attr) if found is None else found
+        found = tensor_of(self.owner, self.attr)
         assert found is not None
         return found
 

@@ -22,7 +22,7 @@ from .algebra import contains, size_of
 from .graph import AxisGraph
 from .groups import Group
 from .scales import ImpliedScale
-from .widths import refresh_widths
+from .widths import refresh_widths, tensor_of
 
 __all__ = ["remove_units"]
 
@@ -154,8 +154,7 @@ def _cut_emas(graph: AxisGraph, cuts: list[_Cut], changed: list[nn.Module], trac
     for ema in trackers.ema_models():
         for cut in cuts:
             twin = ema.get_submodule(graph.names[cut.owner])
-            tensor: Tensor | None = twin._parameters.get(cut.attr)
-            tensor = twin._buffers.get(cut.attr) if tensor is None else tensor
+            tensor = tensor_of(twin, cut.attr)
             if tensor is None:
                 continue
             if tensor.shape != cut.shape:

@@ -17,7 +17,7 @@ from singe_plugin.nested import tensors_in
 from .algebra import Axis, fix_all, fresh, size_of, unify
 from .origins import Origins
 from .tracked import Place, TrackedInt, dimension, plain
-from .widths import own_widths
+from .widths import own_widths, tensor_of
 
 __all__ = ["AttentionCall", "Forward", "Trace"]
 
@@ -110,9 +110,7 @@ class Trace:
     def _link_own(self, module: nn.Module) -> None:
         """Let the widths that a layer keeps follow its own tensors."""
         for attr, name, dim in own_widths(module):
-            tensor: Tensor | None = module._parameters.get(name)
-            tensor = module._buffers.get(name) if tensor is None else tensor
-            place = Place(module, attr)
+            tensor, place = tensor_of(module, name), Place(module, attr)
             if tensor is not None and place not in self.links and module.__dict__.get(attr) == tensor.shape[dim]:
                 self.links[place] = [(Fraction(1), self.of(tensor)[dim])]
 

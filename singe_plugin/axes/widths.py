@@ -6,7 +6,13 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-__all__ = ["own_widths", "refresh_widths"]
+__all__ = ["own_widths", "refresh_widths", "tensor_of"]
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter or buffer that a module holds under a name, as it is now."""
+    parameter = module._parameters.get(name)
+    return module._buffers.get(name) if parameter is None else parameter
 
 
 def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
@@ -40,9 +46,7 @@ def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
 def refresh_widths(module: nn.Module) -> None:
     """Set the attributes in which a layer keeps the shape of its own tensors."""
     for attr, name, dim in own_widths(module):
-        tensor: Tensor | None = module._parameters.get(name)
-        tensor = module._buffers.get(name) if tensor is None else tensor
-        if tensor is not None:
+        if (tensor := tensor_of(module, name)) is not None:
             setattr(module, attr, tensor.shape[dim])
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         attr = "out_channels" if module.transposed else "in_channels"

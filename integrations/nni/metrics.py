@@ -1,0 +1,145 @@
+"""What NNI's pruner computes: one metric per block of every target, and the masks that follow from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.pruning.tools import active_sparse_targets_filter
+from torch import Tensor, nn
+
+from singe_plugin.errors import DataError
+from singe_plugin.events import Callbacks, LayerScored
+from singe_plugin.guards import check_here
+from singe_plugin.nested import to_device
+from singe_plugin.options import Scoring
+from singe_plugin.scoring import score_units
+from singe_plugin.state import model_device
+from singe_plugin.units import UnitGroup, subgroup
+
+from .evaluators import BatchCollector, step_of
+from .pieces import Piece, metric_shape
+from .sparsity import Masks, kept_units, masks_from
+from .view import Batch, StepModel, plain_view
+
+__all__ = ["ScoringPruner"]
+
+_GONE = -1.0  # the metric of what is masked already: below every score
+
+
+class ScoringPruner(Pruner):  # type: ignore[misc]
+    """Scores pieces by SInGE's criteria where NNI asks for metrics; the constructor is :class:`SInGEPruner`'s.
+
+    Attributes:
+        pieces: what is masked together.
+        scoring: how it is scored.
+        batches: what is scored on, in the place of the batches of the evaluator's loop.
+        min_width: how many units of every layer stay at least.
+        callback: sees every event.
+    """
+
+    pieces: list[Piece]
+    scoring: Scoring
+    batches: list[Any] | None
+    min_width: int
+    callback: Callbacks
+    _own_objective: bool
+    _collector: BatchCollector | None
+
+    def _collect_data(self) -> dict[str, dict[str, Tensor]]:
+        held = {m: {t: s for t, s in ts.items() if s.target is not None} for m, ts in self._target_spaces.items()}
+        found: dict[str, dict[str, Tensor]] = active_sparse_targets_filter(held)
+        return found
+
+    def _calculate_metrics(self, data: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """One metric per block of every target, ``[C, 1, 1, 1]`` for output channels; what is masked already has -1."""
+        check_here()
+        metrics: dict[str, dict[str, Tensor]] = {}
+        for piece in self.pieces:
+            keys = [key for key in piece.members if key[1] in data.get(key[0], {})]
+            if not keys:
+                continue
+            start = time.perf_counter()
+            scores = self.scores_of(piece)
+            alive = scores[scores != _GONE].cpu()
+            if len(alive):
+                self.callback.on_layer_scored(LayerScored(piece.name, alive, time.perf_counter() - start))
+            for module, target in keys:
+                space = self._target_spaces[module][target]
+                flat = piece.spread((module, target), scores, 0.0)
+                mine = flat.view(metric_shape(space)).to(data[module][target].device)
+                other = metrics.setdefault(module, {}).get(target)
+                metrics[module][target] = mine if other is None else other + mine
+        return metrics
+
+    def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> Masks:
+        pieces = [p for p in self.pieces if all(target in metrics.get(module, {}) for module, target in p.members)]
+        scores = [piece.gathered(metrics) for piece in pieces]
+        return masks_from(pieces, kept_units(pieces, scores, self._target_spaces, self.min_width), self._target_spaces)
+
+    def masks_of(self, kept: list[Tensor]) -> Masks:
+        """The masks that keep these units of every piece."""
+        return masks_from(self.pieces, kept, self._target_spaces)
+
+    def alive(self, piece: Piece) -> Tensor:
+        """The units of a piece that are not masked, in order."""
+        left = torch.zeros(piece.size, dtype=torch.bool)
+        for (module, target), labels in piece.members.items():
+            space = self._target_spaces[module][target]
+            if space.mask is None:
+                return torch.arange(piece.size)
+            shape = metric_shape(space)
+            mask = space.mask.detach()
+            if mask.numel() != len(labels):
+                blocks = [part for size, full in zip(shape, mask.shape, strict=True) for part in (size, full // size)]
+                mask = mask.reshape(blocks).amax(dim=list(range(1, 2 * len(shape), 2)))
+            flat = mask.flatten().cpu() != 0
+            left[labels[(labels >= 0) & flat]] = True
+        return left.nonzero().flatten()
+
+    def scores_of(self, piece: Piece) -> Tensor:
+        """One score per unit of a piece, -1 for units that are masked already."""
+        alive = self.alive(piece)
+        found = self.score(piece, alive)
+        scores = torch.full((piece.size,), _GONE, dtype=found.dtype, device=found.device)
+        scores[alive.to(found.device)] = found
+        return scores
+
+    def score(self, piece: Piece, units: Tensor) -> Tensor:
+        """One score for each of some units of a piece."""
+        if not len(units):
+            return torch.zeros(0)
+        with self._scored_model() as (model, batches, options):
+            if piece.by_weights:
+                options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
+            groups: list[UnitGroup] = [subgroup(source, units) for source in piece.sources]
+            return torch.stack([score_units(model, group, batches, options) for group in groups]).mean(0)
+
+    @contextmanager
+    def _scored_model(self) -> Iterator[tuple[nn.Module, Any, Scoring]]:
+        """The model in its plain view, the batches and the options, with F as it was asked for."""
+        if self.batches is not None:
+            batches: list[Any] | None = self.batches
+        else:
+            batches = None if self._collector is None else list(self._collector.batches)
+        if self.scoring.rule.needs_gradient and not batches:
+            raise DataError("no batch has been seen: the evaluator's training loop must run before anything is scored")
+        step = None if self._own_objective or self.evaluator is None else step_of(self.evaluator)
+        with plain_view(self.bound_model):
+            if step is None:
+                yield self.bound_model, batches, self.scoring
+                return
+            device, last = model_device(self.bound_model), self.scoring.channels_last
+            as_in_training = self.batches is None and not last
+            moved = (b if as_in_training else to_device(b, device, last) for b in batches or ())
+            wrapped = [((Batch(batch),), None) for batch in moved]
+            yield StepModel(self.bound_model, step), wrapped, replace(self.scoring, objective=_as_it_is)
+
+
+def _as_it_is(outputs: Any, targets: Any) -> Tensor:
+    return outputs  # type: ignore[no-any-return]
