@@ -76,11 +76,13 @@ class Remembered(SInGEImportance):
 def row_of(setting: Setting, images: Subset[Any], spec: dict[str, Any], scores: dict[str, Tensor]) -> dict[str, Any]:
     """Prune and measure."""
     start = time.perf_counter()
-    importance = Remembered(scores, nodes=1) if spec["rounds"] == 1 else None
+    criterion = Remembered(scores, nodes=1) if spec["rounds"] == 1 else "ig"
     try:
         result = singe_plugin.prune(
-            setting.make(), setting.train, finetune_steps=0, verify=False, importance=importance, **spec
-        )
+            setting.make(), setting.train, target=spec["target"], seed=spec["seed"], finetune=0, verify=False,
+            scoring=singe_plugin.Scoring(criterion, batch_size=spec["scoring_batch_size"]),
+            pace=singe_plugin.Pace(rounds=spec["rounds"], min_width=spec["min_width"]),
+        )  # fmt: skip
     except singe_plugin.SingeError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     widths = [row.units_after for row in result.layers]

@@ -86,12 +86,13 @@ def one(name: str, method: str) -> dict[str, Any]:
     """One row, in this process."""
     import torch
 
-    from singe_plugin.integrations.nni import SInGEPruner, shrink_with_report
+    from singe_plugin.integrations.nni import SInGEPruner
+    from singe_plugin.shrink import shrink_with_report
 
     torch.set_num_threads(1)
     model, x, heads = build(name)
     config = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": heads, "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(model, config, criterion="l2", example_inputs=x)
+    pruner = SInGEPruner(model, config, scoring="l2", example_inputs=x)
     _, masks = pruner.compress()
     pruner.unwrap_model()
     reference, noise = masked_copy(model, masks), torch.randn(2, *x.shape[1:])

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import singe_plugin
 from singe_plugin.data import evaluate
 from singe_plugin.staging import resolve_device
+from singe_plugin.tuner import Tuner
 
 from graphs import graphed_loss
 from records import environment, peak_mb
@@ -70,14 +71,14 @@ def main() -> None:
         model.to(memory_format=torch.channels_last)
     loader = DataLoader(setting.train, args.batch, shuffle=True, drop_last=True, num_workers=args.workers)
     steps = args.epochs * len(loader)
-    loop = singe_plugin.FineTune(
+    tuner = Tuner(singe_plugin.FineTune(
         loader, steps, "end", warmup=2 * len(loader), label_smoothing=0.0, clip_grad=None,
         channels_last=args.channels_last, amp=None if args.amp == "none" else args.amp, step_fn=graphed_loss(0.0),
         optimizer=lambda p: torch.optim.SGD(p, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay),
-    )  # fmt: skip
+    ))  # fmt: skip
     start, about = time.perf_counter(), environment()
-    loop.prepare(model)
-    loop.run(model, steps, _Log(100))
+    tuner.prepare(model)
+    tuner.run(model, steps, _Log(100))
     model.eval()
     found = {
         split: evaluate(model, DataLoader(images, 500))

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from singe_plugin import prune_weights
+from singe_plugin import FineTune, Pace, prune_weights
 from singe_plugin.architecture import Builder
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import data_config, digits
@@ -23,9 +23,9 @@ from singe_plugin.report import markdown_table
 
 CRITERIA = ("l1", "grad", "norm_grad", "sg", "ig")
 COLUMNS = {
-    "global, one shot": {"scope": "global", "rounds": 1},
-    "global, 5 rounds": {"scope": "global", "rounds": 5},
-    "per layer, 5 rounds": {"scope": "layer", "rounds": 5},
+    "global, one shot": Pace(rounds=1),
+    "global, 5 rounds": Pace(rounds=5),
+    "per layer, 5 rounds": Pace(rounds=5, ratios="uniform"),
 }
 
 
@@ -43,10 +43,10 @@ def main() -> None:
     rows = []
     for sparsity, steps, criterion in itertools.product((0.9, 0.97), (0, 120), CRITERIA):
         cells = []
-        for column in COLUMNS.values():
+        for pace in COLUMNS.values():
             result = prune_weights(
-                copy.deepcopy(network), splits.train, sparsity=sparsity, criterion=criterion, finetune_steps=steps,
-                lr=settings.finetune_lr, val_data=validation, device="cpu", **column,
+                copy.deepcopy(network), splits.train, sparsity=sparsity, scoring=criterion, pace=pace,
+                finetune=FineTune(steps=steps, lr=settings.finetune_lr), val_data=validation, device="cpu",
             )  # fmt: skip
             cells.append(f"{result.after.accuracy:.1%}")
         rows.append([f"{sparsity:.0%} masked, {steps} steps, {criterion}", *cells])

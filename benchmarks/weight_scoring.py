@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet18
 
-from singe_plugin import UnstructuredPruner
+from singe_plugin import Scoring, UnstructuredPruner
+from singe_plugin.loop import Host
 from singe_plugin.masks import hold_mask
 from singe_plugin.scoring import score_units
 
@@ -35,6 +36,11 @@ def plain_pass(model: nn.Module, batch: tuple[Tensor, Tensor], repeats: int = 15
         functional.cross_entropy(model(batch[0]), batch[1]).backward()
         times.append(time.process_time() - start)
     return statistics.median(times)
+
+
+def score_of(host: Host, layer: str) -> Tensor:
+    """The scores of one layer."""
+    return host.score([layer])[layer]
 
 
 def main() -> None:
@@ -52,7 +58,7 @@ def main() -> None:
     batch = (torch.randn(options.batch, 3, options.size, options.size), torch.arange(options.batch) % 10)
     once = plain_pass(model, batch)
     print(f"one plain forward and backward: {once:.3f} s")
-    pruner = UnstructuredPruner(model, [batch], nodes=options.nodes)
+    pruner = UnstructuredPruner(model, [batch], scoring=Scoring(nodes=options.nodes))
     if options.bare:
         bare = {x.name: replace(x, norm=None).group() for x in pruner.layers}
         score = {n: partial(score_units, model, group, [batch], pruner.scoring) for n, group in bare.items()}
@@ -60,7 +66,7 @@ def main() -> None:
         host = pruner.host()
         for layer in pruner.layers:
             hold_mask(layer.module, torch.rand(layer.weight.shape) >= options.sparsity)
-        score = {x.name: partial(pruner.score_layer, host, x.name) for x in pruner.layers}
+        score = {x.name: partial(score_of, host, x.name) for x in pruner.layers}
     total = 0.0
     for name, call in score.items():
         start = time.process_time()

@@ -1,0 +1,128 @@
+"""The documents are true: their code runs, their flags and options exist, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import singe_plugin
+from singe_plugin import FineTune, Pace, Scoring
+from singe_plugin.cli import main
+
+ROOT = Path(__file__).parent.parent
+RUN = ("README.md", "docs/usage.md", "docs/nni.md")  # the others show no code, or parts of it
+TRUE = (*RUN, "docs/backbones.md", "docs/results.md", "docs/decisions.md", "docs/options.md", "CHANGELOG.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
+def shorter(code: str) -> str:
+    """The same calls, with few steps and without the network of timm's, which takes long to prune."""
+    code = re.sub(r"model = timm\.create_model\(.*\)\n", "", code)
+    code = re.sub(r"(finetune=|(?<=FineTune)\(steps=|(?<![_\w])steps=)\d{2,}", r"\g<1>2", code)
+    return re.sub(r"rounds=\d+", "rounds=2", code)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 32),
+        nn.ReLU(), nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def given(tmp_path: Path) -> dict[str, Any]:
+    """What the pages leave to the reader: a trained model and data."""
+    images, labels = torch.randn(32, 3, 8, 8), torch.arange(32) % 4
+    data = TensorDataset(images, labels)
+    batches = [(images[:16], labels[:16]), (images[16:], labels[16:])]
+    return {
+        "model": net(), "train": data, "val": data, "batches": batches, "loader": batches, "out": str(tmp_path / "out"),
+        "example_inputs": images[:2], "dummy_input": images[:2], "singe_plugin": singe_plugin,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    return given(tmp_path)
+
+
+def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    once, full, torch_pruning, _ = blocks("README.md", "python")
+    for code in (once, full, torch_pruning):
+        names["model"] = net()
+        exec(shorter(code), names)
+    shown = [line.split("  ")[0] for line in blocks("README.md", "text")[0].splitlines()]
+    printed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [name for name in shown if name and ":" not in name] == [p for p in printed if p and ":" not in p]
+    assert isinstance(names["result"], singe_plugin.Result)
+    assert names["outcome"].macs[1] < names["outcome"].macs[0]
+
+
+def test_usage(names: dict[str, Any]) -> None:
+    weights, saving, shrinking = blocks("docs/usage.md", "python")
+    names["model"] = net()
+    exec(shorter(weights), names)
+    assert "singe_plugin.load" in saving  # its factory is somebody's
+    names["model"] = net()
+    exec(shorter(shrinking), names)
+    assert names["small"].model is names["model"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/nni.md"])
+def test_nni(page: str, names: dict[str, Any]) -> None:
+    pytest.importorskip("nni")
+    code = next(block for block in blocks(page, "python") if "integrations.nni import SInGEPruner" in block)
+    # a pruner without an evaluator trains nothing; its config list leaves out the classifier by its name
+    code = code.replace("evaluator, training_steps=20", "batches=batches").replace('["fc"]', '["7"]')
+    exec(code, names)
+    assert names["model"][0].out_channels == 32
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+def test_flags(page: str) -> None:
+    """Every flag that a page names is one of the command's."""
+    assert isinstance(main, click.Group)
+    context = click.Context(main)
+    commands = [main.get_command(context, name) for name in main.list_commands(context)]
+    known = {flag for command in commands if command for option in command.params for flag in option.opts}
+    text = (ROOT / page).read_text()
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("singe ")]
+    found = {flag for line in lines for flag in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", line)}
+    found |= set(re.findall(r"`(?:singe [^`]*)?(--[a-z][\w-]*)[^`]*`", text))
+    assert found - known - {"--help", "--version"} == set()
+
+
+@pytest.mark.parametrize("page", TRUE)
+def test_options(page: str) -> None:
+    """Every keyword that a page writes into one of the three objects is a field of it."""
+    text = (ROOT / page).read_text()
+    wrong = []
+    for cls in (Scoring, Pace, FineTune):
+        fields = {f.name for f in dataclasses.fields(cls)}
+        for inside in re.findall(rf"\b{cls.__name__}\(([^()]*)\)", text):
+            wrong += [f"{cls.__name__}({name}=)" for name in re.findall(r"(\w+)=", inside) if name not in fields]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", TRUE)
+def test_links(page: str) -> None:
+    """Every file that a page links to is there, and every heading."""
+    for path, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?\)", (ROOT / page).read_text()):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
