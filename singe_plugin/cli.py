@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from singe_plugin.version import __version__
 from singe_plugin.errors import SingeError
+from singe_plugin.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 

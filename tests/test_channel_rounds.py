@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from singe_plugin import Callback, Result, SingeError, prune
 from singe_plugin.budget import LayerSpec, Target, plan_removals
-from singe_plugin.costs import CostModel, TensorCost, count_params
 from singe_plugin.cli import main
+from singe_plugin.costs import CostModel, TensorCost, count_params
 from singe_plugin.errors import ConfigError
 from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner

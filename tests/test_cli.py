@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.costs import count_macs, count_params
 from singe_plugin.cli import main
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import data_config, digits
 from singe_plugin.models import create_model, parse_pairs

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.costs import count_macs, count_params
 from singe_plugin.cli import main
+from singe_plugin.costs import count_macs, count_params
 from singe_plugin.data import evaluate
 from singe_plugin.datasets import data_config, digits
 from singe_plugin.demo import HONESTY, METHODS, Demo, DemoRow, DemoSettings
