@@ -46,8 +46,8 @@ def loss_on(
     if not isinstance(outputs, Tensor):
         raise DataError(
             f"the model returns {type(outputs).__name__}, not logits; give FineTune(loss=...) or step_fn, or say with "
-            "objective=... what is scored and trained; a model that computes its own loss from labels needs batches "
-            "that are mappings with them"
+            "Scoring(objective=...) what is scored and trained; a model that computes its own loss from labels needs "
+            "batches that are mappings with them"
         )
     check_logits(outputs, targets)
     return functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing)

@@ -19,7 +19,15 @@ from singe_plugin.cli import main
 
 ROOT = Path(__file__).parent.parent
 RUN = ("README.md", "docs/usage.md", "docs/nni.md")  # the others show no code, or parts of it
-TRUE = (*RUN, "docs/backbones.md", "docs/results.md", "docs/decisions.md", "docs/options.md", "CHANGELOG.md")
+TRUE = (
+    *RUN,
+    "docs/backbones.md",
+    "docs/results.md",
+    "docs/extending.md",
+    "docs/decisions.md",
+    "docs/options.md",
+    "CHANGELOG.md",
+)
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -176,7 +176,7 @@ def step_of(evaluator: Any) -> Step | None:
             raise ConfigError(
                 f"the training step takes {inspect.signature(step)}, but scoring calls it with a batch and the model "
                 f"only ({error}); give all other arguments defaults, or say what is differentiated with "
-                "objective='loss' or a function (outputs, targets) -> scalar"
+                "Scoring(objective='loss') or with a function (outputs, targets) -> scalar there"
             ) from error
         return lambda model, batch: _loss_in(step(batch, model))
     if isinstance(evaluator, _nni.TransformersEvaluator):
@@ -212,7 +212,8 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping) or not any(key in batch for key in TARGET_KEYS):
         raise DataError(
             f"the model computes its loss from a batch with labels, got {type(batch).__name__}"
-            f"{' with ' + ', '.join(map(str, batch)) if isinstance(batch, Mapping) else ''}; give objective=..."
+            f"{' with ' + ', '.join(map(str, batch)) if isinstance(batch, Mapping) else ''}; give "
+            "scoring=Scoring(objective=...)"
         )
     return _loss_in(model(**batch))
 

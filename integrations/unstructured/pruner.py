@@ -158,7 +158,7 @@ class UnstructuredPruner:
         if self.batches == [] or (self.batches is None and self.scoring.rule.needs_gradient):
             raise DataError(
                 f"criterion {self.scoring.criterion!r} differentiates F on data, and there is none; give batches of "
-                "(inputs, targets), or use criterion='l1'"
+                "(inputs, targets), or use scoring='l1'"
             )
         for batch in self.batches or ():
             check_batch(batch)
