@@ -19,11 +19,12 @@ from unittest import mock
 import torch
 from torch.utils.data import DataLoader
 
-from singe_plugin import Builder, Callback, FineTune, Result, checkpoint, prune, save
+from singe_plugin import Builder, Callback, FineTune, Result, prune, save
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import locked
 from singe_plugin.integrations.unstructured import prune_weights
-from singe_plugin.result import Metrics
+from singe_plugin.run import checkpoint
+from singe_plugin.run.result import Metrics
 
 from asked import asked
 from small_nets import Chain, Pairs, Trace, assert_same_values, images

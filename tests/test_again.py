@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from singe_plugin import FineTune, fold_batchnorm, prune
-from singe_plugin.budget import count_params
 from singe_plugin.errors import ArtifactError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.staging import fingerprint_of
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.budget import count_params
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.run.staging import fingerprint_of
 
 from asked import asked
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_state, assert_same_values, images
@@ -136,7 +136,7 @@ def test_a_failure_after_the_run_puts_the_optimizer_back_too(
     if resumed:
         with pytest.raises(KeyboardInterrupt):
             prune(setting.net, BATCHES, **asked(callbacks=[StopAt("round_done", 3)], **options))
-    module = sys.modules["singe_plugin.run"]
+    module = sys.modules["singe_plugin.run.run"]
     over = StopAt("run_end", 10)
     measured = module.measure
 

@@ -16,10 +16,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.budget import LayerSpec, Target, plan_removals
-from singe_plugin.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
+from singe_plugin.loop.budget import LayerSpec, Target, plan_removals
+from singe_plugin.loop.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 
 from references import Net
 from small_nets import Chain, Dense, Grouped, Residual, Trace

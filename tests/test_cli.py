@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.cli import main
-from singe_plugin.costs import count_macs, count_params
-from singe_plugin.data import evaluate
-from singe_plugin.datasets import data_config, digits
-from singe_plugin.models import create_model, parse_pairs
+from singe_plugin.app.cli import main
+from singe_plugin.app.datasets import data_config, digits
+from singe_plugin.app.models import create_model, parse_pairs
+from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.run.data import evaluate
 
 SHAPE = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_type": "deep", "stem_width": 4}
 MODEL = ["--model", "resnet18", "--in-chans", "1", "--num-classes", "10", "--img-size", "16"]
@@ -226,7 +226,7 @@ def test_kill_and_resume_is_bit_for_bit_the_same(tmp_path: Path) -> None:
 
     assert singe(*command("whole")).exit_code == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "singe_plugin.cli", *command("killed")], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "singe_plugin.app.cli", *command("killed")], env=environment)
     checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
     written: set[int] = set()
     deadline = time.monotonic() + 120
@@ -255,7 +255,7 @@ def test_interrupted_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("singe_plugin.tuner.Tuner.run", interrupt)
+    monkeypatch.setattr("singe_plugin.loop.tuner.Tuner.run", interrupt)
     result = singe("prune", *MODEL, *DIGITS, *FAST, "--no-curves", "--output", tmp_path)
     assert result.exit_code == 130
     lines = result.stderr.strip().splitlines()

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin import FineTune, prune, prune_weights
-from singe_plugin.dependence import depends_on
 from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import hold_masks
-from singe_plugin.objective import cross_entropy
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.tuner import Tuner
-from singe_plugin.units import Producer, Slot, UnitGroup
+from singe_plugin.method.dependence import depends_on
+from singe_plugin.method.objective import cross_entropy
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.units import Producer, Slot, UnitGroup
 
 from asked import asked
 from references import Net

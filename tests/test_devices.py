@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from singe_plugin import FineTune, prune, prune_weights
 from singe_plugin.axes import AxisGraph, remove_units, verify_groups
-from singe_plugin.costs import count_macs
 from singe_plugin.errors import ConfigError, DataError, ScoringError
-from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
+from singe_plugin.loop.costs import count_macs
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.tuner import Tuner, beside
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
 from singe_plugin.nested import to_device
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.staging import resolve_device
+from singe_plugin.run.staging import resolve_device
 from singe_plugin.state import RngState
-from singe_plugin.tuner import Tuner, beside
 
 from references import Net, get_case
 from small_nets import Chain, Recurrent, Trace, assert_same_values, images, sequences, vectors

@@ -15,10 +15,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.errors import FoldingError
-from singe_plugin.folding import fold_batchnorm, foldable_pairs, is_batchnorm, norm_scale_shift, replace_folded
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.units import Producer, Slot, UnitGroup
+from singe_plugin.method.folding import fold_batchnorm, foldable_pairs, is_batchnorm, norm_scale_shift, replace_folded
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.units import Producer, Slot, UnitGroup
 
 from references import CASES, Net, get_case, randomise_norms
 

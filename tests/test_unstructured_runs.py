@@ -15,7 +15,7 @@ from torch.nn.utils import prune as torch_prune
 
 from singe_plugin import FineTune, Scoring, UnstructuredPruner, hold_masks
 from singe_plugin.errors import ConfigError, DataError, SingeError, TiedParameterError
-from singe_plugin.events import History
+from singe_plugin.loop.events import History
 from singe_plugin.masks import masks_of
 
 from asked import asked

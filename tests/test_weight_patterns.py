@@ -16,7 +16,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.unstructured.allocation import layer_ratios, lowest_counts
 from singe_plugin.integrations.unstructured.layers import WeightLayer
 from singe_plugin.integrations.unstructured.patterns import Pattern
-from singe_plugin.loop import lowest
+from singe_plugin.loop.loop import lowest
 from singe_plugin.masks import masks_of
 
 from asked import asked
