@@ -358,3 +358,23 @@ def test_making_a_stream_draws_nothing_and_starts_nothing() -> None:
 def test_an_empty_loader_is_named() -> None:
     with pytest.raises(DataError, match="loader is empty; give at least one batch"):
         next(BatchStream([]))
+
+
+@pytest.mark.parametrize(("name", "made"), [
+    ("adamw", lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.1)),
+    ("momentum", lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.8, weight_decay=0.1)),
+    ("sgd", lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.8, weight_decay=0.1, nesterov=True)),
+])  # fmt: skip
+def test_an_optimizer_by_its_name_is_timms(name: str, made: Callable[[Any], Any]) -> None:
+    found = []
+    for optimizer in (name, made):
+        torch.manual_seed(0)
+        model = mlp()
+        tuner = Tuner(FineTune(DATA, 6, optimizer=optimizer, lr=0.01, momentum=0.8, weight_decay=0.1))
+        tuner.prepare(model)
+        tuner.run(model, 6, Callback())
+        found.append(values_of(model))
+    for key in found[0]:
+        torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-6, atol=1e-7)
+    with pytest.raises(ConfigError, match=r"unknown optimizer 'adamv' \(did you mean 'adam\w*'\?\)"):
+        FineTune(DATA, 6, optimizer="adamv")

@@ -142,7 +142,9 @@ def public() -> list[tuple[str, Any]]:
         module = importlib.import_module(info.name)
         for name in getattr(module, "__all__", ()):
             value = getattr(module, name)
-            if getattr(value, "__module__", "") == info.name and callable(value):
+            maker = value.__init__ if isinstance(value, type) else value
+            ours = getattr(maker, "__module__", "singe_plugin").startswith("singe_plugin")  # not a host library's base
+            if ours and getattr(value, "__module__", "") == info.name and callable(value):
                 found.append((f"{info.name}.{name}", value))
     return found
 

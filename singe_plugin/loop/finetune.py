@@ -24,7 +24,7 @@ from singe_plugin.method.objective import Objective
 __all__ = ["EVERY", "FineTune", "OptimizerLike", "phase_share"]
 
 EVERY = ("removal", "layer", "end")
-OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
+OptimizerLike = str | torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
 
 
 def phase_share(steps: int, phase: int, phases: int) -> int:
@@ -67,14 +67,16 @@ class FineTune:
         flag="--finetune-every",
     )
     lr: float = option(default=0.03, text="The learning rate that the cosine of every phase begins with.")
-    momentum: float = option(default=0.9, text="The momentum of the default optimizer, SGD.")
-    weight_decay: float = option(default=1e-4, text="The weight decay of the default optimizer.")
+    momentum: float = option(default=0.9, text="The momentum of an optimizer that is made here.")
+    weight_decay: float = option(default=1e-4, text="The weight decay of an optimizer that is made here.")
     optimizer: OptimizerLike = option(
         default=None,
-        text="An optimizer over the model's parameters, whose learning rates are left as they are (there is no "
-        "cosine then), or a function that makes one from them, whose rates the cosine scales. By default "
-        "SGD.",
-        command=False,
+        text="The name of an optimizer as timm has them (``timm.optim.list_optimizers()``), an optimizer over the model's "
+        "parameters, whose learning rates are left as they are (there is no cosine then), or a function that makes one "
+        "from them, whose rates the cosine scales. By default SGD with momentum, without Nesterov's.",
+        flag="--opt",
+        read=str,
+        metavar="NAME",
     )
     scheduler: Any = option(
         default=None, text="A learning-rate scheduler of the given optimizer, stepped once per step.", command=False
@@ -117,10 +119,15 @@ class FineTune:
         check_number("label_smoothing", self.label_smoothing, 0, 1, "[[", "smoothing; 0 switches it off: a number")
         if self.clip_grad is not None and not (is_number(self.clip_grad) and self.clip_grad > 0):
             raise ConfigError(f"clip_grad={self.clip_grad!r} is not a gradient norm; give a positive number or None")
+        if isinstance(self.optimizer, str):
+            from timm.optim import list_optimizers  # here: most runs need none by name
+
+            check_choice("optimizer", self.optimizer, list_optimizers(), ", or give an optimizer or a function")
         optimizer, ready = self.optimizer, isinstance(self.optimizer, torch.optim.Optimizer)
-        if optimizer is not None and not callable(optimizer) and not ready:
+        if not (optimizer is None or isinstance(optimizer, str) or callable(optimizer) or ready):
             raise ConfigError(
-                f"optimizer={optimizer!r} is neither an optimizer nor a function that makes one from parameters"
+                f"optimizer={optimizer!r} is neither an optimizer, nor its name, nor a function that makes one from "
+                "parameters"
             )
         if self.scheduler is not None and not ready:
             raise ConfigError("a scheduler belongs to an optimizer; give that optimizer too (an instance)")

@@ -102,15 +102,7 @@ class Tuner:
         if self._own_schedule and self.optimizer is not None and not _held(self.optimizer) & mine:
             self.optimizer = None  # it was made for another model
         if self.optimizer is None and trainable:
-            if callable(self.options.optimizer):
-                self.optimizer = self.options.optimizer(trainable)
-            else:
-                self.optimizer = torch.optim.SGD(
-                    trainable,
-                    lr=self.options.lr,
-                    momentum=self.options.momentum,
-                    weight_decay=self.options.weight_decay,
-                )
+            self.optimizer = self._made(trainable)
         if self.optimizer is not None:
             if trainable and not _held(self.optimizer) & mine:
                 raise ConfigError(
@@ -125,6 +117,20 @@ class Tuner:
                 )  # fmt: skip
         if self._precision(model_device(model)) == torch.float16:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
+
+    def _made(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer that the options ask for."""
+        given, o = self.options.optimizer, self.options
+        if isinstance(given, str):
+            from timm.optim import create_optimizer_v2
+
+            made: torch.optim.Optimizer = create_optimizer_v2(
+                parameters, given, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum
+            )
+            return made
+        if given is None or isinstance(given, torch.optim.Optimizer):
+            return torch.optim.SGD(parameters, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+        return given(parameters)
 
     def described(self) -> dict[str, Any]:
         """The options as plain values, with the loss, the rate and its course that are in force.
