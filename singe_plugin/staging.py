@@ -24,7 +24,6 @@ from singe_plugin.events import Callback, LogCallback
 from singe_plugin.files import digest, locked, sweep
 from singe_plugin.finetune import FineTune
 from singe_plugin.guards import check_model
-from singe_plugin.latency import measure_latency
 from singe_plugin.masks import named_tensors
 from singe_plugin.nested import tensors_in, to_device
 from singe_plugin.options import Scoring
@@ -190,6 +189,8 @@ def resolve_device(device: str | torch.device | None, home: torch.device | None 
 
 def measure(model: nn.Module, stage: Stage) -> Metrics:
     """Parameters, MACs of one example, accuracy and latency."""
+    from singe_plugin.latency import measure_latency  # its clock brings torch's compilers of extensions, and setuptools
+
     return Metrics(
         count_params(model),
         count_macs(model, stage.example) // examples_in(stage.example),
