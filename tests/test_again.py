@@ -218,7 +218,7 @@ def test_another_model_is_noticed(name: str, stopped: Path) -> None:
 
 @pytest.mark.parametrize("name", DATA)
 def test_other_data_are_noticed(name: str, stopped: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"other options \(data: data was .*use the same data"):
+    with pytest.raises(ArtifactError, match=r"other options \(data: data\.\w+ was .*use the same data"):
         resume(chain(), DATA[name], stopped)
 
 
