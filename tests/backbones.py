@@ -30,7 +30,6 @@ from singe_plugin.nested import relative_change, tensors_in
 from singe_plugin.run.architecture import Structure, describe_structure
 from singe_plugin.run.result import Metrics, Result
 
-from asked import asked
 from masking import Masked
 
 SIZES = (96, 128, 192, 224, 256)
@@ -222,10 +221,8 @@ def check(
     masked = Masked(model) if not quick and row.params < 60e6 else None
 
     start = time.process_time()
-    options: dict[str, Any] = {} if masked is None else {"ema": masked.tags}
-    pruner = SInGEPruner(
-        model, x, tp.importance.MagnitudeImportance(), **asked(pruning_ratio=0.5, iterative_steps=2, **options)
-    )
+    ema = None if masked is None else masked.tags
+    pruner = SInGEPruner(model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, iterative_steps=2, ema=ema)
     built = time.process_time() - start
     graph = pruner.DG.axis_graph
     row.groups, row.share = len(graph.groups), prunable_share(graph)

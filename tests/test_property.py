@@ -30,11 +30,11 @@ REPRODUCIBLE = settings(
 )  # fmt: skip
 
 
-def pruner_for(network: Network, importance: Any = None, **options: Any) -> SInGEPruner | None:
+def pruner_for(network: Network, importance: Any = None, ema: Any = None, **options: Any) -> SInGEPruner | None:
     """A pruner; None if the network is refused, which then must be as it was."""
     before = values_of(network.model)
     try:
-        return SInGEPruner(network.model, network.inputs, importance or MAGNITUDE(), **asked(**options))
+        return SInGEPruner(network.model, network.inputs, importance or MAGNITUDE(), ema=ema, **asked(**options))
     except SingeError:
         return None
     finally:

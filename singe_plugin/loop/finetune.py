@@ -71,9 +71,10 @@ class FineTune:
     weight_decay: float = option(default=1e-4, text="The weight decay of an optimizer that is made here.")
     optimizer: OptimizerLike = option(
         default=None,
-        text="The name of an optimizer as timm has them (``timm.optim.list_optimizers()``), an optimizer over the model's "
-        "parameters, whose learning rates are left as they are (there is no cosine then), or a function that makes one "
-        "from them, whose rates the cosine scales. By default SGD with momentum, without Nesterov's.",
+        text="The name of an optimizer as timm has them (``timm.optim.list_optimizers()``), an optimizer over the "
+        "model's parameters, whose learning rates are left as they are (there is no cosine then), or a "
+        "function that makes one from them, whose rates the cosine scales. By default SGD with momentum, "
+        "without Nesterov's.",
         flag="--opt",
         read=str,
         metavar="NAME",
