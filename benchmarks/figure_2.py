@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from singe_plugin.inspection import figure_two
+from singe_plugin.app.inspection import figure_two
 
 from records import append, environment
 from settings import load_setting

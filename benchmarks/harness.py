@@ -21,12 +21,12 @@ import torch_pruning as tp
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.data import evaluate
-from singe_plugin.folding import fold_batchnorm
-from singe_plugin.options import Scoring
-from singe_plugin.pace import BY_SCORE, Pace
+from singe_plugin.loop.pace import BY_SCORE, Pace
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.method.folding import fold_batchnorm
+from singe_plugin.method.options import Scoring
+from singe_plugin.run.data import evaluate
 from singe_plugin.state import model_device
-from singe_plugin.tuner import Tuner
 
 from graphs import graphed_loss
 from records import append, environment, peak_mb, read

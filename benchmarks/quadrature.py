@@ -20,8 +20,8 @@ import torch_pruning as tp
 from scipy.stats import spearmanr
 
 from singe_plugin.integrations.torch_pruning.groups import unit_group
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import path_gradient_norms
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import path_gradient_norms
 
 from cifar_resnet import decode, resnet56
 from records import commit

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from singe_plugin.datasets import data_config, load_splits, stratified_split
-from singe_plugin.staging import resolve_device
+from singe_plugin.app.datasets import data_config, load_splits, stratified_split
+from singe_plugin.run.staging import resolve_device
 
 from cifar_resnet import decode, resnet56
 

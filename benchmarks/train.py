@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.data import evaluate
-from singe_plugin.staging import resolve_device
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.run.data import evaluate
+from singe_plugin.run.staging import resolve_device
 
 from graphs import graphed_loss
 from records import environment, peak_mb

@@ -15,11 +15,11 @@ import sys
 import torch
 
 from singe_plugin import FineTune, Pace, prune_weights
-from singe_plugin.architecture import Builder
-from singe_plugin.data import evaluate
-from singe_plugin.datasets import data_config, digits
-from singe_plugin.demo import DemoSettings, train
-from singe_plugin.report import markdown_table
+from singe_plugin.app.datasets import data_config, digits
+from singe_plugin.app.demo import DemoSettings, train
+from singe_plugin.app.report import markdown_table
+from singe_plugin.run.architecture import Builder
+from singe_plugin.run.data import evaluate
 
 CRITERIA = ("l1", "grad", "norm_grad", "sg", "ig")
 COLUMNS = {

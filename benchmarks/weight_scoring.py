@@ -22,9 +22,9 @@ from torch.nn import functional
 from torchvision.models import resnet18
 
 from singe_plugin import Scoring, UnstructuredPruner
-from singe_plugin.loop import Host
+from singe_plugin.loop.loop import Host
 from singe_plugin.masks import hold_mask
-from singe_plugin.scoring import score_units
+from singe_plugin.method.scoring import score_units
 
 
 def plain_pass(model: nn.Module, batch: tuple[Tensor, Tensor], repeats: int = 15) -> float:

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.events import Callback
 from singe_plugin.fields import described, given, plain
-from singe_plugin.finetune import FineTune
-from singe_plugin.folding import fold_batchnorm
-from singe_plugin.options import Scoring
-from singe_plugin.pace import Pace
-from singe_plugin.result import Result
-from singe_plugin.run import carried_through
-from singe_plugin.staging import callbacks_of, staged
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.pace import Pace
+from singe_plugin.method.folding import fold_batchnorm
+from singe_plugin.method.options import Scoring
+from singe_plugin.run.result import Result
+from singe_plugin.run.run import carried_through
+from singe_plugin.run.staging import callbacks_of, staged
 
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
@@ -69,7 +69,7 @@ def prune(
         fold: fold batch-norm for good first, as in the paper's experiments.
         verify: prove every group before anything of it is removed (see docs/backbones.md); without that, a wrong
             removal is the caller's own risk.
-        callbacks: see :mod:`singe_plugin.events`; a :class:`~singe_plugin.events.ProgressBar` shows a bar.
+        callbacks: see :mod:`singe_plugin.loop.events`; a :class:`~singe_plugin.loop.events.ProgressBar` shows a bar.
         out_dir: a folder for the checkpoint, written after every round (with ``pace="layers"``: every layer), and
             while it is fine-tuned at the end.
         resume: continue from the checkpoint in ``out_dir``, if there is one; ``model`` must be the unpruned model.

@@ -24,22 +24,22 @@ from singe_plugin.errors import (
     TiedParameterError,
 )
 from singe_plugin.registration import register_with_torch_pruning
-from singe_plugin.version import __version__
+from singe_plugin.version import __version__  # noqa: F401 - of the package
 
 if TYPE_CHECKING:
-    from singe_plugin.architecture import Builder
-    from singe_plugin.artifact import load, save
-    from singe_plugin.events import Callback, History, ProgressBar
-    from singe_plugin.finetune import FineTune
-    from singe_plugin.folding import fold_batchnorm
     from singe_plugin.integrations.prune import prune
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
+    from singe_plugin.loop.events import Callback, History, ProgressBar
+    from singe_plugin.loop.finetune import FineTune
+    from singe_plugin.loop.pace import Pace
     from singe_plugin.masks import hold_masks
-    from singe_plugin.options import Scoring
-    from singe_plugin.pace import Pace
-    from singe_plugin.result import Result
-    from singe_plugin.scoring import score_error, score_units
+    from singe_plugin.method.folding import fold_batchnorm
+    from singe_plugin.method.options import Scoring
+    from singe_plugin.method.scoring import score_error, score_units
+    from singe_plugin.run.architecture import Builder
+    from singe_plugin.run.artifact import load, save
+    from singe_plugin.run.result import Result
 
 
 __all__ = [
@@ -76,18 +76,18 @@ __all__ = [
 ]
 
 _LAZY = {
-    "architecture": ("Builder",),
-    "artifact": ("load", "save"),
-    "events": ("Callback", "History", "ProgressBar"),
-    "finetune": ("FineTune",),
-    "folding": ("fold_batchnorm",),
+    "run.architecture": ("Builder",),
+    "run.artifact": ("load", "save"),
+    "loop.events": ("Callback", "History", "ProgressBar"),
+    "loop.finetune": ("FineTune",),
+    "method.folding": ("fold_batchnorm",),
     "integrations.prune": ("Result", "prune"),
     "integrations.torch_pruning": ("SInGEImportance", "SInGEPruner"),
     "integrations.unstructured": ("UnstructuredPruner", "prune_weights"),
     "masks": ("hold_masks",),
-    "options": ("Scoring",),
-    "pace": ("Pace",),
-    "scoring": ("score_error", "score_units"),
+    "method.options": ("Scoring",),
+    "loop.pace": ("Pace",),
+    "method.scoring": ("score_error", "score_units"),
 }
 
 

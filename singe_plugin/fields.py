@@ -123,7 +123,7 @@ def described(options: Any) -> dict[str, Any]:
     """The fields of an options object as plain values: what a run records.
 
     Example:
-        >>> from singe_plugin.pace import Pace
+        >>> from singe_plugin.loop.pace import Pace
         >>> described(Pace("layers"))["order"]
         'layers'
     """

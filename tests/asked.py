@@ -15,8 +15,8 @@ SCORING, PACE, FINETUNE = ({f.name for f in fields(cls)} for cls in (Scoring, Pa
 def asked(**options: Any) -> dict[str, Any]:
     """Keywords of ``prune`` and of the pruners: fields of Scoring, Pace and FineTune in their objects, the rest alone.
 
-    A name that two of them have is Scoring's; ``finetune_steps`` is FineTune's ``steps``, and batches that are no number
-    are a pruner's own.
+    A name that two of them have is Scoring's; ``finetune_steps`` is FineTune's ``steps``, and batches that are no
+    number are a pruner's own.
     """
     found: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {"scoring": {}, "pace": {}, "finetune": {}}

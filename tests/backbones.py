@@ -16,19 +16,19 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin import Builder, load, save
-from singe_plugin.architecture import Structure, describe_structure
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.algebra import is_fixed
 from singe_plugin.axes.substitutes import derangement, exchanged, in_double, random_inputs, randomised
-from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import (
     AxisDependencyGraph,
     AxisGroup,
     SInGEImportance,
     SInGEPruner,
 )
+from singe_plugin.loop.events import History
 from singe_plugin.nested import relative_change, tensors_in
-from singe_plugin.result import Metrics, Result
+from singe_plugin.run.architecture import Structure, describe_structure
+from singe_plugin.run.result import Metrics, Result
 
 from asked import asked
 from masking import Masked

@@ -1,6 +1,6 @@
-"""A host in memory: what whoever writes another one copies. Its layers are lists of numbers, a unit's score is its number.
+"""A host in memory: what whoever writes another one copies. A layer is a list of numbers, the scores of its units.
 
-:class:`singe_plugin.loop.Host` is the whole protocol: ``model``, ``layers``, ``score``, ``remove`` and ``params``;
+:class:`singe_plugin.loop.loop.Host` is the whole protocol: ``model``, ``layers``, ``score``, ``remove`` and ``params``;
 ``repair`` is called after every turn of a host that has it. Nothing else is asked of it.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin import FineTune
-from singe_plugin.budget import LayerSpec
-from singe_plugin.events import Callback
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.tuner import Tuner
 
 __all__ = ["MemoryHost", "MemoryTuner", "RepairingHost"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
+from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Slice = tuple[str, tuple[Any, ...]]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.events import Callback
-from singe_plugin.result import Metrics, Result
+from singe_plugin.loop.events import Callback
+from singe_plugin.run.result import Metrics, Result
 
 CLASSES = 3
 

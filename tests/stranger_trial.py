@@ -23,7 +23,6 @@ from singe_plugin.errors import BudgetError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 from singe_plugin.nested import call_model, tensors_in
 
-from asked import asked
 from stranger_truth import Truth
 from strangers import Stranger, stranger
 
@@ -144,8 +143,8 @@ def attempt(seed: int) -> Outcome:
         default = r.random() < 0.25
         try:
             pruner = SInGEPruner(
-                network.model, network.inputs, MAGNITUDE(), **asked(ema=truth.tags,
-                target=f"params={r.choice([0.15, 0.3, 0.5])}" if default else None),
+                network.model, network.inputs, MAGNITUDE(), ema=truth.tags,
+                target=f"params={r.choice([0.15, 0.3, 0.5])}" if default else None,
             )  # fmt: skip
         except SingeError as error:
             outcome.verdict, outcome.detail = "refused", reason_of(str(error))

@@ -22,7 +22,9 @@ from singe_plugin import FineTune, fold_batchnorm, prune
 from singe_plugin.errors import ArtifactError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.staging import fingerprint_of
+from singe_plugin.loop.budget import count_params
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.run.staging import fingerprint_of
 
 from asked import asked
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_state, assert_same_values, images
@@ -45,7 +47,7 @@ class Setting:
             schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.5)
             del self.optimizer.param_groups[0]["initial_lr"]  # schedulers set it, too
             given = {"optimizer": self.optimizer, "scheduler": schedule}
-        self.tuning = FineTune(loader, 9, every, lr=0.05, ema=self.ema, clip_grad=0.1, **given)
+        self.tuning = Tuner(FineTune(loader, 9, every, lr=0.05, ema=self.ema, clip_grad=0.1, **given))
         self.granularity = granularity
 
     def run(self, *callbacks: Any) -> dict[str, torch.Tensor]:
@@ -70,7 +72,7 @@ class Setting:
                 [(g["lr"], sorted(g)) for g in self.optimizer.param_groups],
                 self.generator.get_state(),
                 {name: t.clone() for name, t in self.ema.module.state_dict().items()},
-                None if tuning.scheduler is None else tuning.scheduler.state_dict(),
+                None if tuning.options.scheduler is None else tuning.options.scheduler.state_dict(),
                 (tuning.done, tuning.optimizer is None, tuning.scaler is None, tuning.stream.taken),
                 torch.get_rng_state(),
                 list(random.getstate()[1]),
@@ -107,13 +109,13 @@ def test_interrupted_in_the_final_counting(
     setting = Setting(granularity, True, "layer")
     trace, before = Trace(setting.net, setting.optimizer), setting.state()
     over = StopAt("run_end", 10)
-    kind = "torch_pruning" if granularity == "unit" else "unstructured"
-    name = f"singe_plugin.integrations.{kind}.pruner.count_params"
+    place = "torch_pruning.host" if granularity == "unit" else "unstructured.pruner"
+    name = f"singe_plugin.integrations.{place}.count_params"
 
     def interrupt(model: nn.Module) -> int:
         if over.left < 10:
             raise error
-        return 1
+        return count_params(model)
 
     monkeypatch.setattr(name, interrupt)
     with pytest.raises(type(error)):
@@ -130,11 +132,11 @@ def test_a_failure_after_the_run_puts_the_optimizer_back_too(
     """In ``prune``, when the pruned model is measured; a resumed run goes back to before it was resumed."""
     setting = Setting("unit", True, "layer")
     trace, before = Trace(setting.net, setting.optimizer), setting.state()
-    options: dict[str, Any] = {"finetune": setting.tuning, "nodes": 1, "verify": False, "out_dir": tmp_path}
+    options: dict[str, Any] = {"finetune": setting.tuning.options, "nodes": 1, "verify": False, "out_dir": tmp_path}
     if resumed:
         with pytest.raises(KeyboardInterrupt):
             prune(setting.net, BATCHES, **asked(callbacks=[StopAt("round_done", 3)], **options))
-    module = sys.modules["singe_plugin.integrations.prune"]  # the package has a function of its name
+    module = sys.modules["singe_plugin.run.run"]
     over = StopAt("run_end", 10)
     measured = module.measure
 
@@ -218,7 +220,7 @@ def test_another_model_is_noticed(name: str, stopped: Path) -> None:
 
 @pytest.mark.parametrize("name", DATA)
 def test_other_data_are_noticed(name: str, stopped: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"other options \(data: data was .*use the same data"):
+    with pytest.raises(ArtifactError, match=r"other options \(data: data\.\w+ was .*use the same data"):
         resume(chain(), DATA[name], stopped)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin.errors import ConfigError, ScoringError
-from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.loop import Loop, in_layers
-from singe_plugin.pace import Pace, units_per_turn
-from singe_plugin.progress import Progress
+from singe_plugin.loop.events import Callback, Callbacks, History
+from singe_plugin.loop.loop import Loop, in_layers
+from singe_plugin.loop.pace import Pace, units_per_turn
+from singe_plugin.loop.progress import Progress
 
 from asked import asked
 from memory_host import MemoryHost, MemoryTuner, RepairingHost

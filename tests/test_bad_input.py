@@ -14,8 +14,6 @@ from torch import nn
 
 import singe_plugin
 from singe_plugin import Builder, FineTune, Scoring, load, prune, save
-from singe_plugin.architecture import Structure, describe_structure
-from singe_plugin.budget import Target
 from singe_plugin.errors import (
     ArtifactError,
     BudgetError,
@@ -26,10 +24,12 @@ from singe_plugin.errors import (
     ScoringError,
     SingeError,
 )
-from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.result import Metrics, Result
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.budget import Target
+from singe_plugin.loop.events import History
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.run.architecture import Structure, describe_structure
+from singe_plugin.run.result import Metrics, Result
 
 from asked import asked
 from small_nets import Chain, Pairs, Trace, images, mlp, vectors

@@ -6,6 +6,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.budget import LayerSpec, Target, plan_removals
-from singe_plugin.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
+from singe_plugin.loop.budget import LayerSpec, Target, plan_removals
+from singe_plugin.loop.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 
 from references import Net
 from small_nets import Chain, Dense, Grouped, Residual, Trace
@@ -161,7 +162,7 @@ def test_a_plan_meets_its_target_or_names_one_that_it_meets(
     pruner = pruner_of(net)
     host = pruner.host()
     before = {"params": count_params(pruner.model), "macs": count_macs(pruner.model, pruner.example_inputs)}
-    pruner.target, pruner.ratios, pruner.round_to = Target.parse(target), ratios, round_to
+    pruner.target, pruner.pace = Target.parse(target), replace(pruner.pace, ratios=ratios, round_to=round_to)
     try:
         plan, refusal = pruner.plan(), ""
     except BudgetError as error:
@@ -205,7 +206,7 @@ def test_a_target_is_refused_only_if_no_combination_meets_it(fraction: float, ro
 @pytest.mark.parametrize("name", ["chain", "residual", "resnet10t"])
 def test_fine_widths_need_no_compromise(name: str) -> None:
     pruner = pruner_of(name)
-    pruner.target, pruner.ratios, pruner.round_to = Target("params", 0.5), "block", None
+    pruner.target, pruner.pace = Target("params", 0.5), replace(pruner.pace, ratios="block", round_to=None)
     assert sum(pruner.plan().values()) > 0
 
 

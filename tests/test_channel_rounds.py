@@ -15,12 +15,12 @@ from test_prune import assert_same_run, entwined
 from torch import Tensor, nn
 
 from singe_plugin import Callback, Result, SingeError, prune
-from singe_plugin.budget import LayerSpec, Target, plan_removals
-from singe_plugin.costs import CostModel, TensorCost, count_params
-from singe_plugin.cli import main
+from singe_plugin.app.cli import main
+from singe_plugin.app.inspection import inspect_model
 from singe_plugin.errors import ConfigError
-from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
+from singe_plugin.loop.budget import LayerSpec, Target, plan_removals
+from singe_plugin.loop.costs import CostModel, TensorCost, count_params
 
 from asked import asked
 from small_nets import Chain, Residual, StopAt, images

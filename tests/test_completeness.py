@@ -10,13 +10,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from singe_plugin import scoring
 from singe_plugin.axes import AxisGraph, Group
 from singe_plugin.axes.substitutes import double_inputs, masked
+from singe_plugin.method import scoring
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.path import decay_path
+from singe_plugin.method.units import subgroup
 from singe_plugin.nested import call_model, tensors_in
-from singe_plugin.options import Scoring
-from singe_plugin.path import decay_path
-from singe_plugin.units import subgroup
 
 from axes_networks import CASES, made
 from networks import random_network, randomise

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from singe_plugin import criteria
-from singe_plugin.criteria import CRITERIA, get_criterion, p_norm
 from singe_plugin.errors import ConfigError, SingeError
+from singe_plugin.method import criteria
+from singe_plugin.method.criteria import CRITERIA, get_criterion, p_norm
 
 FLOATS = st.floats(-10, 10, width=32)
 

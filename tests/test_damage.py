@@ -17,12 +17,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from singe_plugin import Builder, Result, checkpoint, load, prune, save
-from singe_plugin.artifact import read
-from singe_plugin.cli import main
+from singe_plugin import Builder, Result, load, prune, save
+from singe_plugin.app.cli import main
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import describe, seal
 from singe_plugin.integrations.unstructured import prune_weights
+from singe_plugin.run import checkpoint
+from singe_plugin.run.artifact import read
 
 from asked import asked
 from killed import RUNS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.data import evaluate
+from singe_plugin.run.data import evaluate
 
 Pair = namedtuple("Pair", "loss logits")
 

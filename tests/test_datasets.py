@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from singe_plugin.datasets import DataConfig, data_config, digits, image_folder, load_splits, stratified_split
+from singe_plugin.app.datasets import DataConfig, data_config, digits, image_folder, load_splits, stratified_split
 from singe_plugin.errors import ConfigError, DataError
 
 GREY = DataConfig(size=8, channels=1, mean=(0.25,), std=(0.5,))

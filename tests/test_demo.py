@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import singe_plugin
-from singe_plugin.costs import count_macs, count_params
-from singe_plugin.cli import main
-from singe_plugin.data import evaluate
-from singe_plugin.datasets import data_config, digits
-from singe_plugin.demo import HONESTY, METHODS, Demo, DemoRow, DemoSettings
+from singe_plugin.app.cli import main
+from singe_plugin.app.datasets import data_config, digits
+from singe_plugin.app.demo import HONESTY, METHODS, Demo, DemoRow, DemoSettings
+from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.run.data import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin import FineTune, prune, prune_weights
-from singe_plugin.dependence import depends_on
 from singe_plugin.errors import DataError, ScoringError, SingeError
-from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import hold_masks
-from singe_plugin.objective import cross_entropy
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.units import Producer, Slot, UnitGroup
+from singe_plugin.method.dependence import depends_on
+from singe_plugin.method.objective import cross_entropy
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.units import Producer, Slot, UnitGroup
 
 from asked import asked
 from references import Net
@@ -32,7 +33,7 @@ from small_nets import StopAt, Trace, mlp, vectors
 
 DATA = vectors(2)
 X, Y = DATA[0]
-FAST: dict[str, Any] = {"verify": False, "finetune_steps": 4, "nodes": 2}
+FAST: dict[str, Any] = {"target": "params=0.5", "verify": False, "finetune_steps": 4, "nodes": 2}
 
 
 # --- a layer whose scores are all zero ---------------------------------------------------------------------------
@@ -223,7 +224,9 @@ def test_a_head_that_the_objective_leaves_out(weight: float | None, order: str) 
         prune(model, DATA, **asked(objective=objective, callbacks=[Nothing()], **FAST, **ORDERS[order]))
     trace.assert_unchanged()
     result = prune(
-        model, DATA, **asked(target="params=0.3", objective=objective, ignored_layers=["two"], **FAST, **ORDERS[order])
+        model,
+        DATA,
+        **asked(objective=objective, ignored_layers=["two"], **{**FAST, "target": "params=0.3"}, **ORDERS[order]),
     )
     assert model.two.out_features == 16
     assert result.removed_params == pytest.approx(0.3, abs=0.01)
@@ -286,7 +289,9 @@ ENTRIES: dict[str, Callable[..., Any]] = {
         m, d, **asked(callbacks=[Nothing()], criterion=tp.importance.GroupTaylorImportance(), **FAST, **o)
     ),
     "magnitude": lambda m, d, **o: prune(m, d, **asked(callbacks=[Nothing()], criterion="l2", **FAST, **o)),
-    "weights in rounds": lambda m, d, **o: prune_weights(m, d, **asked(rounds=2, finetune_steps=4, callbacks=[Nothing()], **o)),
+    "weights in rounds": lambda m, d, **o: prune_weights(
+        m, d, **asked(rounds=2, finetune_steps=4, callbacks=[Nothing()], **o)
+    ),
     "weights in layers": lambda m, d, **o: prune_weights(
         m, d, **asked(units_per_step="layer", finetune_steps=4, callbacks=[Nothing()], **o)
     ),
@@ -337,9 +342,9 @@ def test_the_objectives_that_the_message_names_are_accepted() -> None:
 
 
 def take(tuning: FineTune, steps: int) -> None:
-    model = mlp()
-    tuning.prepare(model)
-    tuning.run(model, steps, Callback())
+    model, tuner = mlp(), Tuner(tuning)
+    tuner.prepare(model)
+    tuner.run(model, steps, Callback())
 
 
 def test_a_loss_without_a_graph_fails_at_its_first_step() -> None:
@@ -353,7 +358,7 @@ def test_a_loss_without_a_graph_fails_at_its_first_step() -> None:
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_a_loss_whose_gradient_is_zero_at_every_step(steps: int) -> None:
     seen = StopAt("finetune_step", 10**6)
-    tuning, model = FineTune(DATA, steps, step_fn=lambda m, b: m(b[0]).sum() * 0), mlp()
+    tuning, model = Tuner(FineTune(DATA, steps, step_fn=lambda m, b: m(b[0]).sum() * 0)), mlp()
     tuning.prepare(model)
     with pytest.raises(DataError, match=f"no parameter had a gradient other than zero in {min(steps, 10)} steps"):
         tuning.run(model, steps, seen)

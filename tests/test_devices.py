@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from singe_plugin import FineTune, prune, prune_weights
 from singe_plugin.axes import AxisGraph, remove_units, verify_groups
-from singe_plugin.costs import count_macs
 from singe_plugin.errors import ConfigError, DataError, ScoringError
-from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
+from singe_plugin.loop.costs import count_macs
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.tuner import Tuner, beside
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
 from singe_plugin.nested import to_device
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.staging import resolve_device
+from singe_plugin.run.staging import resolve_device
 from singe_plugin.state import RngState
-from singe_plugin.tuner import beside
 
 from references import Net, get_case
 from small_nets import Chain, Recurrent, Trace, assert_same_values, images, sequences, vectors
@@ -51,11 +51,11 @@ def test_fine_tuning_inside_a_mixed_precision_context_learns(amp: str | None) ->
     def tuned(context: bool, amp: str | None) -> nn.Module:
         torch.manual_seed(0)
         model, batches = Chain(), images(2)
-        loop = FineTune(batches, 10, lr=0.1, amp=amp)
+        tuner = Tuner(FineTune(batches, 10, lr=0.1, amp=amp))
         with torch.autocast("cpu", torch.bfloat16, enabled=context):
             model.eval()(batches[0][0])  # casts are kept from here on
-            loop.prepare(model)
-            loop.run(model, 10, Callback())
+            tuner.prepare(model)
+            tuner.run(model, 10, Callback())
         return model
 
     assert_same_values(tuned(True, amp), tuned(False, "bf16"))
@@ -65,9 +65,9 @@ def test_the_callers_context_sees_the_new_weights() -> None:
     model, batches = Chain(), images(2)
     with torch.autocast("cpu", torch.bfloat16):
         before = model.eval()(batches[0][0])
-        loop = FineTune(batches, 3, lr=0.5)
-        loop.prepare(model)
-        loop.run(model, 3, Callback())
+        tuner = Tuner(FineTune(batches, 3, lr=0.5))
+        tuner.prepare(model)
+        tuner.run(model, 3, Callback())
         after = model.eval()(batches[0][0])
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(batches[0][0])
@@ -147,7 +147,7 @@ def test_the_optimizers_state_goes_where_the_parameters_go() -> None:
             "exp_avg": torch.ones(shape),
             "exp_avg_sq": torch.ones(shape),
         }
-    FineTune(images(1), 2, optimizer=optimizer).follow()
+    Tuner(FineTune(images(1), 2, optimizer=optimizer)).follow()
     devices = {key: value.device.type for state in optimizer.state.values() for key, value in state.items()}
     assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
@@ -240,8 +240,8 @@ def test_running_out_of_memory_is_said_and_no_reason_to_leave_a_layer_whole(monk
     model, x = Chain(), images(1)[0][0]
     graph = AxisGraph(model, x)
     group = graph.groups["conv1"]
-    loop = FineTune(images(2), 2)
-    loop.prepare(model)
+    tuner = Tuner(FineTune(images(2), 2))
+    tuner.prepare(model)
     state = Trace(model)
     calls = 0
     plain = model.forward
@@ -255,7 +255,7 @@ def test_running_out_of_memory_is_said_and_no_reason_to_leave_a_layer_whole(monk
         (full, lambda: AxisGraph(model, x)),
         (full, lambda: verify_groups(graph)),
         (later, lambda: verify_groups(graph)),
-        (full, lambda: loop.run(model, 1, Callback())),
+        (full, lambda: tuner.run(model, 1, Callback())),
         (full, lambda: score_units(model, group.unit_group(), images(1), Scoring())),
         (full, lambda: prune(model, images(2), target="params=0.5", device="cpu")),
     ):
@@ -295,14 +295,14 @@ def test_labels_out_of_range_are_found_before_the_device_sees_them() -> None:
     for objective in ("loss", "logit"):
         with pytest.raises(ScoringError, match=said):
             score_units(model, group, batches, Scoring(objective=objective))
-    loop = FineTune(batches, 1)
-    loop.prepare(model)
+    tuner = Tuner(FineTune(batches, 1))
+    tuner.prepare(model)
     with pytest.raises(DataError, match=said):
-        loop.run(model, 1, Callback())
-    loop = FineTune([(x, y.tolist()) for x, y in batches], 1)
-    loop.prepare(model)
+        tuner.run(model, 1, Callback())
+    tuner = Tuner(FineTune([(x, y.tolist()) for x, y in batches], 1))
+    tuner.prepare(model)
     with pytest.raises(DataError, match="step 1 failed with TypeError"):
-        loop.run(model, 1, Callback())
+        tuner.run(model, 1, Callback())
     ignored = [(batches[0][0], torch.tensor([0, 1, 2, -100, 0, 0, 0, 0]))]
     kept = [(x[y >= 0], y[y >= 0]) for x, y in ignored]
     got, expected = (score_units(model, group, b, Scoring()) for b in (ignored, kept))

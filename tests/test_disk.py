@@ -17,12 +17,13 @@ import torch
 from click.testing import CliRunner
 from safetensors import SafetensorError
 
-from singe_plugin import Builder, Callback, History, Result, artifact, checkpoint, files, load, prune, save
-from singe_plugin.cli import main
+from singe_plugin import Builder, Callback, History, Result, files, load, prune, save
+from singe_plugin.app.cli import main
+from singe_plugin.app.report import Curves, write_report
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import locked, write_atomically, write_text
 from singe_plugin.integrations.unstructured import prune_weights
-from singe_plugin.report import Curves, write_report
+from singe_plugin.run import artifact, checkpoint
 
 from asked import asked
 from killed import holding, limited, process

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch import distributed
 
 from singe_plugin import UnstructuredPruner, prune, prune_weights
-from singe_plugin.cli import main
+from singe_plugin.app.cli import main
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner as NNIPruner
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner

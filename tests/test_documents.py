@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import singe_plugin
 from singe_plugin import FineTune, Pace, Scoring
-from singe_plugin.cli import main
+from singe_plugin.app.cli import main
 
 ROOT = Path(__file__).parent.parent
 RUN = ("README.md", "docs/usage.md", "docs/nni.md")  # the others show no code, or parts of it

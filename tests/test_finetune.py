@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.events import Callback, FinetuneStep
-from singe_plugin.finetune import FineTune, phase_share
+from singe_plugin.loop.events import Callback, FinetuneStep
+from singe_plugin.loop.finetune import FineTune, phase_share
+from singe_plugin.loop.stream import BatchStream
+from singe_plugin.loop.tuner import Tuner
 from singe_plugin.state import RngState
-from singe_plugin.stream import BatchStream
-from singe_plugin.tuner import Tuner
 
 from references import Net
 from small_nets import Chain, assert_same_values, images, mlp, values_of, vectors

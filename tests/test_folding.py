@@ -15,10 +15,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.errors import FoldingError
-from singe_plugin.folding import fold_batchnorm, foldable_pairs, is_batchnorm, norm_scale_shift, replace_folded
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.units import Producer, Slot, UnitGroup
+from singe_plugin.method.folding import fold_batchnorm, foldable_pairs, is_batchnorm, norm_scale_shift, replace_folded
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.units import Producer, Slot, UnitGroup
 
 from references import CASES, Net, get_case, randomise_norms
 
@@ -289,7 +289,7 @@ def test_a_frozen_norm_is_scored_and_pruned_with_its_layer() -> None:
     x = torch.randn(2, 3, 5, 5)
     graph = AxisGraph(net, x)
     assert verify_groups(graph) == {}
-    scores = score_units(net, graph.groups["0"].unit_group(), [], ScoringOptions(criterion="l2"))
+    scores = score_units(net, graph.groups["0"].unit_group(), [], Scoring(criterion="l2"))
     fold_batchnorm(net, x)
     rows = torch.cat([net[0].weight.flatten(1), net[0].bias[:, None]], 1)
     torch.testing.assert_close(scores, rows.norm(dim=1).detach().to(scores.dtype))

@@ -12,16 +12,16 @@ from torch import nn
 
 import singe_plugin
 from singe_plugin import FineTune, Result, prune, prune_weights
-from singe_plugin.architecture import Builder
 from singe_plugin.axes import AxisGraph, verify_groups
-from singe_plugin.costs import count_macs
-from singe_plugin.data import evaluate
 from singe_plugin.errors import ScoringError
-from singe_plugin.events import Callback
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.costs import count_macs
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.run.architecture import Builder
+from singe_plugin.run.data import evaluate
 
 from asked import asked
 from references import CASES, Net, get_case
@@ -222,8 +222,8 @@ def test_labels_out_of_range_leave_the_device_usable() -> None:
 def test_the_pruner_on_the_device() -> None:
     batches = images(2)
     pruner = SInGEPruner(
-        chain().to(CUDA), batches[0][0].to(CUDA), SInGEImportance(), **asked(target="params=0.5", batches=moved(batches),
-        finetune=FineTune(batches, 4), units_per_step=0.25),
+        chain().to(CUDA), batches[0][0].to(CUDA), SInGEImportance(),
+        **asked(target="params=0.5", batches=moved(batches), finetune=FineTune(batches, 4), units_per_step=0.25),
     )  # fmt: skip
     pruner.run()
     with torch.no_grad():

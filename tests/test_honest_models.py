@@ -18,11 +18,11 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from singe_plugin.axes import AxisGraph, remove_units, verify_groups
 from singe_plugin.axes.substitutes import SharedNoise, double_inputs, random_inputs
-from singe_plugin.costs import count_macs
 from singe_plugin.errors import GroupError
+from singe_plugin.loop.costs import count_macs
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
 from singe_plugin.nested import call_model, tensors_in, to_device
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
 
 from fingerprint import assert_untouched, fingerprint
 from references import Net

@@ -10,7 +10,8 @@ import pytest
 import torch_pruning as tp
 
 import singe_plugin
-from singe_plugin import cli, commands, errors
+from singe_plugin import errors
+from singe_plugin.app import cli, commands
 from singe_plugin.integrations import torch_pruning as integration
 
 
@@ -24,8 +25,8 @@ def python(code: str, *flags: str) -> str:
     "code",
     [
         "import singe_plugin; dir(singe_plugin); singe_plugin.SingeError, singe_plugin.__version__",
-        "from singe_plugin.cli import main; main(['--help'], standalone_mode=False)",
-        "from singe_plugin.cli import main; main(['--version'], standalone_mode=False)",
+        "from singe_plugin.app.cli import main; main(['--help'], standalone_mode=False)",
+        "from singe_plugin.app.cli import main; main(['--version'], standalone_mode=False)",
         "import importlib.util; import singe_plugin; importlib.util.find_spec('torch_pruning')",
     ],
 )
@@ -146,8 +147,8 @@ def test_every_public_name_is_there() -> None:
     for name in singe_plugin.__all__:
         assert getattr(singe_plugin, name).__doc__
     assert singe_plugin.prune.__module__ == "singe_plugin.integrations.prune"
-    assert singe_plugin.Builder.__module__ == "singe_plugin.architecture"
-    assert singe_plugin.load.__module__ == "singe_plugin.artifact"
+    assert singe_plugin.Builder.__module__ == "singe_plugin.run.architecture"
+    assert singe_plugin.load.__module__ == "singe_plugin.run.artifact"
     with pytest.raises(AttributeError, match="module 'singe_plugin' has no attribute 'prune_all'"):
         _ = singe_plugin.prune_all  # type: ignore[attr-defined]
 

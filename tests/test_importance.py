@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from singe_plugin.errors import ConfigError, DataError, GroupError, TiedParameterError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner, groups, register_slots
-from singe_plugin.units import RowLayout, Slot
+from singe_plugin.method.units import RowLayout, Slot
 
 from references import (
     CASES,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin import prune
-from singe_plugin.costs import count_macs
-from singe_plugin.inspection import inspect_model
+from singe_plugin.app.inspection import inspect_model
+from singe_plugin.loop.costs import count_macs
 
 from asked import asked
 from small_nets import Chain, images

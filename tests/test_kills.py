@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from singe_plugin import Result
-from singe_plugin.checkpoint import CHECKPOINT
+from singe_plugin.run.checkpoint import CHECKPOINT
 
 from killed import RUNS, Kill, Run, assert_same_run, process, until_killed
 

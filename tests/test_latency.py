@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.latency import latency_of, measure_latency
+from singe_plugin.run.latency import latency_of, measure_latency
 
 from fingerprint import assert_untouched, fingerprint
 from references import Net

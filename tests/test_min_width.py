@@ -11,12 +11,12 @@ import torch_pruning as tp
 from torch import nn
 
 from singe_plugin import prune
-from singe_plugin.budget import LayerSpec
+from singe_plugin.app.report import markdown, report_data
 from singe_plugin.errors import BudgetError
-from singe_plugin.events import History
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.report import markdown, report_data
-from singe_plugin.result import LayerRow, Metrics, Result
+from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.events import History
+from singe_plugin.run.result import LayerRow, Metrics, Result
 
 from asked import asked
 from small_nets import Chain, Grouped, Residual, images, mlp, vectors

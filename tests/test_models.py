@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
+from singe_plugin.app.models import load_weights
 from singe_plugin.errors import ArtifactError
-from singe_plugin.models import load_weights
 
 State = dict[str, Tensor]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from singe_plugin.data import few
 from singe_plugin.nested import leaves_in, map_tensors, tensors_in, to_device
+from singe_plugin.run.data import few
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", ["left", "right"])

@@ -17,9 +17,9 @@ from nni.compression.distillation import DynamicLayerwiseDistiller
 from nni.compression.pruning import AGPPruner, LinearPruner
 
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.events import Callback
-from singe_plugin.finetune import FineTune, phase_share
 from singe_plugin.integrations.nni import SInGEPruner
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.finetune import FineTune, phase_share
 
 from asked import asked
 from nni_nets import BATCHES, Loop, channel_masks, evaluator_of, make_net, nni_asked

@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "block": ({"config": entry(granularity=[3, 1, 1, 1])}, r"cannot be divided into blocks of \(3, 1, 1, 1\)"),
     "long block": ({"config": entry(granularity=[1] * 5)}, r"granularity \[1, 1, 1, 1, 1\] does not fit its shape"),
     "criterion": ({"criterion": "igg"}, "unknown criterion 'igg'"),
-    "pace": ({"pace": "agp"}, "unknown order 'agp'; choose one of .*rounds, layers"),
+    "pace": ({"pace": "agp"}, "unknown order 'agp'; choose one of rounds, layers"),
     "every": ({"every": "epoch"}, "unknown every 'epoch'; choose one of"),
     "units": ({"units_per_step": 1.5}, "units_per_step=1.5 is not a number of units"),
     "steps": ({"training_steps": 0}, "training_steps=0 is not a number of steps"),

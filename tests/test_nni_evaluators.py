@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin.errors import ConfigError, DataError, ScoringError
-from singe_plugin.events import Callback
 from singe_plugin.integrations.nni import (
     LightningEvaluator,
     SInGEPruner,
@@ -29,6 +28,7 @@ from singe_plugin.integrations.nni import (
     shrink_with_report,
 )
 from singe_plugin.integrations.nni.evaluators import BatchCollector, check_evaluator, step_of
+from singe_plugin.loop.events import Callback
 
 from asked import asked
 

@@ -15,7 +15,7 @@ pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nn
 
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner
-from singe_plugin.path import decay_path
+from singe_plugin.method.path import decay_path
 
 from asked import asked
 from nni_nets import CONVS, batches_of, channel_masks, make_net, metrics_of

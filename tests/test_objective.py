@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from singe_plugin.batches import materialise, split_batch
 from singe_plugin.errors import ConfigError, DataError
+from singe_plugin.method.batches import materialise, split_batch
+from singe_plugin.method.objective import cross_entropy, get_objective, true_class_logit
 from singe_plugin.nested import call_model, to_device
-from singe_plugin.objective import cross_entropy, get_objective, true_class_logit
 
 
 def test_cross_entropy_is_the_mean_negative_log_probability() -> None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin import Callback, FineTune, Result, prune, prune_weights
-from singe_plugin.batches import inputs_for
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
-from singe_plugin.units import Producer, Slot, UnitGroup
+from singe_plugin.method.batches import inputs_for
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.units import Producer, Slot, UnitGroup
 
 from asked import asked
 from references import Net

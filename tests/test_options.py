@@ -23,13 +23,13 @@ ROOT = Path(__file__).parent.parent
 
 ADDING = """
 import importlib.util, json, sys
-spec = importlib.util.find_spec("singe_plugin.options")
-source = spec.loader.get_source("singe_plugin.options")
+spec = importlib.util.find_spec("singe_plugin.method.options")
+source = spec.loader.get_source("singe_plugin.method.options")
 mark = "    p: float = option("
 assert source.count(mark) == 1
 edited = source.replace(mark, '    dummy: int = option(default=3, text="A dummy that means nothing.")\\n' + mark)
 module = importlib.util.module_from_spec(spec)
-sys.modules["singe_plugin.options"] = module
+sys.modules["singe_plugin.method.options"] = module
 exec(compile(edited, spec.origin, "exec"), module.__dict__)  # the one edit
 
 import inspect
@@ -38,7 +38,7 @@ from click.testing import CliRunner
 from torch import nn
 import singe_plugin
 from singe_plugin import FineTune, Pace, SInGEImportance, Scoring
-from singe_plugin.cli import main
+from singe_plugin.app.cli import main
 from singe_plugin.fields import table
 
 def net():

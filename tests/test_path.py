@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from singe_plugin.criteria import Measure
 from singe_plugin.errors import ConfigError
-from singe_plugin.path import decay_path, default_steps
+from singe_plugin.method.criteria import Measure
+from singe_plugin.method.path import decay_path, default_steps
 
 MEASURES: tuple[Measure, ...] = ("product", "gradient")
 

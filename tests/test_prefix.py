@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import singe_plugin
-from singe_plugin.prefix import PrefixCache
+from singe_plugin.method.prefix import PrefixCache
 
 
 class Tally:

@@ -12,9 +12,9 @@ import torch_pruning as tp
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 
-from singe_plugin.budget import Target
 from singe_plugin.errors import BudgetError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
+from singe_plugin.loop.budget import Target
 
 from asked import asked
 from masking import Masked

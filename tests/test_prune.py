@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from singe_plugin import Callback, FineTune, Result, fold_batchnorm, prune
-from singe_plugin.checkpoint import CHECKPOINT
 from singe_plugin.errors import ArtifactError
+from singe_plugin.run.checkpoint import CHECKPOINT
 
 from asked import asked
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_values, images, mlp, untimed, values_of, vectors

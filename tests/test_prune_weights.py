@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 import singe_plugin
 from singe_plugin import FineTune, Result, load, prune_weights
-from singe_plugin.checkpoint import CHECKPOINT
-from singe_plugin.cli import main
+from singe_plugin.app.cli import main
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.integrations.unstructured import Pattern
+from singe_plugin.run.checkpoint import CHECKPOINT
 
 from asked import asked
 from small_nets import Chain, Pairs, StopAt, Trace, assert_same_values, images, untimed

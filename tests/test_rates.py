@@ -15,7 +15,7 @@ from torch.nn import functional
 from singe_plugin import Callback, FineTune, Pace, prune, prune_weights
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.tuner import Tuner
 
 from asked import asked
 from small_nets import StopAt, Trace, mlp, vectors

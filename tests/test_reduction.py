@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.reduction import REDUCTIONS, check_normalizer, check_reduction, normalize, reduce_layers
+from singe_plugin.method.reduction import REDUCTIONS, check_normalizer, check_reduction, normalize, reduce_layers
 
 NORMALIZERS = (
     "sum",

@@ -12,10 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from singe_plugin.architecture import Builder
-from singe_plugin.errors import ArtifactError
-from singe_plugin.events import History
-from singe_plugin.report import (
+from singe_plugin.app.report import (
     Curves,
     Point,
     gradient_curves,
@@ -26,8 +23,11 @@ from singe_plugin.report import (
     report_data,
     write_report,
 )
-from singe_plugin.result import LayerRow, Metrics, Result
-from singe_plugin.units import Producer, Slot, UnitGroup
+from singe_plugin.errors import ArtifactError
+from singe_plugin.loop.events import History
+from singe_plugin.method.units import Producer, Slot, UnitGroup
+from singe_plugin.run.architecture import Builder
+from singe_plugin.run.result import LayerRow, Metrics, Result
 
 POINTS = [Point("unpruned", 0.0, 0.9), Point("a", 0.5, 0.8), Point("a", 0.75, 0.6), Point("b", 0.5, 0.7)]
 CURVES = [Curves("conv", (0, 2), ((2.0, 1.0), (3.0, 1.5)), ((0.1, 0.2), (0.3, 0.1)))]

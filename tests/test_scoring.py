@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin import scoring
 from singe_plugin.errors import ConfigError, DataError, GroupError, ScoringError, TiedParameterError
-from singe_plugin.options import Scoring
-from singe_plugin.path import decay_path
-from singe_plugin.reduction import REDUCTIONS
-from singe_plugin.scoring import path_gradient_norms, score_error, score_units
-from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
+from singe_plugin.method import scoring
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.path import decay_path
+from singe_plugin.method.reduction import REDUCTIONS
+from singe_plugin.method.scoring import path_gradient_norms, score_error, score_units
+from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
 
 from references import CASES, Net, Walk, get_case, literal_reduction, literal_scores, literal_walk, scale_slices
 

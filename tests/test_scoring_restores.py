@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singe_plugin.errors import DataError, ScoringError
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import path_gradient_norms, score_error, score_units
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import path_gradient_norms, score_error, score_units
+from singe_plugin.method.units import Producer, Slot, UnitGroup
 from singe_plugin.state import RngState
-from singe_plugin.units import Producer, Slot, UnitGroup
 
 from references import Net
 

@@ -97,8 +97,8 @@ def test_fine_tuning_takes_the_steps_that_were_asked_for(
     every: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    step = harness.singe_plugin.FineTune._step
-    monkeypatch.setattr(harness.singe_plugin.FineTune, "_step", lambda *a: (steps.append(1), step(*a))[1])
+    step = harness.Tuner._step
+    monkeypatch.setattr(harness.Tuner, "_step", lambda *a: (steps.append(1), step(*a))[1])
     row = harness.compute(Spec("net", "l2", 0.4, 0, 9, every, LAYERS, batch=8), setting)
     assert len(steps) == 9
     assert ("pruned" in row) == (every == "post")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from singe_plugin.errors import GroupError, TiedParameterError
-from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup, refuse_tied, tied_parameters
+from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup, refuse_tied, tied_parameters
 
 from references import row_index
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from singe_plugin import FineTune, UnstructuredPruner
 from singe_plugin.errors import BudgetError, SingeError
-from singe_plugin.events import History
 from singe_plugin.integrations.unstructured.pruner import SparseOutcome
+from singe_plugin.loop.events import History
 from singe_plugin.masks import masks_of
 
 from asked import asked

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 import singe_plugin
 from singe_plugin import Callback, FineTune
+from singe_plugin.app.inspection import inspect_model
 from singe_plugin.axes import AxisGraph, Snapshot, Trackers, removal, remove_units, verify_groups
-from singe_plugin.costs import count_macs
-from singe_plugin.latency import measure_latency
-from singe_plugin.data import evaluate
 from singe_plugin.errors import SingeError
-from singe_plugin.inspection import inspect_model
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
+from singe_plugin.loop.budget import count_macs
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.run.data import evaluate
+from singe_plugin.run.latency import measure_latency
 
 from asked import asked
 from fingerprint import assert_untouched, changes, fingerprint
@@ -79,8 +79,8 @@ def failing(place: str, fault: Fault) -> Iterator[None]:
             wrapped = fault.around(torch.optim.SGD.step, after=True)
             stack.enter_context(mock.patch.object(torch.optim.SGD, "step", wrapped))
         elif place == "write":
-            wrapped = fault.around(singe_plugin.checkpoint.save_file, after=True)
-            stack.enter_context(mock.patch.object(singe_plugin.checkpoint, "save_file", wrapped))
+            wrapped = fault.around(singe_plugin.run.checkpoint.save_file, after=True)
+            stack.enter_context(mock.patch.object(singe_plugin.run.checkpoint, "save_file", wrapped))
         yield
 
 
@@ -229,9 +229,9 @@ def pruned(net: nn.Module, ema: nn.Module, place: str, fault: Fault, out_dir: Pa
     with failing(place, fault), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         singe_plugin.prune(
-            net, batches_for(2), **asked(target="params=0.38", order=order, finetune=FineTune(loader, 4, ema=ema), nodes=1,
-            out_dir=out_dir, callbacks=[Events(fault)] if place == "callback" else [], max_pruning_ratio=0.9,
-            min_width=1),
+            net, batches_for(2), **asked(target="params=0.38", order=order, nodes=1,
+            finetune=FineTune(loader, 4, ema=ema), out_dir=out_dir, max_pruning_ratio=0.9, min_width=1,
+            callbacks=[Events(fault)] if place == "callback" else []),
         )  # fmt: skip
 
 

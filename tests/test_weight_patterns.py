@@ -16,7 +16,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.unstructured.allocation import layer_ratios, lowest_counts
 from singe_plugin.integrations.unstructured.layers import WeightLayer
 from singe_plugin.integrations.unstructured.patterns import Pattern
-from singe_plugin.loop import lowest
+from singe_plugin.loop.loop import lowest
 from singe_plugin.masks import masks_of
 
 from asked import asked
@@ -81,8 +81,11 @@ def test_at_most_n_of_m_always(
     weight, start = layer.weight.detach().clone(), 1 - n / m
     sparsity = None if extra is None else start + extra * (1 - start)
     pruner = UnstructuredPruner(
-        net, batches, **asked(pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, order=order, ratios=ratios,
-        **({"rounds": rounds} if order == "rounds" else {"units_per_step": 0.3})),
+        net, batches,
+        **asked(
+            pattern=pattern, sparsity=sparsity, criterion=criterion, nodes=2, order=order, ratios=ratios,
+            **({"rounds": rounds} if order == "rounds" else {"units_per_step": 0.3}),
+        ),
     )  # fmt: skip
     mask = pruner.run().masks["layer.weight"]
     blocks = literal_blocks(layer, m)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singe_plugin import decay
-from singe_plugin.criteria import CRITERIA
 from singe_plugin.errors import GroupError
-from singe_plugin.options import PATHS, Scoring
-from singe_plugin.scoring import path_gradient_norms, score_units
-from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, subgroup
+from singe_plugin.method import decay
+from singe_plugin.method.criteria import CRITERIA
+from singe_plugin.method.options import PATHS, Scoring
+from singe_plugin.method.scoring import path_gradient_norms, score_units
+from singe_plugin.method.units import BlockLayout, Producer, Slot, UnitGroup, subgroup
 
 from references import (
     TRANSPOSED,

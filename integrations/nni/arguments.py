@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from singe_plugin.batches import check_batch, in_memory, materialise
 from singe_plugin.checks import check_choice, check_count
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.finetune import EVERY
-from singe_plugin.options import Scoring
-from singe_plugin.pace import Pace
+from singe_plugin.loop.finetune import EVERY
+from singe_plugin.loop.pace import Pace
+from singe_plugin.method.batches import check_batch, in_memory, materialise
+from singe_plugin.method.options import Scoring
 
 __all__ = ["batches_of", "check_amounts", "check_without_evaluator", "entwined_pace"]
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.budget import LayerSpec
-from singe_plugin.costs import count_params
-from singe_plugin.events import FinetuneStep
-from singe_plugin.loop import Loop, Pause, in_layers
-from singe_plugin.progress import Progress
+from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.costs import count_params
+from singe_plugin.loop.events import FinetuneStep
+from singe_plugin.loop.loop import Loop, Pause, in_layers
+from singe_plugin.loop.progress import Progress
 
+from .metrics import ScoringPruner
 from .pieces import Piece
 from .sparsity import kept_units, rule_of
-
-if TYPE_CHECKING:
-    from .pruner import SInGEPruner
 
 __all__ = ["Entwined", "MaskHost"]
 
@@ -28,9 +26,9 @@ _logger = logging.getLogger("singe_plugin")
 
 
 class MaskHost:
-    """A host for :mod:`singe_plugin.loop` that masks units in the place of removing them."""
+    """A host for :mod:`singe_plugin.loop.loop` that masks units in the place of removing them."""
 
-    def __init__(self, pruner: SInGEPruner) -> None:
+    def __init__(self, pruner: ScoringPruner) -> None:
         self.pruner = pruner
         self.model: nn.Module = pruner.bound_model
         self.pieces: dict[str, Piece] = {piece.name: piece for piece in pruner.pieces}
@@ -59,7 +57,7 @@ class MaskHost:
 
 @dataclass(frozen=True)
 class _Steps:
-    """When the evaluator's loop trains on: see :class:`singe_plugin.loop.Schedule`."""
+    """When the evaluator's loop trains on: see :class:`singe_plugin.loop.loop.Schedule`."""
 
     every: str
     steps: int
@@ -71,7 +69,7 @@ class Entwined:
     The first step gives the first batch to score on; the others are shared between the layers.
     """
 
-    def __init__(self, pruner: SInGEPruner, evaluator: Any) -> None:
+    def __init__(self, pruner: ScoringPruner, evaluator: Any) -> None:
         self.pruner, self.evaluator = pruner, evaluator
         self.pauses: Iterator[Pause] | None = None
         self.left = self.step = 0

@@ -15,8 +15,8 @@ from nni.compression.utils import evaluator as _nni
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from singe_plugin.batches import TARGET_KEYS
 from singe_plugin.errors import ConfigError, DataError, ScoringError
+from singe_plugin.method.batches import TARGET_KEYS
 
 __all__ = [
     "BatchCollector",

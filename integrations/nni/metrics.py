@@ -14,13 +14,14 @@ from nni.compression.pruning.tools import active_sparse_targets_filter
 from torch import Tensor, nn
 
 from singe_plugin.errors import DataError
-from singe_plugin.events import Callbacks, LayerScored
-from singe_plugin.guards import check_here
+from singe_plugin.loop.events import Callbacks, LayerScored
+from singe_plugin.loop.pace import Pace
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.units import UnitGroup, subgroup
 from singe_plugin.nested import to_device
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_units
+from singe_plugin.run.guards import check_here
 from singe_plugin.state import model_device
-from singe_plugin.units import UnitGroup, subgroup
 
 from .evaluators import BatchCollector, step_of
 from .pieces import Piece, metric_shape
@@ -41,6 +42,7 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
         batches: what is scored on, in the place of the batches of the evaluator's loop.
         min_width: how many units of every layer stay at least.
         callback: sees every event.
+        training_steps, every, pace: when pruning is entwined with training, see the pruner.
     """
 
     pieces: list[Piece]
@@ -48,6 +50,9 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
     batches: list[Any] | None
     min_width: int
     callback: Callbacks
+    training_steps: int
+    every: str
+    pace: Pace | None
     _own_objective: bool
     _collector: BatchCollector | None
 

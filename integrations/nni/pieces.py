@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.substitutes import Values
 from singe_plugin.errors import ConfigError
-from singe_plugin.folding import is_batchnorm
 from singe_plugin.masks import LAYERS
+from singe_plugin.method.folding import is_batchnorm
+from singe_plugin.method.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
 from singe_plugin.nested import tensors_in
 from singe_plugin.state import preserved
-from singe_plugin.units import BlockLayout, Producer, RowLayout, Slot, UnitGroup
 
 __all__ = ["Key", "Piece", "Spaces", "build_pieces", "called", "followers_of", "kernel_of", "metric_shape"]
 

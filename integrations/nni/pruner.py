@@ -13,14 +13,14 @@ from nni.compression.utils.evaluator import LightningEvaluator
 from torch import nn
 
 from singe_plugin.axes import AxisGraph, verify_groups
-from singe_plugin.batches import split_batch
 from singe_plugin.errors import ConfigError, ScoringError
-from singe_plugin.events import Callback, Callbacks, History
 from singe_plugin.fields import given
-from singe_plugin.guards import check_here
+from singe_plugin.loop.events import Callback, Callbacks, History
+from singe_plugin.loop.pace import Pace
+from singe_plugin.method.batches import split_batch
+from singe_plugin.method.options import Scoring
 from singe_plugin.nested import call_model, to_device
-from singe_plugin.options import Scoring
-from singe_plugin.pace import Pace
+from singe_plugin.run.guards import check_here
 from singe_plugin.state import model_device, preserved
 
 from .arguments import batches_of, check_amounts, check_without_evaluator, entwined_pace
@@ -82,7 +82,7 @@ class SInGEPruner(ScoringPruner):
         default_granularity: what ``granularity="default"`` means for parameters: ``"out_channel"``, ``"in_channel"``, a
             block, or None for single weights.
         verify: put the groups through the oracles.
-        callbacks: see :mod:`singe_plugin.events`.
+        callbacks: see :mod:`singe_plugin.loop.events`.
         existed_wrappers: NNI's, for :meth:`from_compressor`.
 
     Attributes:

@@ -19,7 +19,7 @@ from torch import nn
 from singe_plugin.axes import AxisGraph
 from singe_plugin.checks import check_number, closest
 from singe_plugin.errors import ConfigError
-from singe_plugin.units import tied_parameters
+from singe_plugin.method.units import tied_parameters
 
 from .pieces import called, kernel_of
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from singe_plugin.budget import POINT, LayerSpec, Target, plan_removals
-from singe_plugin.costs import CostModel
 from singe_plugin.errors import BudgetError
-from singe_plugin.progress import Progress
+from singe_plugin.loop.budget import POINT, LayerSpec, Target, plan_removals
+from singe_plugin.loop.costs import CostModel
+from singe_plugin.loop.progress import Progress
 
 from .host import TorchPruningHost
 
@@ -33,7 +33,7 @@ def counts_for(
     Args:
         host: the layers and their cost.
         target: the fraction of what is there now.
-        ratios, round_to, scores: see :func:`~singe_plugin.budget.plan_removals`.
+        ratios, round_to, scores: see :func:`~singe_plugin.loop.budget.plan_removals`.
 
     Raises:
         BudgetError: if the target cannot be met within one point, with the nearest that can.
@@ -78,7 +78,7 @@ def _nearest(
 
 
 class Rounds:
-    r"""What goes in a round: the :data:`~singe_plugin.loop.Allocation` of a model whose units are removed.
+    r"""What goes in a round: the :data:`~singe_plugin.loop.loop.Allocation` of a model whose units are removed.
 
     With fixed ratios every layer goes its own way to the goal. With ratios by score the units of all layers are
     ranked again in every round, and as many go as the target T and the share s of the way say: of what is left,

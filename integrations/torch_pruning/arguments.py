@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from singe_plugin.checks import check_count, check_number
 from singe_plugin.errors import ConfigError
-from singe_plugin.guards import check_model
+from singe_plugin.loop.pace import Pace
 from singe_plugin.nested import call_model
-from singe_plugin.pace import Pace
+from singe_plugin.run.guards import check_model
 from singe_plugin.state import model_device
+
+__all__ = ["base_options", "check_arguments", "forward_of", "settled_with"]
 
 _MOST_STEPS = 100_000
 

@@ -14,8 +14,8 @@ from torch_pruning.dependency import Dependency, Group, Node
 from singe_plugin import axes
 from singe_plugin.axes.removal import remove_units
 from singe_plugin.errors import GroupError
+from singe_plugin.method.units import UnitGroup
 from singe_plugin.stale import remember_shapes
-from singe_plugin.units import UnitGroup
 
 __all__ = ["AxisDependencyGraph", "AxisGroup"]
 
@@ -63,7 +63,7 @@ class AxisGroup(Group):  # type: ignore[misc]
         self._DG.remove(self.axis_group, self.units, self._DG.trackers, record_history)
 
     def unit_group(self) -> UnitGroup:
-        """Return the rows that produce all units of the group (see :mod:`singe_plugin.units`)."""
+        """Return the rows that produce all units of the group (see :mod:`singe_plugin.method.units`)."""
         return self.axis_group.unit_group()
 
     def per_unit(self, scores: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch_pruning as tp
 from torch import nn
 
 from singe_plugin.errors import GroupError
-from singe_plugin.folding import can_fold, is_batchnorm
-from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
+from singe_plugin.method.folding import can_fold, is_batchnorm
+from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
 
 __all__ = ["SlotFunction", "register_slots", "unit_group"]
 

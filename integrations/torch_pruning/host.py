@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
-from singe_plugin.budget import LayerSpec
-from singe_plugin.costs import KINDS, CostModel, TensorCost, count_macs_by_module, count_params
+from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.costs import KINDS, CostModel, TensorCost, count_macs_by_module, count_params
 
 from .graph import AxisDependencyGraph, AxisGroup
 from .scorers import Ranking
@@ -32,7 +32,7 @@ def block_of(name: str) -> str:
 
 
 class TorchPruningHost:
-    """Layers, scores, removal and cost, for :mod:`singe_plugin.loop`.
+    """Layers, scores, removal and cost, for :mod:`singe_plugin.loop.loop`.
 
     Args:
         graph: the dependency graph.

@@ -11,12 +11,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.batches import materialise
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.guards import check_alone
-from singe_plugin.options import Scoring
-from singe_plugin.scoring import score_error, score_units
-from singe_plugin.units import UnitGroup
+from singe_plugin.method.batches import materialise
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_error, score_units
+from singe_plugin.method.units import UnitGroup
+from singe_plugin.run.guards import check_alone
 
 from .graph import AxisGroup
 from .groups import unit_group

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Trackers, verify_groups
-from singe_plugin.batches import materialise
-from singe_plugin.budget import Target, plan_removals
-from singe_plugin.costs import count_macs, count_params
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.events import Callback, History
 from singe_plugin.fields import given
-from singe_plugin.finetune import FineTune
-from singe_plugin.guards import check_here, check_parts, parts_of
-from singe_plugin.job import carried_out, tuner_of
-from singe_plugin.loop import Loop, Turn, in_layers, in_rounds, scored
-from singe_plugin.objective import ObjectiveLike
-from singe_plugin.pace import BY_SCORE, Pace
-from singe_plugin.progress import Progress
-from singe_plugin.result import LayerRow
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.budget import Target, plan_removals
+from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.loop.events import Callback, History
+from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, scored
+from singe_plugin.loop.pace import BY_SCORE, Pace
+from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.method.batches import materialise
+from singe_plugin.method.objective import ObjectiveLike
+from singe_plugin.run.guards import check_here, check_parts, parts_of
+from singe_plugin.run.job import carried_out, tuner_of
+from singe_plugin.run.result import LayerRow
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from .allocation import Rounds, counts_for
@@ -90,7 +90,7 @@ class SInGEPruner(SteppingPruner):
             ``max_pruning_ratio`` and ``round_to`` are ``BasePruner``'s.
         finetune: a :class:`~singe_plugin.FineTune` with a loader, or None. Without a loss of its own it
             minimises the importance's F.
-        callbacks: see :mod:`singe_plugin.events`.
+        callbacks: see :mod:`singe_plugin.loop.events`.
         batches: data for importances that need gradients: torch-pruning's (Taylor, Hessian, OBD-C), and a
             :class:`SInGEImportance` that is not bound yet.
         optimizer: an optimizer to cut along (besides FineTune's).

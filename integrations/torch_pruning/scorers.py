@@ -15,10 +15,10 @@ import torch.nn.functional as functional
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin.batches import check_batch, inputs_for, read
 from singe_plugin.errors import DataError, GroupError, ScoringError, SingeError
+from singe_plugin.method.batches import check_batch, inputs_for, read
+from singe_plugin.method.objective import ObjectiveLike, check_head, check_logits, get_objective
 from singe_plugin.nested import call_model, to_device
-from singe_plugin.objective import ObjectiveLike, check_head, check_logits, get_objective
 from singe_plugin.state import model_device, plain_layers, preserved
 
 from .graph import AxisGroup

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers
 from singe_plugin.errors import BudgetError, ConfigError
-from singe_plugin.guards import check_here
-from singe_plugin.loop import Loop, Turn
-from singe_plugin.objective import ObjectiveLike, get_objective
-from singe_plugin.pace import Pace
-from singe_plugin.progress import Progress
-from singe_plugin.tuner import Tuner
+from singe_plugin.loop.loop import Loop, Turn
+from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.method.objective import ObjectiveLike, get_objective
+from singe_plugin.run.guards import check_here
 
 from .graph import AxisDependencyGraph, AxisGroup
 from .host import TorchPruningHost, channels_per_unit
@@ -237,7 +237,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return self.DG.axis_graph
 
     def host(self) -> TorchPruningHost:
-        """The verified layers as a host for :mod:`singe_plugin.loop`."""
+        """The verified layers as a host for :mod:`singe_plugin.loop.loop`."""
         if not self.layers:
             reasons = "; ".join(f"{k}: {v}" for k, v in list(self.left_whole.items())[:5])
             raise BudgetError(f"no layer of {type(self.model).__name__} can be pruned ({reasons or 'none was found'})")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singe_plugin.errors import BudgetError, ConfigError
-from singe_plugin.loop import lowest
+from singe_plugin.loop.loop import lowest
 
 from .host import WeightHost
 from .patterns import Pattern
@@ -149,7 +149,7 @@ class Allocation:
         return {n: max(min(wanted[n], self.sizes[n] - self.floors[n]), needed[n]) for n in self.sizes}
 
     def __call__(self, scores: Mapping[str, Tensor], share: float) -> dict[str, int]:
-        """See :data:`singe_plugin.loop.Allocation`."""
+        """See :data:`singe_plugin.loop.loop.Allocation`."""
         masked = self._masked()
         if isinstance(self.targets, int):
             start = sum(self.start.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 from singe_plugin.checks import check_number
 from singe_plugin.errors import ConfigError
-from singe_plugin.pace import Pace
+from singe_plugin.loop.pace import Pace
 
 from .allocation import RATIOS
 from .patterns import Pattern

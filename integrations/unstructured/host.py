@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.budget import LayerSpec
 from singe_plugin.errors import ConfigError, RemovalError
+from singe_plugin.loop.budget import LayerSpec
 from singe_plugin.masks import hold_mask, mask_module
-from singe_plugin.units import UnitGroup
+from singe_plugin.method.units import UnitGroup
 
 from ..torch_pruning.host import block_of
 from .layers import WeightLayer
@@ -21,7 +21,7 @@ __all__ = ["WeightHost"]
 
 
 class WeightHost:
-    """Layers, scores and removal, for :mod:`singe_plugin.loop`.
+    """Layers, scores and removal, for :mod:`singe_plugin.loop.loop`.
 
     A unit is a weight that is not masked; the units of a layer are numbered in row-major order, without those that are
     gone. Making the host puts a mask on every layer.

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from singe_plugin.decay import decaying
 from singe_plugin.errors import ConfigError, DataError, TiedParameterError
-from singe_plugin.folding import eval_outputs, foldable_pairs
-from singe_plugin.guards import parts_of
 from singe_plugin.masks import mask_module, weight_of, weight_slot
+from singe_plugin.method.decay import decaying
+from singe_plugin.method.folding import eval_outputs, foldable_pairs
+from singe_plugin.method.units import BlockLayout, Producer, Slot, UnitGroup, tied_parameters
 from singe_plugin.nested import call_model, relative_change, tensors_in
+from singe_plugin.run.guards import parts_of
 from singe_plugin.state import preserved
-from singe_plugin.units import BlockLayout, Producer, Slot, UnitGroup, tied_parameters
 
 __all__ = ["WeightLayer", "find_layers"]
 

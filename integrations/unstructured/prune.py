@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe_plugin.events import Callback
 from singe_plugin.fields import described, given
-from singe_plugin.finetune import FineTune
-from singe_plugin.folding import fold_batchnorm
-from singe_plugin.options import Scoring
-from singe_plugin.pace import Pace
-from singe_plugin.result import Result
-from singe_plugin.run import carried_through
-from singe_plugin.staging import callbacks_of, staged
+from singe_plugin.loop.events import Callback
+from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.pace import Pace
+from singe_plugin.method.folding import fold_batchnorm
+from singe_plugin.method.options import Scoring
+from singe_plugin.run.result import Result
+from singe_plugin.run.run import carried_through
+from singe_plugin.run.staging import callbacks_of, staged
 from singe_plugin.state import model_device
 
 from .arguments import DEFAULT_ROUNDS, settled_pace

@@ -9,27 +9,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.axes import Trackers
-from singe_plugin.batches import check_batch, in_memory, materialise
-from singe_plugin.costs import count_macs_by_module, count_params
-from singe_plugin.data import example_from
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.events import Callback, History
 from singe_plugin.fields import given
-from singe_plugin.finetune import FineTune
-from singe_plugin.guards import check_model, check_parts
-from singe_plugin.job import carried_out, tuner_of
-from singe_plugin.loop import Loop, Turn, in_layers, in_rounds, scored
+from singe_plugin.loop.costs import count_macs_by_module, count_params
+from singe_plugin.loop.events import Callback, History
+from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, scored
+from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.progress import CountedProgress, Progress
+from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import fold_masks, masks_of
-from singe_plugin.objective import ObjectiveLike
-from singe_plugin.options import Scoring
-from singe_plugin.pace import Pace
-from singe_plugin.progress import CountedProgress, Progress
-from singe_plugin.result import LayerRow
-from singe_plugin.scoring import score_units
-from singe_plugin.staging import examples_in
+from singe_plugin.method.batches import check_batch, in_memory, materialise
+from singe_plugin.method.objective import ObjectiveLike
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.units import UnitGroup
+from singe_plugin.run.data import example_from
+from singe_plugin.run.guards import check_model, check_parts
+from singe_plugin.run.job import carried_out, tuner_of
+from singe_plugin.run.result import LayerRow
+from singe_plugin.run.staging import examples_in
 from singe_plugin.state import model_device
-from singe_plugin.tuner import Tuner
-from singe_plugin.units import UnitGroup
 
 from ..torch_pruning.host import block_of
 from .allocation import Allocation, layer_ratios
@@ -111,7 +111,7 @@ class UnstructuredPruner:
             (10 in :func:`prune_weights`).
         finetune: a :class:`~singe_plugin.FineTune` with a loader, or None. Without a loss of its own it minimises the
             objective that is scored with.
-        callbacks: see :mod:`singe_plugin.events`; ``params`` in events counts what is not masked.
+        callbacks: see :mod:`singe_plugin.loop.events`; ``params`` in events counts what is not masked.
         example_inputs: for tracing and counting; by default two examples of the first batch.
         scoring: a :class:`~singe_plugin.Scoring`, or the name of a criterion; ``mu`` is 0.8 as in the paper.
 
@@ -194,7 +194,7 @@ class UnstructuredPruner:
         return self.scoring.objective or "loss"
 
     def host(self) -> WeightHost:
-        """The layers as a host for :mod:`singe_plugin.loop`; puts the masks on, where there are none yet."""
+        """The layers as a host for :mod:`singe_plugin.loop.loop`; puts the masks on, where there are none yet."""
         if self._host is None or not self._host.attached():
 
             def score(group: UnitGroup) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from singe_plugin.errors import SingeError
+from singe_plugin.method.units import refuse_tied, tied_parameters
 from singe_plugin.nested import call_model
-from singe_plugin.units import refuse_tied, tied_parameters
 
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves
 from .groups import Group

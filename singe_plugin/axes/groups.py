@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from singe_plugin.units import UnitGroup
+from singe_plugin.method.units import UnitGroup
 
 from .algebra import Atom
 from .parameters import ModelAxes, UnitSlice

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
-from singe_plugin.folding import can_fold
+from singe_plugin.method.folding import can_fold
+from singe_plugin.method.units import UnitGroup
 from singe_plugin.nested import call_model
 from singe_plugin.state import containers_training
-from singe_plugin.units import UnitGroup
 
 from .algebra import Atom, Axis, fix_all, labels, leaves, size_of, split
 from .forward import trace

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from singe_plugin.folding import is_batchnorm
-from singe_plugin.units import Producer, RowLayout, Slot, UnitGroup
+from singe_plugin.method.folding import is_batchnorm
+from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
 
 from .algebra import Atom, labels
 from .parameters import CONV, LAYERS, Held, ModelAxes, out_axis

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from singe_plugin.folding import is_batchnorm
+from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
 from .algebra import Axis, fix_all, fresh, size_of, unify

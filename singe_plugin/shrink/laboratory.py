@@ -21,9 +21,9 @@ from singe_plugin.axes.substitutes import (
     random_inputs,
     uniform,
 )
-from singe_plugin.data import few
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.nested import tensors_in
+from singe_plugin.run.data import few
 from singe_plugin.state import plain_layers, preserved
 
 from .holes import Holes, Units, slices_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph
-from singe_plugin.result import Result
+from singe_plugin.run.result import Result
 
 from .holes import holes_of, masked_along
 from .masks import Masks

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.architecture import Builder, Structure, describe_structure
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers, remove_units
 from singe_plugin.axes.algebra import contains
 from singe_plugin.checks import is_number
-from singe_plugin.costs import count_macs, count_params
-from singe_plugin.data import few
 from singe_plugin.errors import ConfigError, GroupError, is_of_the_machine
-from singe_plugin.events import History, Removed
+from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.loop.events import History, Removed
 from singe_plugin.masks import mask_module
 from singe_plugin.nested import to_device
-from singe_plugin.result import LayerRow, Metrics, package_versions
+from singe_plugin.run.architecture import Builder, Structure, describe_structure
+from singe_plugin.run.data import few
+from singe_plugin.run.result import LayerRow, Metrics, package_versions
 from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of
 

@@ -1,0 +1,1 @@
+"""The command and what it shows: models, data, inspection, reports, the demo."""

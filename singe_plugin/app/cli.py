@@ -1,0 +1,67 @@
+"""The command ``singe``: which commands there are, and how it ends.
+
+Exit codes: 0 done, 1 an error of ours (one line on stderr), 2 wrong usage, 130 interrupted. A command is imported when
+it is asked for: PyTorch takes seconds, which ``--help`` and ``--version`` need not wait for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from singe_plugin.errors import SingeError
+from singe_plugin.version import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "demo": "Train a small network on real digits and prune it three ways; a minute or two, offline.",
+    "inspect": "Show what can be pruned, what is left whole and why, and what scoring costs.",
+    "prune": "Prune a timm model and fine-tune it on the way; save it with a report.",
+    "report": "Write the report of the result saved in DIRECTORY again, and print its summary.",
+}
+
+
+class Singe(click.Group):
+    """Imports the command that is asked for; turns errors into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module("singe_plugin.app.commands"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands and what they do, with none of them imported."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SingeError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            resume = ctx.invoked_subcommand == "prune"
+            hint = "; the same command with --resume continues after the last finished round or layer" if resume else ""
+            click.echo(f"interrupted{hint}", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Singe, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="singe")
+def main() -> None:
+    """Prune networks with SInGE: integrated-gradient relevance of neurons, fine-tuning in between."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What the commands do, once their options are read: ``prune``, ``inspect`` and ``report`` as functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from singe_plugin.app.datasets import DataConfig, Splits, data_config, load_splits
+from singe_plugin.app.inspection import Inspection, figure_two, inspect_model
+from singe_plugin.app.models import NamedModel, create_model
+from singe_plugin.app.report import FILES, Curves, read_extras, report_data, write_report
+from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.fields import described, plain
+from singe_plugin.files import locked
+from singe_plugin.loop.events import ProgressBar
+from singe_plugin.run.artifact import MASKS, RECORD, TENSORS, read, save
+from singe_plugin.run.checkpoint import CHECKPOINT, is_checkpoint
+from singe_plugin.run.data import as_loader
+from singe_plugin.run.result import Result
+from singe_plugin.run.staging import resolve_device
+
+__all__ = ["prepare", "run_inspect", "run_prune", "run_report"]
+
+Say = Callable[[str], None]
+_RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
+
+
+def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -> tuple[NamedModel, DataConfig, Splits]:
+    """The model and the data that fit each other.
+
+    The classes of the data are the model's, unless ``num_classes`` says so or the weights are trained ones.
+
+    Raises:
+        ConfigError: if the model has another number of classes than the data.
+    """
+    named = create_model(**model_options)
+    config, splits = _data_for(named, data_options)
+    outputs = getattr(named.model, "num_classes", splits.classes)
+    if outputs != splits.classes:
+        if named.weights == "random" and model_options.get("num_classes") is None:
+            named = create_model(**{**model_options, "num_classes": splits.classes})
+        else:
+            raise ConfigError(
+                f"{named.builder.name} has {outputs} classes and {splits.name} has {splits.classes}; give "
+                f"--num-classes {splits.classes} with weights that fit, or the data the weights were trained on"
+            )
+    return named, config, splits
+
+
+def _data_for(named: NamedModel, options: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
+    options = {k: v for k, v in options.items() if k not in ("batch_size", "workers")}
+    size = options.pop("img_size", None)
+    if size is None and options["dataset"] == "digits":
+        fixed = (getattr(named.model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
+        size = None if fixed else 32
+    config = data_config(named.model, size)
+    return config, load_splits(config, **options)
+
+
+def run_prune(
+    model_options: Mapping[str, Any],
+    data_options: Mapping[str, Any],
+    prune_options: Mapping[str, Any],
+    output: str | Path,
+    resume: bool,
+    curves: bool,
+    progress: bool,
+    say: Say,
+    granularity: str = "unit",
+) -> tuple[Result, dict[str, Any]]:
+    """``singe prune``: prune units or single weights, save the result and its report to a folder.
+
+    Returns:
+        the result, and everything that is said of it as plain values. Where a finished run is to be resumed, that is
+        the result in the folder (with an empty model), and nothing is done.
+
+    Raises:
+        ArtifactError: if the folder holds an unfinished run and ``resume`` is false, or a finished one with other
+            options and ``resume`` is true; or if another process is running in it.
+    """
+    output = Path(output)
+    with locked(output, run=False):
+        if not resume and is_checkpoint(output / CHECKPOINT):
+            raise ArtifactError(
+                f"{output} holds an unfinished run; give --resume to continue it, or another --output, or delete "
+                f"{output / CHECKPOINT}"
+            )
+        if resume and not (output / CHECKPOINT).exists() and (output / RECORD).exists():
+            return _finished(model_options, prune_options, output, say)
+        return _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
+
+
+def _finished(
+    model_options: Mapping[str, Any], prune_options: Mapping[str, Any], output: Path, say: Say
+) -> tuple[Result, dict[str, Any]]:
+    """What is there of a run that was asked to go on and is over; it must be the one that was meant."""
+    result = read(output)
+    asked = _asked(prune_options, result.options)
+    mine, theirs = {"model": model_options["name"], **asked}, {"model": result.builder.name, **_flat(result.options)}
+    different = [key for key in mine if mine[key] != theirs.get(key)]
+    if different:
+        key = different[0]
+        raise ArtifactError(
+            f"{output} holds the result of a finished run with other options ({', '.join(different)}: {key} was "
+            f"{theirs.get(key)!r}, now {mine[key]!r}); nothing is left to resume: leave --resume out, or give another "
+            "one"
+        )
+    say(f"note: the run in {output} is finished; this is its result")
+    extras = read_extras(output)
+    files = [output / name for name in FILES if (output / name).is_file()]
+    return result, {
+        **report_data(result),
+        **extras.get("extra", {}),
+        "files": [str(f) for f in [*files, *_saved(output)]],
+    }
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run recorded, in one table."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        found |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def _asked(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run with these options records, as far as it is known beforehand and was recorded."""
+    from singe_plugin.integrations.unstructured.arguments import DEFAULT_ROUNDS, settled_pace
+
+    weights = "granularity" in recorded
+    pace = settled_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settled()
+    scoring = options["scoring"].settled(pace.order, weights)
+    finetune = {k: v for k, v in described(options["finetune"]).items() if k not in ("loader", "loss")}
+    parts = {"pace": described(pace), "scoring": described(scoring), "finetune": finetune}
+    return _flat({k: plain(parts.get(k, v)) for k, v in options.items() if k in recorded})
+
+
+def _prune(
+    model_options: Mapping[str, Any],
+    data_options: Mapping[str, Any],
+    prune_options: Mapping[str, Any],
+    output: Path,
+    resume: bool,
+    curves: bool,
+    progress: bool,
+    say: Say,
+    granularity: str,
+) -> tuple[Result, dict[str, Any]]:
+    from singe_plugin.integrations.prune import prune
+    from singe_plugin.integrations.unstructured import prune_weights
+
+    runs: dict[str, Callable[..., Result]] = {"unit": prune, "weight": prune_weights}
+    named, _, splits = prepare(model_options, data_options)
+    if named.weights == "random":
+        say(f"note: {_RANDOM}")
+    seed, batch_size, workers = prune_options["seed"], data_options["batch_size"], data_options["workers"]
+    loader = as_loader(splits.train, batch_size, workers, True, seed)
+    prune_options = {**prune_options, "finetune": replace(prune_options["finetune"], loader=loader)}
+    panels: list[Curves] = []
+    if curves and granularity == "unit":
+        named.model.to(resolve_device(prune_options["device"]))
+        panels = figure_two(named.model, splits.train, prune_options["scoring"].batch_size, seed)
+    started = time.perf_counter()
+    bar = ProgressBar() if progress else None
+    try:
+        result: Result = runs[granularity](
+            named.model, splits.train, val_data=as_loader(splits.val, batch_size, workers, shuffle=False),
+            out_dir=output, resume=resume,
+            callbacks=() if bar is None else (bar,), **prune_options,
+        )  # fmt: skip
+    finally:
+        if bar is not None:
+            bar.close()  # an error message must not end up in the middle of it
+    seconds = time.perf_counter() - started
+    result.builder = named.builder
+    save(result, output)
+    intro = [f"Weights: {named.weights}. Data: {splits.name}."]
+    if named.weights == "random":
+        intro.append(f"Note: {_RANDOM}.")
+    extra = {"weights": named.weights, "data": splits.name, "wall_seconds": seconds}
+    files = write_report(result, output, curves=panels, intro=intro, extra=extra)
+    return result, {**report_data(result), **extra, "files": [str(f) for f in [*files, *_saved(output)]]}
+
+
+def run_inspect(
+    model_options: Mapping[str, Any],
+    img_size: int | None,
+    device: str | None,
+    **options: Any,
+) -> tuple[Inspection, dict[str, Any]]:
+    """``singe inspect``: the groups of a model and what pruning it would cost."""
+
+    named = create_model(**model_options)
+    config = data_config(named.model, img_size)
+    where = resolve_device(device or "cpu")
+    example = torch.zeros(2, config.channels, config.size, config.size, device=where)
+    found = inspect_model(named.model.to(where), example, **options)
+    about = {"model": named.builder.name, "weights": named.weights, "img_size": config.size}
+    return found, {**about, **found.as_dict()}
+
+
+def run_report(directory: str | Path) -> tuple[Result, dict[str, Any]]:
+    """``singe report``: write the report of a saved result again, from what is in its folder.
+
+    The model is not built, so that no code runs that the folder names; the result has an empty one.
+
+    Raises:
+        ArtifactError: if the folder holds no result, or a damaged one.
+    """
+    directory = Path(directory)
+    result = read(directory)
+    extras = read_extras(directory)
+    files = write_report(result, directory, **extras)
+    return result, {**report_data(result), **extras.get("extra", {}), "files": [str(f) for f in files]}
+
+
+def _saved(output: Path) -> list[Path]:
+    return [output / name for name in (TENSORS, MASKS, RECORD) if (output / name).is_file()]

@@ -1,0 +1,289 @@
+r"""Parameters, MACs; and a global target turned into a number of units to remove from each layer.
+
+§3.3 of the paper: layer-wise objectives :math:`\rho_l` with
+:math:`\sum_l\rho_l\,\Omega(W_l)=\rho\,\Omega(F)`. The cost of a layer depends on what is removed from the layers
+that feed it, so the ratios are found by bisection on the exact cost of the whole network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from singe_plugin.errors import BudgetError, ConfigError
+from singe_plugin.loop.costs import KINDS, CostModel, check_kind
+from singe_plugin.loop.pace import BY_SCORE, RATIOS
+
+__all__ = ["LayerSpec", "Target", "plan_removals"]
+
+
+POINT = 0.01
+_BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
+
+
+@dataclass(frozen=True)
+class Target:
+    """A fraction of the parameters or MACs to remove.
+
+    Example:
+        >>> Target.parse("params=0.5")
+        Target(kind='params', fraction=0.5)
+    """
+
+    kind: str
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+
+    @classmethod
+    def parse(cls, text: str | Target) -> Target:
+        """Read ``"params=0.5"`` or ``"macs=0.3"``.
+
+        Raises:
+            ConfigError: for another form, or a fraction outside ]0, 1[.
+        """
+        if isinstance(text, Target):
+            kind, fraction = text.kind, text.fraction
+        else:
+            kind, _, number = text.partition("=") if isinstance(text, str) else ("", "", "")
+            try:
+                fraction = float(number)
+            except ValueError:
+                fraction = math.nan
+        if (kind := kind.strip()) and not math.isnan(fraction):
+            check_kind(kind)
+        if kind not in KINDS or not 0 < fraction < 1:
+            raise ConfigError(
+                f"target={text!r} is not a target; give the fraction to remove, inside ]0, 1[, as 'params=0.5' or "
+                "'macs=0.5'"
+            )
+        return cls(kind, fraction)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A prunable layer (a group of coupled layers) as the budget sees it.
+
+    Attributes:
+        name: unique; the qualified name of its first layer.
+        units: how many it has now.
+        block: the name of its block; layers of a block get one ratio under ``ratios="block"``.
+        channels_per_unit: above 1 for grouped layers and heads.
+        max_ratio: the largest fraction of its units that may go.
+        min_units: how many of its units stay at least; all of them, if there are fewer.
+    """
+
+    name: str
+    units: int
+    block: str
+    channels_per_unit: int = 1
+    max_ratio: float = 1.0
+    min_units: int = 1
+
+    def kept_for(self, kept: float, round_to: int | None) -> int:
+        """The number of units kept that is nearest to ``kept`` and allowed: at least ``min_units``, channels a multiple
+        of ``round_to``."""
+        quantum = self.quantum(round_to)
+        floor = max(1, self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
+        if quantum == 1:
+            return min(self.units, max(floor, round(kept)))
+        lowest = math.ceil(floor / quantum) * quantum
+        if lowest >= self.units:
+            return self.units
+        nearest = max(lowest, round(kept / quantum) * quantum)
+        return self.units if nearest > self.units else nearest
+
+    def quantum(self, round_to: int | None) -> int:
+        """How many units one rounding step is."""
+        return 1 if not round_to else round_to // math.gcd(round_to, self.channels_per_unit)
+
+
+Scores = Mapping[str, Tensor]
+Counts = dict[str, int]
+
+
+def plan_removals(
+    layers: Sequence[LayerSpec],
+    cost: CostModel,
+    target: Target | None,
+    ratios: str | Mapping[str, float] = "block",
+    round_to: int | None = None,
+    scores: Scores | None = None,
+    pruning_ratio: float | None = None,
+    aim: float | None = None,
+    point: float = POINT,
+) -> Counts:
+    """How many units to remove from each layer.
+
+    Args:
+        layers: in forward order.
+        cost: what removals cost.
+        target: what to reach; None removes ``pruning_ratio`` of every layer's units (or what the dict says).
+        ratios: ``"uniform"`` (one ratio for all), ``"block"`` (one ratio per block, growing linearly with depth from
+            half of the last block's), ``"global"`` (all units ranked by score), ``"per_cost"`` (by score per parameter,
+            or per MAC if the target counts these: what a unit is worth for what it costs), or ``{layer or block:
+            ratio}``.
+        round_to: channels kept are a multiple of this.
+        scores: per layer, for ``"global"`` and ``"per_cost"``.
+        pruning_ratio: the ratio of units when there is no target.
+        aim: the fraction to aim at in place of the target's, to correct for costs the model does not know.
+        point: how far off is still met: a point of the whole is more than that of what is left of it.
+
+    Returns:
+        layer name -> number of units to remove.
+
+    Raises:
+        BudgetError: if the target cannot be met within one point; it names the nearest fraction that can.
+        ConfigError: for an unknown way to spread, or unknown names in the dict.
+    """
+    if not layers:
+        raise BudgetError("there is no layer that can be pruned; see the report for the reasons")
+    if isinstance(ratios, Mapping):
+        counts = _from_dict(layers, ratios, round_to)
+        if target is not None:
+            _check(cost, target, counts, "the given ratios (which need no target, target=None) remove", aim, point)
+        return counts
+    if ratios not in RATIOS:
+        raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
+    if ratios == "per_cost" and scores is not None:
+        scores = _per_cost(layers, cost, "params" if target is None else target.kind, scores)
+    spread = _spreader(layers, ratios, scores, round_to)
+    if target is None:
+        if pruning_ratio is None or not 0 <= pruning_ratio < 1:
+            raise ConfigError(f"pruning_ratio={pruning_ratio!r} is not a fraction of units inside [0, 1[")
+        return spread(pruning_ratio)
+    wanted = target.fraction if aim is None else aim
+    low, high = 0.0, 2.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if cost.removed_fraction(target.kind, spread(middle)) < wanted:
+            low = middle
+        else:
+            high = middle
+    # with coarse steps the way from below and the way from above end in different places
+    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
+    _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
+    return best
+
+
+def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: float | None, point: float) -> None:
+    reached = cost.removed_fraction(target.kind, counts)
+    wanted = target.fraction if aim is None else aim
+    if abs(reached - wanted) > point:
+        raise BudgetError(
+            f"target {target.kind}={target.fraction:g} cannot be met within one point: {what} "
+            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to, max_pruning_ratio and "
+            "min_width"
+        )
+
+
+def _from_dict(layers: Sequence[LayerSpec], ratios: Mapping[str, float], round_to: int | None) -> Counts:
+    known = {layer.name for layer in layers} | {layer.block for layer in layers}
+    unknown = [name for name in ratios if name not in known]
+    if unknown:
+        raise ConfigError(f"ratios names {unknown}, which are no prunable layers or blocks; there are {sorted(known)}")
+    bad = {name: r for name, r in ratios.items() if not 0 <= float(r) < 1}
+    if bad:
+        raise ConfigError(f"ratios must be inside [0, 1[, got {bad}")
+    counts = {}
+    for layer in layers:
+        ratio = float(ratios.get(layer.name, ratios.get(layer.block, 0.0)))
+        counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio), round_to) if ratio else 0
+    return counts
+
+
+def _spreader(
+    layers: Sequence[LayerSpec], ratios: str, scores: Scores | None, round_to: int | None
+) -> Callable[[float], Counts]:
+    """A monotone function from one number (the level) to removals per layer."""
+    if ratios in BY_SCORE:
+        if scores is None:
+            raise ConfigError(f"ratios={ratios!r} needs the scores of every layer")
+        return _by_score(layers, scores, round_to)
+    blocks = list(dict.fromkeys(layer.block for layer in layers))
+    weight = dict.fromkeys(blocks, 1.0)
+    if ratios == "block" and len(blocks) > 1:
+        weight = {b: 0.5 + 0.5 * i / (len(blocks) - 1) for i, b in enumerate(blocks)}
+
+    def spread(level: float) -> Counts:
+        counts = {}
+        for layer in layers:
+            ratio = min(level * weight[layer.block], layer.max_ratio)
+            counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio), round_to)
+        return counts
+
+    return spread
+
+
+def _per_cost(layers: Sequence[LayerSpec], cost: CostModel, kind: str, scores: Scores) -> Scores:
+    """The scores of a layer's units divided by what one of them costs now."""
+    whole = cost.cost(kind, {})
+    each = {layer.name: max(whole - cost.cost(kind, {layer.name: 1}), 1.0) for layer in layers}
+    return {layer.name: scores[layer.name] / each[layer.name] for layer in layers}
+
+
+def _by_score(layers: Sequence[LayerSpec], scores: Scores, round_to: int | None) -> Callable[[float], Counts]:
+    # equal scores (batch-norm scales that were never trained) are taken evenly from all layers
+    ordered = sorted(
+        (score, (position + 0.5) / layer.units, number)
+        for number, layer in enumerate(layers)
+        for position, score in enumerate(scores[layer.name].double().sort().values.tolist())
+    )
+
+    def spread(level: float) -> Counts:
+        below = [0] * len(layers)
+        for _, _, number in ordered[: round(min(level, 1.0) * len(ordered))]:
+            below[number] += 1
+        return {
+            layer.name: layer.units - layer.kept_for(layer.units - gone, round_to)
+            for layer, gone in zip(layers, below, strict=True)
+        }
+
+    return spread
+
+
+def _refine(
+    layers: Sequence[LayerSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts], round_to: int | None
+) -> Counts:
+    """Move layers by one rounding step while that brings the cost nearer to what is wanted.
+
+    Where the best single move leads into a dead end more than a point away (coarse steps, a small network), the best
+    few are followed instead, for a while also where they lead away.
+    """
+
+    def miss(counts: Counts) -> float:
+        return abs(cost.removed_fraction(kind, counts) - wanted)
+
+    def search(start: Counts, width: int, patience: int) -> Counts:
+        best, beam, followed, left = start, [start], {tuple(start.values())}, patience
+        for _ in range(4 * len(layers)):
+            if miss(best) < POINT / 20 or not left:
+                break
+            fresh = {tuple(c.values()): c for b in beam for c in _moves(layers, b, round_to)}
+            ranked = sorted((miss(fresh[key]), key) for key in fresh.keys() - followed)[:width]
+            if not ranked:
+                break
+            beam = [fresh[key] for _, key in ranked]
+            followed |= {key for _, key in ranked}
+            left = patience if ranked[0][0] < miss(best) else left - 1
+            best = min(best, beam[0], key=miss)
+        return best
+
+    best = min((search(start, 1, 1) for start in starts), key=miss)
+    if miss(best) > POINT:
+        best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
+    return dict(best)
+
+
+def _moves(layers: Sequence[LayerSpec], counts: Counts, round_to: int | None) -> Iterator[Counts]:
+    """The counts with one layer moved by one rounding step, up or down."""
+    for layer in layers:
+        step = layer.quantum(round_to)
+        for move in (-step, step):
+            kept = layer.kept_for(layer.units - counts[layer.name] - move, round_to)
+            if kept != layer.units - counts[layer.name]:
+                yield {**counts, layer.name: layer.units - kept}

@@ -1,0 +1,323 @@
+"""What happens while a network is pruned: events, the callbacks that see them, and the one history.
+
+A callback overrides the methods it cares for; the others do nothing. The progress bar, the log and the history
+are callbacks like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from singe_plugin.files import write_text
+
+__all__ = [
+    "Callback",
+    "Callbacks",
+    "FinetuneStep",
+    "History",
+    "LayerDone",
+    "LayerScored",
+    "LogCallback",
+    "ProgressBar",
+    "Removed",
+    "RoundDone",
+    "RunEnded",
+    "RunStarted",
+]
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """The run begins: ``plan`` is layer -> units to remove, ``finetune_steps`` the total number of steps."""
+
+    plan: dict[str, int]
+    finetune_steps: int
+
+
+@dataclass(frozen=True)
+class LayerScored:
+    """A layer was scored: ``scores`` has one value per remaining unit."""
+
+    layer: str
+    scores: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Units were removed: ``units`` in the numbering of the unpruned layer, ``left`` units remain.
+
+    Single weights are too many to be named: ``units`` is empty then, and ``count`` says how many went.
+    """
+
+    layer: str
+    units: tuple[int, ...]
+    left: int
+    count: int = -1
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            object.__setattr__(self, "count", len(self.units))
+
+
+@dataclass(frozen=True)
+class FinetuneStep:
+    """One optimisation step: the ``step``-th of ``total`` (from 1)."""
+
+    step: int
+    total: int
+    loss: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """A layer reached its ratio and the fine-tuning that follows it is done."""
+
+    layer: str
+    index: int
+    layers: int
+    params: int
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """A round over all layers and the fine-tuning that follows it are done: the ``round``-th of ``rounds`` (from 1).
+
+    ``removed`` units went in this round, ``left`` remain in the pruned layers.
+    """
+
+    round: int
+    rounds: int
+    removed: int
+    left: int
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The run is over."""
+
+    params: int
+    seconds: float
+
+
+class Callback:
+    """Base class: override what you need.
+
+    Example:
+        >>> class Count(Callback):
+        ...     removed = 0
+        ...     def on_removed(self, event):
+        ...         self.removed += len(event.units)
+    """
+
+    def on_model(self, model: nn.Module) -> None:
+        """Before everything else, also of a run that goes on: the model, which a callback may act on."""
+
+    def on_run_start(self, event: RunStarted) -> None:
+        """Before the first layer."""
+
+    def on_layer_scored(self, event: LayerScored) -> None:
+        """After each scoring."""
+
+    def on_removed(self, event: Removed) -> None:
+        """After each removal."""
+
+    def on_finetune_step(self, event: FinetuneStep) -> None:
+        """After each optimisation step."""
+
+    def on_layer_done(self, event: LayerDone) -> None:
+        """After each layer, fine-tuning included."""
+
+    def on_round_done(self, event: RoundDone) -> None:
+        """After each round, where layers are pruned together (see :mod:`singe_plugin.loop.loop`)."""
+
+    def on_run_end(self, event: RunEnded) -> None:
+        """After the last layer and the last step."""
+
+
+class Callbacks(Callback):
+    """Passes every event on to several callbacks, in order."""
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self.callbacks: Sequence[Callback] = tuple(callbacks)
+
+    def on_model(self, model: nn.Module) -> None:
+        for callback in self.callbacks:
+            callback.on_model(model)
+
+    def on_run_start(self, event: RunStarted) -> None:
+        for callback in self.callbacks:
+            callback.on_run_start(event)
+
+    def on_layer_scored(self, event: LayerScored) -> None:
+        for callback in self.callbacks:
+            callback.on_layer_scored(event)
+
+    def on_removed(self, event: Removed) -> None:
+        for callback in self.callbacks:
+            callback.on_removed(event)
+
+    def on_finetune_step(self, event: FinetuneStep) -> None:
+        for callback in self.callbacks:
+            callback.on_finetune_step(event)
+
+    def on_layer_done(self, event: LayerDone) -> None:
+        for callback in self.callbacks:
+            callback.on_layer_done(event)
+
+    def on_round_done(self, event: RoundDone) -> None:
+        for callback in self.callbacks:
+            callback.on_round_done(event)
+
+    def on_run_end(self, event: RunEnded) -> None:
+        for callback in self.callbacks:
+            callback.on_run_end(event)
+
+
+@dataclass
+class History(Callback):
+    """Everything that happened, as a list of plain dictionaries: what logs, plots and resuming read.
+
+    Seconds are measured, so two identical runs differ in them alone; :meth:`without_times` compares equal.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def _add(self, event: str, **values: Any) -> None:
+        self.rows.append({"event": event, **values})
+
+    def on_run_start(self, event: RunStarted) -> None:
+        self._add("run_start", **asdict(event))
+
+    def on_layer_scored(self, event: LayerScored) -> None:
+        scores = event.scores.double()
+        self._add(
+            "layer_scored",
+            layer=event.layer,
+            units=len(scores),
+            lowest=float(scores.min()),
+            highest=float(scores.max()),
+            seconds=event.seconds,
+        )
+
+    def on_removed(self, event: Removed) -> None:
+        count = {} if event.count == len(event.units) else {"count": event.count}
+        self._add("removed", layer=event.layer, units=list(event.units), left=event.left, **count)
+
+    def on_finetune_step(self, event: FinetuneStep) -> None:
+        self._add("finetune_step", step=event.step, loss=event.loss, lr=event.lr)
+
+    def on_layer_done(self, event: LayerDone) -> None:
+        self._add("layer_done", layer=event.layer, params=event.params)
+
+    def on_round_done(self, event: RoundDone) -> None:
+        self._add("round_done", **asdict(event))
+
+    def on_run_end(self, event: RunEnded) -> None:
+        self._add("run_end", params=event.params, seconds=event.seconds)
+
+    def select(self, event: str) -> list[dict[str, Any]]:
+        """The rows of one kind of event."""
+        return [row for row in self.rows if row["event"] == event]
+
+    def removals(self) -> dict[str, list[int]]:
+        """Layer -> units removed, in order, in the numbering of the unpruned layer (not for single weights)."""
+        found: dict[str, list[int]] = {}
+        for row in self.select("removed"):
+            found.setdefault(row["layer"], []).extend(row["units"])
+        return found
+
+    def without_times(self) -> list[dict[str, Any]]:
+        """The rows without what depends on the clock."""
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in self.rows]
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON object per line; :class:`~singe_plugin.errors.ArtifactError` if that cannot be done."""
+        write_text(Path(path), "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+class LogCallback(Callback):
+    """Writes one line per layer to the logger ``singe_plugin``."""
+
+    def __init__(self, level: int = logging.INFO) -> None:
+        self.level = level
+        self.logger = logging.getLogger("singe_plugin")
+        self._loss: float | None = None
+
+    def on_run_start(self, event: RunStarted) -> None:
+        units, layers = sum(event.plan.values()), sum(1 for v in event.plan.values() if v)
+        self.logger.log(
+            self.level, "removing %d units from %d layers, %d fine-tuning steps", units, layers, event.finetune_steps
+        )
+
+    def on_finetune_step(self, event: FinetuneStep) -> None:
+        self._loss = event.loss
+
+    def on_layer_done(self, event: LayerDone) -> None:
+        loss = "" if self._loss is None else f", loss {self._loss:.4f}"
+        self.logger.log(
+            self.level,
+            "%d/%d %s done: %d parameters left%s",
+            event.index + 1,
+            event.layers,
+            event.layer,
+            event.params,
+            loss,
+        )
+
+    def on_round_done(self, event: RoundDone) -> None:
+        loss = "" if self._loss is None else f", loss {self._loss:.4f}"
+        self.logger.log(
+            self.level, "round %d/%d done: %d removed, %d left%s", event.round, event.rounds, event.removed, event.left,
+            loss,
+        )  # fmt: skip
+
+
+class ProgressBar(Callback):
+    """A tqdm bar over removals and fine-tuning steps, with the time that is left.
+
+    A removal is one step; where they go into the hundreds of thousands (single weights), all of them are a thousand.
+    """
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.unit, self.gone = 1, 0
+
+    def on_run_start(self, event: RunStarted) -> None:
+        units = sum(event.plan.values())
+        self.unit = 1 if units < 100_000 else units // 1000
+        self._open(units // self.unit + event.finetune_steps)
+
+    def _open(self, total: int | None = None) -> None:
+        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, desc="pruning")
+
+    def _advance(self, count: int, **shown: Any) -> None:
+        if self.bar is None:
+            self._open()  # a resumed run has started before
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(count)
+
+    def on_removed(self, event: Removed) -> None:
+        before, self.gone = self.gone, self.gone + event.count
+        self._advance(self.gone // self.unit - before // self.unit, layer=event.layer, left=event.left)
+
+    def on_finetune_step(self, event: FinetuneStep) -> None:
+        self._advance(1, loss=f"{event.loss:.3f}")
+
+    def on_run_end(self, event: RunEnded) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar down; a run that fails does not do it."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,126 @@
+r"""Entwined fine-tuning: how the optimisation steps between removals are taken (Algorithm 1, §3.3, §4.2).
+
+The total number of steps is spread evenly over the phases: after every removal (Algorithm 1 as printed), after
+every layer (§3.3, and the experiments), or all at the end (post-pruning, the paper's baseline in Table 2). The learning
+rate falls along a cosine that starts again in each phase (one over the whole run would leave the last layers, which
+lose the most, a rate near zero):
+
+.. math:: \eta_t=\tfrac12\eta_0\,(1+\cos(\pi t/T_{\mathrm{phase}}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.checks import check_choice, check_count, check_number, is_number
+from singe_plugin.errors import ConfigError
+from singe_plugin.fields import documented, option
+from singe_plugin.method.objective import Objective
+
+__all__ = ["EVERY", "FineTune", "OptimizerLike", "phase_share"]
+
+EVERY = ("removal", "layer", "end")
+OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
+
+
+def phase_share(steps: int, phase: int, phases: int) -> int:
+    """How many of ``steps`` the phase number ``phase`` of ``phases`` gets; the shares add up to ``steps``.
+
+    Example:
+        >>> [phase_share(10, phase, 4) for phase in range(4)]
+        [2, 3, 2, 3]
+    """
+    return (phase + 1) * steps // phases - phase * steps // phases
+
+
+@documented
+class FineTune:
+    """How a network is fine-tuned. A number stands for the fine-tuning with that many steps.
+
+    What is minimised is ``loss`` or what ``step_fn`` returns, if one is given; else F, the objective that the run
+    scores with.
+
+    Raises:
+        ConfigError: for values that cannot mean anything.
+
+    Example:
+        >>> FineTune(steps=10, every="end").lr
+        0.03
+    """
+
+    loader: Iterable[Any] | None = option(
+        default=None,
+        text="Batches of ``(inputs, targets)`` or mappings to train on, iterated as often as needed. By default "
+        "the run's data, a dataset in shuffled batches of 64.",
+        command=False,
+    )
+    steps: int = option(default=1000, text="How many optimisation steps are taken in all.", flag="--finetune-steps")
+    every: str = option(
+        default="layer",
+        text="When fine-tuning happens: after every ``removal``, after every ``layer`` (in rounds: every round), "
+        "or at the ``end``.",
+        choices=EVERY,
+        flag="--finetune-every",
+    )
+    lr: float = option(default=0.03, text="The learning rate that the cosine of every phase begins with.")
+    momentum: float = option(default=0.9, text="The momentum of the default optimizer, SGD.")
+    weight_decay: float = option(default=1e-4, text="The weight decay of the default optimizer.")
+    optimizer: OptimizerLike = option(
+        default=None,
+        text="An optimizer over the model's parameters, whose learning rates are left as they are (there is no "
+        "cosine then), or a function that makes one from them, whose rates the cosine scales. By default "
+        "SGD.",
+        command=False,
+    )
+    scheduler: Any = option(
+        default=None, text="A learning-rate scheduler of the given optimizer, stepped once per step.", command=False
+    )
+    warmup: int = option(default=0, text="Over how many steps the cosine's learning rate rises from zero.")
+    label_smoothing: float = option(default=0.1, text="The label smoothing of the cross-entropy.")
+    loss: Objective | None = option(
+        default=None, text="A function of outputs and targets that is minimised in the place of F.", command=False
+    )
+    clip_grad: float | None = option(default=1.0, text="The largest norm of the gradients; None does not clip them.")
+    amp: str | None = option(
+        default="auto",
+        text="Mixed precision: ``bf16``, ``fp16``, None, or ``auto``, which is bf16 on CUDA cards that compute in it.",
+        choices=("bf16", "fp16"),
+    )
+    ema: nn.Module | None = option(
+        default=None,
+        text="An averaged copy of the model, cut along with it; with a method ``update`` it is updated every step.",
+        command=False,
+    )
+    channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
+    step_fn: Callable[[nn.Module, Any], Tensor] | None = option(
+        default=None,
+        text="A function of the model and a batch that returns the loss, in the place of the forward pass and the "
+        "loss; it is called in train mode.",
+        command=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps, 0, "number of optimisation steps")
+        check_choice("every", self.every, EVERY)
+        check_choice("amp", self.amp, ("auto", "bf16", "fp16", None))
+        if not (is_number(self.lr) and self.lr > 0):
+            raise ConfigError(f"lr={self.lr!r} is not a learning rate; give a positive number")
+        for name in ("momentum", "weight_decay"):
+            value = getattr(self, name)
+            if not (is_number(value) and value >= 0):
+                raise ConfigError(f"{name}={value!r} is not a setting of SGD; give a number >= 0")
+        check_count("warmup", self.warmup, 0, "number of optimisation steps")
+        check_number("label_smoothing", self.label_smoothing, 0, 1, "[[", "smoothing; 0 switches it off: a number")
+        if self.clip_grad is not None and not (is_number(self.clip_grad) and self.clip_grad > 0):
+            raise ConfigError(f"clip_grad={self.clip_grad!r} is not a gradient norm; give a positive number or None")
+        optimizer, ready = self.optimizer, isinstance(self.optimizer, torch.optim.Optimizer)
+        if optimizer is not None and not callable(optimizer) and not ready:
+            raise ConfigError(
+                f"optimizer={optimizer!r} is neither an optimizer nor a function that makes one from parameters"
+            )
+        if self.scheduler is not None and not ready:
+            raise ConfigError("a scheduler belongs to an optimizer; give that optimizer too (an instance)")

@@ -1,0 +1,326 @@
+r"""The loop of the paper, written once: score, choose, remove, repair, fine-tune, tell.
+
+.. code-block:: text
+
+    for turn in turns                        # Algorithm 1, rounds, or anybody's
+        scores <- C(W_l, F, D)               # of the layers of this turn
+        remove the units with the lowest     # as many as the turn says
+        repair                               # if the host can
+        fine-tune                            # as many steps as the turn says
+
+A *turn* says which layers are scored now, and how many units of each go. Algorithm 1 (:func:`in_layers`) and rounds
+(:func:`in_rounds`) are two generators of turns; what stands behind a ``yield`` in them happens when the turn is over. A
+*host* knows where units live, what they are worth and how to remove them; the loop asks nothing else of it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.errors import ScoringError
+from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.events import Callback, LayerDone, LayerScored, Removed, RoundDone, RunEnded, RunStarted
+from singe_plugin.loop.finetune import phase_share
+from singe_plugin.loop.pace import Pace, units_per_turn
+from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.tuner import Tuner
+
+__all__ = [
+    "Allocation", "Choice", "Host", "Loop", "Pause", "Repairing", "Schedule", "Turn", "in_layers", "in_rounds",
+    "lowest", "scored",
+]  # fmt: skip
+
+Scores = Mapping[str, Tensor]
+Allocation = Callable[[Scores, float], Mapping[str, int]]
+"""``(scores of every layer, share of the way) -> units to remove now from each layer``."""
+Choice = Callable[[str, Tensor, int], Tensor]
+"""``(layer, scores, count) -> positions``: which units go, in ascending order."""
+
+
+class Host(Protocol):
+    """What the loop needs of whatever holds the network: layers, scores, removal."""
+
+    model: nn.Module
+
+    def layers(self) -> Sequence[LayerSpec]:
+        """The prunable layers in forward order, with the units they have now."""
+
+    def score(self, layers: Sequence[str]) -> Scores:
+        """One score per unit of each of these layers; the lowest go first."""
+
+    def remove(self, layer: str, units: Sequence[int]) -> None:
+        """Remove units, in the current numbering."""
+
+    def params(self) -> int:
+        """How many parameters are left, for those who watch."""
+
+
+@runtime_checkable
+class Repairing(Protocol):
+    """A host that lets the survivors take over from what was removed."""
+
+    def repair(self) -> None:
+        """Called after the removals of every turn, before fine-tuning."""
+
+
+class Schedule(Protocol):
+    """When to fine-tune, and for how long (:class:`~singe_plugin.FineTune` says so)."""
+
+    @property
+    def every(self) -> str:
+        """``"removal"``, ``"layer"`` or ``"end"``."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are in all."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is scored now, and how many units of each layer go.
+
+    Attributes:
+        layers: the names of the layers to score.
+        allocate: how many units go, given their scores; called once.
+        steps: how many steps of fine-tuning follow.
+    """
+
+    layers: Sequence[str]
+    allocate: Callable[[Scores], Mapping[str, int]]
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The loop waits for fine-tuning.
+
+    Attributes:
+        steps: how many optimisation steps to take, at least one.
+        phase: ``(steps of this phase that are behind, its length)``; None if the phase is these steps.
+    """
+
+    steps: int
+    phase: tuple[int, int] | None = None
+
+
+def lowest(layer: str, scores: Tensor, count: int) -> Tensor:
+    """The positions of the ``count`` lowest scores, in ascending order; of equal ones, the first.
+
+    Example:
+        >>> lowest("conv", torch.tensor([2.0, 3.0, 1.0]), 2)
+        tensor([0, 2])
+    """
+    if count <= 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if count >= len(scores):
+        return torch.arange(len(scores))
+    cut = scores.kthvalue(count).values  # a layer may have millions of units: no sorting
+    chosen, ties = scores < cut, (scores == cut).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.nonzero().flatten()
+
+
+class Loop:
+    """Takes turns, from where ``progress`` stands to the end.
+
+    Args:
+        host: the network and its layers.
+        progress: what is done; updated in place.
+        schedule: when fine-tuning happens and how much of it, or None.
+        callback: sees every event.
+        save: called with the progress whenever it can be continued from there, and every ``save_steps`` steps of a
+            final fine-tuning; or None.
+        choose: which units go, given their scores; the lowest.
+        save_steps: see ``save``.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        progress: Progress,
+        schedule: Schedule | None = None,
+        callback: Callback | None = None,
+        save: Callable[[Progress], None] | None = None,
+        choose: Choice = lowest,
+        save_steps: int = 200,
+    ) -> None:
+        self.host, self.progress, self.schedule = host, progress, schedule
+        self.callback = callback or Callback()
+        self.save = save or (lambda _: None)
+        self.choose, self.save_steps = choose, save_steps
+        self.every = "end" if schedule is None else schedule.every
+        self.steps = 0 if schedule is None else schedule.steps
+
+    def run(self, turns: Iterator[Turn], tuner: Tuner | None = None) -> Progress:
+        """Take all turns, and fine-tune at every pause.
+
+        Raises:
+            ScoringError: if the host's scores do not fit a layer.
+        """
+        for pause in self.pauses(turns):
+            assert tuner is not None
+            tuner.run(self.host.model, pause.steps, self.callback, pause.phase)
+        return self.progress
+
+    def pauses(self, turns: Iterator[Turn]) -> Iterator[Pause]:
+        """Take all turns inside somebody else's training loop: it goes on whenever the next pause is asked for.
+
+        Yields:
+            where to fine-tune. The steps are expected to have been taken when the next pause is asked for.
+        """
+        started = time.perf_counter()
+        self.callback.on_model(self.host.model)
+        for turn in turns:
+            self.take(turn)
+            if turn.steps:
+                yield Pause(turn.steps)
+        progress = self.progress
+        while self.every == "end" and progress.end_done < self.steps:
+            steps = min(self.save_steps, self.steps - progress.end_done)
+            yield Pause(steps, (progress.end_done, self.steps))
+            progress.end_done += steps
+            self.save(progress)
+        self.callback.on_run_end(RunEnded(self.host.params(), time.perf_counter() - started))
+        progress.finished = True
+        self.save(progress)
+
+    def take(self, turn: Turn) -> None:
+        """Score, choose, remove and repair."""
+        for layer, positions in self.chosen(turn).items():
+            self.remove(layer, positions)
+        if isinstance(self.host, Repairing):
+            self.host.repair()
+
+    def chosen(self, turn: Turn, missing: bool = False) -> dict[str, Tensor]:
+        """The positions of the units that go in a turn, by layer; nothing is removed.
+
+        Args:
+            turn: the turn.
+            missing: whether the host may have no scores for a layer, which is then left as it is.
+        """
+        start = time.perf_counter()
+        scores = scored(self.host, {name: self.progress.left(name) for name in turn.layers}, missing)
+        seconds = time.perf_counter() - start
+        counts = turn.allocate(scores)
+        for name, values in scores.items():
+            self.callback.on_layer_scored(LayerScored(name, values, seconds / len(scores)))
+        return {name: self.choose(name, scores[name], count) for name, count in counts.items() if count > 0}
+
+    def remove(self, layer: str, chosen: Tensor) -> None:
+        """Remove the units at some positions, write it down and tell."""
+        positions = array("q", chosen.to(torch.int64).numpy().tobytes())
+        self.host.remove(layer, positions)
+        names = self.progress.remove(layer, positions)
+        self.callback.on_removed(Removed(layer, names, self.progress.left(layer), len(positions)))
+
+    def share(self, phase: int, phases: int) -> int:
+        """How many steps of fine-tuning phase number ``phase`` of ``phases`` has."""
+        return phase_share(self.steps, phase, max(phases, 1))
+
+
+def scored(host: Host, units: Mapping[str, int], missing: bool = False) -> dict[str, Tensor]:
+    """The scores of some layers on the CPU.
+
+    Args:
+        host: the host.
+        units: layer -> the units it has.
+        missing: whether the host may have no scores for a layer, which is then left out.
+
+    Raises:
+        ScoringError: if they do not fit a layer, or cannot be ranked.
+    """
+    given, found = host.score(list(units)), {}
+    for layer, count in units.items():
+        scores = given.get(layer)
+        if scores is None and missing:
+            continue
+        if not isinstance(scores, Tensor) or scores.ndim != 1 or len(scores) != count:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ScoringError(f"layer {layer!r} has {count} units, but the importance returned {got}")
+        found[layer] = scores.detach().float().cpu()
+        if bool(torch.isnan(found[layer]).any()):
+            raise ScoringError(f"layer {layer!r}: the importance returned NaN; nothing can be ranked by it")
+    return found
+
+
+def in_layers(loop: Loop, pace: Pace) -> Iterator[Turn]:
+    r"""Algorithm 1: one layer after the other, in forward order.
+
+    .. code-block:: text
+
+        for l in 1..L
+            while pruning_rate(W_l) <= rho_l
+                M <- C(W_l, F, D)            # score
+                n <- argmin M;  remove W_l^n # one unit, or units_per_step of them
+                fine-tune                    # here (every="removal"), or after the loop (every="layer")
+
+    The plan of the loop's progress says how many units of each layer go, ``next_layer`` how many layers are done.
+    """
+    progress, host, callback = loop.progress, loop.host, loop.callback
+    layers = list(host.layers())
+    progress.begin(layers)
+    todo = [layer.name for layer in layers if progress.plan.get(layer.name, 0) > 0]
+    assert pace.units_per_step is not None
+    chunks = [units_per_turn(pace.units_per_step, progress.original(name)) for name in todo]
+    removals = [math.ceil(progress.plan[name] / chunk) for name, chunk in zip(todo, chunks, strict=True)]
+    if not progress.removals and not progress.next_layer and not progress.end_done:
+        callback.on_run_start(RunStarted(dict(progress.plan), loop.steps))
+    for index in range(progress.next_layer, len(todo)):
+        name, chunk, before = todo[index], chunks[index], sum(removals[:index])
+        for number in range(removals[index]):
+            count = min(chunk, progress.plan[name] - number * chunk)
+            steps = 0
+            if loop.every == "removal":
+                steps = loop.share(before + number, sum(removals))
+            elif loop.every == "layer" and number == removals[index] - 1:
+                steps = loop.share(index, len(todo))
+            yield Turn((name,), lambda _, name=name, count=count: {name: count}, steps)  # type: ignore[misc]
+        callback.on_layer_done(LayerDone(name, index, len(todo), host.params()))
+        progress.next_layer = index + 1
+        loop.save(progress)
+
+
+def in_rounds(loop: Loop, pace: Pace, allocate: Allocation) -> Iterator[Turn]:
+    """All layers together, several times: units of different layers can be compared, and each loses a few every time.
+
+    The progress counts the rounds that are done in ``next_layer``, and in ``plan`` what they removed.
+
+    Args:
+        loop: whose turns these are.
+        pace: how many rounds there are, and how far each goes.
+        allocate: how many units go now, given all scores and how far the rounds are.
+    """
+    progress, host, callback = loop.progress, loop.host, loop.callback
+    assert pace.rounds is not None
+    progress.begin(host.layers())
+    for number in range(progress.next_layer, pace.rounds):
+        counts: dict[str, int] = {}
+
+        def decide(scores: Scores, number: int = number, counts: dict[str, int] = counts) -> dict[str, int]:
+            share = pace.covered(number + 1)
+            counts.update({name: count for name, count in allocate(scores, share).items() if count > 0})
+            if number == 0 and not progress.end_done:
+                # what one round would do; later scores may spread it otherwise
+                expected = dict(counts) if pace.rounds == 1 else dict(allocate(scores, 1.0))
+                callback.on_run_start(RunStarted(expected, loop.steps))
+            return counts
+
+        names = [layer.name for layer in host.layers()]
+        yield Turn(names, decide, 0 if loop.every == "end" else loop.share(number, pace.rounds))
+        for name, count in counts.items():
+            progress.plan[name] = progress.plan.get(name, 0) + count
+        left = sum(progress.left(name) for name in names)
+        callback.on_round_done(RoundDone(number + 1, pace.rounds, sum(counts.values()), left))
+        progress.next_layer = number + 1
+        if number + 1 == pace.rounds:
+            for index, name in enumerate(names):
+                callback.on_layer_done(LayerDone(name, index, len(names), host.params()))
+        loop.save(progress)

@@ -1,0 +1,191 @@
+r"""How a network is pruned: in which order, how fast, and how far a layer may go.
+
+In rounds, the share of the way to the target that is covered after round r of R is, by name of the course,
+
+.. math:: \text{linear: } \frac rR \qquad \text{cubic: } 1-\Bigl(1-\frac rR\Bigr)^3
+
+(the second is gradual magnitude pruning's, Zhu and Gupta 2017: much at first, little at the end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from singe_plugin.checks import check_choice, check_count, check_number, is_number
+from singe_plugin.errors import ConfigError
+from singe_plugin.fields import documented, option
+
+__all__ = ["BY_SCORE", "COURSES", "ORDERS", "RATIOS", "Pace", "read_ratios", "read_units", "units_per_turn"]
+
+ORDERS = ("rounds", "layers")
+BY_SCORE = ("global", "per_cost")
+RATIOS = ("uniform", "block", *BY_SCORE)
+MOST_ROUNDS = 1000
+COURSES: dict[str, Callable[[float], float]] = {
+    "cubic": lambda done: 1 - (1 - done) ** 3,
+    "linear": lambda done: done,
+}
+
+
+def units_per_turn(units_per_step: int | float | str, units: int) -> int:
+    """How many units go between two scorings of a layer that has ``units``.
+
+    Args:
+        units_per_step: a whole number, a fraction of the layer inside ]0, 1[, or ``"layer"`` (all at once).
+        units: the units of the unpruned layer.
+
+    Raises:
+        ConfigError: for anything else.
+
+    Example:
+        >>> units_per_turn(1, 64), units_per_turn(0.25, 64), units_per_turn("layer", 64)
+        (1, 16, 64)
+    """
+    if units_per_step == "layer":
+        return units
+    if isinstance(units_per_step, int) and not isinstance(units_per_step, bool) and units_per_step >= 1:
+        return units_per_step
+    if isinstance(units_per_step, float) and 0 < units_per_step < 1:
+        return max(1, round(units_per_step * units))
+    raise ConfigError(
+        f"units_per_step={units_per_step!r} is not a number of units; give a whole number >= 1, a fraction inside "
+        "]0, 1[ or 'layer'"
+    )
+
+
+def read_units(text: str) -> int | float | str:
+    """A number of units, a fraction of the layer or ``layer``, from a text.
+
+    Example:
+        >>> read_units("3"), read_units("0.1"), read_units("layer")
+        (3, 0.1, 'layer')
+    """
+    if text == "layer" or text.isdigit():
+        return int(text) if text.isdigit() else text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a number of units, a fraction or 'layer'") from error
+
+
+def read_ratios(text: str) -> str | dict[str, float]:
+    """One of :data:`RATIOS`, or ``name=ratio,name=ratio``, from a text.
+
+    Example:
+        >>> read_ratios("block"), read_ratios("layer1=0.5,fc=0.1")
+        ('block', {'layer1': 0.5, 'fc': 0.1})
+    """
+    if text in RATIOS:
+        return text
+    try:
+        return {name.strip(): float(ratio) for name, ratio in (part.rsplit("=", 1) for part in text.split(","))}
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is neither one of {', '.join(RATIOS)} nor NAME=RATIO,NAME=RATIO") from error
+
+
+@documented
+class Pace:
+    """In which order units go, how fast, and how far a layer may go. A name stands for the pace of that order.
+
+    Raises:
+        ConfigError: for a value that cannot mean anything, or that the order does not have.
+
+    Example:
+        >>> Pace(rounds=8).settled().ratios, Pace("layers").settled().units_per_step
+        ('per_cost', 0.1)
+    """
+
+    order: str | None = option(
+        default=None,
+        text="``rounds`` scores all layers, then removes units of all of them, several times; ``layers`` is the "
+        "paper's Algorithm 1, one layer after the other. By default rounds, or Algorithm 1 where "
+        "units_per_step is given.",
+        choices=ORDERS,
+    )
+    rounds: int | None = option(
+        default=None,
+        text="How many rounds there are; 1 scores the intact model only. By default 4 for units and 10 for single "
+        "weights.",
+    )
+    course: str = option(default="cubic", text="How fast the rounds approach the target.", choices=COURSES)
+    units_per_step: int | float | str | None = option(
+        default=None,
+        text="How many units of a layer go between two scorings of Algorithm 1: a number, a fraction of the layer "
+        "inside ]0, 1[, or ``layer``; 1 is Algorithm 1 to the letter. By default a tenth of the layer.",
+        read=read_units,
+        metavar="N|FRACTION|layer",
+    )
+    ratios: str | Mapping[Any, float] | None = option(
+        default=None,
+        text="How the target is spread over the layers: ``uniform``, ``block`` (one ratio for each block, §3.3), "
+        "``global`` (by score), ``per_cost`` (by score per parameter or MAC), or a ratio for each layer or "
+        "block. By default per_cost in rounds and block in layers; for single weights global.",
+        read=read_ratios,
+        metavar="|".join([*RATIOS, "NAME=RATIO,..."]),
+    )
+    max_pruning_ratio: float | None = option(
+        default=None,
+        text="The largest fraction of a layer that goes. By default 0.95, and for single weights 1, of which one "
+        "stays.",
+    )
+    min_width: int | None = option(
+        default=None,
+        text="How many units of a layer stay at least; a layer that has no more is left as it is. By default 4; "
+        "single weights have no width.",
+    )
+    round_to: int | None = option(default=None, text="Channels that are kept are a multiple of this.")
+
+    def __post_init__(self) -> None:
+        if self.order is not None:
+            check_choice("order", self.order, ORDERS)
+        check_choice("course", self.course, COURSES)
+        if self.rounds is not None:
+            why = ": every round scores all layers"
+            check_count("rounds", self.rounds, 1, "number of rounds", MOST_ROUNDS, why)
+        if self.units_per_step is not None:
+            units_per_turn(self.units_per_step, 1)
+        if self.order != "layers" and self.order is not None and self.units_per_step is not None:
+            raise ConfigError(
+                f"units_per_step={self.units_per_step!r} is for order='layers' (Algorithm 1); leave it out, or give "
+                "that order"
+            )
+        layers = self.order == "layers" or (self.order is None and self.units_per_step is not None)
+        if layers and self.rounds not in (None, 1):
+            raise ConfigError(f"rounds={self.rounds!r} is for order='rounds'; leave it out, or give that order")
+        if isinstance(self.ratios, Mapping):
+            for name, ratio in self.ratios.items():
+                if not is_number(ratio) or not 0 <= ratio < 1:
+                    raise ConfigError(f"ratios must be inside [0, 1[, got {ratio!r} for {name!r}")
+        elif self.ratios is not None:
+            check_choice("ratios", self.ratios, RATIOS, " or give a dict")
+        if self.max_pruning_ratio is not None:
+            check_number("max_pruning_ratio", self.max_pruning_ratio, 0, 1, "]]")
+        for name, what in (("min_width", "number of units"), ("round_to", "number of channels")):
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, 1, what, why=", or None")
+
+    def settled(self, **defaults: Any) -> Pace:
+        """This pace with everything decided.
+
+        Args:
+            defaults: what the fields are, if they are None, in the place of what :func:`singe_plugin.prune` takes.
+        """
+        usual = {"order": "rounds", "rounds": 4, "units_per_step": 0.1, "max_pruning_ratio": 0.95, "min_width": 4}
+        found = {**usual, **defaults}
+        order = self.order or ("layers" if self.units_per_step is not None else found["order"])
+        found |= {"order": order, "ratios": defaults.get("ratios", "per_cost" if order == "rounds" else "block")}
+        found["rounds"] = 1 if order == "layers" else found["rounds"]
+        found["units_per_step"] = found["units_per_step"] if order == "layers" else None
+        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
+
+    def covered(self, number: int) -> float:
+        """The share of the way to the target that is covered after round ``number`` (from 1).
+
+        Example:
+            >>> [round(Pace(rounds=4).covered(number), 3) for number in (1, 2, 3, 4)]
+            [0.578, 0.875, 0.984, 1.0]
+        """
+        assert self.rounds is not None
+        return COURSES[self.course](number / self.rounds)

@@ -1,0 +1,318 @@
+"""Fine-tuning in progress: the optimizer, the position in the data, and one step after the other."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.errors import ConfigError, DataError, SingeError
+from singe_plugin.fields import described
+from singe_plugin.loop.events import Callback, FinetuneStep
+from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.losses import check_loss, loss_on, unmoved
+from singe_plugin.loop.stream import BatchStream
+from singe_plugin.method.batches import inputs_for
+from singe_plugin.method.objective import Objective, ObjectiveLike, get_objective
+from singe_plugin.nested import to_device
+from singe_plugin.state import casts_forgotten, model_device, train_mode_of
+
+__all__ = ["Tuner", "beside"]
+
+_STILL = 10  # steps without any gradient: one batch may have none, so many have a reason
+_logger = logging.getLogger("singe_plugin")
+
+
+def beside(parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
+    """A value of an optimizer's state where its step expects it: beside the parameter, but counts on the CPU.
+
+    Only optimizers that are fused or captured in a graph count on the parameter's device.
+    """
+    counted = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return value if counted or not isinstance(value, Tensor) else value.to(parameter.device)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer updates."""
+    return {id(p) for g in optimizer.param_groups for p in g["params"]}
+
+
+class Tuner:
+    """What a :class:`~singe_plugin.FineTune` says, being done to a model.
+
+    Args:
+        options: how.
+        loader: what to train on, where the options have no loader.
+
+    Attributes:
+        objective: F, which is minimised unless the options have a ``loss`` or ``step_fn``. ``"loss"`` is trained as
+            cross-entropy with label smoothing, and so is ``"logit"``: a mean logit has no minimum. A model that
+            computes its own loss is trained with that (see :func:`singe_plugin.method.objective.own_loss`), and a
+            function with itself.
+        optimizer: the optimizer; None until :meth:`prepare` makes it.
+        done: how many steps were taken.
+        stream: the batches.
+        scaler: scales the loss in half precision, or None.
+
+    Raises:
+        ConfigError: if there is nothing to train on.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> tuner = Tuner(FineTune([(torch.randn(8, 4), torch.randint(0, 2, (8,)))], steps=3))
+        >>> tuner.prepare(net)
+        >>> tuner.run(net, 3, Callback())
+        >>> tuner.done
+        3
+    """
+
+    def __init__(self, options: FineTune, loader: Iterable[Any] | None = None) -> None:
+        self.options = options
+        batches = loader if options.loader is None else options.loader
+        if batches is None:
+            if options.steps:
+                raise ConfigError("there is nothing to fine-tune on; give FineTune(loader=...)")
+            batches = ()
+        given = options.optimizer
+        self.optimizer = given if isinstance(given, torch.optim.Optimizer) else None
+        self._own_schedule = self.optimizer is None
+        self.objective: ObjectiveLike = "loss"
+        self._still = 0  # steps without a gradient, up to the first that has one
+        self.stream = BatchStream(batches)
+        self.done = 0
+        self.scaler: torch.amp.GradScaler | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make the optimizer, if none was given, and start at step 0; called once, before the first removal.
+
+        Raises:
+            ConfigError: if the model has no parameter that wants a gradient, or the optimizer holds none of them.
+        """
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if self.options.steps and not trainable:
+            raise ConfigError("every parameter is frozen (requires_grad=False), so fine-tuning cannot change the model")
+        self.done, self._still, self.stream = 0, 0, BatchStream(self.stream.batches)
+        mine = {id(p) for p in trainable}
+        if self._own_schedule and self.optimizer is not None and not _held(self.optimizer) & mine:
+            self.optimizer = None  # it was made for another model
+        if self.optimizer is None and trainable:
+            if callable(self.options.optimizer):
+                self.optimizer = self.options.optimizer(trainable)
+            else:
+                self.optimizer = torch.optim.SGD(
+                    trainable,
+                    lr=self.options.lr,
+                    momentum=self.options.momentum,
+                    weight_decay=self.options.weight_decay,
+                )
+        if self.optimizer is not None:
+            if trainable and not _held(self.optimizer) & mine:
+                raise ConfigError(
+                    "the optimizer holds none of the model's parameters; build it from model.parameters()"
+                )
+            for group in self.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+            if self.options.steps and not self._own_schedule and self.options.scheduler is None:
+                _logger.info(
+                    "fine-tuning at the constant learning rate of the given %s; give a function that makes it, for the "
+                    "cosine, or its scheduler", type(self.optimizer).__name__,
+                )  # fmt: skip
+        if self._precision(model_device(model)) == torch.float16:
+            self.scaler = torch.amp.GradScaler(model_device(model).type)
+
+    def described(self) -> dict[str, Any]:
+        """The options as plain values, with the loss, the rate and its course that are in force.
+
+        ``lr`` is the rate that the course ``schedule`` begins with: ``"cosine"``, ``"constant"`` (an optimizer was
+        given, and no scheduler), or the name of the scheduler. It is None where a function makes the optimizer, until
+        it is made: see :meth:`rate`.
+        """
+        made = described(self.options)
+        course = "constant" if self.options.scheduler is None else type(self.options.scheduler).__name__
+        loss = self.options.step_fn or self._chosen_loss()
+        makes = self._own_schedule and callable(self.options.optimizer)
+        return made | {
+            "loss": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
+            "lr": None if makes and self.optimizer is None else self.rate(),
+            "schedule": "cosine" if self._own_schedule else course,
+        }
+
+    def rate(self) -> float | list[float]:
+        """The optimizer's learning rate before any schedule; a list where its groups have several."""
+        if self.optimizer is None:
+            return self.options.lr
+        scheduled = self._own_schedule or self.options.scheduler is not None
+        rates = [float(g.get("initial_lr", g["lr"]) if scheduled else g["lr"]) for g in self.optimizer.param_groups]
+        return rates[0] if len(set(rates)) == 1 else rates
+
+    def _chosen_loss(self) -> Objective | None:
+        """The given loss, or F; None for cross-entropy with label smoothing, as for ``loss`` and ``logit``."""
+        if self.options.loss is not None:
+            return self.options.loss
+        return None if self.objective in ("loss", "logit") else get_objective(self.objective)
+
+    def check(self, model: nn.Module, batch: Any) -> None:
+        """See before anything is pruned that the loss fits the outputs in train mode and can move, on a scoring batch.
+
+        Raises:
+            DataError: see :func:`singe_plugin.loop.losses.check_loss`; ``step_fn`` is not tried.
+        """
+        if self.options.steps and self.options.step_fn is None:
+            inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.options.channels_last)
+            check_loss(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
+
+    def follow(self) -> None:
+        """Bring the optimizer's state to where the parameters are; after the model was moved to another device."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {})
+                    state.update({k: beside(parameter, k, v, group) for k, v in state.items()})
+
+    def rewinder(self) -> Callable[[], None]:
+        """A function that puts everything back to where it is now, but for the values that an optimizer has.
+
+        That is the step count, the scheduler, the scaler, the loader and its generators, the settings of the
+        optimizer's groups, and which optimizer there is. To be called before :meth:`prepare`, which changes some.
+        """
+        done, stream, optimizer, scaler = self.done, self.stream, self.optimizer, self.scaler
+        position, generators = stream.position(), [(g, g.get_state()) for g in stream.generators]
+        schedule = None if self.options.scheduler is None else copy.deepcopy(self.options.scheduler.state_dict())
+        scale = None if scaler is None else copy.deepcopy(scaler.state_dict())
+        groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in self.optimizers for g in o.param_groups]
+
+        def rewind() -> None:
+            self.done, self.stream, self.optimizer, self.scaler = done, stream, optimizer, scaler
+            stream.seek(position)
+            for generator, state in generators:
+                generator.set_state(state)
+            if schedule is not None:
+                self.options.scheduler.load_state_dict(schedule)
+            if scaler is not None and scale is not None:
+                scaler.load_state_dict(scale)
+            for group, settings in groups:
+                for key in [k for k in group if k != "params" and k not in settings]:
+                    del group[key]  # initial_lr
+                group.update(settings)
+
+        return rewind
+
+    def run(self, model: nn.Module, steps: int, callback: Callback, phase: tuple[int, int] | None = None) -> None:
+        """Take some steps in train mode; the mode of every module is put back afterwards.
+
+        Args:
+            model: the model.
+            steps: how many.
+            callback: sees every step.
+            phase: ``(steps of this phase that are done, its length)``; by default the phase is these steps.
+
+        Raises:
+            DataError: if the loader is empty or the loss is not finite.
+        """
+        if steps <= 0:
+            return
+        begun, length = phase or (0, steps)
+        modes = train_mode_of(model)
+        model.train()
+        try:
+            with torch.enable_grad(), casts_forgotten():
+                for step in range(steps):
+                    loss, lr = self._step(model, (begun + step) / length)
+                    self.done += 1
+                    callback.on_finetune_step(FinetuneStep(self.done, self.options.steps, loss, lr))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def _step(self, model: nn.Module, share: float) -> tuple[float, float]:
+        """One step, when ``share`` of the phase is over; the loss and the learning rate."""
+        assert self.optimizer is not None
+        device = model_device(model)
+        lr = self._set_lr(share)
+        batch = to_device(next(self.stream), device, self.options.channels_last)
+        self.optimizer.zero_grad(set_to_none=True)
+        precision = self._precision(device)
+        with torch.autocast(device.type, dtype=precision) if precision else nullcontext():
+            loss = self._loss(model, batch)
+        value = float(loss.detach())  # here: read at the end, it would wait for the backward pass and the optimizer
+        if not math.isfinite(value):
+            raise DataError(
+                f"the fine-tuning loss is {value} at step {self.done + 1} of {self.options.steps}; lower lr "
+                f"(now {lr:g}), check the batches, or set amp=None"
+            )
+        scaler = self.scaler
+        if not loss.requires_grad:
+            raise unmoved(f"it has no gradient at step {self.done + 1}")
+        (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call]
+        self._see_movement()
+        if self.options.clip_grad is not None:
+            if scaler:
+                scaler.unscale_(self.optimizer)
+            held = [p for g in self.optimizer.param_groups for p in g["params"]]
+            torch.nn.utils.clip_grad_norm_(held, self.options.clip_grad)
+        if scaler:
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        if self.options.scheduler is not None:
+            self.options.scheduler.step()
+        update = getattr(self.options.ema, "update", None)
+        if callable(update):
+            update(model)
+        return value, lr
+
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if self.options.step_fn is not None:
+            loss = self.options.step_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ConfigError("step_fn(model, batch) must return the loss, a scalar tensor")
+            return loss.reshape(())
+        inputs, targets = inputs_for(model, batch)
+        try:
+            return loss_on(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
+        except (SingeError, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise DataError(f"fine-tuning step {self.done + 1} failed with {type(error).__name__}: {error}") from error
+
+    def _see_movement(self) -> None:
+        """Raise if no step so far had a gradient."""
+        if self._still < 0:
+            return
+        assert self.optimizer is not None
+        held = (p.grad for g in self.optimizer.param_groups for p in g["params"])
+        if any(grad is not None and bool((grad != 0).any()) for grad in held):
+            self._still = -1
+            return
+        self._still += 1
+        if self._still >= min(self.options.steps, _STILL):
+            raise unmoved(f"no parameter had a gradient other than zero in {self._still} steps")
+
+    def _precision(self, device: torch.device) -> torch.dtype | None:
+        if self.options.amp == "auto":
+            if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+                return None
+            return torch.bfloat16
+        return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.options.amp]
+
+    def _set_lr(self, share: float) -> float:
+        assert self.optimizer is not None
+        if self._own_schedule:
+            factor = 0.5 * (1 + math.cos(math.pi * share))
+            if self.done < self.options.warmup:
+                factor *= (self.done + 1) / self.options.warmup
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """The optimizers whose state must be cut along with the model."""
+        return () if self.optimizer is None else (self.optimizer,)

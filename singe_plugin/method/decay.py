@@ -1,0 +1,242 @@
+"""The rows of a group on their way to zero: folded substitutes in the model's place, and what is measured on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.errors import GroupError, ScoringError
+from singe_plugin.method.folding import norm_scale_shift
+from singe_plugin.method.units import Producer, RowLayout, UnitGroup
+
+__all__ = [
+    "LayerStats", "Measured", "Row", "decaying", "inner_products", "join", "root", "row_power", "to_units",
+    "unit_norms", "weight_norms",
+]  # fmt: skip
+
+Measured: TypeAlias = list[tuple[Tensor, Tensor]]
+"""At one node of the path, per producer: gradient norms and inner products, ``[N]`` each."""
+
+
+@dataclass
+class LayerStats:
+    """What one layer of the group measured on one batch: ``norms`` and ``covered`` [N], the others [K, N]."""
+
+    norms: Tensor
+    covered: Tensor
+    grads: Tensor
+    inner: Tensor
+
+
+@dataclass
+class Row:
+    """A parameter that decays: the folded tensor it starts from, and where its rows are.
+
+    Attributes:
+        owner, attr, layout: see :class:`~singe_plugin.method.units.Slot`.
+        base: the tensor at the start of the path.
+        source: the producer it belongs to.
+        producer: the number of that producer.
+        element_of: where every unit is *one number* of this tensor and nothing else, the place of that number in the
+            flat tensor, ``[N]`` (a slice if they are in order): norms are absolute values then, and nothing has to be
+            added up. None for all other rows.
+    """
+
+    owner: nn.Module
+    attr: str
+    layout: RowLayout
+    base: Tensor
+    source: Producer
+    producer: int
+    element_of: Tensor | slice | None = None
+
+    @cached_property
+    def unit_of(self) -> Tensor:
+        """``[rows]`` int64: the unit of each row, -1 for rows that belong to none."""
+        return self.source.unit_of_row().to(self.base.device)
+
+    def scaled(self, scale: float, unit: Tensor | None = None) -> Tensor:
+        """Return the tensor with its units' rows (or those of one unit) multiplied by ``scale``."""
+        factor = torch.full((), scale, dtype=self.base.dtype, device=self.base.device)
+        if unit is None and isinstance(self.element_of, slice):
+            return self.base * factor  # all of it
+        chosen = self.unit_of >= 0 if unit is None else self.unit_of == unit
+        factors = torch.where(chosen, factor, 1.0)
+        return self.base * self.layout.spread(factors.to(self.base.dtype), self.base)
+
+    def elements(self, tensor: Tensor) -> Tensor:
+        """Read the number that belongs to each unit off a tensor shaped like ``base``, ``[N]`` in float64."""
+        return tensor.detach().reshape(-1)[self.element_of].double()
+
+
+@contextmanager
+def decaying(model: nn.Module, group: UnitGroup) -> Iterator[list[Row]]:
+    """Put folded substitutes in the place of the group's parameters; the caller restores through ``preserved``."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    rows: list[Row] = []
+    for number, producer in enumerate(group.producers):
+        if not producer.is_norm and all(slot.tensor is None for slot in producer.slots):
+            raise GroupError(
+                f"group {group.name!r}: {producer.name!r} has no parameter that could decay "
+                f"({', '.join(slot.attr for slot in producer.slots)} are None); leave it out of the producers"
+            )
+        folded = list(_folded(producer))
+        for owner, attr, layout, base in folded:
+            place = _elements(producer, layout, base, group.size) if len(folded) == 1 else None
+            row = Row(owner, attr, layout, base, producer, number, place)
+            if place is None and len(row.unit_of) != layout.count(base):
+                raise ScoringError(
+                    f"group {group.name!r}: {producer.name}.{attr} has {layout.count(base)} rows, "
+                    f"expected {len(row.unit_of)}"
+                )
+            owner._parameters[attr] = nn.Parameter(base.clone(memory_format=torch.preserve_format))
+            rows.append(row)
+    yield rows
+
+
+def _elements(producer: Producer, layout: RowLayout, base: Tensor, size: int) -> Tensor | slice | None:
+    """Find the place of every unit's number in the tensor, or None: :attr:`Row.element_of`."""
+    if len(producer.units) != size or layout.count(base) != base.numel():
+        return None
+    place = torch.full((size,), -1, dtype=torch.int64)
+    place[producer.units] = producer.rows
+    if bool((place < 0).any()):
+        return None  # some unit has several numbers, and another one none
+    if size == base.numel() and bool((place == torch.arange(size)).all()):
+        return slice(None)
+    return place.to(base.device)
+
+
+def _folded(producer: Producer) -> Iterator[tuple[nn.Module, str, RowLayout, Tensor]]:
+    """Yield the tensors of a producer with batch-norm folded in; the batch-norm itself becomes the identity."""
+    slots = [(slot, slot.tensor) for slot in producer.slots]
+    norm = producer.norm
+    if norm is None and not producer.is_norm:
+        for slot, tensor in slots:
+            if tensor is not None:
+                yield slot.owner, slot.attr, slot.layout, tensor.detach()
+        return
+    if producer.is_norm:
+        norm = producer.slots[0].owner
+        scale, shift = norm_scale_shift(norm)
+        _make_identity(norm)
+        for (slot, tensor), value in zip(slots, (scale, shift), strict=True):
+            # a half-precision batch-norm refuses float32 scales
+            yield (
+                slot.owner,
+                slot.attr,
+                slot.layout,
+                value.to((cast(Tensor, norm.running_mean) if tensor is None else tensor).dtype),
+            )
+        return
+    assert norm is not None
+    scale, shift = norm_scale_shift(norm)
+    _make_identity(norm)
+    (weight_slot, weight), *decaying_bias = slots
+    assert weight is not None
+    weight = weight.detach()
+    # The batch-norm has one channel per output channel, whatever rows the units see.
+    channels = weight_slot.layout.channels
+    folded = (weight * channels.spread(scale.to(weight.device), weight)).to(weight.dtype)
+    yield weight_slot.owner, weight_slot.attr, weight_slot.layout, folded
+    if producer.bias is None and not decaying_bias:
+        raise GroupError(
+            f"{producer.name!r}: a batch-norm is to be folded in, but no parameter is named that takes its shift; give "
+            "the bias as a second slot if it decays with the units, or as Producer(bias=...) if it stays"
+        )
+    slot = producer.bias if producer.bias is not None else decaying_bias[0][0]
+    bias = slot.tensor
+    start = torch.zeros_like(shift) if bias is None else bias.detach().to(shift.dtype)
+    value = (scale * start + shift).to(weight.dtype)
+    if producer.bias is None:
+        yield slot.owner, slot.attr, slot.layout, value
+    else:  # it belongs to no unit: it takes the shift and stays
+        slot.owner._parameters[slot.attr] = nn.Parameter(value, requires_grad=False)
+
+
+def _make_identity(norm: nn.Module) -> None:
+    """Replace a batch-norm's tensors so that it passes its input on, in eval mode."""
+    plain = {
+        "running_mean": 0.0,
+        "running_var": 1.0 - float(norm.eps),  # type: ignore[arg-type]
+        "weight": 1.0,
+        "bias": 0.0,
+    }
+    for name, value in plain.items():
+        parameter, buffer = norm._parameters.get(name), norm._buffers.get(name)
+        if parameter is not None:
+            fresh = torch.full_like(parameter.detach(), value)
+            norm._parameters[name] = nn.Parameter(fresh, requires_grad=False)
+        if buffer is not None:
+            norm._buffers[name] = torch.full_like(buffer, value)
+
+
+def row_power(rows: Tensor, p: float) -> Tensor:
+    """Sum |x|^p over every row, in float64 (take the largest |x| for p = inf)."""
+    values = rows.detach().double().abs()
+    if math.isinf(p):
+        return values.amax(1)
+    return values.pow(p).sum(1)
+
+
+def to_units(per_row: Tensor, unit_of: Tensor, size: int, p: float = 1) -> Tensor:
+    """Collect one value per row into one per unit, by sum (by maximum for p = inf)."""
+    out = torch.zeros(size, dtype=per_row.dtype, device=per_row.device)
+    chosen = unit_of >= 0
+    if math.isinf(p):
+        return out.scatter_reduce(0, unit_of[chosen], per_row[chosen], "amax")
+    return out.index_add(0, unit_of[chosen], per_row[chosen])
+
+
+def root(power: Tensor, p: float) -> Tensor:
+    return power if math.isinf(p) else power.pow(1 / p)
+
+
+def join(parts: list[Tensor], p: float) -> Tensor:
+    stacked = torch.stack(parts)
+    return stacked.amax(0) if math.isinf(p) else stacked.sum(0)
+
+
+def unit_norms(rows: list[tuple[Row, Tensor]], size: int, p: float) -> Tensor:
+    """Compute the p-norm of each unit ``[N]``, over the rows of one producer, each with the tensor to measure."""
+    row, tensor = rows[0]
+    if row.element_of is not None:
+        return row.elements(tensor).abs()
+    return root(join([to_units(row_power(r.layout.rows(t), p), r.unit_of, size, p) for r, t in rows], p), p)
+
+
+def inner_products(rows: list[tuple[Row, Tensor, Tensor]], size: int) -> Tensor:
+    """Compute the inner product of two tensors for each unit ``[N]``, over the rows of one producer."""
+    row, one, other = rows[0]
+    if row.element_of is not None:
+        return row.elements(one) * row.elements(other)
+    parts = [
+        to_units((r.layout.rows(a.detach()).double() * r.layout.rows(b.detach()).double()).sum(1), r.unit_of, size)
+        for r, a, b in rows
+    ]
+    return torch.stack(parts).sum(0)
+
+
+def weight_norms(group: UnitGroup, rows: list[Row], p: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Return, per producer, the norms of its units at the start of the path and which units it has, ``[N]`` each."""
+    norms, covered = [], []
+    for number in range(len(group.producers)):
+        mine = [r for r in rows if r.producer == number]
+        norms.append(unit_norms([(r, r.base) for r in mine], group.size, p))
+        covered.append(_covered(mine, group.size))
+    return norms, covered
+
+
+def _covered(rows: list[Row], size: int) -> Tensor:
+    if rows[0].element_of is not None:
+        return torch.ones(size, dtype=torch.bool, device=rows[0].base.device)
+    ones = [to_units(torch.ones_like(r.unit_of, dtype=torch.float64), r.unit_of, size) for r in rows]
+    return torch.stack(ones).sum(0) > 0

@@ -1,0 +1,178 @@
+"""How units are scored: every option of the method, with its check and its documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from singe_plugin.checks import check_choice, check_count
+from singe_plugin.errors import ConfigError
+from singe_plugin.fields import documented, option
+from singe_plugin.method.criteria import CRITERIA, Criterion, check_degree, get_criterion
+from singe_plugin.method.objective import OBJECTIVES, Objective, ObjectiveLike, get_objective
+from singe_plugin.method.path import QUADRATURES, DecayPath, decay_path
+from singe_plugin.method.reduction import REDUCTIONS, NormalizerLike, check_normalizer, check_reduction
+
+__all__ = ["AMP_DTYPES", "PATHS", "Scoring"]
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PATHS = ("layer", "neuron")
+_FOR_WEIGHTS = {"mu": 0.8, "nodes": 5, "batches": 1}
+_IN_ROUNDS = {"mu": 0.9, "nodes": 1, "batches": 4}
+_IN_LAYERS = {"mu": 0.9, "nodes": 5, "batches": 1}
+
+
+@documented
+class Scoring:
+    """How units are scored. A criterion's name stands for the scoring with that criterion.
+
+    Raises:
+        ConfigError: for a value that cannot mean anything.
+
+    Example:
+        >>> Scoring("ig", mu=0.95).passes
+        5
+    """
+
+    criterion: str | Callable[..., Any] = option(
+        default="ig",
+        text="The criterion, see :mod:`singe_plugin.method.criteria`; :func:`singe_plugin.prune` also takes any "
+        "torch-pruning importance.",
+        choices=CRITERIA,
+    )
+    p: float = option(
+        default=2, text="The degree of the norms, at least 1; ``l1`` and ``l2`` have their own.", flag=("-p", "--norm")
+    )
+    mu: float | None = option(
+        default=None,
+        text="The decay rate of the path in Eq. 5, inside ]0, 1[. By default 0.9 (the paper's on ImageNet; 0.95 "
+        "on CIFAR-10), and 0.8 for single weights (§4.1).",
+    )
+    steps: int | None = option(
+        default=None,
+        text="S of Eq. 5: how often the weights are decayed. By default until 1 % of them is left (quadrature "
+        "gauss: to zero).",
+    )
+    quadrature: str = option(
+        default="gauss",
+        text="How the path is summed up: ``geometric`` is the paper's sum in S + 1 passes, ``gauss`` integrates "
+        "the same function with Gauss-Legendre nodes.",
+        choices=QUADRATURES,
+    )
+    path: str = option(
+        default="layer",
+        text="What decays together: ``layer`` is all units of a group, ``neuron`` each unit alone (Eq. 4 to the "
+        "letter).",
+        choices=PATHS,
+    )
+    objective: ObjectiveLike | None = option(
+        default=None,
+        text="F, which fine-tuning minimises, too: ``loss`` (cross-entropy, or the loss that the model computes "
+        "from labels among its keywords), ``logit``, or a function of outputs and targets that returns a "
+        "scalar. By default loss; NNI's pruner takes the evaluator's own.",
+        choices=OBJECTIVES,
+    )
+    group_reduction: str = option(
+        default="sum", text="How the scores of a unit in the layers of its group become one.", choices=REDUCTIONS
+    )
+    normalizer: NormalizerLike = option(
+        default=None,
+        text="What a group's scores are divided by: one of torch-pruning's names, or a function.",
+        command=False,
+    )
+    nodes: int | None = option(
+        default=None,
+        text="How many nodes the quadrature gauss has, each a pass for every batch and layer. By default 1 in "
+        "rounds of units, where images are worth more than nodes (docs/results.md), else 5.",
+    )
+    unit_batch: int = option(
+        default=16,
+        text="How many units the path neuron evaluates at once; 1 does without ``torch.func``, which not every "
+        "model supports.",
+    )
+    amp: str | None = option(
+        default=None,
+        text="Mixed precision. By default none in scoring, unless a surrounding ``torch.autocast`` says so, and "
+        "bf16 in fine-tuning on CUDA.",
+        choices=AMP_DTYPES,
+    )
+    channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
+    batches: int | None = option(
+        default=None,
+        text="How many batches every scoring reads: drawn once from a dataset, the first ones of a loader or "
+        "list. By default 4 in rounds of units, else 1 (as the paper).",
+        flag="--scoring-batches",
+    )
+    batch_size: int = option(
+        default=64, text="How many examples of a dataset a scoring batch has.", flag="--scoring-batch-size"
+    )
+
+    def __post_init__(self) -> None:
+        if not callable(self.criterion):
+            get_criterion(self.criterion)
+        check_degree(self.p)
+        check_reduction(self.group_reduction)
+        check_normalizer(self.normalizer)
+        if self.objective is not None:
+            get_objective(self.objective)
+        check_choice("path", self.path, PATHS)
+        check_choice("amp", self.amp, (*AMP_DTYPES, None))
+        check_count("unit_batch", self.unit_batch, 1, "number of units")
+        check_count("batch_size", self.batch_size, 1)
+        if self.batches is not None:
+            check_count("batches", self.batches, 1)
+        if not callable(self.criterion):
+            _ = self.decay_path
+
+    def settled(self, order: str = "layers", weights: bool = False) -> Scoring:
+        """These options with everything decided, for a pruning in some order, of units or of single weights.
+
+        Example:
+            >>> settled = Scoring(mu=0.95).settled("rounds")
+            >>> settled.mu, settled.nodes, settled.batches, settled.objective
+            (0.95, 1, 4, 'loss')
+        """
+        usual = _FOR_WEIGHTS if weights else _IN_ROUNDS if order == "rounds" else _IN_LAYERS
+        usual_: dict[str, Any] = {**usual, "objective": "loss"}
+        return replace(self, **{name: value for name, value in usual_.items() if getattr(self, name) is None})
+
+    @property
+    def function(self) -> Objective:
+        """F as a function of outputs and targets."""
+        return get_objective("loss" if self.objective is None else self.objective)
+
+    @property
+    def rule(self) -> Criterion:
+        """The criterion object.
+
+        Raises:
+            ConfigError: for a torch-pruning importance, which is none.
+        """
+        if not isinstance(self.criterion, str):
+            raise ConfigError(
+                f"{type(self.criterion).__name__} is no criterion but an importance of its own; give one of "
+                f"{', '.join(CRITERIA)}, or give it to singe_plugin.prune or SInGEPruner"
+            )
+        return get_criterion(self.criterion)
+
+    @property
+    def degree(self) -> float:
+        """The degree of the norms: the criterion's own, or ``p``."""
+        own = self.rule.degree
+        return float(self.p) if own is None else own
+
+    @property
+    def decay_path(self) -> DecayPath:
+        """The nodes that are visited; one at u = 1 for criteria without a path."""
+        rule, mu = self.rule, _IN_LAYERS["mu"] if self.mu is None else self.mu
+        nodes = int(_IN_LAYERS["nodes"]) if self.nodes is None else self.nodes
+        found = decay_path(mu, self.steps, self.quadrature, nodes, rule.measure)
+        return found if rule.needs_path else decay_path(mu, 0, "geometric")
+
+    @property
+    def passes(self) -> int:
+        """Forward-and-backward passes per batch and group (per unit, for ``path="neuron"``)."""
+        return self.decay_path.nodes if self.rule.needs_gradient else 0

@@ -1,0 +1,232 @@
+"""One batch, walked down the path: F and its gradients with the weights of a group at each scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.errors import ScoringError, SingeError
+from singe_plugin.method.decay import Measured, Row, inner_products, join, root, unit_norms
+from singe_plugin.method.objective import Objective
+from singe_plugin.method.options import AMP_DTYPES, Scoring
+from singe_plugin.method.path import DecayPath
+from singe_plugin.method.prefix import PrefixCache
+from singe_plugin.method.units import UnitGroup
+from singe_plugin.nested import call_model
+from singe_plugin.state import model_device
+
+__all__ = ["Walker"]
+
+
+class Walker:
+    """One batch, walked down the path.
+
+    Args:
+        model, group, rows, options, path: see :mod:`singe_plugin.method.scoring`.
+        index: the number of the batch, for messages.
+        inputs, targets: the batch.
+        inner: whether the inner products are wanted; if not, they are zeros along ``path="layer"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: UnitGroup,
+        rows: list[Row],
+        options: Scoring,
+        path: DecayPath,
+        index: int,
+        inputs: Any,
+        targets: Any,
+        inner: bool = True,
+    ) -> None:
+        self.model, self.group, self.rows, self.options, self.path = model, group, rows, options, path
+        self.index, self.inputs, self.targets, self.inner = index, inputs, targets, inner
+        self.objective: Objective = options.function
+        self.device = model_device(model)
+        self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
+
+    def nodes(self, prefix: PrefixCache) -> Iterator[Measured]:
+        """Yield what is measured at every node of the path, in order: nothing of earlier nodes is kept."""
+        return self._layer_path(prefix) if self.options.path == "layer" else self._neuron_path(prefix)
+
+    def _layer_path(self, prefix: PrefixCache) -> Iterator[Measured]:
+        """Let all units of the group decay together, with one pass per node."""
+        for scale in self.path.scales.tolist():
+            yield self._decayed(scale)
+            prefix.seal()
+
+    def _decayed(self, scale: float, unit: Tensor | None = None) -> Measured:
+        """Measure gradient norms and inner products [N] per producer, with all units (or one alone) at ``scale``."""
+        p, size = self.options.degree, self.group.size
+        leaves = self._scaled_leaves(scale, unit)
+        found = self._gradients(leaves, scale)
+        result = []
+        for number in range(len(self.group.producers)):
+            mine = [(r, leaf, g) for r, leaf, g in zip(self.rows, leaves, found, strict=True) if r.producer == number]
+            norms = unit_norms([(r, g) for r, _, g in mine], size, p)
+            dots = inner_products(mine, size) if self.inner else norms.new_zeros(()).expand_as(norms)
+            result.append((norms, dots))
+        return result
+
+    def _scaled_leaves(self, scale: float, unit: Tensor | None) -> list[Tensor]:
+        """Write the parameters of the group in the model for this place of the path, and return them."""
+        leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
+        with torch.no_grad():
+            for row, leaf in zip(self.rows, leaves, strict=True):
+                leaf.copy_(row.scaled(scale, unit))
+        return leaves
+
+    def moves(self) -> bool:
+        """Whether the gradient at the start of the path is anything but zero."""
+        return any(bool(gradient.any()) for gradient in self._gradients(self._scaled_leaves(1.0, None), 1.0))
+
+    def value_at(self, scale: float, unit: Tensor | None = None) -> Tensor:
+        """Compute F with all units (or one alone) at ``scale``, without a gradient."""
+        self._scaled_leaves(scale, unit)
+        with torch.no_grad():
+            return self._value(self.model)
+
+    def _neuron_path(self, prefix: PrefixCache) -> Iterator[Measured]:
+        """Let each unit decay alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
+        if self.options.unit_batch == 1:
+            yield from self._unit_by_unit(prefix)
+            return
+        prefix.cancel()  # within a batch of units, what is in front is computed once anyway
+        names = {module: name for name, module in self.model.named_modules()}
+        keys = [f"{names[r.owner]}.{r.attr}".lstrip(".") for r in self.rows]
+        for scale in self.path.scales.tolist():
+            while True:
+                norms, dots, values = self._units_at(scale, keys)
+                if not bool(torch.isfinite(values).all()):
+                    raise self._not_finite("F", scale)
+                if all(bool(torch.isfinite(g).all()) for g in norms):
+                    break
+                self._lower_loss_scale(scale)
+            yield list(zip(norms, dots, strict=True))
+
+    def _unit_by_unit(self, prefix: PrefixCache) -> Iterator[Measured]:
+        """Walk the neuron path without ``torch.func``, for models that it cannot follow."""
+        units = torch.arange(self.group.size, device=self.device)
+        for scale in self.path.scales.tolist():
+            found = []
+            for unit in units:
+                found.append(self._decayed(scale, unit))
+                prefix.seal()
+            yield [
+                (
+                    torch.stack([layers[number][0][n] for n, layers in enumerate(found)]),
+                    torch.stack([layers[number][1][n] for n, layers in enumerate(found)]),
+                )
+                for number in range(len(self.group.producers))
+            ]
+
+    def _units_at(self, scale: float, keys: list[str]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Measure gradient norms and inner products [N] per producer, and F [N], with each unit alone at ``scale``."""
+        p, producers = self.options.degree, len(self.group.producers)
+
+        def one_unit(unit: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+            tensors = {key: row.scaled(scale, unit) for key, row in zip(keys, self.rows, strict=True)}
+
+            def evaluate(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+                value = self._value(lambda *a, **k: torch.func.functional_call(self.model, weights, a, k))
+                if not value.requires_grad:
+                    raise self._detached()
+                return value * self.loss_scale, value
+
+            found, value = torch.func.grad(evaluate, has_aux=True)(tensors)
+            powers: list[list[Tensor]] = [[] for _ in range(producers)]
+            dots: list[list[Tensor]] = [[] for _ in range(producers)]
+            for key, row in zip(keys, self.rows, strict=True):
+                own = (row.unit_of == unit).double()
+                grad_rows = row.layout.rows(found[key]).double() / self.loss_scale
+                power = grad_rows.abs().amax(1) if math.isinf(p) else grad_rows.abs().pow(p).sum(1)
+                powers[row.producer].append((power * own).amax() if math.isinf(p) else (power * own).sum())
+                dots[row.producer].append(((row.layout.rows(tensors[key]).double() * grad_rows).sum(1) * own).sum())
+            return [join(x, p) for x in powers], [torch.stack(x).sum(0) for x in dots], value
+
+        chunk = min(self.options.unit_batch, self.group.size)
+        units = torch.arange(self.group.size, device=self.device)
+        try:
+            powers, dots, values = torch.func.vmap(one_unit, chunk_size=chunk, randomness="same")(units)
+        except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ScoringError(
+                f"group {self.group.name!r}: the model's forward cannot be evaluated for several units at once "
+                f"with torch.func.vmap ({type(error).__name__}: {error}); use unit_batch=1 or path='layer'"
+            ) from error
+        return [root(x.detach(), p) for x in powers], [x.detach() for x in dots], values.detach()
+
+    def _value(self, call: Any) -> Tensor:
+        """Compute F on this batch, as a scalar."""
+        amp = self.options.amp
+        context = torch.autocast(self.device.type, dtype=AMP_DTYPES[amp]) if amp else nullcontext()
+        with context:
+            value = self.objective(call_model(call, self.inputs), self.targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ScoringError(
+                f"the objective must return one number (a scalar tensor), got {shape}; reduce it, e.g. with .mean()"
+            )
+        return value.reshape(())
+
+    def _gradients(self, leaves: list[Tensor], scale: float) -> list[Tensor]:
+        while True:
+            try:
+                value = self._value(self.model)
+                if not bool(torch.isfinite(value)):
+                    raise self._not_finite("F", scale)
+                if not value.requires_grad:
+                    raise self._detached()
+                found = torch.autograd.grad(value * self.loss_scale, leaves, allow_unused=True)
+            except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise self._failed(error) from error
+            unscaled = [g if g is None or self.loss_scale == 1.0 else g / self.loss_scale for g in found]
+            grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, unscaled, strict=True)]
+            if all(bool(torch.isfinite(g).all()) for g in grads):
+                return grads
+            self._lower_loss_scale(scale)
+
+    def _lower_loss_scale(self, scale: float) -> None:
+        """Answer an overflow of a gradient: try again with a smaller loss scale, as long as there is one."""
+        if self.loss_scale <= 1.0:
+            raise self._not_finite("a gradient", scale)
+        self.loss_scale /= 4.0
+
+    def _failed(self, error: Exception) -> ScoringError:
+        return ScoringError(
+            f"group {self.group.name!r}: evaluating F on batch {self.index} (inputs {_describe(self.inputs)}) "
+            f"failed with {type(error).__name__}: {error}"
+        )
+
+    def _detached(self) -> ScoringError:
+        return ScoringError(
+            f"group {self.group.name!r}: F does not depend on its weights through autograd (an objective that is "
+            "constant or leaves a part of the output out, a detached output, or torch.no_grad() inside the forward); "
+            "it cannot be scored by gradients: give an objective that depends on it, put its layer in ignored_layers, "
+            "or use criterion='l2'"
+        )
+
+    def _not_finite(self, what: str, scale: float) -> ScoringError:
+        return ScoringError(
+            f"group {self.group.name!r}: {what} is not finite on batch {self.index} with the weights at {scale:.4g} of "
+            "their size; check the batch for inf/NaN, or use amp='bf16' or no amp"
+        )
+
+
+def _describe(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return str(tuple(inputs.shape))
+    if isinstance(inputs, dict):
+        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in inputs.items()) + "}"
+    if isinstance(inputs, (tuple, list)):
+        return "(" + ", ".join(_describe(v) for v in inputs) + ")"
+    return type(inputs).__name__

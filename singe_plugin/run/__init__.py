@@ -1,0 +1,1 @@
+"""A whole run: data, checks, measurements, checkpoints, and the result with its files."""

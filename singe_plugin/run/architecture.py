@@ -1,0 +1,191 @@
+"""The architecture of a model: how to build it unpruned, and what removals changed of its structure."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from singe_plugin.errors import ArtifactError, ConfigError
+from singe_plugin.masks import plain_tensors, plain_types
+from singe_plugin.run.record import NOT_STRUCTURE, encode
+from singe_plugin.state import RngState
+
+__all__ = ["Builder", "Structure", "build_by", "describe_structure"]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How to build the unpruned architecture: a timm model by name, or a function that the user names.
+
+    Attributes:
+        kind: ``"timm"`` or ``"factory"``.
+        name: timm's model name, or ``"package.module:function"``.
+        options: keyword arguments; plain JSON values.
+
+    Example:
+        >>> Builder.factory("torch.nn:Linear", in_features=3, out_features=2).build()
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+
+    kind: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def timm(cls, name: str, **options: Any) -> Builder:
+        """Build with ``timm.create_model(name, pretrained=False, **options)``."""
+        return cls("timm", name, options)
+
+    @classmethod
+    def factory(cls, name: str, **options: Any) -> Builder:
+        """Build with ``"package.module:function"``, called with ``options``.
+
+        Raises:
+            ConfigError: if the name has another form.
+        """
+        if name.count(":") != 1 or not all(name.split(":")):
+            raise ConfigError(f"factory {name!r} is not of the form 'package.module:function'")
+        return cls("factory", name, options)
+
+    def build(self) -> nn.Module:
+        """Build the architecture, with whatever weights it initialises itself with.
+
+        Raises:
+            ArtifactError: if the module, function or model does not exist, or fails.
+        """
+        what = f"{self.kind}:{self.name} with {self.options}"
+        if self.kind == "timm":
+            timm = importlib.import_module("timm")
+            return build_by(what, lambda: timm.create_model(self.name, pretrained=False, **self.options))
+        if self.kind == "factory":
+            module, _, function = self.name.partition(":")
+            return build_by(what, lambda: getattr(importlib.import_module(module), function)(**self.options))
+        raise ArtifactError(f"unknown kind of builder {self.kind!r}; choose 'timm' or 'factory'")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`ArtifactError` unless building gives exactly the modules and shapes of ``model``."""
+        built = self.build()
+        ours, theirs = _signature(model), _signature(built)
+        what = "tensors"
+        if ours == theirs:  # other activations or pooling have the same tensors
+            ours, theirs, what = _modules(model), _modules(built), "modules"
+        if ours != theirs:
+            names = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+            raise ArtifactError(
+                f"builder {self.kind}:{self.name} {self.options} does not build this model: "
+                f"{len(names)} {what} differ, the first is {names[0]!r}; give the options it was made with"
+            )
+
+    @classmethod
+    def infer(cls, model: nn.Module) -> Builder | None:
+        """Find the builder of a timm model from what it knows of itself; None if that does not build the same model."""
+        config = getattr(model, "pretrained_cfg", None) or {}
+        name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+        if not name or not hasattr(model, "num_classes"):
+            return None
+        options: dict[str, Any] = {"num_classes": model.num_classes}
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None and first.in_channels * first.groups not in (3,):
+            options["in_chans"] = first.in_channels
+        builder = cls.timm(str(name), **options)
+        try:
+            builder.check(model)
+        except ArtifactError:
+            return None
+        return builder
+
+
+def build_by(what: str, make: Callable[[], Any]) -> nn.Module:
+    """Return the module that a function makes; random states are left alone.
+
+    Args:
+        what: the architecture, for the message.
+        make: the function.
+
+    Raises:
+        ArtifactError: if it fails, or makes something else.
+    """
+    rng = RngState.capture()
+    try:
+        model = make()
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"the architecture {what} cannot be built: {type(error).__name__}: {error}") from error
+    finally:
+        rng.restore()
+    if not isinstance(model, nn.Module):
+        raise ArtifactError(f"the architecture {what}: {type(model).__name__} was made of it, not a torch.nn.Module")
+    return model
+
+
+def _signature(model: nn.Module) -> dict[str, Any]:
+    return {name: tuple(tensor.shape) for name, tensor in plain_tensors(model)}
+
+
+def _modules(model: nn.Module) -> dict[str, Any]:
+    """Return the type and the plain attributes of every module, masks apart."""
+    plain = Structure.of(model).modules
+    return {name: (kind.__qualname__, plain[name]) for name, kind in plain_types(model)}
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(v) for v in value)
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return isinstance(value, _PLAIN)
+
+
+@dataclass
+class Structure:
+    """The plain attributes of every module (widths, groups, heads, split sizes), to see what removals changed."""
+
+    modules: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Structure:
+        """Read the attributes off a model."""
+        found = {}
+        for name, module in model.named_modules():
+            found[name] = {
+                key: list(value) if isinstance(value, list) else value
+                for key, value in module.__dict__.items()
+                if key not in NOT_STRUCTURE and not key.startswith("_") and _is_plain(value)
+            }
+        return cls(found)
+
+    def changes_to(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return ``module -> {attribute: new value}`` for what is different now, ready for JSON."""
+        changes: dict[str, dict[str, Any]] = {}
+        for name, attributes in Structure.of(model).modules.items():
+            old = self.modules.get(name)
+            if old is None:
+                continue
+            new = {k: encode(v) for k, v in attributes.items() if k not in old or old[k] != v}
+            if new:
+                changes[name] = new
+        return changes
+
+
+def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[str, str]]) -> dict[str, Any]:
+    """Describe what loading needs to turn the unpruned architecture into ``model``."""
+    channels_last = [
+        name
+        for name, t in plain_tensors(model)
+        if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    ]
+    return {
+        "attributes": before.changes_to(model),
+        "folded": [list(pair) for pair in folded],
+        "channels_last": channels_last,
+        "frozen": [n for n, t in plain_tensors(model) if isinstance(t, nn.Parameter) and not t.requires_grad],
+    }

@@ -1,0 +1,184 @@
+"""What a pruning run gives back."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from singe_plugin.loop.events import History
+
+__all__ = ["LayerRow", "Metrics", "Result", "package_versions"]
+
+NARROW, SHARE = 4, 0.1  # what is left of a layer, in units and of what it had, below which it is warned of
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of Python and of those packages that are installed.
+
+    Example:
+        >>> sorted(package_versions(["torch", "no-such-package"]))
+        ['python', 'torch']
+    """
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A model in numbers; None where it was not measured.
+
+    Attributes:
+        params: parameters.
+        macs: multiply-adds for one example.
+        accuracy: top-1 on the validation data, in [0, 1].
+        latency_ms: median time of one forward pass of one example batch.
+        nonzero: parameters that are not masked; None where no single weights were pruned.
+        effective_macs: multiply-adds with a weight that is not masked, for one example; None likewise.
+    """
+
+    params: int
+    macs: int
+    accuracy: float | None = None
+    latency_ms: float | None = None
+    nonzero: int | None = None
+    effective_macs: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the per-layer table: a group of coupled layers, its units before and after."""
+
+    name: str
+    block: str
+    units_before: int
+    units_after: int
+
+    @property
+    def narrow(self) -> str | None:
+        """What there is to say of a layer that lost nearly all its units; None for others.
+
+        Example:
+            >>> LayerRow("conv1", "conv1", 16, 1).narrow
+            "layer 'conv1' has 1 of 16 units left; the network may not recover, min_width keeps more"
+            >>> LayerRow("conv1", "conv1", 16, 4).narrow
+        """
+        few = self.units_after < NARROW or self.units_after < SHARE * self.units_before
+        if self.units_after >= self.units_before or not few:
+            return None
+        left = f"{self.units_after} of {self.units_before} units left"
+        return f"layer {self.name!r} has {left}; the network may not recover, min_width keeps more"
+
+
+@dataclass
+class Result:
+    """The outcome of :func:`singe_plugin.prune`, and what :func:`singe_plugin.save` writes.
+
+    Attributes:
+        model: the pruned model.
+        before, after: parameters, MACs, accuracy, latency.
+        layers: units per layer, before and after, in forward order.
+        left_whole: group -> why it was not pruned.
+        history: every event of the run.
+        options: what was asked for.
+        versions: of the libraries that took part.
+        builder: how to build the unpruned architecture, or None.
+        structure: what removals changed, by module: what :func:`singe_plugin.load` needs besides the builder.
+        weight_masks: for pruned single weights, parameter name -> ``bool``: what
+            :func:`singe_plugin.masks.hold_masks` needs. Empty otherwise.
+        checkpoint: the file with the state of the finished run, which goes when the result is saved; None without
+            ``out_dir``.
+    """
+
+    model: nn.Module
+    before: Metrics
+    after: Metrics
+    layers: list[LayerRow] = field(default_factory=list)
+    left_whole: dict[str, str] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    builder: Any = None
+    structure: dict[str, Any] = field(default_factory=dict)
+    weight_masks: dict[str, Tensor] = field(default_factory=dict)
+    checkpoint: Path | None = None
+
+    @property
+    def removed_params(self) -> float:
+        """The fraction of the parameters that was removed."""
+        return 1 - self.after.params / self.before.params
+
+    @property
+    def removed_macs(self) -> float:
+        """The fraction of the multiply-adds that was removed."""
+        return 1 - self.after.macs / max(self.before.macs, 1)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of all parameters that is masked; None where no single weights were pruned."""
+        return None if self.after.nonzero is None else 1 - self.after.nonzero / max(self.after.params, 1)
+
+    @property
+    def weight_sparsity(self) -> float | None:
+        """The fraction of the weights of the pruned layers that is masked; None likewise."""
+        if self.after.nonzero is None:
+            return None
+        return 1 - sum(r.units_after for r in self.layers) / max(sum(r.units_before for r in self.layers), 1)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be looked at before the model is used: layers left with next to no units (see :class:`LayerRow`).
+
+        Single weights have no widths.
+        """
+        if self.sparsity is not None:
+            return []
+        return [row.narrow for row in self.layers if row.narrow is not None]
+
+    def summary(self) -> str:
+        """The before/after table as text, and below it what is to be known of the layers."""
+        rows = [("", "before", "after", "change")]
+        rows.append(_row("parameters", self.before.params, self.after.params, "{:,.0f}"))
+        if self.before.nonzero is not None and self.after.nonzero is not None:
+            rows.append(_row("not masked", self.before.nonzero, self.after.nonzero, "{:,.0f}"))
+        rows.append(_row("MACs", self.before.macs, self.after.macs, "{:,.0f}"))
+        if self.before.effective_macs is not None and self.after.effective_macs is not None:
+            rows.append(_row("effective MACs", self.before.effective_macs, self.after.effective_macs, "{:,.0f}"))
+        if self.before.accuracy is not None and self.after.accuracy is not None:
+            change = f"{100 * (self.after.accuracy - self.before.accuracy):+.2f} points"
+            rows.append(("accuracy", f"{self.before.accuracy:.2%}", f"{self.after.accuracy:.2%}", change))
+        if self.before.latency_ms is not None and self.after.latency_ms is not None:
+            rows.append(_row("latency (ms)", self.before.latency_ms, self.after.latency_ms, "{:.2f}"))
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        lines = []
+        for row in rows:
+            name, *cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join([name.strip().ljust(widths[0]), *cells]))
+        if self.sparsity is not None and self.weight_sparsity is not None:
+            lines.append(
+                f"sparsity: {self.weight_sparsity:.2%} of the pruned layers' weights, "
+                f"{self.sparsity:.2%} of all parameters"
+            )
+        warnings = self.warnings
+        lines += [f"warning: {text}" for text in warnings[:3]]
+        if len(warnings) > 3:
+            lines.append(f"warning: {len(warnings) - 3} more layers with next to no units left, see warnings")
+        for name, reason in list(self.left_whole.items())[:3]:
+            lines.append(f"left whole: {name} ({reason})")
+        if len(self.left_whole) > 3:
+            lines.append(f"left whole: {len(self.left_whole) - 3} more, see left_whole")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
+    return name, form.format(before), form.format(after), f"{100 * (after - before) / max(before, 1e-12):+.1f} %"

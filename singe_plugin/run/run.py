@@ -1,0 +1,76 @@
+"""A whole run: stage, replay or measure, loop, measure, result. One for every kind of pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from singe_plugin.loop.events import History
+from singe_plugin.loop.progress import Progress
+from singe_plugin.run.architecture import describe_structure
+from singe_plugin.run.checkpoint import (
+    fitting,
+    read_checkpoint,
+    restore_progress,
+    restore_run,
+    write_checkpoint,
+)  # fmt: skip
+from singe_plugin.run.job import Job
+from singe_plugin.run.result import Metrics, Result, package_versions
+from singe_plugin.run.staging import Stage, fingerprints, measure
+
+__all__ = ["carried_through"]
+
+PACKAGES = ("singe_plugin", "torch", "torch-pruning", "timm", "torchvision", "numpy")
+
+
+def carried_through(
+    job: Job, stage: Stage, options: Mapping[str, Any], folded: Iterable[tuple[str, str]], resume: bool
+) -> Result:
+    """Do a job on a stage, from the beginning or from its checkpoint.
+
+    Args:
+        job: the pruner, with the stage's fine-tuning.
+        stage: model, data, measurements.
+        options: what was asked for, as plain values; with the job's fine-tuning it is recorded.
+        folded: the batch-norms that were folded before, with the layers they went into.
+        resume: continue from the checkpoint, if there is one.
+
+    Raises:
+        ArtifactError: if the checkpoint is damaged, or of another run.
+    """
+    model, tuner, checkpoint = job.model, stage.tuner, stage.checkpoint
+    asked = {**options, "finetune": tuner.described()}
+    history, progress = History(), None
+    fingerprint = {
+        **asked,
+        "layers": [row.name for row in job.rows()],
+        **({} if checkpoint is None else fingerprints(model, stage)),
+    }
+    if resume and checkpoint is not None and checkpoint.exists():
+        record, tensors = read_checkpoint(checkpoint, fingerprint)
+        with fitting():
+            before = Metrics(**record["extra"]["before"])
+            progress, history = restore_progress(record, job.kind), History(list(record["history"]))
+        job.host()  # before the optimizer is made, as it was in the run that is continued: a mask moves its weight
+        tuner.prepare(model)  # behind the bias, and the norm of all gradients is summed in that order
+        host = job.host()
+        for layer, units in progress.removals:
+            host.remove(layer, units)
+        restore_run(record, tensors, model, tuner)
+    else:
+        before = measure(model, stage)
+        before = replace(before, **job.numbers())
+
+    def write(state: Progress) -> None:
+        assert checkpoint is not None
+        write_checkpoint(checkpoint, model, state, tuner, history, fingerprint, {"before": vars(before)})
+
+    job.run(progress, write if checkpoint is not None else None, history)
+    rows, numbers, masks = job.rows(), job.numbers(), job.fold()
+    return Result(
+        model, before, replace(measure(model, stage), **numbers), rows, dict(job.left_whole), history,
+        {**asked, "finetune": tuner.described()}, package_versions(PACKAGES), stage.builder,
+        describe_structure(model, stage.structure, list(folded)), masks, checkpoint,
+    )  # fmt: skip

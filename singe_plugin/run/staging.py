@@ -1,0 +1,244 @@
+"""What a whole run needs around the pruner: device, seeds, data, measurements; and everything put back in the end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from singe_plugin.axes import Trackers
+from singe_plugin.checks import check_count
+from singe_plugin.errors import ConfigError, DataError
+from singe_plugin.files import digest, locked, sweep
+from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.loop.events import Callback, LogCallback
+from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.stream import loader_generators
+from singe_plugin.loop.tuner import Tuner
+from singe_plugin.masks import named_tensors
+from singe_plugin.method.batches import check_batch, split_batch
+from singe_plugin.method.options import Scoring
+from singe_plugin.nested import tensors_in, to_device
+from singe_plugin.rollback import all_or_nothing
+from singe_plugin.run.architecture import Builder, Structure
+from singe_plugin.run.checkpoint import CHECKPOINT, seed_everything
+from singe_plugin.run.data import as_loader, evaluate, example_from, scoring_batches
+from singe_plugin.run.guards import check_model
+from singe_plugin.run.latency import measure_latency
+from singe_plugin.run.result import Metrics
+from singe_plugin.state import RngState, model_device
+
+__all__ = [
+    "Stage", "callbacks_of", "examples_in", "fingerprint_of", "fingerprints", "measure", "resolve_device", "staged",
+]  # fmt: skip
+
+BATCH = 64  # of a dataset; a loader has its own
+
+
+@dataclass
+class Stage:
+    """What a run works with.
+
+    Attributes:
+        tuner: the fine-tuning.
+        batches: fixed batches to score on.
+        example: inputs for tracing and counting.
+        validation: batches for the accuracy, or None.
+        builder: how to build the unpruned architecture, or None.
+        structure: the plain attributes of the unpruned model.
+        checkpoint: where the state of the run is written, or None.
+    """
+
+    tuner: Tuner
+    batches: list[Any]
+    example: Any
+    validation: Iterable[Any] | None
+    builder: Builder | None
+    structure: Structure
+    checkpoint: Path | None
+
+
+@contextmanager
+def staged(
+    model: nn.Module,
+    data: Any,
+    *,
+    scoring: Scoring,
+    finetune: FineTune,
+    val_data: Any = None,
+    example_inputs: Any = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
+) -> Iterator[Stage]:
+    """Move the model, seed, draw the batches; afterwards put device and random states back.
+
+    What ``finetune`` brings along, the state of an optimizer and an averaged copy, goes where the model goes.
+
+    If the block fails, the model is rolled back too.
+
+    Raises:
+        ConfigError, ArtifactError, DataError: for arguments that cannot mean anything; nothing is touched then.
+    """
+    check_model(model)
+    if resume and out_dir is None:
+        raise ConfigError("resume=True needs out_dir, the folder of the run to continue")
+    check_count("seed", seed, 0)
+    if seed >= 2**64:
+        raise ConfigError(f"seed={seed} is too large for torch's generators; give a whole number below 2**64")
+    if any(t.is_meta for t in tensors_in(example_inputs)):
+        raise ConfigError(
+            "example_inputs are on meta and have no values; move them to the model's device, or leave them out"
+        )
+    home = model_device(model)
+    where = resolve_device(device, home)
+    if where.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # it has random states from then on
+    with nullcontext() if out_dir is None else _alone_in(out_dir):
+        rng = RngState.capture()
+        generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
+        ema = finetune.ema if isinstance(finetune.ema, nn.Module) else None
+        tuner = None
+        try:
+            seed_everything(seed)
+            loader = as_loader(data, BATCH, 0, True, seed)
+            tuner = Tuner(finetune, loader)
+            _move(model, tuner, ema, where)
+            assert scoring.batches is not None
+            batches = scoring_batches(data, loader, scoring.batch_size, scoring.batches, seed)
+            _check_batches(batches, example_inputs)
+            example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
+            validation = None if val_data is None else as_loader(val_data, BATCH, 0, shuffle=False)
+            if isinstance(validation, Sized) and not len(validation):
+                raise DataError("val_data is empty; give at least one batch, or leave it out")
+            checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
+            stage = Stage(tuner, batches, example, validation, Builder.infer(model), Structure.of(model), checkpoint)
+            with all_or_nothing(model, tuner, Trackers(list(tuner.optimizers), [] if ema is None else [ema])):
+                yield stage
+        finally:
+            if tuner is not None:
+                _move(model, tuner, ema, home)
+            rng.restore()
+            for generator, state in generators:
+                generator.set_state(state)
+
+
+def _check_batches(batches: list[Any], example_inputs: Any) -> None:
+    """Raise :class:`DataError` for batches that cannot be scored on or, without example inputs, traced with."""
+    for batch in batches:
+        check_batch(batch)
+    sparse = any(t.layout is not torch.strided for t in tensors_in(split_batch(batches[0])[0]))
+    if example_inputs is None and sparse:
+        raise DataError("the inputs of a batch are sparse; give tensor.to_dense(), or example_inputs to trace with")
+
+
+@contextmanager
+def _alone_in(out_dir: str | Path) -> Iterator[None]:
+    """No other run is in the folder, and what a kill left half-written there is gone."""
+    with locked(out_dir):
+        sweep(Path(out_dir))
+        yield
+
+
+def _move(model: nn.Module, tuner: Tuner, ema: nn.Module | None, device: torch.device) -> None:
+    """A model to a device, and what is trained along with it."""
+    start = model_device(model)
+    model.to(device)
+    tuner.follow()
+    if ema is not None and model_device(ema) == start:
+        ema.to(device)
+
+
+def callbacks_of(given: Iterable[Callback]) -> list[Callback]:
+    """The callbacks of a run: the user's, and the log."""
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"callbacks must be a list of singe_plugin.Callback objects, got {given!r}")
+    return [*given, LogCallback()]
+
+
+def resolve_device(device: str | torch.device | None, home: torch.device | None = None) -> torch.device:
+    """The device to run on; None is the CUDA device that the model is on (``home``), else CUDA when there is one.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    if device is None:
+        if home is not None and home.type == "cuda":
+            return home
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r} is not a device: {error}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={str(device)!r} was asked for, but CUDA is not available; use device='cpu'")
+    if chosen.type == "meta":
+        raise ConfigError("device='meta' keeps no values; use device='cpu'")
+    try:
+        torch.empty(0, device=chosen)
+    except Exception as error:
+        raise ConfigError(f"device={str(device)!r} cannot be used: {error}; use device='cpu'") from error
+    return chosen
+
+
+def measure(model: nn.Module, stage: Stage) -> Metrics:
+    """Parameters, MACs of one example, accuracy and latency."""
+    return Metrics(
+        count_params(model),
+        count_macs(model, stage.example) // examples_in(stage.example),
+        None if stage.validation is None else evaluate(model, stage.validation),
+        measure_latency(model, stage.example),
+    )
+
+
+def examples_in(inputs: Any) -> int:
+    """The number of examples in a model's inputs."""
+    return max(next((len(t) if t.ndim else 1 for t in tensors_in(inputs)), 1), 1)
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """A checksum of names, values, structure and what is frozen: whether two runs start from the same model.
+
+    It is the same in every process and on every device.
+    """
+    found = hashlib.sha256()
+    for name, tensor in named_tensors(model):
+        found.update(f"{name} {digest(tensor)} {tensor.requires_grad}\n".encode())
+    plain = Structure.of(model).modules
+    for name, module in model.named_modules():
+        found.update(f"{name} {type(module).__qualname__} {sorted(plain[name].items())!r}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def fingerprints(model: nn.Module, stage: Stage) -> dict[str, Any]:
+    """What must be the same, besides the options, for a resumed run to mean the same: the model and the data.
+
+    The data are known by the batches to score on, the example inputs, and by how many there are to fine-tune on.
+    """
+    batches = hashlib.sha256()
+    for tensor in (t for batch in stage.batches for t in tensors_in(batch)):
+        batches.update(digest(tensor).encode())
+    return {
+        "model": fingerprint_of(model),
+        "data": {
+            "scoring": batches.hexdigest()[:16],
+            "inputs": [[str(t.dtype), list(t.shape)] for t in tensors_in(stage.example)],
+            "batches": _length(stage.tuner.stream.batches),
+            "validation": _length(stage.validation),
+        },
+    }
+
+
+def _length(batches: Any) -> int | None:
+    """How many batches there are, where that is known."""
+    try:
+        return len(batches)
+    except TypeError:  # an iterable without a length, or a loader over one
+        return None
