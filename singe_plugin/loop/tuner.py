@@ -48,7 +48,7 @@ class Tuner:
 
     Args:
         options: how.
-        loader: what to train on, where the options have no loader.
+        loader: what to train on, in the place of the options' loader.
 
     Attributes:
         objective: F, which is minimised unless the options have a ``loss`` or ``step_fn``. ``"loss"`` is trained as
@@ -74,7 +74,7 @@ class Tuner:
 
     def __init__(self, options: FineTune, loader: Iterable[Any] | None = None) -> None:
         self.options = options
-        batches = loader if options.loader is None else options.loader
+        batches = options.loader if loader is None else loader
         if batches is None:
             if options.steps:
                 raise ConfigError("there is nothing to fine-tune on; give FineTune(loader=...)")

@@ -62,7 +62,7 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
         ArtifactError: if no builder is known (a model that is not from timm): pass
             ``Builder.factory("package.module:function", ...)``; or if the files cannot be written.
     """
-    given, builder = builder, builder or result.builder
+    builder = builder or result.builder
     if builder is None:
         raise ArtifactError(
             f"{type(result.model).__name__} cannot be rebuilt from a timm name alone; say how to build the unpruned "
@@ -100,8 +100,7 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
         raise ArtifactError(f"the result holds something that is not plain JSON: {error}") from error
     again = json.loads(text)
     check_record(unseal(again, "the record"))
-    if given is not None:  # find out now that it cannot be loaded, while the model is still there
-        _try_out(given, again, tensors, masks)
+    _try_out(builder, again, tensors, masks)  # find out now that it cannot be loaded, while the model is still there
     write_atomically(directory / TENSORS, lambda p: save_file(tensors, p))
     if masks:
         write_atomically(directory / MASKS, lambda p: save_file(masks, p))

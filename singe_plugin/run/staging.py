@@ -30,6 +30,7 @@ from singe_plugin.run.architecture import Builder, Structure
 from singe_plugin.run.checkpoint import CHECKPOINT, seed_everything
 from singe_plugin.run.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.run.guards import check_model
+from singe_plugin.run.latency import measure_latency
 from singe_plugin.run.result import Metrics
 from singe_plugin.state import RngState, model_device
 
@@ -108,7 +109,8 @@ def staged(
         try:
             seed_everything(seed)
             loader = as_loader(data, BATCH, 0, True, seed)
-            tuner = Tuner(finetune, loader)
+            trained = loader if finetune.loader is None else as_loader(finetune.loader, BATCH, 0, True, seed)
+            tuner = Tuner(finetune, trained)
             _move(model, tuner, ema, where)
             assert scoring.batches is not None
             batches = scoring_batches(data, loader, scoring.batch_size, scoring.batches, seed)
@@ -189,8 +191,6 @@ def resolve_device(device: str | torch.device | None, home: torch.device | None 
 
 def measure(model: nn.Module, stage: Stage) -> Metrics:
     """Parameters, MACs of one example, accuracy and latency."""
-    from singe_plugin.run.latency import measure_latency  # its clock brings torch's compilers of extensions
-
     return Metrics(
         count_params(model),
         count_macs(model, stage.example) // examples_in(stage.example),
