@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -46,8 +48,7 @@ class Latency:
 def latency_of(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup: int = 3) -> Latency:
     """Time the forward pass in eval mode, on the model's device.
 
-    The clock, which waits for the current device, and the statistics are those of ``torch.utils.benchmark``. Its
-    ``Timer`` gives the mean of some passes, without their spread, or goes on for a given time whatever they take.
+    As ``torch.utils.benchmark`` does it, whose import brings setuptools with its import hooks and a search for compilers.
 
     Args:
         model: as it is afterwards, too.
@@ -63,8 +64,6 @@ def latency_of(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup:
         >>> found.median_ms > 0, found.batch, found.device
         (True, 4, 'cpu')
     """
-    from torch.utils.benchmark import Measurement, TaskSpec, timer  # it imports setuptools and looks for compilers
-
     check_count("repeats", repeats, 1, "number of passes")
     check_count("warmup", warmup, 0, "number of passes")
     device, threads, times = model_device(model), torch.get_num_threads(), []
@@ -74,13 +73,19 @@ def latency_of(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup:
         for _ in range(warmup):
             call_model(model, example_inputs)
         for _ in range(repeats):
-            start = timer()
+            start = _now(device)
             call_model(model, example_inputs)
-            times.append(timer() - start)
-    found = Measurement(1, times, TaskSpec("model(inputs)", "", num_threads=threads))
+            times.append(1000 * (_now(device) - start))
+    low, median, high = np.percentile(times, (25, 50, 75)).tolist()
     batch = next((len(tensor) for tensor in tensors_in(example_inputs) if tensor.ndim), 1)
     named = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    return Latency(1000 * found.median, 1000 * found.iqr, batch, threads, named)
+    return Latency(median, high - low, batch, threads, named)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def measure_latency(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup: int = 3) -> float:

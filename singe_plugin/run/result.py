@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from singe_plugin.loop.events import History
 
-__all__ = ["LayerRow", "Metrics", "Result", "package_versions"]
+__all__ = ["LayerRow", "Metrics", "Result", "latency_cells", "package_versions"]
 
 NARROW, SHARE = 4, 0.1  # what is left of a layer, in units and of what it had, below which it is warned of
 
@@ -43,6 +43,7 @@ class Metrics:
         macs: multiply-adds for one example.
         accuracy: top-1 on the validation data, in [0, 1].
         latency_ms: median time of one forward pass of one example batch.
+        latency_iqr_ms: the distance between the quartiles of that time.
         nonzero: parameters that are not masked; None where no single weights were pruned.
         effective_macs: multiply-adds with a weight that is not masked, for one example; None likewise.
     """
@@ -51,6 +52,7 @@ class Metrics:
     macs: int
     accuracy: float | None = None
     latency_ms: float | None = None
+    latency_iqr_ms: float | None = None
     nonzero: int | None = None
     effective_macs: int | None = None
 
@@ -158,7 +160,7 @@ class Result:
             change = f"{100 * (self.after.accuracy - self.before.accuracy):+.2f} points"
             rows.append(("accuracy", f"{self.before.accuracy:.2%}", f"{self.after.accuracy:.2%}", change))
         if self.before.latency_ms is not None and self.after.latency_ms is not None:
-            rows.append(_row("latency (ms)", self.before.latency_ms, self.after.latency_ms, "{:.2f}"))
+            rows.append(("latency (ms)", *latency_cells(self.before, self.after)))
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = []
         for row in rows:
@@ -182,3 +184,27 @@ class Result:
 
 def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
     return name, form.format(before), form.format(after), f"{100 * (after - before) / max(before, 1e-12):+.1f} %"
+
+
+def latency_cells(before: Metrics, after: Metrics) -> tuple[str, str, str]:
+    """Both medians with the distance between their quartiles, and the change, where it is more than these.
+
+    Example:
+        >>> latency_cells(Metrics(1, 1, latency_ms=10.0, latency_iqr_ms=1.0), Metrics(1, 1, latency_ms=5.0))
+        ('10.00 ±0.50', '5.00', '-50.0 %')
+        >>> latency_cells(Metrics(1, 1, latency_ms=10.0, latency_iqr_ms=3.0), Metrics(1, 1, latency_ms=9.0))[2]
+        'not measurable'
+    """
+    assert before.latency_ms is not None
+    assert after.latency_ms is not None
+    spread = [(m.latency_iqr_ms or 0.0) / 2 for m in (before, after)]
+    shown = [
+        f"{m.latency_ms:.2f}" + (f" ±{half:.2f}" if m.latency_iqr_ms is not None else "")
+        for m, half in zip((before, after), spread, strict=True)
+    ]
+    apart = abs(after.latency_ms - before.latency_ms) > sum(spread)
+    return (
+        shown[0],
+        shown[1],
+        f"{100 * (after.latency_ms / before.latency_ms - 1):+.1f} %" if apart else "not measurable",
+    )

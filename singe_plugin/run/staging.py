@@ -30,7 +30,7 @@ from singe_plugin.run.architecture import Builder, Structure
 from singe_plugin.run.checkpoint import CHECKPOINT, seed_everything
 from singe_plugin.run.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.run.guards import check_model
-from singe_plugin.run.latency import measure_latency
+from singe_plugin.run.latency import latency_of
 from singe_plugin.run.result import Metrics
 from singe_plugin.state import RngState, model_device
 
@@ -191,11 +191,13 @@ def resolve_device(device: str | torch.device | None, home: torch.device | None 
 
 def measure(model: nn.Module, stage: Stage) -> Metrics:
     """Parameters, MACs of one example, accuracy and latency."""
+    found = latency_of(model, stage.example)
     return Metrics(
         count_params(model),
         count_macs(model, stage.example) // examples_in(stage.example),
         None if stage.validation is None else evaluate(model, stage.validation),
-        measure_latency(model, stage.example),
+        found.median_ms,
+        found.iqr_ms,
     )
 
 
