@@ -48,7 +48,7 @@ class Latency:
 def latency_of(model: nn.Module, example_inputs: Any, repeats: int = 20, warmup: int = 3) -> Latency:
     """Time the forward pass in eval mode, on the model's device.
 
-    As ``torch.utils.benchmark`` does it, whose import brings setuptools with its import hooks and a search for compilers.
+    As ``torch.utils.benchmark`` does it, whose import brings setuptools' import hooks and a search for compilers.
 
     Args:
         model: as it is afterwards, too.
