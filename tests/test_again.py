@@ -22,7 +22,7 @@ from singe_plugin import FineTune, fold_batchnorm, prune
 from singe_plugin.errors import ArtifactError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
-from singe_plugin.loop.budget import count_params
+from singe_plugin.loop.costs import count_params
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.run.staging import fingerprint_of
 
@@ -109,8 +109,8 @@ def test_interrupted_in_the_final_counting(
     setting = Setting(granularity, True, "layer")
     trace, before = Trace(setting.net, setting.optimizer), setting.state()
     over = StopAt("run_end", 10)
-    place = "torch_pruning.host" if granularity == "unit" else "unstructured.pruner"
-    name = f"singe_plugin.integrations.{place}.count_params"
+    place = "loop.costs" if granularity == "unit" else "integrations.unstructured.pruner"
+    name = f"singe_plugin.{place}.count_params"
 
     def interrupt(model: nn.Module) -> int:
         if over.left < 10:

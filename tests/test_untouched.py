@@ -24,7 +24,7 @@ from singe_plugin.app.inspection import inspect_model
 from singe_plugin.axes import AxisGraph, Snapshot, Trackers, removal, remove_units, verify_groups
 from singe_plugin.errors import SingeError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.loop.budget import count_macs
+from singe_plugin.loop.costs import count_macs
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import score_units
 from singe_plugin.run.data import evaluate

@@ -175,8 +175,8 @@ def step_of(evaluator: Any) -> Step | None:
         except TypeError as error:
             raise ConfigError(
                 f"the training step takes {inspect.signature(step)}, but scoring calls it with a batch and the model "
-                f"only ({error}); give all other arguments defaults, or say what is differentiated with "
-                "Scoring(objective='loss') or with a function (outputs, targets) -> scalar there"
+                f"only ({error}); give all other arguments defaults, or say what is differentiated: "
+                "scoring=Scoring(objective='loss'), or a function (outputs, targets) -> scalar there"
             ) from error
         return lambda model, batch: _loss_in(step(batch, model))
     if isinstance(evaluator, _nni.TransformersEvaluator):
