@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.fields import described, given, plain
+from singe_plugin.fields import as_options, describe, to_plain
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
 from singe_plugin.run.result import Result
-from singe_plugin.run.run import carried_through
-from singe_plugin.run.staging import callbacks_of, staged
+from singe_plugin.run.run import carry_through
+from singe_plugin.run.staging import set_stage, with_log
 
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
@@ -88,19 +88,19 @@ def prune(
         >>> result.before.params, result.after.params
         (114, 58)
     """
-    pace = given(Pace, pace, "pace", "order").settled()
-    scoring = given(Scoring, scoring, "scoring", "criterion")
+    pace = as_options(Pace, pace, "pace", "order").settle()
+    scoring = as_options(Scoring, scoring, "scoring", "criterion")
     importance = None if isinstance(scoring.criterion, str) else scoring.criterion
     if isinstance(importance, SInGEImportance):
         scoring = _of_importance(scoring, importance)
     assert pace.order is not None
-    scoring = scoring.settled(pace.order)
+    scoring = scoring.settle(pace.order)
     options = {
-        "target": plain(target), "scoring": described(scoring), "pace": described(pace), "seed": seed, "fold": fold,
+        "target": to_plain(target), "scoring": describe(scoring), "pace": describe(pace), "seed": seed, "fold": fold,
         "verify": verify,
     }  # fmt: skip
-    with staged(
-        model, data, scoring=scoring, finetune=given(FineTune, finetune, "finetune", "steps"), val_data=val_data,
+    with set_stage(
+        model, data, scoring=scoring, finetune=as_options(FineTune, finetune, "finetune", "steps"), val_data=val_data,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
     ) as stage:  # fmt: skip
         folded = list(fold_batchnorm(model, stage.example).folded) if fold else []
@@ -110,10 +110,10 @@ def prune(
             importance.bind(model, stage.batches)
         pruner = SInGEPruner(
             model, stage.example, importance, target=target, pace=pace, finetune=stage.tuner,
-            callbacks=callbacks_of(callbacks), batches=stage.batches, verify=verify, ignored_layers=ignored_layers,
+            callbacks=with_log(callbacks), batches=stage.batches, verify=verify, ignored_layers=ignored_layers,
         )  # fmt: skip
         pruner.objective = scoring.objective or "loss"
-        return carried_through(pruner, stage, options, folded, resume)
+        return carry_through(pruner, stage, options, folded, resume)
 
 
 def _of_importance(scoring: Scoring, importance: SInGEImportance) -> Scoring:
@@ -121,8 +121,8 @@ def _of_importance(scoring: Scoring, importance: SInGEImportance) -> Scoring:
     own = importance.scoring
     if scoring.objective not in (None, own.objective):
         raise ConfigError(
-            f"objective={plain(scoring.objective)!r} was given beside an importance whose F is "
-            f"{plain(own.objective)!r}; give it to the importance alone"
+            f"objective={to_plain(scoring.objective)!r} was given beside an importance whose F is "
+            f"{to_plain(own.objective)!r}; give it to the importance alone"
         )
     batches = own.batches if scoring.batches is None else scoring.batches
     return Scoring(**{**vars(own), "batches": batches, "batch_size": scoring.batch_size})

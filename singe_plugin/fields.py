@@ -16,7 +16,9 @@ from typing import Any, TypeVar, dataclass_transform
 
 from singe_plugin.errors import ConfigError
 
-__all__ = ["Spelling", "described", "documented", "given", "option", "plain", "spellings", "table", "text_of"]
+__all__ = [
+    "Spelling", "as_options", "describe", "describe_object", "documented", "option", "spellings", "table", "to_plain",
+]  # fmt: skip
 
 Kind = TypeVar("Kind")
 
@@ -69,7 +71,7 @@ def documented(cls: type[Kind]) -> type[Kind]:
     return made
 
 
-def given(cls: type[Kind], value: Any, name: str, shorthand: str) -> Kind:
+def as_options(cls: type[Kind], value: Any, name: str, shorthand: str) -> Kind:
     """An options object, or what stands for one: None for the defaults, and a value for one of its fields.
 
     Args:
@@ -95,39 +97,39 @@ def given(cls: type[Kind], value: Any, name: str, shorthand: str) -> Kind:
     )
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """A value as JSON keeps it, the same in every process: of objects, their name or that of their class.
 
     Example:
-        >>> plain({"a": 1}), plain(len), plain(object())
+        >>> to_plain({"a": 1}), to_plain(len), to_plain(object())
         ({'a': 1}, 'len', 'object')
     """
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else text_of(key): plain(held) for key, held in value.items()}
+        return {key if isinstance(key, str) else describe_object(key): to_plain(held) for key, held in value.items()}
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def text_of(value: Any) -> str:
+def describe_object(value: Any) -> str:
     """A description without the addresses of objects.
 
     Example:
-        >>> text_of(object())
+        >>> describe_object(object())
         '<object object>'
     """
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def described(options: Any) -> dict[str, Any]:
+def describe(options: Any) -> dict[str, Any]:
     """The fields of an options object as plain values: what a run records.
 
     Example:
         >>> from singe_plugin.loop.pace import Pace
-        >>> described(Pace("layers"))["order"]
+        >>> describe(Pace("layers"))["order"]
         'layers'
     """
-    return {f.name: plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    return {f.name: to_plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
 from singe_plugin.loop.costs import count_macs
 from singe_plugin.loop.events import Callback
-from singe_plugin.loop.tuner import Tuner, beside
+from singe_plugin.loop.tuner import Tuner, place_state
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import score_units
 from singe_plugin.nested import to_device
@@ -161,8 +161,8 @@ def test_the_optimizers_state_goes_where_the_parameters_go() -> None:
 )  # fmt: skip
 def test_state_is_where_pytorch_puts_it(key: str, group: dict[str, Any], expected: str) -> None:
     parameter = torch.zeros(3, 2, device=META)
-    assert beside(parameter, key, torch.zeros(3, 1), group).device.type == expected
-    assert beside(parameter, key, 7, group) == 7
+    assert place_state(parameter, key, torch.zeros(3, 1), group).device.type == expected
+    assert place_state(parameter, key, 7, group) == 7
 
 
 def test_random_states_of_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 import singe_plugin
 from singe_plugin import FineTune, Pace, Scoring
 from singe_plugin.errors import ConfigError
-from singe_plugin.fields import described, given, spellings
+from singe_plugin.fields import as_options, describe, spellings
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,22 +109,22 @@ def test_the_command_has_every_option_that_it_can_spell() -> None:
 
 
 def test_what_stands_for_an_object() -> None:
-    assert given(Scoring, "ig_abs", "scoring", "criterion") == Scoring("ig_abs")
-    assert given(Pace, None, "pace", "order") == Pace()
-    assert given(FineTune, 7, "finetune", "steps") == FineTune(steps=7)
-    assert given(Scoring, len, "scoring", "criterion").criterion is len
+    assert as_options(Scoring, "ig_abs", "scoring", "criterion") == Scoring("ig_abs")
+    assert as_options(Pace, None, "pace", "order") == Pace()
+    assert as_options(FineTune, 7, "finetune", "steps") == FineTune(steps=7)
+    assert as_options(Scoring, len, "scoring", "criterion").criterion is len
     for cls, value, name, field in ((Pace, 3.5, "pace", "order"), (FineTune, True, "finetune", "steps")):
         with pytest.raises(
             ConfigError, match=rf"{name} must be a {cls.__name__}, or its {field}, got {type(value).__name__}"
         ):
-            given(cls, value, name, field)
+            as_options(cls, value, name, field)
     with pytest.raises(ConfigError, match=r"unknown order 'round' \(did you mean 'rounds'\?\); choose one of"):
-        given(Pace, "round", "pace", "order")
+        as_options(Pace, "round", "pace", "order")
 
 
 def test_a_record_is_the_same_in_every_process_and_plain() -> None:
     options = FineTune([(1, 2)], loss=lambda a, b: a, optimizer=None, ema=None)
-    record = described(options)
+    record = describe(options)
     assert json.loads(json.dumps(record)) == record
     assert record["loader"] == "list"
     assert " at 0x" not in json.dumps(record)

@@ -81,10 +81,10 @@ def test_rounds_go_on_where_they_stopped(kind: type[Progress]) -> None:
 
 def test_courses() -> None:
     for course in ("cubic", "linear"):
-        shares = [Pace(rounds=10, course=course).covered(number) for number in range(1, 11)]
+        shares = [Pace(rounds=10, course=course).share_after(number) for number in range(1, 11)]
         assert shares == sorted(shares)
         assert shares[-1] == 1.0
-    assert Pace(rounds=10).covered(1) > Pace(rounds=10, course="linear").covered(1)
+    assert Pace(rounds=10).share_after(1) > Pace(rounds=10, course="linear").share_after(1)
     for rounds in (0, -1, 1.5, True, "2"):
         with pytest.raises(ConfigError, match="is not a number of rounds"):
             Pace(rounds=rounds)

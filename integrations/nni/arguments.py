@@ -12,7 +12,7 @@ from singe_plugin.loop.pace import Pace
 from singe_plugin.method.batches import check_batch, in_memory, materialise
 from singe_plugin.method.options import Scoring
 
-__all__ = ["batches_of", "check_amounts", "check_without_evaluator", "entwined_pace"]
+__all__ = ["batches_of", "check_amounts", "check_without_evaluator", "settle_entwined"]
 
 
 def check_amounts(every: object, min_width: object, training_steps: object) -> None:
@@ -22,7 +22,7 @@ def check_amounts(every: object, min_width: object, training_steps: object) -> N
     check_choice("every", every, EVERY)
 
 
-def entwined_pace(pace: Pace) -> Pace:
+def settle_entwined(pace: Pace) -> Pace:
     """The pace inside a training loop, with everything decided.
 
     Raises:
@@ -33,7 +33,7 @@ def entwined_pace(pace: Pace) -> Pace:
     for name in ("ratios", "max_pruning_ratio", "min_width", "round_to"):
         if getattr(pace, name) is not None:
             raise ConfigError(f"pace.{name} is not for NNI's pruner: the config list says how much of a layer goes")
-    return pace.settled(order="layers")
+    return pace.settle(order="layers")
 
 
 def batches_of(batches: Iterable[Any] | None) -> list[Any] | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.errors import ConfigError, ScoringError
-from singe_plugin.fields import given
+from singe_plugin.fields import as_options
 from singe_plugin.loop.events import Callback, Callbacks, History
 from singe_plugin.loop.pace import Pace
 from singe_plugin.method.batches import split_batch
@@ -23,7 +23,7 @@ from singe_plugin.nested import call_model, to_device
 from singe_plugin.run.guards import check_here
 from singe_plugin.state import model_device, preserved
 
-from .arguments import batches_of, check_amounts, check_without_evaluator, entwined_pace
+from .arguments import batches_of, check_amounts, check_without_evaluator, settle_entwined
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
 from .metrics import ScoringPruner
@@ -133,10 +133,10 @@ class SInGEPruner(ScoringPruner):
                 "SInGEPruner.from_compressor(other, config_list, ...)"
             )
         check_evaluator(evaluator)
-        asked = given(Scoring, scoring, "scoring", "criterion")
+        asked = as_options(Scoring, scoring, "scoring", "criterion")
         self._own_objective = asked.objective is not None
-        self.pace = None if pace is None else entwined_pace(given(Pace, pace, "pace", "order"))
-        self.scoring, steps = asked.settled(), training_steps
+        self.pace = None if pace is None else settle_entwined(as_options(Pace, pace, "pace", "order"))
+        self.scoring, steps = asked.settle(), training_steps
         check_amounts(every, min_width, training_steps)
         self.batches = batches_of(batches)
         if evaluator is None:

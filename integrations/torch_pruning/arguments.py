@@ -16,7 +16,7 @@ from singe_plugin.nested import call_model
 from singe_plugin.run.guards import check_model
 from singe_plugin.state import model_device
 
-__all__ = ["base_options", "check_arguments", "forward_of", "settled_with"]
+__all__ = ["base_options", "check_arguments", "forward_of", "settle_with"]
 
 _MOST_STEPS = 100_000
 
@@ -78,7 +78,7 @@ def check_base_arguments(kwargs: dict[str, Any]) -> None:
     check_number("max_pruning_ratio", kwargs.get("max_pruning_ratio", 1.0), 0, 1, "]]")
 
 
-def settled_with(pace: Pace, options: dict[str, Any]) -> Pace:
+def settle_with(pace: Pace, options: dict[str, Any]) -> Pace:
     """The pace of a pruner with everything decided, and ``BasePruner``'s options that are the same thing set to it.
 
     Raises:
@@ -90,6 +90,6 @@ def settled_with(pace: Pace, options: dict[str, Any]) -> Pace:
         if mine is not None and theirs != default and mine != theirs:
             raise ConfigError(f"{name}={theirs!r} and pace.{name}={mine!r} were both given; leave one out")
     shared = {name: options[name] for name in usual}
-    found = pace.settled(order="layers", units_per_step=1, min_width=1, **shared)
+    found = pace.settle(order="layers", units_per_step=1, min_width=1, **shared)
     options |= {name: getattr(found, name) for name in usual}
     return found

@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Trackers, verify_groups
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.fields import given
+from singe_plugin.fields import as_options
 from singe_plugin.loop.budget import Target, plan_removals
 from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.events import Callback, History
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, scored
+from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
 from singe_plugin.loop.pace import BY_SCORE, Pace
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.objective import ObjectiveLike
 from singe_plugin.run.guards import check_here, check_parts, parts_of
-from singe_plugin.run.job import carried_out, tuner_of
+from singe_plugin.run.job import carry_out, make_tuner
 from singe_plugin.run.result import LayerRow
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from .allocation import Rounds, counts_for
-from .arguments import base_options, check_arguments, forward_of, settled_with
+from .arguments import base_options, check_arguments, forward_of, settle_with
 from .graph import AxisDependencyGraph
 from .host import TorchPruningHost, block_of
 from .importance import SInGEImportance
@@ -133,11 +133,11 @@ class SInGEPruner(SteppingPruner):
         check_arguments(model, example_inputs, importance)
         self.target = None if target is None else Target.parse(target)
         options = base_options(args, kwargs)
-        asked = given(Pace, pace, "pace", "order")
-        self.pace = settled_with(asked, options)
+        asked = as_options(Pace, pace, "pace", "order")
+        self.pace = settle_with(asked, options)
         options["ignored_layers"] = parts_of(model, options["ignored_layers"])
         check_parts(model, finetune, callbacks := list(callbacks), options["ignored_layers"])
-        self.tuner, self.callbacks = tuner_of(finetune), callbacks
+        self.tuner, self.callbacks = make_tuner(finetune), callbacks
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
         self._objective: ObjectiveLike = "loss"
@@ -175,7 +175,7 @@ class SInGEPruner(SteppingPruner):
         ratios = self._named(self.pace.ratios) if isinstance(self.pace.ratios, Mapping) else str(self.pace.ratios)
         if ratios in BY_SCORE:
             last = {spec.name: torch.tensor([math.inf]) for spec in specs if spec.units < 2}  # whatever its score
-            scores = last | scored(host, {spec.name: spec.units for spec in specs if spec.units > 1})
+            scores = last | score_layers(host, {spec.name: spec.units for spec in specs if spec.units > 1})
         if self.target is not None:
             return counts_for(host, self.target, ratios, round_to, scores)
         if self.pruning_ratio_dict:
@@ -248,7 +248,7 @@ class SInGEPruner(SteppingPruner):
         check_here()
         history = history or History()
         before = count_params(self.model), count_macs(self.model, self.example_inputs)
-        with carried_out(self, progress, checkpoint, history) as (host, done):
+        with carry_out(self, progress, checkpoint, history) as (host, done):
             after = host.sizes()
         return PruningOutcome(
             self.model, (before[0], after["params"]), (before[1], after["macs"]), dict(done.plan), history,

@@ -201,7 +201,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             host = self._host(names, own_gradients=True)
             loop = Loop(host, Progress({}))
             loop.progress.begin(host.layers())
-            for name, units in loop.chosen(Turn(names, self._least), missing=True).items():
+            for name, units in loop.choose_units(Turn(names, self._least), missing=True).items():
                 yield AxisGroup(self.DG, self.graph.groups[name], units.tolist())
 
     def load_pruning_history(self, pruning_history: list[Any]) -> None:

@@ -13,13 +13,13 @@ from singe_plugin.loop.pace import Pace
 from .allocation import RATIOS
 from .patterns import Pattern
 
-__all__ = ["DEFAULT_ROUNDS", "DEFAULT_SPARSITY", "settled_pace", "settled_sparsity"]
+__all__ = ["DEFAULT_ROUNDS", "DEFAULT_SPARSITY", "settle_pace", "settle_sparsity"]
 
 DEFAULT_SPARSITY = 0.9
 DEFAULT_ROUNDS = 10
 
 
-def settled_pace(pace: Pace, rounds: int) -> Pace:
+def settle_pace(pace: Pace, rounds: int) -> Pace:
     """The pace of a pruner of single weights, with everything decided.
 
     Raises:
@@ -36,11 +36,11 @@ def settled_pace(pace: Pace, rounds: int) -> Pace:
             f"ratios={pace.ratios!r} is for units; for single weights choose one of {', '.join(RATIOS)} or give "
             "{layer: ratio}"
         )
-    found = pace.settled(rounds=rounds, ratios="global", max_pruning_ratio=1.0)
+    found = pace.settle(rounds=rounds, ratios="global", max_pruning_ratio=1.0)
     return replace(found, min_width=None)
 
 
-def settled_sparsity(sparsity: Any, pace: Pace, pattern: Pattern | None) -> float | None:
+def settle_sparsity(sparsity: Any, pace: Pace, pattern: Pattern | None) -> float | None:
     """The fraction of the weights to mask; None is what the pattern, or a ratio per layer, says.
 
     Raises:

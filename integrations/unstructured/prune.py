@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe_plugin.fields import described, given
+from singe_plugin.fields import as_options, describe
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
 from singe_plugin.run.result import Result
-from singe_plugin.run.run import carried_through
-from singe_plugin.run.staging import callbacks_of, staged
+from singe_plugin.run.run import carry_through
+from singe_plugin.run.staging import set_stage, with_log
 from singe_plugin.state import model_device
 
-from .arguments import DEFAULT_ROUNDS, settled_pace
+from .arguments import DEFAULT_ROUNDS, settle_pace
 from .patterns import Pattern
 from .pruner import UnstructuredPruner
 
@@ -67,22 +67,22 @@ def prune_weights(
         >>> result.after.params, result.after.nonzero, result.after.macs, result.after.effective_macs
         (114, 42, 96, 24)
     """
-    pace = settled_pace(given(Pace, pace, "pace", "order"), DEFAULT_ROUNDS)
+    pace = settle_pace(as_options(Pace, pace, "pace", "order"), DEFAULT_ROUNDS)
     assert pace.order is not None
-    scoring = given(Scoring, scoring, "scoring", "criterion").settled(pace.order, weights=True)
+    scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order, weights=True)
     options = {
         "granularity": "weight", "sparsity": sparsity, "pattern": None if pattern is None else str(pattern),
-        "scoring": described(scoring), "pace": described(pace), "seed": seed, "fold": fold,
+        "scoring": describe(scoring), "pace": describe(pace), "seed": seed, "fold": fold,
     }  # fmt: skip
-    with staged(
-        model, data, scoring=scoring, finetune=given(FineTune, finetune, "finetune", "steps"), val_data=val_data,
+    with set_stage(
+        model, data, scoring=scoring, finetune=as_options(FineTune, finetune, "finetune", "steps"), val_data=val_data,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
     ) as stage:  # fmt: skip
         folded = list(fold_batchnorm(model, stage.example).folded) if fold else []
         pruner = UnstructuredPruner(
             model, stage.batches, sparsity=sparsity, pattern=pattern, ignored_layers=ignored_layers, pace=pace,
-            finetune=stage.tuner, callbacks=callbacks_of(callbacks), example_inputs=stage.example, scoring=scoring,
+            finetune=stage.tuner, callbacks=with_log(callbacks), example_inputs=stage.example, scoring=scoring,
         )  # fmt: skip
-        result = carried_through(pruner, stage, options, folded, resume)
+        result = carry_through(pruner, stage, options, folded, resume)
     result.weight_masks = {name: mask.to(model_device(model)) for name, mask in result.weight_masks.items()}
     return result

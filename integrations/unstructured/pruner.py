@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import Trackers
 from singe_plugin.errors import ConfigError, DataError
-from singe_plugin.fields import given
+from singe_plugin.fields import as_options
 from singe_plugin.loop.costs import count_macs_by_module, count_params
 from singe_plugin.loop.events import Callback, History
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, scored
+from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import CountedProgress, Progress
 from singe_plugin.loop.tuner import Tuner
@@ -26,14 +26,14 @@ from singe_plugin.method.scoring import score_units
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.run.data import example_from
 from singe_plugin.run.guards import check_model, check_parts
-from singe_plugin.run.job import carried_out, tuner_of
+from singe_plugin.run.job import carry_out, make_tuner
 from singe_plugin.run.result import LayerRow
-from singe_plugin.run.staging import examples_in
+from singe_plugin.run.staging import count_examples
 from singe_plugin.state import model_device
 
 from ..torch_pruning.host import block_of
 from .allocation import Allocation, layer_ratios
-from .arguments import settled_pace, settled_sparsity
+from .arguments import settle_pace, settle_sparsity
 from .host import WeightHost
 from .layers import WeightLayer, find_layers
 from .patterns import Pattern
@@ -148,12 +148,12 @@ class UnstructuredPruner:
     ) -> None:
         check_model(model)
         check_parts(model, finetune, callbacks := list(callbacks), ())
-        self.model, self.tuner, self.callbacks = model, tuner_of(finetune), callbacks
+        self.model, self.tuner, self.callbacks = model, make_tuner(finetune), callbacks
         self.pattern = None if pattern is None else Pattern.parse(pattern)
-        self.pace = settled_pace(given(Pace, pace, "pace", "order"), 1)
+        self.pace = settle_pace(as_options(Pace, pace, "pace", "order"), 1)
         assert self.pace.order is not None
-        self.scoring = given(Scoring, scoring, "scoring", "criterion").settled(self.pace.order, weights=True)
-        self.sparsity = settled_sparsity(sparsity, self.pace, self.pattern)
+        self.scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(self.pace.order, weights=True)
+        self.sparsity = settle_sparsity(sparsity, self.pace, self.pattern)
         self.batches = None if batches is None else in_memory(materialise(batches))
         if self.batches == [] or (self.batches is None and self.scoring.rule.needs_gradient):
             raise DataError(
@@ -222,7 +222,7 @@ class UnstructuredPruner:
         """
         history = history or History()
         try:
-            with carried_out(self, progress, checkpoint, history) as (host, done):
+            with carry_out(self, progress, checkpoint, history) as (host, done):
                 return self._outcome(host, done, history)
         except BaseException:
             self._host = None  # what it has counted is of the masks before they were rolled back
@@ -248,7 +248,7 @@ class UnstructuredPruner:
             return CountedProgress({})
         allocation = self._allocation(host, {})
         units = {spec.name: spec.units for spec in host.layers()} if allocation.needs_scores else {}
-        return CountedProgress(allocation.plan(scored(host, units)))
+        return CountedProgress(allocation.plan(score_layers(host, units)))
 
     def _allocation(self, host: WeightHost, removed: Mapping[str, int]) -> Allocation:
         assert self.pace.max_pruning_ratio is not None
@@ -306,7 +306,7 @@ class UnstructuredPruner:
         """Dense multiply-adds of one example, per module."""
         if self.example_inputs is None:
             return None
-        examples = examples_in(self.example_inputs)
+        examples = count_examples(self.example_inputs)
         return {k: v // examples for k, v in count_macs_by_module(self.model, self.example_inputs).items()}
 
     def trackers(self) -> Trackers:

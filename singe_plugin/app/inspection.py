@@ -12,14 +12,14 @@ from torch.utils.data import Dataset
 
 from singe_plugin.app.report import Curves, gradient_curves, markdown_table
 from singe_plugin.errors import BudgetError
-from singe_plugin.fields import described, given
+from singe_plugin.fields import as_options, describe
 from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import BY_SCORE, Pace, units_per_turn
 from singe_plugin.method.options import Scoring
 from singe_plugin.nested import to_device
 from singe_plugin.run.data import scoring_batches
-from singe_plugin.run.staging import examples_in
+from singe_plugin.run.staging import count_examples
 from singe_plugin.state import model_device
 
 __all__ = ["GroupRow", "Inspection", "RunCost", "figure_two", "inspect_model", "pruner_of"]
@@ -168,10 +168,10 @@ def inspect_model(
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 31)
     """
-    pace = given(Pace, pace, "pace", "order").settled()
+    pace = as_options(Pace, pace, "pace", "order").settle()
     assert pace.order is not None
-    scoring = given(Scoring, scoring, "scoring", "criterion").settled(pace.order)
-    steps = given(FineTune, finetune, "finetune", "steps").steps
+    scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order)
+    steps = as_options(FineTune, finetune, "finetune", "steps").steps
     by_score = isinstance(pace.ratios, str) and pace.ratios in BY_SCORE
     counted = replace(pace, ratios="uniform") if by_score else pace
     pruner = pruner_of(model, example_inputs, target=target, pace=counted, **options)
@@ -197,11 +197,11 @@ def inspect_model(
         ratios = {names.get(key, key): ratio for key, ratio in ratios.items()}
     shown: dict[str, Any] = {
         "target": target,
-        "pace": described(replace(pace, ratios=ratios)),
-        "scoring": described(scoring),
+        "pace": describe(replace(pace, ratios=ratios)),
+        "scoring": describe(scoring),
     }
     shown |= {"finetune_steps": steps}
-    macs = count_macs(model, example_inputs) // examples_in(example_inputs)
+    macs = count_macs(model, example_inputs) // count_examples(example_inputs)
     return Inspection(count_params(model), macs, rows, dict(pruner.left_whole), shown, cost, problem)
 
 
@@ -229,7 +229,7 @@ def _units_at_scorings(units: dict[str, int], plan: dict[str, int], pruner: Any,
     found = []
     for name, removed in plan.items():
         if pruner.pace.order == "rounds":
-            gone = [0.0, *(pruner.pace.covered(number) for number in range(1, pruner.pace.rounds))]
+            gone = [0.0, *(pruner.pace.share_after(number) for number in range(1, pruner.pace.rounds))]
             found += [units[name] - round(removed * share) for share in gone]
             continue
         chunk = units_per_turn(pruner.pace.units_per_step, units[name])

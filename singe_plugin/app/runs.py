@@ -15,7 +15,7 @@ from singe_plugin.app.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.app.models import NamedModel, create_model
 from singe_plugin.app.report import FILES, Curves, read_extras, report_data, write_report
 from singe_plugin.errors import ArtifactError, ConfigError
-from singe_plugin.fields import described, plain
+from singe_plugin.fields import describe, to_plain
 from singe_plugin.files import locked
 from singe_plugin.loop.events import ProgressBar
 from singe_plugin.run.artifact import MASKS, RECORD, TENSORS, read, save
@@ -130,14 +130,14 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _asked(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """What a run with these options records, as far as it is known beforehand and was recorded."""
-    from singe_plugin.integrations.unstructured.arguments import DEFAULT_ROUNDS, settled_pace
+    from singe_plugin.integrations.unstructured.arguments import DEFAULT_ROUNDS, settle_pace
 
     weights = "granularity" in recorded
-    pace = settled_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settled()
-    scoring = options["scoring"].settled(pace.order, weights)
-    finetune = {k: v for k, v in described(options["finetune"]).items() if k not in ("loader", "loss")}
-    parts = {"pace": described(pace), "scoring": described(scoring), "finetune": finetune}
-    return _flat({k: plain(parts.get(k, v)) for k, v in options.items() if k in recorded})
+    pace = settle_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settle()
+    scoring = options["scoring"].settle(pace.order, weights)
+    finetune = {k: v for k, v in describe(options["finetune"]).items() if k not in ("loader", "loss")}
+    parts = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
+    return _flat({k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded})
 
 
 def _prune(

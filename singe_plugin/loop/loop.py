@@ -35,7 +35,7 @@ from singe_plugin.loop.tuner import Tuner
 
 __all__ = [
     "Allocation", "Choice", "Host", "Loop", "Pause", "Repairing", "Schedule", "Turn", "in_layers", "in_rounds",
-    "lowest", "scored",
+    "lowest", "score_layers",
 ]  # fmt: skip
 
 Scores = Mapping[str, Tensor]
@@ -194,12 +194,12 @@ class Loop:
 
     def take(self, turn: Turn) -> None:
         """Score, choose, remove and repair."""
-        for layer, positions in self.chosen(turn).items():
+        for layer, positions in self.choose_units(turn).items():
             self.remove(layer, positions)
         if isinstance(self.host, Repairing):
             self.host.repair()
 
-    def chosen(self, turn: Turn, missing: bool = False) -> dict[str, Tensor]:
+    def choose_units(self, turn: Turn, missing: bool = False) -> dict[str, Tensor]:
         """The positions of the units that go in a turn, by layer; nothing is removed.
 
         Args:
@@ -207,7 +207,7 @@ class Loop:
             missing: whether the host may have no scores for a layer, which is then left as it is.
         """
         start = time.perf_counter()
-        scores = scored(self.host, {name: self.progress.left(name) for name in turn.layers}, missing)
+        scores = score_layers(self.host, {name: self.progress.left(name) for name in turn.layers}, missing)
         seconds = time.perf_counter() - start
         counts = turn.allocate(scores)
         for name, values in scores.items():
@@ -226,7 +226,7 @@ class Loop:
         return phase_share(self.steps, phase, max(phases, 1))
 
 
-def scored(host: Host, units: Mapping[str, int], missing: bool = False) -> dict[str, Tensor]:
+def score_layers(host: Host, units: Mapping[str, int], missing: bool = False) -> dict[str, Tensor]:
     """The scores of some layers on the CPU.
 
     Args:
@@ -305,7 +305,7 @@ def in_rounds(loop: Loop, pace: Pace, allocate: Allocation) -> Iterator[Turn]:
         counts: dict[str, int] = {}
 
         def decide(scores: Scores, number: int = number, counts: dict[str, int] = counts) -> dict[str, int]:
-            share = pace.covered(number + 1)
+            share = pace.share_after(number + 1)
             counts.update({name: count for name, count in allocate(scores, share).items() if count > 0})
             if number == 0 and not progress.end_done:
                 # what one round would do; later scores may spread it otherwise

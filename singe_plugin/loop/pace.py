@@ -93,7 +93,7 @@ class Pace:
         ConfigError: for a value that cannot mean anything, or that the order does not have.
 
     Example:
-        >>> Pace(rounds=8).settled().ratios, Pace("layers").settled().units_per_step
+        >>> Pace(rounds=8).settle().ratios, Pace("layers").settle().units_per_step
         ('per_cost', 0.1)
     """
 
@@ -166,7 +166,7 @@ class Pace:
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, 1, what, why=", or None")
 
-    def settled(self, **defaults: Any) -> Pace:
+    def settle(self, **defaults: Any) -> Pace:
         """This pace with everything decided.
 
         Args:
@@ -180,11 +180,11 @@ class Pace:
         found["units_per_step"] = found["units_per_step"] if order == "layers" else None
         return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
 
-    def covered(self, number: int) -> float:
+    def share_after(self, number: int) -> float:
         """The share of the way to the target that is covered after round ``number`` (from 1).
 
         Example:
-            >>> [round(Pace(rounds=4).covered(number), 3) for number in (1, 2, 3, 4)]
+            >>> [round(Pace(rounds=4).share_after(number), 3) for number in (1, 2, 3, 4)]
             [0.578, 0.875, 0.984, 1.0]
         """
         assert self.rounds is not None

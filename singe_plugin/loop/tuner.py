@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, DataError, SingeError
-from singe_plugin.fields import described
+from singe_plugin.fields import describe
 from singe_plugin.loop.events import Callback, FinetuneStep
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.losses import check_loss, loss_on, unmoved
@@ -23,13 +23,13 @@ from singe_plugin.method.objective import Objective, ObjectiveLike, get_objectiv
 from singe_plugin.nested import to_device
 from singe_plugin.state import casts_forgotten, model_device, train_mode_of
 
-__all__ = ["Tuner", "beside"]
+__all__ = ["Tuner", "place_state"]
 
 _STILL = 10  # steps without any gradient: one batch may have none, so many have a reason
 _logger = logging.getLogger("singe_plugin")
 
 
-def beside(parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
+def place_state(parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
     """A value of an optimizer's state where its step expects it: beside the parameter, but counts on the CPU.
 
     Only optimizers that are fused or captured in a graph count on the parameter's device.
@@ -132,14 +132,14 @@ class Tuner:
             return torch.optim.SGD(parameters, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
         return given(parameters)
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The options as plain values, with the loss, the rate and its course that are in force.
 
         ``lr`` is the rate that the course ``schedule`` begins with: ``"cosine"``, ``"constant"`` (an optimizer was
         given, and no scheduler), or the name of the scheduler. It is None where a function makes the optimizer, until
         it is made: see :meth:`rate`.
         """
-        made = described(self.options)
+        made = describe(self.options)
         course = "constant" if self.options.scheduler is None else type(self.options.scheduler).__name__
         loss = self.options.step_fn or self._chosen_loss()
         makes = self._own_schedule and callable(self.options.optimizer)
@@ -179,7 +179,7 @@ class Tuner:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     state = optimizer.state.get(parameter, {})
-                    state.update({k: beside(parameter, k, v, group) for k, v in state.items()})
+                    state.update({k: place_state(parameter, k, v, group) for k, v in state.items()})
 
     def rewinder(self) -> Callable[[], None]:
         """A function that puts everything back to where it is now, but for the values that an optimizer has.

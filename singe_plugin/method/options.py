@@ -127,11 +127,11 @@ class Scoring:
         if not callable(self.criterion):
             _ = self.decay_path
 
-    def settled(self, order: str = "layers", weights: bool = False) -> Scoring:
+    def settle(self, order: str = "layers", weights: bool = False) -> Scoring:
         """These options with everything decided, for a pruning in some order, of units or of single weights.
 
         Example:
-            >>> settled = Scoring(mu=0.95).settled("rounds")
+            >>> settled = Scoring(mu=0.95).settle("rounds")
             >>> settled.mu, settled.nodes, settled.batches, settled.objective
             (0.95, 1, 4, 'loss')
         """

@@ -67,7 +67,7 @@ def score_units(
         >>> torch.allclose(scores, net.weight.detach().norm(dim=1))
         True
     """
-    options = (options or Scoring()).settled()
+    options = (options or Scoring()).settle()
     return _score(model, group, batches, options, options.decay_path)
 
 
@@ -82,7 +82,7 @@ def score_error(
     Returns:
         scores ``[N]`` and errors ``[N]``, both in the units of the score, before the normaliser.
     """
-    options = replace((options or Scoring()).settled(), normalizer=None)
+    options = replace((options or Scoring()).settle(), normalizer=None)
     path = options.decay_path
     batches = materialise(batches)  # they are read twice
     scores = _score(model, group, batches, options, path)
@@ -100,7 +100,7 @@ def path_gradient_norms(
         decayed weight norms :math:`\|\mu^sW^n\|_p` and gradient norms :math:`\|\nabla_{\mu^sW^n}F\|_p`, both
         ``[K, N]``, averaged over the batches.
     """
-    options = (options or Scoring()).settled()
+    options = (options or Scoring()).settle()
     path = options.decay_path
     walks = list(_walk(model, group, batches, options, path))
     root = [walk[0] for walk in walks]

@@ -24,7 +24,7 @@ from singe_plugin.errors import ArtifactError, SingeError
 from singe_plugin.files import describe, parse, seal, unseal, write_atomically
 from singe_plugin.loop.events import History
 from singe_plugin.loop.progress import Progress
-from singe_plugin.loop.tuner import Tuner, beside
+from singe_plugin.loop.tuner import Tuner, place_state
 from singe_plugin.masks import named_tensors
 from singe_plugin.state import RngState
 
@@ -284,7 +284,7 @@ def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, tuner: Tuner, 
                     state[key] = entry["value"]
                 else:
                     value = tensors[f"optimizer.{name}.{key}"].clone()
-                    state[key] = beside(parameter, key, value, groups[id(parameter)])
+                    state[key] = place_state(parameter, key, value, groups[id(parameter)])
             optimizer.state[parameter] = state
         for live, saved in zip(optimizer.param_groups, record["groups"], strict=True):
             live.update({k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in saved.items()})

@@ -19,7 +19,7 @@ from singe_plugin.rollback import all_or_nothing
 from singe_plugin.run.guards import check_here, check_lone
 from singe_plugin.run.result import LayerRow
 
-__all__ = ["Job", "Save", "carried_out", "tuner_of"]
+__all__ = ["Job", "Save", "carry_out", "make_tuner"]
 
 Save = Callable[[Progress], None]
 
@@ -72,7 +72,7 @@ class Job(Protocol):
         """What is scored and removed, in the order that was asked for."""
 
     def run(self, progress: Progress | None = None, checkpoint: Save | None = None, history: Any = None) -> Any:
-        """Do all of it: see :func:`carried_out`."""
+        """Do all of it: see :func:`carry_out`."""
 
     def rows(self) -> list[LayerRow]:
         """The layers, with the units they had and have."""
@@ -85,7 +85,7 @@ class Job(Protocol):
 
 
 @contextmanager
-def carried_out(
+def carry_out(
     job: Job, progress: Progress | None, save: Save | None, history: History
 ) -> Iterator[tuple[Any, Progress]]:
     """Do a job to its end: its host and its progress. If that fails, or the block, everything is rolled back.
@@ -114,6 +114,6 @@ def carried_out(
         yield host, progress
 
 
-def tuner_of(finetune: FineTune | Tuner | None) -> Tuner | None:
+def make_tuner(finetune: FineTune | Tuner | None) -> Tuner | None:
     """The fine-tuning of a pruner, as it was given or to be begun."""
     return Tuner(finetune) if isinstance(finetune, FineTune) else finetune

@@ -20,12 +20,12 @@ from singe_plugin.run.job import Job
 from singe_plugin.run.result import Metrics, Result, package_versions
 from singe_plugin.run.staging import Stage, fingerprints, measure
 
-__all__ = ["carried_through"]
+__all__ = ["carry_through"]
 
 PACKAGES = ("singe_plugin", "torch", "torch-pruning", "timm", "torchvision", "numpy")
 
 
-def carried_through(
+def carry_through(
     job: Job, stage: Stage, options: Mapping[str, Any], folded: Iterable[tuple[str, str]], resume: bool
 ) -> Result:
     """Do a job on a stage, from the beginning or from its checkpoint.
@@ -41,7 +41,7 @@ def carried_through(
         ArtifactError: if the checkpoint is damaged, or of another run.
     """
     model, tuner, checkpoint = job.model, stage.tuner, stage.checkpoint
-    asked = {**options, "finetune": tuner.described()}
+    asked = {**options, "finetune": tuner.describe()}
     history, progress = History(), None
     fingerprint = {
         **asked,
@@ -71,6 +71,6 @@ def carried_through(
     rows, numbers, masks = job.rows(), job.numbers(), job.fold()
     return Result(
         model, before, replace(measure(model, stage), **numbers), rows, dict(job.left_whole), history,
-        {**asked, "finetune": tuner.described()}, package_versions(PACKAGES), stage.builder,
+        {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,
         describe_structure(model, stage.structure, list(folded)), masks, checkpoint,
     )  # fmt: skip

@@ -35,7 +35,14 @@ from singe_plugin.run.result import Metrics
 from singe_plugin.state import RngState, model_device
 
 __all__ = [
-    "Stage", "callbacks_of", "examples_in", "fingerprint_of", "fingerprints", "measure", "resolve_device", "staged",
+    "Stage",
+    "count_examples",
+    "fingerprint_of",
+    "fingerprints",
+    "measure",
+    "resolve_device",
+    "set_stage",
+    "with_log",
 ]  # fmt: skip
 
 BATCH = 64  # of a dataset; a loader has its own
@@ -65,7 +72,7 @@ class Stage:
 
 
 @contextmanager
-def staged(
+def set_stage(
     model: nn.Module,
     data: Any,
     *,
@@ -157,7 +164,7 @@ def _move(model: nn.Module, tuner: Tuner, ema: nn.Module | None, device: torch.d
         ema.to(device)
 
 
-def callbacks_of(given: Iterable[Callback]) -> list[Callback]:
+def with_log(given: Iterable[Callback]) -> list[Callback]:
     """The callbacks of a run: the user's, and the log."""
     if not isinstance(given, Iterable):
         raise ConfigError(f"callbacks must be a list of singe_plugin.Callback objects, got {given!r}")
@@ -194,14 +201,14 @@ def measure(model: nn.Module, stage: Stage) -> Metrics:
     found = latency_of(model, stage.example)
     return Metrics(
         count_params(model),
-        count_macs(model, stage.example) // examples_in(stage.example),
+        count_macs(model, stage.example) // count_examples(stage.example),
         None if stage.validation is None else evaluate(model, stage.validation),
         found.median_ms,
         found.iqr_ms,
     )
 
 
-def examples_in(inputs: Any) -> int:
+def count_examples(inputs: Any) -> int:
     """The number of examples in a model's inputs."""
     return max(next((len(t) if t.ndim else 1 for t in tensors_in(inputs)), 1), 1)
 
