@@ -95,6 +95,7 @@ class SInGEPruner(ScoringPruner):
         GroupError: if the model does not run on the example inputs.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> batch = (torch.randn(16, 4), torch.randint(0, 2, (16,)))
         >>> config = [{"op_types": ["Linear"], "exclude_op_names": ["2"], "sparse_ratio": 0.5}]
