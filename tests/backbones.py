@@ -21,7 +21,7 @@ from singe_plugin.axes.algebra import is_fixed
 from singe_plugin.axes.substitutes import derangement, exchanged, in_double, random_inputs, randomised
 from singe_plugin.integrations.torch_pruning import (
     AxisDependencyGraph,
-    AxisGroup,
+    GroupView,
     SInGEImportance,
     SInGEPruner,
 )
@@ -300,7 +300,7 @@ def scores(graph: AxisGraph, size: int, channels: int, seconds: float) -> tuple[
         if time.perf_counter() - start > seconds:
             break
         count += 1
-        found = importance.score_units(AxisGroup(wrapper, group), None)
+        found = importance.score_units(GroupView(wrapper, group), None)
         finite += bool(torch.isfinite(found).all()) and len(found) == group.size
     return finite, count
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin import FineTune
-from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.tuner import Tuner
 
@@ -28,8 +28,8 @@ class MemoryHost:
         self.log: list[Any] = [] if log is None else log
         self.values = {name: list(values) for name, values in layers.items()}
 
-    def layers(self) -> list[LayerSpec]:
-        return [LayerSpec(name, len(values), name) for name, values in self.values.items()]
+    def layers(self) -> list[GroupSpec]:
+        return [GroupSpec(name, len(values), name) for name, values in self.values.items()]
 
     def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
         self.log += [("score", layer, len(self.values[layer])) for layer in layers]

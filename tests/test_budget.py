@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.loop.budget import LayerSpec, Target, plan_removals
+from singe_plugin.loop.budget import GroupSpec, Target, plan_removals
 from singe_plugin.loop.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 
 from references import Net
@@ -121,7 +121,7 @@ def pruner_of(name: str) -> SInGEPruner:
     return SInGEPruner(model, example, tp.importance.MagnitudeImportance(), verify=False)
 
 
-def random_plan(layers: list[LayerSpec], seed: int) -> dict[str, int]:
+def random_plan(layers: list[GroupSpec], seed: int) -> dict[str, int]:
     draw = random.Random(seed)
     return {layer.name: draw.randrange(layer.units) for layer in layers}
 
@@ -210,9 +210,9 @@ def test_fine_widths_need_no_compromise(name: str) -> None:
     assert sum(pruner.plan().values()) > 0
 
 
-def toy(blocks: int = 3, per_block: int = 2, units: int = 100, **options: Any) -> tuple[list[LayerSpec], CostModel]:
+def toy(blocks: int = 3, per_block: int = 2, units: int = 100, **options: Any) -> tuple[list[GroupSpec], CostModel]:
     """Independent layers of equal cost."""
-    layers = [LayerSpec(f"{b}.{i}", units, f"block{b}", **options) for b in range(blocks) for i in range(per_block)]
+    layers = [GroupSpec(f"{b}.{i}", units, f"block{b}", **options) for b in range(blocks) for i in range(per_block)]
     return layers, CostModel(tuple(TensorCost((units, 10), ((0, layer.name, 1.0),)) for layer in layers))
 
 
@@ -263,7 +263,7 @@ def test_the_largest_ratio_is_respected() -> None:
 
 @pytest.mark.parametrize(("per_unit", "round_to", "quantum"), [(1, 8, 8), (4, 8, 2), (8, 8, 1), (3, 8, 8), (6, 4, 2)])
 def test_rounding_counts_channels_not_units(per_unit: int, round_to: int, quantum: int) -> None:
-    layer = LayerSpec("a", 48, "a", per_unit)
+    layer = GroupSpec("a", 48, "a", per_unit)
     assert layer.quantum(round_to) == quantum
     for kept in range(1, 49):
         rounded = layer.kept_for(kept, round_to)
@@ -272,7 +272,7 @@ def test_rounding_counts_channels_not_units(per_unit: int, round_to: int, quantu
 
 
 def test_a_layer_is_never_emptied() -> None:
-    layer = LayerSpec("a", 3, "a")
+    layer = GroupSpec("a", 3, "a")
     assert [layer.kept_for(kept, None) for kept in (-1, 0, 0.4, 2.6, 9)] == [1, 1, 1, 3, 3]
     assert layer.kept_for(1, 8) == 3  # narrower than one step: it stays
 

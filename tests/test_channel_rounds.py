@@ -19,7 +19,7 @@ from singe_plugin.app.cli import main
 from singe_plugin.app.inspection import inspect_model
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.loop.budget import LayerSpec, Target, plan_removals
+from singe_plugin.loop.budget import GroupSpec, Target, plan_removals
 from singe_plugin.loop.costs import CostModel, TensorCost, count_params
 
 from asked import asked
@@ -114,7 +114,7 @@ def test_units_are_worth_their_score_per_cost(kind: str, seed: int) -> None:
 
 
 def test_the_cost_of_a_unit_decides_between_equal_scores() -> None:
-    layers = [LayerSpec("dear", 10, "a"), LayerSpec("cheap", 10, "b")]
+    layers = [GroupSpec("dear", 10, "a"), GroupSpec("cheap", 10, "b")]
     cost = CostModel(
         (TensorCost((10, 90), ((0, "dear", 1),), 0.0), TensorCost((10, 10), ((0, "cheap", 1),), 0.0)), 0, 0
     )

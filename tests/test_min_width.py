@@ -14,9 +14,9 @@ from singe_plugin import prune
 from singe_plugin.app.report import markdown, report_data
 from singe_plugin.errors import BudgetError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.events import History
-from singe_plugin.run.result import LayerRow, Metrics, Result
+from singe_plugin.run.result import GroupRow, Metrics, Result
 
 from asked import asked
 from small_nets import Chain, Grouped, Residual, images, mlp, vectors
@@ -116,7 +116,7 @@ def test_the_error_says_what_is_nearest_and_that_the_width_is_in_the_way() -> No
 @pytest.mark.parametrize("round_to", [None, 4])
 def test_the_units_kept(units: int, least: int, round_to: int | None) -> None:
     """Of all numbers that are allowed, the nearest."""
-    spec = LayerSpec("a", units, "a", max_ratio=0.9, min_units=least)
+    spec = GroupSpec("a", units, "a", max_ratio=0.9, min_units=least)
     floor = max(1, min(least, units), 0.1 * units)
     allowed = [k for k in range(1, units) if k >= floor and k % (round_to or 1) == 0] + [units]
     for wanted in range(units + 1):
@@ -129,7 +129,7 @@ def test_the_units_kept(units: int, least: int, round_to: int | None) -> None:
 # --- the warning ------------------------------------------------------------------------------------------------
 
 
-def result_of(rows: list[LayerRow], **sizes: Any) -> Result:
+def result_of(rows: list[GroupRow], **sizes: Any) -> Result:
     return Result(nn.Identity(), Metrics(10, 10, **sizes), Metrics(5, 5, **sizes), rows, history=History())
 
 
@@ -138,7 +138,7 @@ def result_of(rows: list[LayerRow], **sizes: Any) -> Result:
     [(16, 1, True), (16, 3, True), (16, 4, False), (3, 3, False), (4, 3, True), (100, 9, True), (100, 10, False)],
 )
 def test_a_layer_left_with_next_to_nothing(before: int, after: int, warned: bool) -> None:
-    result = result_of([LayerRow("conv9", "b", before, after), LayerRow("fine", "b", 64, 32)])
+    result = result_of([GroupRow("conv9", "b", before, after), GroupRow("fine", "b", 64, 32)])
     assert len(result.warnings) == warned
     data = json.loads(json.dumps(report_data(result)))
     assert data["warnings"] == result.warnings
@@ -148,7 +148,7 @@ def test_a_layer_left_with_next_to_nothing(before: int, after: int, warned: bool
 
 
 def test_many_warnings_are_few_lines_and_all_in_the_list() -> None:
-    result = result_of([LayerRow(f"conv{i}", "b", 16, 1) for i in range(9)])
+    result = result_of([GroupRow(f"conv{i}", "b", 16, 1) for i in range(9)])
     assert len(result.warnings) == 9
     assert sum(line.startswith("warning:") for line in result.summary().splitlines()) == 4
     assert "6 more" in result.summary()
@@ -156,7 +156,7 @@ def test_many_warnings_are_few_lines_and_all_in_the_list() -> None:
 
 
 def test_masked_weights_have_no_widths() -> None:
-    assert result_of([LayerRow("fc", "fc", 100, 2)], nonzero=3).warnings == []
+    assert result_of([GroupRow("fc", "fc", 100, 2)], nonzero=3).warnings == []
 
 
 def test_prune_warns() -> None:

@@ -27,7 +27,7 @@ from singe_plugin.errors import ArtifactError
 from singe_plugin.loop.events import History
 from singe_plugin.method.units import Producer, Slot, UnitGroup
 from singe_plugin.run.architecture import Builder
-from singe_plugin.run.result import LayerRow, Metrics, Result
+from singe_plugin.run.result import GroupRow, Metrics, Result
 
 POINTS = [Point("unpruned", 0.0, 0.9), Point("a", 0.5, 0.8), Point("a", 0.75, 0.6), Point("b", 0.5, 0.7)]
 CURVES = [Curves("conv", (0, 2), ((2.0, 1.0), (3.0, 1.5)), ((0.1, 0.2), (0.3, 0.1)))]
@@ -50,7 +50,7 @@ def result() -> Result:
         nn.Linear(1, 1),
         Metrics(100, 2000, 0.9, 4.0),
         Metrics(60, 1500, 0.85, 3.0),
-        [LayerRow("a", "block", 8, 5), LayerRow("b|c", "block", 4, 4)],
+        [GroupRow("a", "block", 8, 5), GroupRow("b|c", "block", 4, 4)],
         {"head": "it reaches the model's output"},
         history,
         {"target": "params=0.4", "mu": 0.9},

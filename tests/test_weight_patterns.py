@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from singe_plugin import Callback, UnstructuredPruner
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.unstructured.allocation import layer_ratios, lowest_counts
-from singe_plugin.integrations.unstructured.layers import WeightLayer
+from singe_plugin.integrations.unstructured.layers import WeightGroup
 from singe_plugin.integrations.unstructured.patterns import Pattern
 from singe_plugin.loop.loop import lowest
 from singe_plugin.masks import masks_of
@@ -142,7 +142,7 @@ def test_a_pattern_and_more_on_top_of_it() -> None:
     outcome = UnstructuredPruner(Chain(), images(1), **asked(pattern="2:4", sparsity=0.9, rounds=3, nodes=1)).run()
     assert outcome.sparsity == pytest.approx(0.9, abs=1e-3)
     for name, mask in outcome.masks.items():
-        layer = WeightLayer(name, Chain().get_submodule(name.rpartition(".")[0]))
+        layer = WeightGroup(name, Chain().get_submodule(name.rpartition(".")[0]))
         assert int(Pattern(2, 4).counts(mask, layer).max()) <= 2
     by_layer = UnstructuredPruner(Chain(), images(1), **asked(pattern="2:4", ratios={"conv2": 0.75}, nodes=1)).run()
     assert [(layer.name, layer.sparsity) for layer in by_layer.layers] == [("conv2", 0.75)]

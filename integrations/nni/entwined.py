@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import count_params
 from singe_plugin.loop.events import FinetuneStep
 from singe_plugin.loop.loop import Loop, Pause, in_layers
 from singe_plugin.loop.progress import Progress
 
 from .metrics import ScoringPruner
-from .pieces import Piece
+from .pieces import MaskedGroup
 from .sparsity import kept_units, rule_of
 
 __all__ = ["Entwined", "MaskHost"]
@@ -31,11 +31,11 @@ class MaskHost:
     def __init__(self, pruner: ScoringPruner) -> None:
         self.pruner = pruner
         self.model: nn.Module = pruner.bound_model
-        self.pieces: dict[str, Piece] = {piece.name: piece for piece in pruner.pieces}
+        self.pieces: dict[str, MaskedGroup] = {piece.name: piece for piece in pruner.pieces}
         self.kept = {name: pruner.alive(piece) for name, piece in self.pieces.items()}
 
-    def layers(self) -> list[LayerSpec]:
-        return [LayerSpec(name, len(self.kept[name]), name) for name in self.pieces]
+    def layers(self) -> list[GroupSpec]:
+        return [GroupSpec(name, len(self.kept[name]), name) for name in self.pieces]
 
     def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
         return {name: self.pruner.score(self.pieces[name], self.kept[name]) for name in layers}

@@ -24,7 +24,7 @@ from singe_plugin.run.guards import check_here
 from singe_plugin.state import model_device
 
 from .evaluators import BatchCollector, step_of
-from .pieces import Piece, metric_shape
+from .pieces import MaskedGroup, metric_shape
 from .sparsity import Masks, kept_units, masks_from
 from .view import Batch, StepModel, plain_view
 
@@ -45,7 +45,7 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
         training_steps, every, pace: when pruning is entwined with training, see the pruner.
     """
 
-    pieces: list[Piece]
+    pieces: list[MaskedGroup]
     scoring: Scoring
     batches: list[Any] | None
     min_width: int
@@ -91,7 +91,7 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
         """The masks that keep these units of every piece."""
         return masks_from(self.pieces, kept, self._target_spaces)
 
-    def alive(self, piece: Piece) -> Tensor:
+    def alive(self, piece: MaskedGroup) -> Tensor:
         """The units of a piece that are not masked, in order."""
         left = torch.zeros(piece.size, dtype=torch.bool)
         for (module, target), labels in piece.members.items():
@@ -107,7 +107,7 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
             left[labels[(labels >= 0) & flat]] = True
         return left.nonzero().flatten()
 
-    def scores_of(self, piece: Piece) -> Tensor:
+    def scores_of(self, piece: MaskedGroup) -> Tensor:
         """One score per unit of a piece, -1 for units that are masked already."""
         alive = self.alive(piece)
         found = self.score(piece, alive)
@@ -115,7 +115,7 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
         scores[alive.to(found.device)] = found
         return scores
 
-    def score(self, piece: Piece, units: Tensor) -> Tensor:
+    def score(self, piece: MaskedGroup, units: Tensor) -> Tensor:
         """One score for each of some units of a piece."""
         if not len(units):
             return torch.zeros(0)

@@ -27,7 +27,7 @@ from singe_plugin.method.units import BlockLayout, Producer, RowLayout, Slot, Un
 from singe_plugin.nested import tensors_in
 from singe_plugin.state import preserved
 
-__all__ = ["Key", "Piece", "Spaces", "build_pieces", "called", "followers_of", "kernel_of", "metric_shape"]
+__all__ = ["Key", "MaskedGroup", "Spaces", "build_pieces", "called", "followers_of", "kernel_of", "metric_shape"]
 
 Key = tuple[str, str]  # the name of a module, and of its parameter
 Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
@@ -35,7 +35,7 @@ _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
 @dataclass
-class Piece:
+class MaskedGroup:
     """Units that are ranked together.
 
     Attributes:
@@ -90,7 +90,7 @@ def kernel_of(space: PruningTargetSpace) -> tuple[int, ...]:
     return tuple(int(k) for k in padded)
 
 
-def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coupled: bool) -> list[Piece]:
+def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coupled: bool) -> list[MaskedGroup]:
     """Return the pieces of all targets that have a ratio or a threshold, in forward order.
 
     Args:
@@ -104,7 +104,7 @@ def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coup
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     channels: list[Key] = []
-    pieces: list[Piece] = []
+    pieces: list[MaskedGroup] = []
     for name, targets in spaces.items():
         for attr, space in targets.items():
             if not is_active_target(space) or space.target is None:
@@ -138,7 +138,7 @@ def build_pieces(model: nn.Module, spaces: Spaces, graph: AxisGraph | None, coup
     return pieces
 
 
-def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, nn.Module]) -> Iterator[Piece]:
+def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, nn.Module]) -> Iterator[MaskedGroup]:
     """Yield the pieces of layers whose channels belong to a group of the model."""
     wanted = {modules[name]: (name, attr) for name, attr in channels}
     for group in graph.groups.values():
@@ -161,7 +161,7 @@ def _group_pieces(graph: AxisGraph, channels: list[Key], modules: Mapping[str, n
             continue
         complete = not missing
         names = [name for name, _ in members]
-        yield Piece(
+        yield MaskedGroup(
             group.name if group.name.split("#")[0] in names else names[0],
             units.size,
             members,
@@ -251,7 +251,7 @@ def _followers(
     return found
 
 
-def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: AxisGraph | None) -> Piece:
+def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: AxisGraph | None) -> MaskedGroup:
     """Make a piece of output channels that no other layer shares, each of which is a unit."""
     name, _ = key
     norm: nn.Module | None = None
@@ -266,25 +266,25 @@ def _lone_piece(module: nn.Module, key: Key, rows: Tensor, count: int, graph: Ax
     producer = Producer(name, tuple(slots), rows, units, norm, is_norm)
     labels = torch.full((count,), -1, dtype=torch.int64)
     labels[rows] = units
-    piece = Piece(name, len(rows), {key: labels}, (UnitGroup(name, len(rows), (producer,)),))
+    piece = MaskedGroup(name, len(rows), {key: labels}, (UnitGroup(name, len(rows), (producer,)),))
     if graph is not None:
         piece.followers = _followers(graph, (producer,), False, piece.members)
     return piece
 
 
-def _block_piece(module: nn.Module, key: Key, space: PruningTargetSpace) -> Piece:
+def _block_piece(module: nn.Module, key: Key, space: PruningTargetSpace) -> MaskedGroup:
     """Make a piece of blocks of one parameter: columns, tiles or single weights."""
     count = math.prod(metric_shape(space))
     units = torch.arange(count)
     slot = Slot(module, key[1], BlockLayout(kernel=kernel_of(space)))
     name = ".".join(key)
     group = UnitGroup(name, count, (Producer(name, (slot,), units, units),))
-    return Piece(name, count, {key: units.clone()}, (group,))
+    return MaskedGroup(name, count, {key: units.clone()}, (group,))
 
 
-def _merged(pieces: list[Piece], spaces: Spaces) -> Iterator[Piece]:
+def _merged(pieces: list[MaskedGroup], spaces: Spaces) -> Iterator[MaskedGroup]:
     """Pieces whose targets have the same ``dependency_group_id`` become one."""
-    families: dict[Any, list[Piece]] = {}
+    families: dict[Any, list[MaskedGroup]] = {}
     for piece in pieces:
         ids = {i for module, target in piece.members if (i := spaces[module][target].dependency_group_id) is not None}
         if len(ids) > 1:
@@ -297,7 +297,7 @@ def _merged(pieces: list[Piece], spaces: Spaces) -> Iterator[Piece]:
         yield family[0] if len(family) == 1 else _join(identity, family, spaces)
 
 
-def _join(identity: Any, family: list[Piece], spaces: Spaces) -> Piece:
+def _join(identity: Any, family: list[MaskedGroup], spaces: Spaces) -> MaskedGroup:
     """Make one piece of several, whose i-th channels are masked together."""
     anchors = [
         (piece, labels)
@@ -342,8 +342,8 @@ def _join(identity: Any, family: list[Piece], spaces: Spaces) -> Piece:
     first = family[0]
     by_weights = any(p.by_weights for p in family)
     missing = tuple(m for p in family for m in p.missing)
-    return Piece(first.name, len(numbers), members, tuple(sources), followers, by_weights, missing)
+    return MaskedGroup(first.name, len(numbers), members, tuple(sources), followers, by_weights, missing)
 
 
-def _names(piece: Piece) -> str:
+def _names(piece: MaskedGroup) -> str:
     return " and ".join(repr(module) for module in dict.fromkeys(name for name, _ in piece.members))

@@ -27,7 +27,7 @@ from .arguments import batches_of, check_amounts, check_without_evaluator, settl
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
 from .metrics import ScoringPruner
-from .pieces import Piece, build_pieces, followers_of
+from .pieces import MaskedGroup, build_pieces, followers_of
 from .settings import (
     check_called,
     check_config,
@@ -166,7 +166,7 @@ class SInGEPruner(ScoringPruner):
         with undone_on_error(model, existed.values()):
             super().__init__(model, [*entries, *followers], evaluator, existed_wrappers)
             with plain_view(model):
-                self.pieces: list[Piece] = build_pieces(model, self._target_spaces, self.graph, coupled)
+                self.pieces: list[MaskedGroup] = build_pieces(model, self._target_spaces, self.graph, coupled)
             for piece in self.pieces:
                 rule_of(piece, self._target_spaces)  # says now what does not fit together
             if not self.pieces:

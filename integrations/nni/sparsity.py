@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singe_plugin.errors import ConfigError
 
-from .pieces import Key, Piece, Spaces, metric_shape
+from .pieces import Key, MaskedGroup, Spaces, metric_shape
 
 __all__ = ["Masks", "Rule", "kept_units", "masks_from", "rule_of"]
 
@@ -42,7 +42,7 @@ class Rule:
         return min(self.high, max(self.low, ratio))
 
 
-def rule_of(piece: Piece, spaces: Spaces) -> Rule:
+def rule_of(piece: MaskedGroup, spaces: Spaces) -> Rule:
     """Return the rule that all members of a piece have in common.
 
     Raises:
@@ -62,7 +62,7 @@ def rule_of(piece: Piece, spaces: Spaces) -> Rule:
     return Rule(ratio, threshold, low or 0.0, 1.0 if high is None else high, family, _internal_blocks(piece, spaces))
 
 
-def _internal_blocks(piece: Piece, spaces: Spaces) -> Tensor | None:
+def _internal_blocks(piece: MaskedGroup, spaces: Spaces) -> Tensor | None:
     """Return the internal block that every unit lies in; None where each unit has a share of every block anyway."""
     count = math.lcm(*(int(spaces[m][t].internal_metric_block or 1) for m, t in piece.members))
     found: Tensor | None = None
@@ -84,7 +84,7 @@ def _internal_blocks(piece: Piece, spaces: Spaces) -> Tensor | None:
     return found
 
 
-def kept_units(pieces: Sequence[Piece], scores: Sequence[Tensor], spaces: Spaces, min_width: int) -> list[Tensor]:
+def kept_units(pieces: Sequence[MaskedGroup], scores: Sequence[Tensor], spaces: Spaces, min_width: int) -> list[Tensor]:
     """Return for every piece which units stay: ``[N]`` bool.
 
     The rules are those of NNI: a threshold decides (bounded by the ratios' limits), or one ratio of the *elements* of a
@@ -133,7 +133,7 @@ def _above(scores: Tensor, rule: Rule) -> Tensor:
     return kept if rule.low <= ratio <= rule.high else _by_ratio(scores, rule.clamped(ratio))
 
 
-def _globally(family: Any, members: Sequence[tuple[Piece, Tensor, Rule]], spaces: Spaces) -> list[Tensor]:
+def _globally(family: Any, members: Sequence[tuple[MaskedGroup, Tensor, Rule]], spaces: Spaces) -> list[Tensor]:
     """Mask the lowest units of several pieces, until the ratio of their elements is reached."""
     ratios = {rule.ratio for _, _, rule in members}
     if len(ratios) != 1 or None in ratios:
@@ -156,7 +156,7 @@ def _globally(family: Any, members: Sequence[tuple[Piece, Tensor, Rule]], spaces
     ]
 
 
-def _elements(piece: Piece, spaces: Spaces) -> Tensor:
+def _elements(piece: MaskedGroup, spaces: Spaces) -> Tensor:
     """Count the elements of its members' parameters that every unit has."""
     total = torch.zeros(piece.size, dtype=torch.int64)
     for (module, target), labels in piece.members.items():
@@ -167,7 +167,7 @@ def _elements(piece: Piece, spaces: Spaces) -> Tensor:
     return total
 
 
-def masks_from(pieces: Sequence[Piece], kept: Sequence[Tensor], spaces: Spaces) -> Masks:
+def masks_from(pieces: Sequence[MaskedGroup], kept: Sequence[Tensor], spaces: Spaces) -> Masks:
     """Return the masks of all targets: members and followers of the pieces, then what is aligned to them.
 
     A mask has the shape of its target, or of what broadcasts to it (``[C, 1, 1, 1]``), as NNI's own.

@@ -6,14 +6,14 @@ import torch_pruning as tp
 
 from singe_plugin.axes import Trackers
 
-from .graph import AxisDependencyGraph, AxisGroup
+from .graph import AxisDependencyGraph, GroupView
 from .groups import register_slots
 from .importance import SInGEImportance
 from .pruner import PruningOutcome, SInGEPruner
 
 __all__ = [
     "AxisDependencyGraph",
-    "AxisGroup",
+    "GroupView",
     "PruningOutcome",
     "SInGEImportance",
     "SInGEPruner",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from singe_plugin.errors import BudgetError
-from singe_plugin.loop.budget import POINT, LayerSpec, Target, plan_removals
+from singe_plugin.loop.budget import POINT, GroupSpec, Target, plan_removals
 from singe_plugin.loop.costs import CostModel
 from singe_plugin.loop.progress import Progress
 
@@ -48,7 +48,7 @@ def _nearest(
     ratios: str | Mapping[str, float],
     round_to: int | None,
     scores: Scores | None,
-    specs: list[LayerSpec],
+    specs: list[GroupSpec],
     costs: CostModel,
     before: float,
     point: float,
@@ -138,13 +138,13 @@ class Rounds:
                 "max_pruning_ratio and min_width"
             ) from error
 
-    def _spec(self, spec: LayerSpec) -> LayerSpec:
+    def _spec(self, spec: GroupSpec) -> GroupSpec:
         """The layer with its largest ratio in terms of the units that it has now."""
         first = spec.units + self.progress.plan.get(spec.name, 0)
         return replace(spec, max_ratio=max(0.0, 1 - (1 - spec.max_ratio) * first / spec.units))
 
 
-def few_units(specs: list[LayerSpec], costs: CostModel, kind: str) -> float:
+def few_units(specs: list[GroupSpec], costs: CostModel, kind: str) -> float:
     """What a few of the cheapest units cost: a round that left less to go would leave the last one no choice.
 
     Where units are a good part of the model, one too many or too few may miss the target. Layers that have no more than

@@ -17,12 +17,12 @@ from singe_plugin.errors import GroupError
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.stale import remember_shapes
 
-__all__ = ["AxisDependencyGraph", "AxisGroup"]
+__all__ = ["AxisDependencyGraph", "GroupView"]
 
 _OPTYPE = tp.ops.OPTYPE
 
 
-class AxisGroup(Group):  # type: ignore[misc]
+class GroupView(Group):  # type: ignore[misc]
     """A group as torch-pruning's importances and users read it: ``(dependency, indices)`` for every layer.
 
     The items are made when somebody asks for them. ``prune()`` keeps parameter objects, cuts optimizer and EMA state
@@ -147,7 +147,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         ignored_layers: Collection[nn.Module] = (),
         root_module_types: Sequence[type] = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR),
         root_instances: Collection[nn.Module] | None = None,
-    ) -> Iterator[AxisGroup]:
+    ) -> Iterator[GroupView]:
         """Yield every group with a writer of the given types, and none that is ignored, in forward order."""
         for group in list(self.axis_graph.groups.values()):
             writers = list(group.writers.values())
@@ -156,9 +156,9 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             if root_instances is not None and not any(writer in root_instances for writer in writers):
                 continue
             if any(isinstance(writer, tuple(root_module_types)) for writer in writers):
-                yield AxisGroup(self, group)
+                yield GroupView(self, group)
 
-    def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> AxisGroup:
+    def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> GroupView:
         """Find the group whose units own exactly these channels of a layer.
 
         Raises:
@@ -172,7 +172,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             chosen = {u for i, u in enumerate(units) if i in wanted and u >= 0}
             together = {i for i, u in enumerate(units) if u in chosen}
             if chosen and together == wanted:
-                return AxisGroup(self, group, sorted(chosen))
+                return GroupView(self, group, sorted(chosen))
             whole |= together
         name = self._module2name.get(module, type(module).__name__)
         if not whole:
@@ -194,14 +194,14 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         if record and gone:
             self._pruning_history.append([next(iter(group.writers)), True, channels])
 
-    def restricted(self, group: AxisGroup, idxs: Sequence[int]) -> AxisGroup:
+    def restricted(self, group: GroupView, idxs: Sequence[int]) -> GroupView:
         """Return the part of a group that owns the root's channels ``idxs``."""
         rows = group.axis_group.unit_group().producers[0]
         owner = dict(zip(rows.rows.tolist(), rows.units.tolist(), strict=True))
         units = {owner[int(i)] for i in idxs if int(i) in owner}
         if {r for r, u in owner.items() if u in units} != {int(i) for i in idxs}:
             raise GroupError(f"group {group.axis_group.name!r}: channels {sorted(idxs)} are not whole units")
-        return AxisGroup(self, group.axis_group, sorted(units))
+        return GroupView(self, group.axis_group, sorted(units))
 
     def check_pruning_group(self, group: Any) -> bool:
         """Whether something would be left of the group."""

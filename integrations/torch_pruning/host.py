@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
-from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import KINDS, CostModel, TensorCost, count_macs_by_module, count_params
 
-from .graph import AxisDependencyGraph, AxisGroup
+from .graph import AxisDependencyGraph, GroupView
 from .scorers import Ranking
 
 __all__ = ["TorchPruningHost", "block_of", "channels_per_unit"]
@@ -59,9 +59,9 @@ class TorchPruningHost:
         self.model: nn.Module = graph.model
         self._groups: dict[str, Group] = {name: graph.axis_graph.groups[name] for name in groups}
 
-    def layers(self) -> list[LayerSpec]:
+    def layers(self) -> list[GroupSpec]:
         return [
-            LayerSpec(
+            GroupSpec(
                 name,
                 group.size,
                 block_of(name),
@@ -79,7 +79,7 @@ class TorchPruningHost:
             ScoringError: if one of torch-pruning's importances fails, or any gives something else than a score per
                 channel.
         """
-        return self.ranking.scores({name: AxisGroup(self.graph, self._groups[name]) for name in layers})
+        return self.ranking.scores({name: GroupView(self.graph, self._groups[name]) for name in layers})
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
         self.graph.remove(self._groups[layer], units, self.trackers)

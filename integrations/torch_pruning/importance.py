@@ -18,7 +18,7 @@ from singe_plugin.method.scoring import score_error, score_units
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.run.guards import check_alone
 
-from .graph import AxisGroup
+from .graph import GroupView
 from .groups import unit_group
 
 __all__ = ["SInGEImportance"]
@@ -87,7 +87,7 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             DataError: if data is needed and none is bound.
         """
         scores = self.score_units(group, None)
-        return group.per_channel(scores) if isinstance(group, AxisGroup) else scores
+        return group.per_channel(scores) if isinstance(group, GroupView) else scores
 
     def score_units(self, group: Any, units: Sequence[Sequence[int]] | None) -> Tensor:
         """Score sets of root channels as one unit each (the aligned channels of a grouped convolution).
@@ -98,14 +98,14 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         check_alone()
         options = self.scoring
-        if isinstance(group, AxisGroup) and group.axis_group.only_training:
+        if isinstance(group, GroupView) and group.axis_group.only_training:
             options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
         with torch.no_grad():
             return score_units(self._model_of(group), self._rows(group, units), self.batches, options)
 
     @staticmethod
     def _rows(group: Any, units: Sequence[Sequence[int]] | None) -> UnitGroup:
-        return group.unit_group() if isinstance(group, AxisGroup) else unit_group(group, units)
+        return group.unit_group() if isinstance(group, GroupView) else unit_group(group, units)
 
     def error(self, group: Any) -> tuple[Tensor, Tensor]:
         """Scores before the normaliser, and an estimate of their quadrature error (about three times the cost)."""

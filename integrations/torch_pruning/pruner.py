@@ -27,7 +27,7 @@ from singe_plugin.method.batches import materialise
 from singe_plugin.method.objective import ObjectiveLike
 from singe_plugin.run.guards import check_here, check_parts, parts_of
 from singe_plugin.run.job import carry_out, make_tuner
-from singe_plugin.run.result import LayerRow
+from singe_plugin.run.result import GroupRow
 
 from .. import timm as _timm_adapters  # noqa: F401 - registers them
 from .allocation import Rounds, counts_for
@@ -255,9 +255,9 @@ class SInGEPruner(SteppingPruner):
             dict(self.left_whole),
         )  # fmt: skip
 
-    def rows(self) -> list[LayerRow]:
+    def rows(self) -> list[GroupRow]:
         """The pruned layers: the units they had, and those they have."""
-        return [LayerRow(g.name, block_of(g.name), self._initial[g.name], g.size) for g in self.layers]
+        return [GroupRow(g.name, block_of(g.name), self._initial[g.name], g.size) for g in self.layers]
 
     def numbers(self) -> dict[str, Any]:
         """Nothing: what is removed is gone."""

@@ -21,7 +21,7 @@ from singe_plugin.method.objective import ObjectiveLike, check_head, check_logit
 from singe_plugin.nested import call_model, to_device
 from singe_plugin.state import model_device, plain_layers, preserved
 
-from .graph import AxisGroup
+from .graph import GroupView
 
 __all__ = ["Ranking", "needs_data"]
 
@@ -59,7 +59,7 @@ class Ranking:
         self.importance, self.model, self.batches, self.objective = importance, model, batches, objective
         self.own_gradients = own_gradients
 
-    def scores(self, groups: Mapping[str, AxisGroup]) -> dict[str, Tensor]:
+    def scores(self, groups: Mapping[str, GroupView]) -> dict[str, Tensor]:
         """One score per unit of each group.
 
         Raises:
@@ -72,7 +72,7 @@ class Ranking:
             found = {name: self._score(name, group) for name, group in groups.items()}
         return {name: scores for name, scores in found.items() if scores is not None}
 
-    def _score(self, name: str, group: AxisGroup) -> Tensor | None:
+    def _score(self, name: str, group: GroupView) -> Tensor | None:
         by_unit = getattr(self.importance, "score_units", None)
         if by_unit is not None:
             return torch.as_tensor(by_unit(group, None))

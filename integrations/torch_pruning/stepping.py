@@ -20,7 +20,7 @@ from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.objective import ObjectiveLike, get_objective
 from singe_plugin.run.guards import check_here
 
-from .graph import AxisDependencyGraph, AxisGroup
+from .graph import AxisDependencyGraph, GroupView
 from .host import TorchPruningHost, channels_per_unit
 from .importance import SInGEImportance
 from .scorers import Ranking
@@ -114,7 +114,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _ranking(self, own_gradients: bool = False) -> Ranking:
         return Ranking(self.importance, self.model, self.batches, self.objective, own_gradients)
 
-    def _scope_of(self, group: Group, full: AxisGroup) -> str:
+    def _scope_of(self, group: Group, full: GroupView) -> str:
         """Units are ranked among those of the same scope."""
         name = group.name
         if group.secondary:
@@ -141,7 +141,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         scopes: dict[str, list[str]] = {}
         for name in scores:
             group = self.graph.groups[name]
-            scopes.setdefault(self._scope_of(group, AxisGroup(self.DG, group)), []).append(name)
+            scopes.setdefault(self._scope_of(group, GroupView(self.DG, group)), []).append(name)
         counts: dict[str, int] = {}
         for names in scopes.values():
             pool = torch.cat([scores[name] for name in names])
@@ -191,7 +191,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return None
 
     @torch.no_grad()
-    def _prune(self) -> Iterator[AxisGroup]:
+    def _prune(self) -> Iterator[GroupView]:
         """What a step removes, group by group."""
         if self.current_step > self.iterative_steps:
             warnings.warn("all iterative steps are done: nothing is pruned", stacklevel=3)
@@ -202,7 +202,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             loop = Loop(host, Progress({}))
             loop.progress.begin(host.layers())
             for name, units in loop.choose_units(Turn(names, self._least), missing=True).items():
-                yield AxisGroup(self.DG, self.graph.groups[name], units.tolist())
+                yield GroupView(self.DG, self.graph.groups[name], units.tolist())
 
     def load_pruning_history(self, pruning_history: list[Any]) -> None:
         """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, RemovalError
-from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.masks import hold_mask, mask_module
 from singe_plugin.method.units import UnitGroup
 
 from ..torch_pruning.host import block_of
-from .layers import WeightLayer
+from .layers import WeightGroup
 from .patterns import Pattern
 
 __all__ = ["WeightHost"]
@@ -37,7 +37,7 @@ class WeightHost:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[WeightLayer],
+        layers: Sequence[WeightGroup],
         score: Callable[[UnitGroup], Tensor],
         macs: Mapping[str, int] | None = None,
         emas: Sequence[nn.Module] = (),
@@ -55,8 +55,8 @@ class WeightHost:
         """Whether the masks are still on the model (they may have been folded)."""
         return all(mask_module(layer.module) is self.masks[name] for name, layer in self.by_name.items())
 
-    def layers(self) -> list[LayerSpec]:
-        return [LayerSpec(name, self.left(name), block_of(name)) for name in self.by_name]
+    def layers(self) -> list[GroupSpec]:
+        return [GroupSpec(name, self.left(name), block_of(name)) for name in self.by_name]
 
     def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """One score per weight of some layers that is not masked, in row-major order."""

@@ -21,7 +21,7 @@ from singe_plugin.nested import call_model, relative_change, tensors_in
 from singe_plugin.run.guards import parts_of
 from singe_plugin.state import preserved
 
-__all__ = ["WeightLayer", "find_layers"]
+__all__ = ["WeightGroup", "find_layers"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _NAMED = (*_LAYERS, parametrize.ParametrizationList)  # what is left of these is left under the layer's name
@@ -29,7 +29,7 @@ _REMEDY = "or put the layer in ignored_layers"
 
 
 @dataclass(frozen=True)
-class WeightLayer:
+class WeightGroup:
     """A convolution or linear layer, each of its weights a unit.
 
     Attributes:
@@ -82,7 +82,7 @@ def find_layers(
     layers: Iterable[nn.Module | str] | None = None,
     ignored_layers: Iterable[nn.Module | str] = (),
     example_inputs: Any = None,
-) -> tuple[list[WeightLayer], dict[str, str]]:
+) -> tuple[list[WeightGroup], dict[str, str]]:
     """The layers that are pruned, and every other weight matrix with the reason why it is not.
 
     Args:
@@ -125,7 +125,7 @@ def find_layers(
         pairs, _ = foldable_pairs(model, example_inputs, virtual=True)
         by_name = dict(model.named_modules())
         norms = {by_name[layer]: by_name[norm] for layer, norm in pairs if by_name[layer] in chosen}
-    found = [WeightLayer(names[m], m, norms.get(m)) for m in chosen]
+    found = [WeightGroup(names[m], m, norms.get(m)) for m in chosen]
     if not found:
         reasons = "; ".join(f"{k or 'the model'}: {v}" for k, v in list(left_whole.items())[:3])
         raise ConfigError(
@@ -220,14 +220,14 @@ def _run(model: nn.Module, example_inputs: Any, layers: Sequence[nn.Module]) -> 
     return order, reached
 
 
-def _verified(model: nn.Module, layers: list[WeightLayer], example_inputs: Any) -> list[WeightLayer]:
+def _verified(model: nn.Module, layers: list[WeightGroup], example_inputs: Any) -> list[WeightGroup]:
     """The layers with those of their batch-norms that can really be folded (a layer may standardise its weights)."""
     folded = [layer for layer in layers if layer.norm is not None]
     if not folded:
         return layers
     before = eval_outputs(model, example_inputs)
 
-    def unchanged(some: Sequence[WeightLayer]) -> bool:
+    def unchanged(some: Sequence[WeightGroup]) -> bool:
         with preserved(model), ExitStack() as stack:
             model.eval()
             for layer in some:
@@ -237,7 +237,7 @@ def _verified(model: nn.Module, layers: list[WeightLayer], example_inputs: Any) 
     if unchanged(folded):
         return layers
     wrong = {layer.name for layer in folded if not unchanged([layer])}
-    return [WeightLayer(x.name, x.module) if x.name in wrong else x for x in layers]
+    return [WeightGroup(x.name, x.module) if x.name in wrong else x for x in layers]
 
 
 def _others(model: nn.Module, pruned: set[int]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from singe_plugin.errors import ConfigError
 
-from .layers import WeightLayer
+from .layers import WeightGroup
 
 __all__ = ["Pattern"]
 
@@ -61,7 +61,7 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.keep}:{self.block}"
 
-    def misfit(self, layer: WeightLayer) -> str | None:
+    def misfit(self, layer: WeightGroup) -> str | None:
         """Why a layer cannot have the pattern, or None."""
         _, inputs = layer.inputs
         if inputs % self.block == 0:
@@ -69,16 +69,16 @@ class Pattern:
         what = "inputs" if layer.weight.ndim == 2 else "input channels per group"
         return f"its {inputs} {what} are no multiple of {self.block}, so it cannot have the pattern {self}"
 
-    def blocks(self, tensor: Tensor, layer: WeightLayer) -> Tensor:
+    def blocks(self, tensor: Tensor, layer: WeightGroup) -> Tensor:
         """A tensor of a weight's shape as ``[blocks, M]``."""
         dim, _ = layer.inputs
         return tensor.movedim(dim, -1).reshape(-1, self.block)
 
-    def counts(self, mask: Tensor, layer: WeightLayer) -> Tensor:
+    def counts(self, mask: Tensor, layer: WeightGroup) -> Tensor:
         """How many weights every block has, ``[blocks]``."""
         return self.blocks(mask, layer).sum(1)
 
-    def protected(self, scores: Tensor, layer: WeightLayer) -> Tensor:
+    def protected(self, scores: Tensor, layer: WeightGroup) -> Tensor:
         """Of every block, the ``keep`` weights with the highest scores; of equal ones, the first.
 
         Args:

@@ -27,7 +27,7 @@ from singe_plugin.method.units import UnitGroup
 from singe_plugin.run.data import example_from
 from singe_plugin.run.guards import check_model, check_parts
 from singe_plugin.run.job import carry_out, make_tuner
-from singe_plugin.run.result import LayerRow
+from singe_plugin.run.result import GroupRow
 from singe_plugin.run.staging import count_examples
 from singe_plugin.state import model_device
 
@@ -35,7 +35,7 @@ from ..torch_pruning.host import block_of
 from .allocation import Allocation, layer_ratios
 from .arguments import settle_pace, settle_sparsity
 from .host import WeightHost
-from .layers import WeightLayer, find_layers
+from .layers import WeightGroup, find_layers
 from .patterns import Pattern
 
 __all__ = ["LayerSparsity", "SparseOutcome", "UnstructuredPruner"]
@@ -170,7 +170,7 @@ class UnstructuredPruner:
         self.layers = self._fitting(found)
         self._host: WeightHost | None = None
 
-    def _fitting(self, found: list[WeightLayer]) -> list[WeightLayer]:
+    def _fitting(self, found: list[WeightGroup]) -> list[WeightGroup]:
         """The layers that the pattern fits and that have a ratio; the others are left whole."""
         why = {} if self.pattern is None else {x.name: self.pattern.misfit(x) for x in found}
         if isinstance(self.pace.ratios, Mapping):
@@ -268,10 +268,10 @@ class UnstructuredPruner:
             return in_layers(loop, self.pace)
         return in_rounds(loop, self.pace, self._allocate)
 
-    def rows(self) -> list[LayerRow]:
+    def rows(self) -> list[GroupRow]:
         """The pruned layers: all their weights, and those that are left."""
         host = self.host()
-        return [LayerRow(name, block_of(name), host.size(name), host.left(name)) for name in host.by_name]
+        return [GroupRow(name, block_of(name), host.size(name), host.left(name)) for name in host.by_name]
 
     def numbers(self) -> dict[str, Any]:
         """What only masks have: the parameters that are not masked, and the multiply-adds with them."""

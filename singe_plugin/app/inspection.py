@@ -22,11 +22,11 @@ from singe_plugin.run.data import scoring_batches
 from singe_plugin.run.staging import count_examples
 from singe_plugin.state import model_device
 
-__all__ = ["GroupRow", "Inspection", "RunCost", "figure_two", "inspect_model", "pruner_of"]
+__all__ = ["InspectedGroup", "Inspection", "RunCost", "figure_two", "inspect_model", "pruner_of"]
 
 
 @dataclass(frozen=True)
-class GroupRow:
+class InspectedGroup:
     """A group of coupled layers that can be pruned.
 
     Attributes:
@@ -87,7 +87,7 @@ class Inspection:
 
     params: int
     macs: int
-    groups: list[GroupRow]
+    groups: list[InspectedGroup]
     left_whole: dict[str, str]
     options: dict[str, Any]
     cost: RunCost | None
@@ -175,7 +175,7 @@ def inspect_model(
     by_score = isinstance(pace.ratios, str) and pace.ratios in BY_SCORE
     counted = replace(pace, ratios="uniform") if by_score else pace
     pruner = pruner_of(model, example_inputs, target=target, pace=counted, **options)
-    rows: list[GroupRow] = []
+    rows: list[InspectedGroup] = []
     cost, problem = None, None
     try:
         host = pruner.host()
@@ -184,7 +184,7 @@ def inspect_model(
         for spec in specs:
             producers = tuple(producer.name for producer in pruner.graph.groups[spec.name].unit_group().producers)
             params = round(whole - costs.cost("params", {spec.name: spec.units}))
-            rows.append(GroupRow(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
+            rows.append(InspectedGroup(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
         plan = pruner.plan()
         alive = _units_at_scorings({spec.name: spec.units for spec in specs}, plan, pruner, by_score)
         probing = len(specs) if pace.order == "layers" and scoring.rule.needs_gradient else 0

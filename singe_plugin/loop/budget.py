@@ -17,7 +17,7 @@ from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.loop.costs import KINDS, CostModel, check_kind
 from singe_plugin.loop.pace import BY_SCORE, RATIOS
 
-__all__ = ["LayerSpec", "Target", "plan_removals"]
+__all__ = ["GroupSpec", "Target", "plan_removals"]
 
 
 POINT = 0.01
@@ -65,7 +65,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class GroupSpec:
     """A prunable layer (a group of coupled layers) as the budget sees it.
 
     Attributes:
@@ -107,7 +107,7 @@ Counts = dict[str, int]
 
 
 def plan_removals(
-    layers: Sequence[LayerSpec],
+    layers: Sequence[GroupSpec],
     cost: CostModel,
     target: Target | None,
     ratios: str | Mapping[str, float] = "block",
@@ -181,7 +181,7 @@ def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: floa
         )
 
 
-def _from_dict(layers: Sequence[LayerSpec], ratios: Mapping[str, float], round_to: int | None) -> Counts:
+def _from_dict(layers: Sequence[GroupSpec], ratios: Mapping[str, float], round_to: int | None) -> Counts:
     known = {layer.name for layer in layers} | {layer.block for layer in layers}
     unknown = [name for name in ratios if name not in known]
     if unknown:
@@ -197,7 +197,7 @@ def _from_dict(layers: Sequence[LayerSpec], ratios: Mapping[str, float], round_t
 
 
 def _spreader(
-    layers: Sequence[LayerSpec], ratios: str, scores: Scores | None, round_to: int | None
+    layers: Sequence[GroupSpec], ratios: str, scores: Scores | None, round_to: int | None
 ) -> Callable[[float], Counts]:
     """A monotone function from one number (the level) to removals per layer."""
     if ratios in BY_SCORE:
@@ -219,14 +219,14 @@ def _spreader(
     return spread
 
 
-def _per_cost(layers: Sequence[LayerSpec], cost: CostModel, kind: str, scores: Scores) -> Scores:
+def _per_cost(layers: Sequence[GroupSpec], cost: CostModel, kind: str, scores: Scores) -> Scores:
     """The scores of a layer's units divided by what one of them costs now."""
     whole = cost.cost(kind, {})
     each = {layer.name: max(whole - cost.cost(kind, {layer.name: 1}), 1.0) for layer in layers}
     return {layer.name: scores[layer.name] / each[layer.name] for layer in layers}
 
 
-def _by_score(layers: Sequence[LayerSpec], scores: Scores, round_to: int | None) -> Callable[[float], Counts]:
+def _by_score(layers: Sequence[GroupSpec], scores: Scores, round_to: int | None) -> Callable[[float], Counts]:
     # equal scores (batch-norm scales that were never trained) are taken evenly from all layers
     ordered = sorted(
         (score, (position + 0.5) / layer.units, number)
@@ -247,7 +247,7 @@ def _by_score(layers: Sequence[LayerSpec], scores: Scores, round_to: int | None)
 
 
 def _refine(
-    layers: Sequence[LayerSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts], round_to: int | None
+    layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts], round_to: int | None
 ) -> Counts:
     """Move layers by one rounding step while that brings the cost nearer to what is wanted.
 
@@ -279,7 +279,7 @@ def _refine(
     return dict(best)
 
 
-def _moves(layers: Sequence[LayerSpec], counts: Counts, round_to: int | None) -> Iterator[Counts]:
+def _moves(layers: Sequence[GroupSpec], counts: Counts, round_to: int | None) -> Iterator[Counts]:
     """The counts with one layer moved by one rounding step, up or down."""
     for layer in layers:
         step = layer.quantum(round_to)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import ScoringError
-from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.events import Callback, LayerDone, LayerScored, Removed, RoundDone, RunEnded, RunStarted
 from singe_plugin.loop.finetune import phase_share
 from singe_plugin.loop.pace import Pace, units_per_turn
@@ -50,7 +50,7 @@ class Host(Protocol):
 
     model: nn.Module
 
-    def layers(self) -> Sequence[LayerSpec]:
+    def layers(self) -> Sequence[GroupSpec]:
         """The prunable layers in forward order, with the units they have now."""
 
     def score(self, layers: Sequence[str]) -> Scores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from singe_plugin.loop.budget import LayerSpec
+from singe_plugin.loop.budget import GroupSpec
 
 __all__ = ["CountedProgress", "Progress"]
 
@@ -34,7 +34,7 @@ class Progress:
     goal: dict[str, int] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
 
-    def begin(self, layers: Sequence[LayerSpec]) -> None:
+    def begin(self, layers: Sequence[GroupSpec]) -> None:
         """Take over what the host has now, if nothing is known of it yet."""
         if not self.alive:
             self.alive = {layer.name: list(range(layer.units)) for layer in layers}
@@ -63,7 +63,7 @@ class CountedProgress(Progress):
     counts: dict[str, int] = field(default_factory=dict)
     originals: dict[str, int] = field(default_factory=dict)
 
-    def begin(self, layers: Sequence[LayerSpec]) -> None:
+    def begin(self, layers: Sequence[GroupSpec]) -> None:
         self.counts = {layer.name: layer.units for layer in layers}
         done = [layer.name for layer in layers if self.plan.get(layer.name, 0) > 0][: self.next_layer]
         self.originals = {n: count + (self.plan[n] if n in done else 0) for n, count in self.counts.items()}

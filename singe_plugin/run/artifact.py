@@ -37,7 +37,7 @@ from singe_plugin.run.record import (
     check_widths,
     decode,
 )  # fmt: skip
-from singe_plugin.run.result import LayerRow, Metrics, Result
+from singe_plugin.run.result import GroupRow, Metrics, Result
 
 __all__ = ["FORMAT", "MASKS", "RECORD", "TENSORS", "load", "read", "save"]
 
@@ -229,7 +229,7 @@ def _result(model: nn.Module, record: Mapping[str, Any], masks: dict[str, Tensor
         model=model,
         before=Metrics(**record["before"]),
         after=Metrics(**record["after"]),
-        layers=[LayerRow(**row) for row in record["layers"]],
+        layers=[GroupRow(**row) for row in record["layers"]],
         left_whole=record["left_whole"],
         history=History(record["history"]),
         options=record["options"],

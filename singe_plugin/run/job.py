@@ -17,7 +17,7 @@ from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.objective import ObjectiveLike
 from singe_plugin.rollback import all_or_nothing
 from singe_plugin.run.guards import check_here, check_lone
-from singe_plugin.run.result import LayerRow
+from singe_plugin.run.result import GroupRow
 
 __all__ = ["Job", "Save", "carry_out", "make_tuner"]
 
@@ -74,7 +74,7 @@ class Job(Protocol):
     def run(self, progress: Progress | None = None, checkpoint: Save | None = None, history: Any = None) -> Any:
         """Do all of it: see :func:`carry_out`."""
 
-    def rows(self) -> list[LayerRow]:
+    def rows(self) -> list[GroupRow]:
         """The layers, with the units they had and have."""
 
     def numbers(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from singe_plugin.loop.events import History
 
-__all__ = ["LayerRow", "Metrics", "Result", "latency_cells", "package_versions"]
+__all__ = ["GroupRow", "Metrics", "Result", "latency_cells", "package_versions"]
 
 NARROW, SHARE = 4, 0.1  # what is left of a layer, in units and of what it had, below which it is warned of
 
@@ -58,7 +58,7 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class GroupRow:
     """One line of the per-layer table: a group of coupled layers, its units before and after."""
 
     name: str
@@ -71,9 +71,9 @@ class LayerRow:
         """What there is to say of a layer that lost nearly all its units; None for others.
 
         Example:
-            >>> LayerRow("conv1", "conv1", 16, 1).narrow
+            >>> GroupRow("conv1", "conv1", 16, 1).narrow
             "layer 'conv1' has 1 of 16 units left; the network may not recover, min_width keeps more"
-            >>> LayerRow("conv1", "conv1", 16, 4).narrow
+            >>> GroupRow("conv1", "conv1", 16, 4).narrow
         """
         few = self.units_after < NARROW or self.units_after < SHARE * self.units_before
         if self.units_after >= self.units_before or not few:
@@ -105,7 +105,7 @@ class Result:
     model: nn.Module
     before: Metrics
     after: Metrics
-    layers: list[LayerRow] = field(default_factory=list)
+    layers: list[GroupRow] = field(default_factory=list)
     left_whole: dict[str, str] = field(default_factory=dict)
     history: History = field(default_factory=History)
     options: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class Result:
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be looked at before the model is used: layers left with next to no units (see :class:`LayerRow`).
+        """What is to be looked at before the model is used: layers left with next to no units (see :class:`GroupRow`).
 
         Single weights have no widths.
         """

@@ -25,7 +25,7 @@ from singe_plugin.masks import mask_module
 from singe_plugin.nested import to_device
 from singe_plugin.run.architecture import Builder, Structure, describe_structure
 from singe_plugin.run.data import few
-from singe_plugin.run.result import LayerRow, Metrics, package_versions
+from singe_plugin.run.result import GroupRow, Metrics, package_versions
 from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of
 
@@ -178,7 +178,7 @@ class _Shrinker:
             model=self.model,
             before=metrics,
             after=self._metrics(),
-            layers=[LayerRow(g.name, g.name, sizes[g], g.size) for g in groups if not g.secondary or g.size < sizes[g]],
+            layers=[GroupRow(g.name, g.name, sizes[g], g.size) for g in groups if not g.secondary or g.size < sizes[g]],
             left_whole=dict(self.graph.left_whole),
             history=self.history,
             options={
