@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import as_options, describe, to_plain
+from singe_plugin.loop.budget import Target
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
@@ -89,25 +92,20 @@ def prune(
         (114, 58)
     """
     pace = as_options(Pace, pace, "pace", "order").settle()
-    scoring = as_options(Scoring, scoring, "scoring", "criterion")
-    importance = None if isinstance(scoring.criterion, str) else scoring.criterion
-    if isinstance(importance, SInGEImportance):
-        scoring = _of_importance(scoring, importance)
-    assert pace.order is not None
-    scoring = scoring.settle(pace.order)
+    scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace)
+    if isinstance(target, Target):
+        target = str(target)
     options = {
-        "target": to_plain(target), "scoring": describe(scoring), "pace": describe(pace), "seed": seed, "fold": fold,
-        "verify": verify,
+        "target": to_plain(target), "scoring": describe(scoring), "pace": describe(pace.named(model)), "seed": seed,
+        "fold": fold, "verify": verify,
     }  # fmt: skip
     with set_stage(
         model, data, scoring=scoring, finetune=as_options(FineTune, finetune, "finetune", "steps"), val_data=val_data,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
     ) as stage:  # fmt: skip
         folded = list(fold_batchnorm(model, stage.example).folded) if fold else []
-        if importance is None:
-            importance = SInGEImportance(**vars(scoring))
         if isinstance(importance, SInGEImportance) and importance.model is None:
-            importance.bind(model, stage.batches)
+            importance = copy(importance).bind(model, stage.batches)  # the user's stays free for other models and data
         pruner = SInGEPruner(
             model, stage.example, importance, target=target, pace=pace, finetune=stage.tuner,
             callbacks=with_log(callbacks), batches=stage.batches, verify=verify, ignored_layers=ignored_layers,
@@ -116,13 +114,30 @@ def prune(
         return carry_through(pruner, stage, options, folded, resume)
 
 
-def _of_importance(scoring: Scoring, importance: SInGEImportance) -> Scoring:
-    """The scoring of a ready importance, on the batches that were asked for."""
+def _what_scores(scoring: Scoring, pace: Pace) -> tuple[Scoring, Callable[..., Any]]:
+    """What is recorded of the scoring, with everything decided, and the importance that does it.
+
+    Raises:
+        ConfigError: for options of a criterion beside an importance, which has its own.
+    """
+    assert pace.order is not None
+    usual = scoring.settle(pace.order)
+    if isinstance(scoring.criterion, str):
+        return usual, SInGEImportance(**vars(usual))
+    importance, kind = scoring.criterion, type(scoring.criterion).__name__
+    read = ("criterion", "batches", "batch_size", "objective")
+    given = [f.name for f in fields(Scoring) if f.name not in read and getattr(scoring, f.name) != f.default]
+    if given:
+        raise ConfigError(f"{given[0]} was given beside a {kind}, which would ignore it; give it to that, if it has it")
+    if not isinstance(importance, SInGEImportance):
+        return usual, importance
     own = importance.scoring
     if scoring.objective not in (None, own.objective):
         raise ConfigError(
             f"objective={to_plain(scoring.objective)!r} was given beside an importance whose F is "
             f"{to_plain(own.objective)!r}; give it to the importance alone"
         )
-    batches = own.batches if scoring.batches is None else scoring.batches
-    return Scoring(**{**vars(own), "batches": batches, "batch_size": scoring.batch_size})
+    batches = scoring.batches or own.batches or usual.batches
+    if isinstance(importance.batches, Sized):
+        batches = len(importance.batches)
+    return replace(own, batches=batches, batch_size=scoring.batch_size).settle("layers"), importance

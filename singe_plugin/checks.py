@@ -9,7 +9,7 @@ from typing import Any
 
 from singe_plugin.errors import ConfigError
 
-__all__ = ["check_choice", "check_count", "check_number", "closest", "is_number"]
+__all__ = ["check_choice", "check_count", "check_flag", "check_number", "closest", "is_number"]
 
 
 def is_number(value: Any) -> bool:
@@ -42,6 +42,12 @@ def check_count(name: str, value: Any, least: int, what: str = "count", most: in
     if not ok:
         limit = "" if most is None else f" and at most {most}"
         raise ConfigError(f"{name}={value!r} is not a {what}; give a whole number >= {least}{limit}{why}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is neither True nor False")
 
 
 def check_number(name: str, value: Any, low: float, high: float, ends: str, what: str = "fraction") -> None:

@@ -8,6 +8,7 @@ tables in ``docs/options.md``.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import types
 import typing
@@ -34,6 +35,7 @@ def option(
     read: Callable[[str], Any] | None = None,
     metavar: str | None = None,
     command: bool = True,
+    is_object: bool = False,
 ) -> Any:
     """A field of an options object.
 
@@ -45,9 +47,12 @@ def option(
         read: turns the command's text into the value, where it is more than a number or a name.
         metavar: how the command's help shows such a text.
         command: whether the command has it.
+        is_object: whether it is something that lives on (data, a module, an optimizer): not compared, not printed, and
+            recorded by the name of its class.
     """
     about = {"text": text, "choices": choices, "flag": flag, "read": read, "metavar": metavar, "command": command}
-    return dataclasses.field(default=default, metadata=about)
+    about["is_object"] = is_object
+    return dataclasses.field(default=default, metadata=about, repr=not is_object, compare=not is_object)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(option,))
@@ -100,17 +105,18 @@ def as_options(cls: type[Kind], value: Any, name: str, shorthand: str) -> Kind:
 
 
 def to_plain(value: Any) -> Any:
-    """A value as JSON keeps it, the same in every process: of objects, their name or that of their class.
+    """A value as JSON keeps it, the same in every process: objects are described, long descriptions as a checksum.
 
     Example:
-        >>> to_plain({"a": 1}), to_plain(len), to_plain(object())
-        ({'a': 1}, 'len', 'object')
+        >>> to_plain({"a": 1}), to_plain(len)
+        ({'a': 1}, '<built-in function len>')
     """
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
     if isinstance(value, Mapping):
         return {key if isinstance(key, str) else describe_object(key): to_plain(held) for key, held in value.items()}
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    text = describe_object(value)
+    return text if len(text) <= 200 else f"{type(value).__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def describe_object(value: Any) -> str:
@@ -131,7 +137,12 @@ def describe(options: Any) -> dict[str, Any]:
         >>> describe(Pace("layers"))["order"]
         'layers'
     """
-    return {f.name: to_plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    found = {}
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        lives = f.metadata["is_object"] and not (value is None or isinstance(value, str) or callable(value))
+        found[f.name] = type(value).__qualname__ if lives else to_plain(value)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +158,7 @@ class Spelling:
         read: turns a text into the value, or None.
         metavar: how the help shows its value, or None.
         default: what it is if it is not given.
+        none: whether it may be switched off, with ``none``.
     """
 
     flags: tuple[str, ...]
@@ -157,6 +169,7 @@ class Spelling:
     read: Callable[[str], Any] | None
     metavar: str | None
     default: Any
+    none: bool
 
     @property
     def name(self) -> str:
@@ -180,9 +193,11 @@ def spellings(*classes: type) -> list[Spelling]:
                 targets = (*found[flags].targets, *targets)
             made = Spelling(
                 flags, about["text"], targets, tuple(about["choices"]), _kind(hints[f.name]), about["read"],
-                about["metavar"], f.default,
+                about["metavar"], f.default, f.default is not None and type(None) in typing.get_args(hints[f.name]),
             )  # fmt: skip
-            found[flags] = dataclasses.replace(found[flags], targets=targets) if flags in found else made
+            if flags in found:
+                made = dataclasses.replace(found[flags], targets=targets, none=found[flags].none or made.none)
+            found[flags] = made
     return list(found.values())
 
 

@@ -82,10 +82,10 @@ def test_a_function_is_scored_and_trained(objective: Any, run: str) -> None:
     told = RUNS[run](made(), objective=objective, finetune=FineTune(DATA, 4, loss=objective))
     assert_same_values(result.model, told.model)
     assert losses(result) == losses(told)
-    assert result.options["finetune"]["loss"] == objective.__name__
+    assert result.options["finetune"]["minimises"] == objective.__name__
     other = RUNS[run](made(), objective=objective, finetune=FineTune(DATA, 4, loss=functional.cross_entropy))
     assert losses(other) != losses(result)  # a loss that is given goes before it
-    assert other.options["finetune"]["loss"] == "cross_entropy"
+    assert other.options["finetune"]["minimises"] == "cross_entropy"
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -9,15 +9,24 @@ import json
 import pkgutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import torch
+import torch_pruning as tp
+from click.testing import CliRunner
+from torch import nn
 
 import singe_plugin
-from singe_plugin import FineTune, Pace, Scoring
+from singe_plugin import FineTune, Pace, Scoring, SInGEImportance, SInGEPruner
+from singe_plugin.app import commands
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import as_options, describe, spellings
+from singe_plugin.loop.budget import Target
+from singe_plugin.loop.tuner import Tuner
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +48,8 @@ from torch import nn
 import singe_plugin
 from singe_plugin import FineTune, Pace, SInGEImportance, Scoring
 from singe_plugin.app.cli import main
+from singe_plugin.loop.budget import Target
+from singe_plugin.loop.tuner import Tuner
 from singe_plugin.fields import table
 
 def net():
@@ -159,3 +170,90 @@ def test_no_public_function_takes_more_than_sixteen_parameters() -> None:
         if count > MOST:
             many[name] = count
     assert many == {}
+
+
+# --- what a run records, and so what a resumed one notices ----------------------------------------------------------
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 2))
+
+
+BATCHES = [(torch.randn(8, 4), torch.arange(8) % 2) for _ in range(2)]
+smooth = partial(torch.nn.functional.cross_entropy, label_smoothing=0.3)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (FineTune(loss=smooth), FineTune(loss=partial(smooth, label_smoothing=0.0))),
+    (FineTune(), FineTune(loss=torch.nn.functional.cross_entropy)),
+    (FineTune(optimizer=partial(torch.optim.SGD, lr=0.1)), FineTune(optimizer=partial(torch.optim.SGD, lr=0.2))),
+    (Scoring(objective=smooth), Scoring(objective=partial(smooth, label_smoothing=0.0))),
+    (Pace(ratios={"0": 0.5}), Pace(ratios={"0": 0.25})),
+])  # fmt: skip
+def test_what_differs_is_recorded_as_different(one: Any, other: Any) -> None:
+    assert describe(one) != describe(other)
+    assert json.loads(json.dumps(describe(one))) == describe(one)
+
+
+def test_tuners_record_the_given_loss_beside_the_one_in_force() -> None:
+    plain, given = (
+        Tuner(FineTune(BATCHES, 4, loss=loss)).describe() for loss in (None, torch.nn.functional.cross_entropy)
+    )
+    assert plain != given
+    assert (plain["minimises"], given["minimises"]) == ("cross_entropy", "cross_entropy")
+
+
+def test_ratios_by_modules_are_recorded_by_names_and_targets_as_texts() -> None:
+    model = net()
+    ratios = {model[0]: 0.5, model[2]: 0.25, model[4]: 0.5}
+    result = singe_plugin.prune(model, BATCHES, target=None, pace=Pace(ratios=ratios, min_width=1), finetune=0)
+    assert result.options["pace"]["ratios"] == {"0": 0.5, "2": 0.25, "4": 0.5}
+    result = singe_plugin.prune(net(), BATCHES, target=Target.parse("params=0.4"), finetune=0)
+    assert result.options["target"] == "params=0.4"
+
+
+def test_an_importance_is_recorded_as_it_scores_and_stays_free() -> None:
+    importance = SInGEImportance(mu=0.95)
+    for model in (net(), net()):  # another model, and other data, with the same object
+        result = singe_plugin.prune(model, BATCHES[:1], target="params=0.4", scoring=importance, finetune=0)
+        assert importance.model is None
+        assert importance.batches is None
+    recorded = result.options["scoring"]
+    assert (recorded["mu"], recorded["nodes"], importance.scoring.passes) == (0.95, 5, 5)
+    with pytest.raises(ConfigError, match="nodes was given beside a SInGEImportance, which would ignore it"):
+        singe_plugin.prune(net(), BATCHES, scoring=Scoring(importance, nodes=3))
+    with pytest.raises(ConfigError, match=r"criterion=MagnitudeImportance is a class; call it"):
+        Scoring(tp.importance.MagnitudeImportance)
+
+
+def test_what_implies_an_order() -> None:
+    assert Pace(rounds=8).settle(order="layers").order == "rounds"
+    assert Pace(units_per_step=1).settle().order == "layers"
+    with pytest.raises(ConfigError, match="course='linear' is for order='rounds'"):
+        Pace("layers", course="linear")
+    with pytest.raises(ConfigError, match=r"max_pruning_ratio=1.0 and pace.max_pruning_ratio=0.3 were both given"):
+        SInGEPruner(
+            net(), torch.zeros(2, 4), tp.importance.MagnitudeImportance(), max_pruning_ratio=1.0,
+            pace=Pace(max_pruning_ratio=0.3),
+        )  # fmt: skip
+
+
+def test_options_with_objects_can_be_compared_and_printed() -> None:
+    assert FineTune(BATCHES, 4) == FineTune(BATCHES[:1], 4) != FineTune(BATCHES, 5)
+    assert len(repr(FineTune(BATCHES))) < 400
+
+
+def test_what_can_be_none_can_be_switched_off_at_the_command() -> None:
+    seen: list[Any] = []
+    command = click.Command(
+        "try", params=[], callback=lambda **options: seen.append(commands._objects(options, FineTune, Scoring))
+    )
+    command = commands._generated(FineTune, Scoring)(command)
+    for arguments, expected in (
+        (["--amp", "none", "--clip-grad", "none"], (None, None)), ([], ("auto", 1.0)),
+        (["--amp", "bf16", "--clip-grad", "0.5"], ("bf16", 0.5)),
+    ):  # fmt: skip
+        assert CliRunner().invoke(command, arguments).exit_code == 0
+        assert (seen[-1][0].amp, seen[-1][0].clip_grad) == expected
+    assert CliRunner().invoke(command, ["--amp", "int8"]).exit_code == 2

@@ -32,7 +32,8 @@ def settle_entwined(pace: Pace) -> Pace:
         raise ConfigError("inside NNI's training loop layers are pruned one after the other; give pace='layers'")
     for name in ("ratios", "max_pruning_ratio", "min_width", "round_to"):
         if getattr(pace, name) is not None:
-            raise ConfigError(f"pace.{name} is not for NNI's pruner: the config list says how much of a layer goes")
+            instead = "give it to the pruner itself" if name == "min_width" else "the config list says how much goes"
+            raise ConfigError(f"pace.{name} is not for NNI's pruner: {instead}")
     return pace.settle(order="layers")
 
 

@@ -139,6 +139,7 @@ class SInGEPruner(ScoringPruner):
         self.pace = None if pace is None else settle_entwined(as_options(Pace, pace, "pace", "order"))
         self.scoring, steps = asked.settle(), training_steps
         check_amounts(every, min_width, training_steps)
+        _ = self.scoring.rule  # an importance of torch-pruning is none
         self.batches = batches_of(batches)
         if evaluator is None:
             check_without_evaluator(self.scoring, self.pace is not None, self.batches)

@@ -53,8 +53,9 @@ def base_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any
         TypeError: for an argument that ``BasePruner`` does not have.
     """
     bound = inspect.signature(tp.pruner.BasePruner.__init__).bind(None, None, None, None, *args, **kwargs)
+    given = set(bound.arguments)
     bound.apply_defaults()
-    options = dict(bound.arguments)
+    options = dict(bound.arguments) | {"given": given}
     for old, new in (("ch_sparsity", "pruning_ratio"), ("ch_sparsity_dict", "pruning_ratio_dict")):
         if options[old] is not None:
             options[new] = options[old]
@@ -85,9 +86,9 @@ def settle_with(pace: Pace, options: dict[str, Any]) -> Pace:
         ConfigError: if such an option was given twice, and differently.
     """
     usual = {"max_pruning_ratio": 1.0, "round_to": None}
-    for name, default in usual.items():
+    for name in usual:
         mine, theirs = getattr(pace, name), options[name]
-        if mine is not None and theirs != default and mine != theirs:
+        if mine is not None and name in options["given"] and mine != theirs:
             raise ConfigError(f"{name}={theirs!r} and pace.{name}={mine!r} were both given; leave one out")
     shared = {name: options[name] for name in usual}
     found = pace.settle(order="layers", units_per_step=1, min_width=1, **shared)

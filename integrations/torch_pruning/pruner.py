@@ -280,7 +280,7 @@ class SInGEPruner(SteppingPruner):
                         f"criterion {importance.scoring.criterion!r} needs data: call importance.bind(model, batches) "
                         "or give SInGEPruner(batches=...)"
                     )
-                importance.bind(self.model, self.batches)
+                self.importance = importance = copy(importance).bind(self.model, self.batches)
             batches = importance.batches
             if self.pace.order == "layers" and batches is not None:
                 probe = copy(importance)

@@ -72,7 +72,7 @@ def prune_weights(
     scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order, weights=True)
     options = {
         "granularity": "weight", "sparsity": sparsity, "pattern": None if pattern is None else str(pattern),
-        "scoring": describe(scoring), "pace": describe(pace), "seed": seed, "fold": fold,
+        "scoring": describe(scoring), "pace": describe(pace.named(model)), "seed": seed, "fold": fold,
     }  # fmt: skip
     with set_stage(
         model, data, scoring=scoring, finetune=as_options(FineTune, finetune, "finetune", "steps"), val_data=val_data,

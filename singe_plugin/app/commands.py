@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from singe_plugin.app.datasets import NO_DATA, TORCHVISION
 from singe_plugin.app.models import parse_pairs
 from singe_plugin.errors import SingeError
-from singe_plugin.fields import spellings
+from singe_plugin.fields import Spelling, spellings
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
 from singe_plugin.method.options import Scoring
@@ -89,10 +89,22 @@ def _generated(*classes: type) -> Callable[[Command], Command]:
             about["is_flag"] = True
         else:
             about["type"] = click.Choice(spelling.choices) if spelling.choices else spelling.kind
+        if spelling.none:
+            about["type"] = str
+            about["metavar"] = "|".join([*(spelling.choices or [spelling.kind.__name__.upper()]), "none"])
+            about["callback"] = partial(_or_none, spelling)
         if spelling.read is not None:
             about |= {"type": str, "callback": partial(_converted, spelling.read)}
         made.append(click.option(*spelling.flags, spelling.name, **about))
     return _stacked(*made)
+
+
+def _or_none(spelling: Spelling, context: Any, param: Any, value: str | None) -> Any:
+    """A value, or what says that there is to be none."""
+    if value is None or value == "none":
+        return value
+    kind = click.Choice(spelling.choices) if spelling.choices else click.types.convert_type(spelling.kind)
+    return kind.convert(value, param, context)
 
 
 def _converted(read: Callable[[str], Any], context: Any, param: Any, value: str | None) -> Any:
@@ -109,7 +121,7 @@ def _objects(options: dict[str, Any], *classes: type) -> list[Any]:
         value = options.pop(spelling.name)
         if value is not None and value is not False:
             for cls, field in spelling.targets:
-                fields[cls][field] = value
+                fields[cls][field] = None if spelling.none and value == "none" else value
     try:
         return [cls(**fields[cls]) for cls in classes]
     except SingeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -185,21 +184,15 @@ def inspect_model(
             producers = tuple(producer.name for producer in pruner.graph.groups[spec.name].unit_group().producers)
             params = round(whole - costs.cost("params", {spec.name: spec.units}))
             rows.append(InspectedGroup(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
+        if not isinstance(scoring.criterion, str):
+            raise BudgetError(f"what a {type(scoring.criterion).__name__} costs is not known here")
         plan = pruner.plan()
         alive = _units_at_scorings({spec.name: spec.units for spec in specs}, plan, pruner, by_score)
         probing = len(specs) if pace.order == "layers" and scoring.rule.needs_gradient else 0
         cost = _cost(alive, sum(plan.values()), scoring, probing, steps)
     except BudgetError as error:
         problem = str(error)
-    names = {module: name for name, module in model.named_modules()}
-    ratios = pace.ratios
-    if isinstance(ratios, Mapping):
-        ratios = {names.get(key, key): ratio for key, ratio in ratios.items()}
-    shown: dict[str, Any] = {
-        "target": target,
-        "pace": describe(replace(pace, ratios=ratios)),
-        "scoring": describe(scoring),
-    }
+    shown: dict[str, Any] = {"target": target, "pace": describe(pace.named(model)), "scoring": describe(scoring)}
     shown |= {"finetune_steps": steps}
     macs = count_macs(model, example_inputs) // count_examples(example_inputs)
     return Inspection(count_params(model), macs, rows, dict(pruner.left_whole), shown, cost, problem)

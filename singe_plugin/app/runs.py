@@ -91,16 +91,21 @@ def run_prune(
                 f"{output / CHECKPOINT}"
             )
         if resume and not (output / CHECKPOINT).exists() and (output / RECORD).exists():
-            return _finished(model_options, prune_options, output, say)
+            return _finished(model_options, data_options, prune_options, output, say, granularity)
         return _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
 
 
 def _finished(
-    model_options: Mapping[str, Any], prune_options: Mapping[str, Any], output: Path, say: Say
+    model_options: Mapping[str, Any],
+    data_options: Mapping[str, Any],
+    prune_options: Mapping[str, Any],
+    output: Path,
+    say: Say,
+    granularity: str,
 ) -> tuple[Result, dict[str, Any]]:
     """What is there of a run that was asked to go on and is over; it must be the one that was meant."""
     result = read(output)
-    asked = _asked(prune_options, result.options)
+    asked = _asked(prune_options, granularity, result.options) | {"finetune.batch_size": data_options["batch_size"]}
     mine, theirs = {"model": model_options["name"], **asked}, {"model": result.builder.name, **_flat(result.options)}
     different = [key for key in mine if mine[key] != theirs.get(key)]
     if different:
@@ -128,16 +133,17 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _asked(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """What a run with these options records, as far as it is known beforehand and was recorded."""
     from singe_plugin.integrations.unstructured.arguments import DEFAULT_ROUNDS, settle_pace
 
-    weights = "granularity" in recorded
+    weights = granularity == "weight"
     pace = settle_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settle()
     scoring = options["scoring"].settle(pace.order, weights)
     finetune = {k: v for k, v in describe(options["finetune"]).items() if k not in ("loader", "loss")}
     parts = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
-    return _flat({k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded})
+    known = {k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded}
+    return _flat(known | {"granularity": "weight" if weights else None})
 
 
 def _prune(

@@ -39,6 +39,9 @@ class Target:
     def __post_init__(self) -> None:
         check_kind(self.kind)
 
+    def __str__(self) -> str:
+        return f"{self.kind}={self.fraction:g}"
+
     @classmethod
     def parse(cls, text: str | Target) -> Target:
         """Read ``"params=0.5"`` or ``"macs=0.3"``.

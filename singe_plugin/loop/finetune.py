@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.checks import check_choice, check_count, check_number, is_number
+from singe_plugin.checks import check_choice, check_count, check_flag, check_number, closest, is_number
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import documented, option
 from singe_plugin.method.objective import Objective
@@ -53,6 +53,7 @@ class FineTune:
     """
 
     loader: Iterable[Any] | None = option(
+        is_object=True,
         default=None,
         text="Batches of ``(inputs, targets)`` or mappings to train on, iterated as often as needed. By default "
         "the run's data, a dataset in shuffled batches of 64.",
@@ -70,6 +71,7 @@ class FineTune:
     momentum: float = option(default=0.9, text="The momentum of an optimizer that is made here.")
     weight_decay: float = option(default=1e-4, text="The weight decay of an optimizer that is made here.")
     optimizer: OptimizerLike = option(
+        is_object=True,
         default=None,
         text="The name of an optimizer as timm has them (``timm.optim.list_optimizers()``), an optimizer over the "
         "model's parameters, whose learning rates are left as they are (there is no cosine then), or a "
@@ -80,7 +82,10 @@ class FineTune:
         metavar="NAME",
     )
     scheduler: Any = option(
-        default=None, text="A learning-rate scheduler of the given optimizer, stepped once per step.", command=False
+        is_object=True,
+        default=None,
+        text="A learning-rate scheduler of the given optimizer, stepped once per step.",
+        command=False,
     )
     warmup: int = option(default=0, text="Over how many steps the cosine's learning rate rises from zero.")
     label_smoothing: float = option(default=0.1, text="The label smoothing of the cross-entropy.")
@@ -94,6 +99,7 @@ class FineTune:
         choices=("bf16", "fp16"),
     )
     ema: nn.Module | None = option(
+        is_object=True,
         default=None,
         text="An averaged copy of the model, cut along with it; with a method ``update`` it is updated every step.",
         command=False,
@@ -109,6 +115,7 @@ class FineTune:
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 0, "number of optimisation steps")
         check_choice("every", self.every, EVERY)
+        check_flag("channels_last", self.channels_last)
         check_choice("amp", self.amp, ("auto", "bf16", "fp16", None))
         if not (is_number(self.lr) and self.lr > 0):
             raise ConfigError(f"lr={self.lr!r} is not a learning rate; give a positive number")
@@ -123,7 +130,11 @@ class FineTune:
         if isinstance(self.optimizer, str):
             from timm.optim import list_optimizers  # here: most runs need none by name
 
-            check_choice("optimizer", self.optimizer, list_optimizers(), ", or give an optimizer or a function")
+            if self.optimizer not in (names := list_optimizers()):
+                raise ConfigError(
+                    f"unknown optimizer {self.optimizer!r}{closest(self.optimizer, names)}; the names are those of "
+                    "timm.optim.list_optimizers(); or give an optimizer or a function that makes one"
+                )
         optimizer, ready = self.optimizer, isinstance(self.optimizer, torch.optim.Optimizer)
         if not (optimizer is None or isinstance(optimizer, str) or callable(optimizer) or ready):
             raise ConfigError(

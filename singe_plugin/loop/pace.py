@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from singe_plugin.checks import check_choice, check_count, check_number, is_number
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import documented, option
@@ -153,7 +155,9 @@ class Pace:
             )
         layers = self.order == "layers" or (self.order is None and self.units_per_step is not None)
         if layers and self.rounds not in (None, 1):
-            raise ConfigError(f"rounds={self.rounds!r} is for order='rounds'; leave it out, or give that order")
+            raise ConfigError(f"rounds={self.rounds!r} is for order='rounds'; leave it out, or give Pace('rounds')")
+        if layers and self.course != "cubic":
+            raise ConfigError(f"course={self.course!r} is for order='rounds'; leave it out, or give Pace('rounds')")
         if isinstance(self.ratios, Mapping):
             for name, ratio in self.ratios.items():
                 if not is_number(ratio) or not 0 <= ratio < 1:
@@ -175,10 +179,19 @@ class Pace:
         usual = {"order": "rounds", "rounds": 4, "units_per_step": 0.1, "max_pruning_ratio": 0.95, "min_width": 4}
         found = {**usual, **defaults}
         order = self.order or ("layers" if self.units_per_step is not None else found["order"])
+        if self.order is None and self.rounds not in (None, 1):
+            order = "rounds"
         found |= {"order": order, "ratios": defaults.get("ratios", "per_cost" if order == "rounds" else "block")}
         found["rounds"] = 1 if order == "layers" else found["rounds"]
         found["units_per_step"] = found["units_per_step"] if order == "layers" else None
         return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
+
+    def named(self, model: nn.Module) -> Pace:
+        """This pace with ratios by names instead of by modules: what is recorded."""
+        if not isinstance(self.ratios, Mapping):
+            return self
+        names = {module: name for name, module in model.named_modules()}
+        return replace(self, ratios={names.get(key, key): ratio for key, ratio in self.ratios.items()})
 
     def share_after(self, number: int) -> float:
         """The share of the way to the target that is covered after round ``number`` (from 1).

@@ -144,9 +144,10 @@ class Tuner:
         loss = self.options.step_fn or self._chosen_loss()
         makes = self._own_schedule and callable(self.options.optimizer)
         return made | {
-            "loss": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
+            "minimises": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
             "lr": None if makes and self.optimizer is None else self.rate(),
             "schedule": "cosine" if self._own_schedule else course,
+            "batch_size": getattr(self.stream.batches, "batch_size", None),
         }
 
     def rate(self) -> float | list[float]:

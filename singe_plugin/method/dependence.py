@@ -91,7 +91,7 @@ def _check_removal(walker: Walker) -> None:
                 f"group {walker.group.name!r}: its scores are all zero, but F goes from {float(before):.6g} to "
                 f"{float(after):.6g} on batch {walker.index} when its units are removed: the gradient vanishes on the "
                 "way (an operator without one, such as round, sign or argmax, or outputs so sure that it underflows); "
-                "use objective='logit' or criterion='l2', or put its layer in ignored_layers"
+                "use the objective 'logit' or the criterion 'l2', or put its layer in ignored_layers"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from singe_plugin.checks import check_choice, check_count
+from singe_plugin.checks import check_choice, check_count, check_flag
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import documented, option
 from singe_plugin.method.criteria import CRITERIA, Criterion, check_degree, get_criterion
@@ -102,8 +102,10 @@ class Scoring:
     channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
     batches: int | None = option(
         default=None,
-        text="How many batches every scoring reads: drawn once from a dataset, the first ones of a loader or "
-        "list. By default 4 in rounds of units, else 1 (as the paper).",
+        text="How many batches every scoring of prune and prune_weights reads: drawn once from a dataset, the "
+        "first ones of a loader or list. By default 4 in rounds of units, else 1 (as the paper). What is "
+        "handed batches itself, an importance or a pruner, reads all of them; NNI's pruner the latest of its "
+        "training loop.",
         flag="--scoring-batches",
     )
     batch_size: int = option(
@@ -111,6 +113,8 @@ class Scoring:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.criterion, type):
+            raise ConfigError(f"criterion={self.criterion.__name__} is a class; call it: {self.criterion.__name__}()")
         if not callable(self.criterion):
             get_criterion(self.criterion)
         check_degree(self.p)
@@ -122,6 +126,7 @@ class Scoring:
         check_choice("amp", self.amp, (*AMP_DTYPES, None))
         check_count("unit_batch", self.unit_batch, 1, "number of units")
         check_count("batch_size", self.batch_size, 1)
+        check_flag("channels_last", self.channels_last)
         if self.batches is not None:
             check_count("batches", self.batches, 1)
         if not callable(self.criterion):

@@ -186,7 +186,7 @@ def _per_batch(
     if batches is None:
         raise DataError(
             f"criterion {options.criterion!r} differentiates F on data, and none is bound; call "
-            "importance.bind(model, batches) with batches of (inputs, targets) first, or use criterion='l2'"
+            "importance.bind(model, batches) with batches of (inputs, targets) first, or use the criterion 'l2'"
         )
     check_head(model, options.objective)
     results = []

@@ -212,7 +212,7 @@ class Walker:
             f"group {self.group.name!r}: F does not depend on its weights through autograd (an objective that is "
             "constant or leaves a part of the output out, a detached output, or torch.no_grad() inside the forward); "
             "it cannot be scored by gradients: give an objective that depends on it, put its layer in ignored_layers, "
-            "or use criterion='l2'"
+            "or use the criterion 'l2'"
         )
 
     def _not_finite(self, what: str, scale: float) -> ScoringError:

@@ -103,12 +103,12 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
     record, tensors = _read(path)
     old, new = record["fingerprint"], json.loads(json.dumps(dict(fingerprint)))
     names = sorted(old.keys() | new.keys(), key=lambda k: (k in _OWN_WORDS, k))  # an option may change the data, too
-    different = [k for k in names if old.get(k) != new.get(k)]
+    different = [k for k in names if old.get(k, _NOTHING) != new.get(k, _NOTHING)]
     if different:
         name = key = different[0]
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            inner = next(k for k in {**was, **now} if was.get(k) != now.get(k))
+            inner = next(k for k in {**was, **now} if was.get(k, _NOTHING) != now.get(k, _NOTHING))
             name, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
         raise ArtifactError(
             f"{path} was written by a run with other options ({', '.join(different)}: {name} was {was!r}, "
@@ -117,6 +117,7 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
     return record, tensors
 
 
+_NOTHING = object()  # in the place of a key that one of them lacks
 _OWN_WORDS = {
     "finetune": "fine-tuning",
     "model": "unpruned model with the same weights",
