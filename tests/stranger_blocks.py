@@ -132,7 +132,7 @@ def patches(r: random.Random, c: int) -> Made:
 
         def there_and_back(m: Any, x: Tensor) -> Tensor:
             windows = torch.tanh(functional.unfold(m.conv(x), 2, stride=2))
-            return m.last(functional.fold(windows, (6, 6), 2, stride=2))
+            return m.last(functional.fold(windows, x.shape[2:], 2, stride=2))
 
         net = Net(
             there_and_back,

@@ -129,7 +129,7 @@ def test_a_gradient_that_does_not_see_the_change_is_refused(name: str, path: str
     assert changes(net) > 1e-4
     trace = Trace(net)
     with pytest.raises(
-        ScoringError, match=r"'side': its scores are all zero, but F goes from .* use objective='logit'"
+        ScoringError, match=r"'side': its scores are all zero, but F goes from .* use the objective 'logit'"
     ):
         score_units(net, group_of(net.side), DATA, Scoring(criterion="norm_grad", path=path, unit_batch=1))
     trace.assert_unchanged()
@@ -150,7 +150,7 @@ def test_outputs_so_sure_that_the_gradient_underflows() -> None:
     rows = torch.arange(5)
     group = UnitGroup("fc", 5, (Producer("fc", (Slot(net.fc, "weight"),), rows, rows),))
     sure = [(x, net(x).argmax(1)) for x, _ in DATA]
-    with pytest.raises(ScoringError, match=r"F goes from 0 to 1\.09861 on batch 0.*objective='logit'"):
+    with pytest.raises(ScoringError, match=r"F goes from 0 to 1\.09861 on batch 0.*the objective 'logit'"):
         score_units(net, group, sure)
     assert float(score_units(net, group, sure, Scoring(objective="logit")).min()) > 0
 

@@ -115,16 +115,17 @@ def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
 
 
 @contextmanager
-def bench_elsewhere(bench: Bench, inputs: Any) -> Iterator[Bench | None]:
+def bench_elsewhere(bench: Bench, inputs: Any, seed: int = 1) -> Iterator[Bench | None]:
     """Open a bench with other inputs and parameters, another number of examples and pixels, in training mode.
 
-    As far as the model runs so: not every one takes other sizes. Single layers stay in eval mode.
+    As far as the model runs so: not every one takes other sizes. Single layers stay in eval mode. What is random
+    comes from the seed.
     """
     graph = bench.graph
     for mode in (containers_training, nullcontext):
-        with randomised(graph.model, 1, bias=0.1), mode(graph.model):
+        with randomised(graph.model, seed, bias=0.1), mode(graph.model):
             for candidate in _other_inputs(inputs, bench.inputs):
-                noise = random_inputs(candidate, 1)
+                noise = random_inputs(candidate, seed)
                 noise = double_inputs(noise) if bench.tolerance < TOLERANCE else noise
                 outcome = _attempt(graph, noise)
                 if isinstance(outcome, str) or not _same_path(graph, outcome[1]):

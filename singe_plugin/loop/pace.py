@@ -179,7 +179,7 @@ class Pace:
         usual = {"order": "rounds", "rounds": 4, "units_per_step": 0.1, "max_pruning_ratio": 0.95, "min_width": 4}
         found = {**usual, **defaults}
         order = self.order or ("layers" if self.units_per_step is not None else found["order"])
-        if self.order is None and self.rounds not in (None, 1):
+        if self.order is None and (self.rounds not in (None, 1) or self.course != "cubic"):
             order = "rounds"
         found |= {"order": order, "ratios": defaults.get("ratios", "per_cost" if order == "rounds" else "block")}
         found["rounds"] = 1 if order == "layers" else found["rounds"]
