@@ -131,8 +131,9 @@ def patches(r: random.Random, c: int) -> Made:
     if fold:
 
         def there_and_back(m: Any, x: Tensor) -> Tensor:
-            windows = torch.tanh(functional.unfold(m.conv(x), 2, stride=2))
-            return m.last(functional.fold(windows, x.shape[2:], 2, stride=2))
+            x = m.conv(x) if x.shape[2:] == (6, 6) else functional.adaptive_avg_pool2d(m.conv(x), 6)
+            windows = torch.tanh(functional.unfold(x, 2, stride=2))
+            return m.last(functional.fold(windows, (6, 6), 2, stride=2))
 
         net = Net(
             there_and_back,
