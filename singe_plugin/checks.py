@@ -101,9 +101,6 @@ def closest(value: Any, choices: Iterable[Any]) -> str:
         >>> closest("resnet18x", ["resnet18", "vit"]), closest("zzz", ["resnet18"])
         (" (did you mean 'resnet18'?)", '')
     """
-    found = (
-        difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], 1)
-        if value and isinstance(value, str)
-        else []
-    )
+    names = [c for c in choices if isinstance(c, str)]
+    found = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
     return f" (did you mean {found[0]!r}?)" if found else ""

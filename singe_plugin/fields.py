@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import re
 import types
 import typing
@@ -69,12 +70,11 @@ def documented(cls: type[Kind]) -> type[Kind]:
         <BLANKLINE>
         Attributes:
             minutes: How long it draws. Default: 3.
-        <BLANKLINE>
     """
     made = dataclasses.dataclass(frozen=True)(cls)
     lines = [f"    {f.name}: {f.metadata['text']} Default: {f.default!r}." for f in dataclasses.fields(made)]  # type: ignore[arg-type]
-    head, mark, tail = (cls.__doc__ or "").rstrip().partition("\n\n    Raises:")
-    made.__doc__ = "\n".join([head, "", "Attributes:", *lines, ""]) + (mark.lstrip("\n") + tail if mark else "")
+    head, mark, tail = inspect.cleandoc(cls.__doc__ or "").partition("\n\nRaises:")
+    made.__doc__ = "\n".join([head, "", "Attributes:", *lines]) + mark + tail
     return made
 
 
