@@ -212,12 +212,6 @@ class SInGEPruner(SteppingPruner):
         fixed = isinstance(self.pace.ratios, Mapping) or self.pace.ratios not in BY_SCORE or by_ratio
         return Progress({}, goal=self._plan(host) if fixed else {}, before=host.sizes(*kinds))
 
-    def loop(
-        self, host: TorchPruningHost, progress: Progress, callback: Callback, save: Callable[[Progress], None] | None
-    ) -> Loop:
-        """The loop over the layers."""
-        return Loop(host, progress, None if self.tuner is None else self.tuner.options, callback, save)
-
     def turns(self, loop: Loop) -> Iterator[Turn]:
         """Algorithm 1 or rounds, as the pace says."""
         if self.pace.order == "layers":

@@ -254,19 +254,14 @@ class UnstructuredPruner:
         assert self.pace.max_pruning_ratio is not None
         return Allocation(host, self.sparsity, self.ratios, self.pattern, self.pace.max_pruning_ratio, removed)
 
-    def loop(
-        self, host: WeightHost, progress: Progress, callback: Callback, save: Callable[[Progress], None] | None
-    ) -> Loop:
-        """The loop over the layers."""
-        self._allocate = self._allocation(host, progress.plan if self.pace.order == "rounds" else {})
-        schedule = None if self.tuner is None else self.tuner.options
-        return Loop(host, progress, schedule, callback, save, self._allocate.choose)
-
     def turns(self, loop: Loop) -> Iterator[Turn]:
         """Algorithm 1 or rounds, as the pace says."""
+        host: Any = loop.host
+        allocation = self._allocation(host, loop.progress.plan if self.pace.order == "rounds" else {})
+        loop.choose = allocation.choose
         if self.pace.order == "layers":
             return in_layers(loop, self.pace)
-        return in_rounds(loop, self.pace, self._allocate)
+        return in_rounds(loop, self.pace, allocation)
 
     def rows(self) -> list[GroupRow]:
         """The pruned layers: all their weights, and those that are left."""

@@ -65,11 +65,8 @@ class Job(Protocol):
     def start(self, host: Any) -> Progress:
         """Nothing done: with the plan, or with what the turns need."""
 
-    def loop(self, host: Any, progress: Progress, callback: Callback, save: Save | None) -> Loop:
-        """The loop over this host."""
-
     def turns(self, loop: Loop) -> Iterator[Turn]:
-        """What is scored and removed, in the order that was asked for."""
+        """What is scored and removed, in the order that was asked for; it may tell the loop how to choose."""
 
     def run(self, progress: Progress | None = None, checkpoint: Save | None = None, history: Any = None) -> Any:
         """Do all of it: see :func:`carry_out`."""
@@ -109,7 +106,8 @@ def carry_out(
         if progress is None:
             progress = job.start(host)
         if not progress.finished:
-            loop = job.loop(host, progress, Callbacks([history, *job.callbacks]), save)
+            schedule = None if job.tuner is None else job.tuner.options
+            loop = Loop(host, progress, schedule, Callbacks([history, *job.callbacks]), save)
             loop.run(job.turns(loop), job.tuner)
         yield host, progress
 

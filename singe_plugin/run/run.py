@@ -60,8 +60,8 @@ def carry_through(
             host.remove(layer, units)
         restore_run(record, tensors, model, tuner)
     else:
-        before = measure(model, stage)
-        before = replace(before, **job.numbers())
+        plain = measure(model, stage)  # before the masks, which take time, are put on to be counted
+        before = replace(plain, **job.numbers())
 
     def write(state: Progress) -> None:
         assert checkpoint is not None
