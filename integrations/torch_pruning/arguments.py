@@ -85,12 +85,12 @@ def settle_with(pace: Pace, options: dict[str, Any]) -> Pace:
     Raises:
         ConfigError: if such an option was given twice, and differently.
     """
-    usual = {"max_pruning_ratio": 1.0, "round_to": None}
-    for name in usual:
+    names = ("max_pruning_ratio", "round_to")
+    for name in names:
         mine, theirs = getattr(pace, name), options[name]
         if mine is not None and name in options["given"] and mine != theirs:
             raise ConfigError(f"{name}={theirs!r} and pace.{name}={mine!r} were both given; leave one out")
-    shared = {name: options[name] for name in usual}
+    shared = {name: options[name] for name in names}
     found = pace.settle(order="layers", units_per_step=1, min_width=1, **shared)
-    options |= {name: getattr(found, name) for name in usual}
+    options |= {name: getattr(found, name) for name in names}
     return found

@@ -124,12 +124,13 @@ class Tuner:
         if isinstance(given, str):
             from timm.optim import create_optimizer_v2
 
-            made: torch.optim.Optimizer = create_optimizer_v2(
+            named: torch.optim.Optimizer = create_optimizer_v2(
                 parameters, given, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum
             )
-            return made
-        if given is None or isinstance(given, torch.optim.Optimizer):
+            return named
+        if given is None:
             return torch.optim.SGD(parameters, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+        assert not isinstance(given, torch.optim.Optimizer)  # that was there from the start
         return given(parameters)
 
     def describe(self) -> dict[str, Any]:
