@@ -48,7 +48,7 @@ def test_the_same_seed_is_the_same_network() -> None:
     assert attempt(7) == attempt(7)
 
 
-@pytest.mark.parametrize("seed", [10437, 11361])
+@pytest.mark.parametrize("seed", [10437, 11361, 11719])
 def test_a_part_whose_seam_moves_with_the_whole_is_found(seed: int) -> None:
     """The seam fell where it was meant to in every trial, or between channels of one sign, where nobody felt it."""
     assert attempt(seed).verdict == "fine"

@@ -218,7 +218,7 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
             for test in tests:
                 right, wrong = _sorted_out_to_two(test, right)
                 reasons |= {g.name: reason for g, reason in wrong}
-            for seed in (1, 2, 3, 4) if _one_part_each(right) else (1,):
+            for seed in range(1, 8) if _one_part_each(right) else (1,):
                 with bench_elsewhere(bench, graph.inputs if inputs is None else inputs, seed) as other:
                     again = [] if other is None else [Trials(other).each_part_removed]
                     if other is not None and seed == 1:

@@ -37,7 +37,7 @@ __all__ = [
 
 
 @contextmanager
-def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0) -> Iterator[None]:
+def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0, turned: bool = False) -> Iterator[None]:
     """Put the model into eval mode with random affine parameters and statistics; restore it on leaving.
 
     Batch-norm statistics and one-dimensional parameters are drawn anew; larger weights are kept unless they are
@@ -47,6 +47,8 @@ def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0) -> Iterator[N
         model: the model.
         seed: of the draw.
         bias: the size of biases; large ones leave a channel on one side of an activation, whatever its inputs are.
+        turned: whether rows of the larger weights, drawn at random, change their sign: behind a sigmoid a channel may
+            else stay on one side in every draw.
     """
     generator = torch.Generator().manual_seed(seed)
     originals = [(p, p.data) for p in model.parameters()]
@@ -70,6 +72,9 @@ def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0) -> Iterator[N
                     parameter.data = (sign * bias if id(parameter) in small else sign).to(data.dtype)
                 elif float(data.abs().max()) < 1e-3:
                     parameter.data = normal(data, generator) / max(data[0].numel(), 1) ** 0.5
+                elif turned:
+                    rows = data.new_ones((len(data),) + (1,) * (data.ndim - 1))
+                    parameter.data = data * normal(rows, generator).sign()
             model.eval()
             yield
         finally:
