@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from torch import nn
 from typing_extensions import dataclass_transform
 
 from singe_plugin.errors import ConfigError
@@ -37,6 +38,7 @@ def option(
     metavar: str | None = None,
     command: bool = True,
     is_object: bool = False,
+    none: bool = False,
 ) -> Any:
     """A field of an options object.
 
@@ -50,9 +52,10 @@ def option(
         command: whether the command has it.
         is_object: whether it is something that lives on (data, a module, an optimizer): not compared, not printed, and
             recorded by the name of its class.
+        none: whether the command may say ``none`` although that is the default.
     """
     about = {"text": text, "choices": choices, "flag": flag, "read": read, "metavar": metavar, "command": command}
-    about["is_object"] = is_object
+    about |= {"is_object": is_object, "none": none}
     return dataclasses.field(default=default, metadata=about, repr=not is_object, compare=not is_object)
 
 
@@ -140,7 +143,8 @@ def describe(options: Any) -> dict[str, Any]:
     found = {}
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
-        lives = f.metadata["is_object"] and not (value is None or isinstance(value, str) or callable(value))
+        plain = value is None or isinstance(value, str) or (callable(value) and not isinstance(value, nn.Module))
+        lives = f.metadata["is_object"] and not plain
         found[f.name] = type(value).__qualname__ if lives else to_plain(value)
     return found
 
@@ -193,7 +197,8 @@ def spellings(*classes: type) -> list[Spelling]:
                 targets = (*found[flags].targets, *targets)
             made = Spelling(
                 flags, about["text"], targets, tuple(about["choices"]), _kind(hints[f.name]), about["read"],
-                about["metavar"], f.default, f.default is not None and type(None) in typing.get_args(hints[f.name]),
+                about["metavar"], f.default,
+                about["none"] or (f.default is not None and type(None) in typing.get_args(hints[f.name])),
             )  # fmt: skip
             if flags in found:
                 made = dataclasses.replace(found[flags], targets=targets, none=found[flags].none or made.none)

@@ -10,6 +10,7 @@ lose the most, a rate near zero):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,9 +22,10 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.fields import documented, option
 from singe_plugin.method.objective import Objective
 
-__all__ = ["EVERY", "FineTune", "OptimizerLike", "phase_share"]
+__all__ = ["EVERY", "TEACHERS", "FineTune", "OptimizerLike", "phase_share"]
 
 EVERY = ("removal", "layer", "end")
+TEACHERS = ("unpruned", "auto")
 OptimizerLike = str | torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
 
 
@@ -39,10 +41,13 @@ def phase_share(steps: int, phase: int, phases: int) -> int:
 
 @documented
 class FineTune:
-    """How a network is fine-tuned. A number stands for the fine-tuning with that many steps.
+    r"""How a network is fine-tuned. A number stands for the fine-tuning with that many steps.
 
     What is minimised is ``loss`` or what ``step_fn`` returns, if one is given; else F, the objective that the run
-    scores with.
+    scores with. A ``teacher`` adds a term to it (Hinton, Vinyals and Dean 2015):
+
+    .. math::
+        (1-w)\,L+w\,T^2\,\mathrm{KL}\bigl(\mathrm{softmax}(z^\text{teacher}/T)\,\|\,\mathrm{softmax}(z/T)\bigr)
 
     Raises:
         ConfigError: for values that cannot mean anything.
@@ -92,6 +97,23 @@ class FineTune:
     loss: Objective | None = option(
         default=None, text="A function of outputs and targets that is minimised in the place of F.", command=False
     )
+    teacher: nn.Module | str | None = option(
+        is_object=True,
+        default=None,
+        text="Whose logits are learned from, too: ``unpruned``, those of the network before pruning (a copy); a "
+        "module's, which is in eval mode meanwhile; ``auto``, which is ``unpruned`` if the model classifies (F is a "
+        "cross-entropy, and the outputs are a tensor with two classes or more), else None. None learns from targets "
+        "only; with a teacher, batches may be inputs alone, and are learned from it alone.",
+        choices=TEACHERS,
+        flag="--distill",
+        none=True,
+    )
+    temperature: float = option(
+        default=4.0, text="The temperature that the logits of both are divided by, in what is learned from the teacher."
+    )
+    distill_weight: float = option(
+        default=0.9, text="The share of the loss that the teacher has; 1 leaves the targets out."
+    )
     clip_grad: float | None = option(default=1.0, text="The largest norm of the gradients; None does not clip them.")
     amp: str | None = option(
         default="auto",
@@ -125,6 +147,15 @@ class FineTune:
                 raise ConfigError(f"{name}={value!r} is not a setting of SGD; give a number >= 0")
         check_count("warmup", self.warmup, 0, "number of optimisation steps")
         check_number("label_smoothing", self.label_smoothing, 0, 1, "[[", "smoothing; 0 switches it off: a number")
+        check_number("temperature", self.temperature, 0, math.inf, "][", "temperature: a number")
+        check_number("distill_weight", self.distill_weight, 0, 1, "]]", "share; teacher=None has none: a number")
+        if not isinstance(self.teacher, nn.Module):
+            check_choice("teacher", self.teacher, (*TEACHERS, None), ", or give a module")
+        if self.step_fn is not None and self.teacher not in (None, "auto"):
+            raise ConfigError(
+                "teacher and step_fn were both given, and step_fn computes the whole loss, so that the teacher would "
+                "be ignored; leave one out, or distil inside of step_fn"
+            )
         if self.clip_grad is not None and not (is_number(self.clip_grad) and self.clip_grad > 0):
             raise ConfigError(f"clip_grad={self.clip_grad!r} is not a gradient norm; give a positive number or None")
         if isinstance(self.optimizer, str):

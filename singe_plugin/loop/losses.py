@@ -16,7 +16,7 @@ from singe_plugin.method.objective import Objective, check_head, check_logits, o
 from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.state import preserved
 
-__all__ = ["check_loss", "loss_on", "unmoved"]
+__all__ = ["check_loss", "loss_of", "loss_on", "name_of", "unmoved"]
 
 _logger = logging.getLogger("singe_plugin")
 
@@ -33,7 +33,16 @@ def loss_on(
         >>> loss_on(nn.Identity(), torch.zeros(1, 2), None, torch.tensor([0]), 0.1)
         tensor(0.6931)
     """
-    outputs = call_model(model, inputs)
+    return loss_of(call_model(model, inputs), chosen, targets, label_smoothing)
+
+
+def loss_of(outputs: Any, chosen: Objective | None, targets: Any, label_smoothing: float) -> Tensor:
+    """Compute the loss of a model's outputs: see :func:`loss_on`.
+
+    Example:
+        >>> loss_of({"loss": torch.tensor(2.0)}, None, None, 0.1)
+        tensor(2.)
+    """
     if chosen is not None:
         loss = chosen(outputs, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -82,6 +91,16 @@ def check_loss(model: nn.Module, inputs: Any, chosen: Objective | None, targets:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             _logger.debug("the fine-tuning loss cannot be tried on a scoring batch: %s", error)
+
+
+def name_of(loss: Objective | None) -> str:
+    """What a loss is called; None is cross-entropy.
+
+    Example:
+        >>> name_of(None), name_of(functional.mse_loss), name_of(nn.CrossEntropyLoss())
+        ('cross_entropy', 'mse_loss', 'CrossEntropyLoss')
+    """
+    return "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__)
 
 
 def unmoved(why: str) -> DataError:

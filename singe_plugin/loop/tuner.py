@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.fields import describe
+from singe_plugin.loop.distillation import Teacher, find_teacher
 from singe_plugin.loop.events import Callback, FinetuneStep
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.losses import check_loss, loss_on, unmoved
+from singe_plugin.loop.losses import check_loss, loss_of, loss_on, name_of, unmoved
 from singe_plugin.loop.stream import BatchStream
 from singe_plugin.method.batches import inputs_for
 from singe_plugin.method.objective import Objective, ObjectiveLike, get_objective
@@ -59,6 +60,7 @@ class Tuner:
         done: how many steps were taken.
         stream: the batches.
         scaler: scales the loss in half precision, or None.
+        teacher: what is distilled from, while it is held: see :meth:`taught`; or None.
 
     Raises:
         ConfigError: if there is nothing to train on.
@@ -87,6 +89,8 @@ class Tuner:
         self.stream = BatchStream(batches)
         self.done = 0
         self.scaler: torch.amp.GradScaler | None = None
+        self.teacher: Teacher | None = None
+        self._distils: str | None = None  # the name of the last one
 
     def prepare(self, model: nn.Module) -> None:
         """Make the optimizer, if none was given, and start at step 0; called once, before the first removal.
@@ -97,6 +101,7 @@ class Tuner:
         trainable = [p for p in model.parameters() if p.requires_grad]
         if self.options.steps and not trainable:
             raise ConfigError("every parameter is frozen (requires_grad=False), so fine-tuning cannot change the model")
+        self._find_teacher(model)
         self.done, self._still, self.stream = 0, 0, BatchStream(self.stream.batches)
         mine = {id(p) for p in trainable}
         if self._own_schedule and self.optimizer is not None and not _held(self.optimizer) & mine:
@@ -118,6 +123,41 @@ class Tuner:
         if self._precision(model_device(model)) == torch.float16:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
 
+    @contextmanager
+    def taught(self, model: nn.Module, example: Any = None, begun: bool = False) -> Iterator[None]:
+        """Hold the teacher in here, if the options ask for one: of the model as it is now, before anything is removed.
+
+        Inside of another such block for the same model, the teacher is that one's. :meth:`prepare` takes it, too, where
+        nobody did before; what is prepared outside of such a block keeps it.
+
+        Args:
+            model: what learns.
+            example: inputs, to see whether it classifies.
+            begun: whether something was removed already, so that the unpruned network is not here.
+
+        Raises:
+            ConfigError: see :func:`~singe_plugin.loop.distillation.find_teacher`.
+        """
+        held = self.teacher
+        self._find_teacher(model, example, begun)
+        try:
+            yield
+        finally:
+            if self.teacher is not held:
+                self._release_teacher()
+
+    def _find_teacher(self, model: nn.Module, example: Any = None, begun: bool = False) -> None:
+        """Hold the teacher from now on, unless it is held."""
+        if self.teacher is None or self.teacher.model is not model:
+            self._release_teacher()
+            self.teacher = find_teacher(self.options, self._chosen_loss(), model, example, begun)
+            self._distils = None if self.teacher is None else self.teacher.name
+
+    def _release_teacher(self) -> None:
+        held, self.teacher = self.teacher, None
+        if held is not None:
+            held.release()
+
     def _made(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer that the options ask for."""
         given, o = self.options.optimizer, self.options
@@ -134,7 +174,7 @@ class Tuner:
         return given(parameters)
 
     def describe(self) -> dict[str, Any]:
-        """The options as plain values, with the loss, the rate and its course that are in force.
+        """The options as plain values, with the loss, the teacher, the rate and its course that are in force.
 
         ``lr`` is the rate that the course ``schedule`` begins with: ``"cosine"``, ``"constant"`` (an optimizer was
         given, and no scheduler), or the name of the scheduler. It is None where a function makes the optimizer, until
@@ -145,7 +185,8 @@ class Tuner:
         loss = self.options.step_fn or self._chosen_loss()
         makes = self._own_schedule and callable(self.options.optimizer)
         return made | {
-            "minimises": "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
+            "minimises": name_of(loss),
+            "distils": self._distils,
             "lr": None if makes and self.optimizer is None else self.rate(),
             "schedule": "cosine" if self._own_schedule else course,
             "batch_size": getattr(self.stream.batches, "batch_size", None),
@@ -169,11 +210,14 @@ class Tuner:
         """See before anything is pruned that the loss fits the outputs in train mode and can move, on a scoring batch.
 
         Raises:
-            DataError: see :func:`singe_plugin.loop.losses.check_loss`; ``step_fn`` is not tried.
+            DataError: see :func:`singe_plugin.loop.losses.check_loss`, and for a teacher whose outputs do not fit;
+                ``step_fn`` is not tried.
         """
         if self.options.steps and self.options.step_fn is None:
             inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.options.channels_last)
             check_loss(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
+            if self.teacher is not None:
+                self.teacher.check(to_device(batch, model_device(model), self.options.channels_last))
 
     def follow(self) -> None:
         """Bring the optimizer's state to where the parameters are; after the model was moved to another device."""
@@ -258,7 +302,7 @@ class Tuner:
         if not loss.requires_grad:
             raise unmoved(f"it has no gradient at step {self.done + 1}")
         (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call]
-        self._see_movement()
+        self._see_movement(value)
         if self.options.clip_grad is not None:
             if scaler:
                 scaler.unscale_(self.optimizer)
@@ -282,17 +326,23 @@ class Tuner:
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ConfigError("step_fn(model, batch) must return the loss, a scalar tensor")
             return loss.reshape(())
-        inputs, targets = inputs_for(model, batch)
         try:
+            if self.teacher is not None:
+                return self.teacher.loss_on(model, batch, self._hard_loss)
+            inputs, targets = inputs_for(model, batch)
             return loss_on(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise DataError(f"fine-tuning step {self.done + 1} failed with {type(error).__name__}: {error}") from error
 
-    def _see_movement(self) -> None:
-        """Raise if no step so far had a gradient."""
-        if self._still < 0:
+    def _hard_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss without a teacher."""
+        return loss_of(outputs, self._chosen_loss(), targets, self.options.label_smoothing)
+
+    def _see_movement(self, loss: float) -> None:
+        """Raise if no step so far had a gradient; whoever says just what its teacher says needs none."""
+        if self._still < 0 or (self.teacher is not None and loss == 0):
             return
         assert self.optimizer is not None
         held = (p.grad for g in self.optimizer.param_groups for p in g["params"])

@@ -14,8 +14,8 @@ from singe_plugin.errors import DataError, SingeError
 from singe_plugin.nested import tensors_in
 
 __all__ = [
-    "MOST_BATCHES", "MOST_BYTES", "TARGET_KEYS", "check_batch", "in_memory", "inputs_for", "materialise", "read",
-    "split_batch",
+    "MOST_BATCHES", "MOST_BYTES", "TARGET_KEYS", "check_batch", "has_targets", "in_memory", "inputs_for", "inputs_only",
+    "materialise", "read", "split_batch",
 ]  # fmt: skip
 
 MOST_BATCHES, MOST_BYTES = 1024, 4 * 2**30  # of a one-shot iterator, which has to be kept
@@ -74,6 +74,34 @@ def inputs_for(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         if named is not None and named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY):
             return {**inputs, key: targets}, targets
     return inputs, targets
+
+
+def has_targets(batch: Any) -> bool:
+    """Whether a batch has targets: inputs alone are a tensor, a tuple of one, or a mapping without targets.
+
+    What is none of these is left to :func:`split_batch`. Targets that are None are none.
+
+    Example:
+        >>> [has_targets(batch) for batch in (torch.zeros(1), (torch.zeros(1),), {"pixels": 1}, (1, None), (1, 2))]
+        [False, False, False, False, True]
+    """
+    if isinstance(batch, Mapping):
+        return any(batch.get(key) is not None for key in TARGET_KEYS)
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        return len(batch) == 2 and batch[1] is not None
+    return not isinstance(batch, Tensor)
+
+
+def inputs_only(batch: Any) -> Any:
+    """Return the inputs of a batch that has no targets, see :func:`has_targets`.
+
+    Example:
+        >>> inputs_only([{"pixels": 1}]), inputs_only({"pixels": 1, "labels": None})
+        ({'pixels': 1}, {'pixels': 1})
+    """
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def check_batch(batch: Any) -> None:

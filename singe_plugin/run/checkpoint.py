@@ -121,6 +121,7 @@ _NOTHING = object()  # in the place of a key that one of them lacks
 _OWN_WORDS = {
     "finetune": "fine-tuning",
     "model": "unpruned model with the same weights",
+    "teacher": "teacher with the same weights",
     "data": "data, which must give the same batches for the same seed",
 }
 

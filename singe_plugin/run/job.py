@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def carry_out(
     check_lone(job.model, job.tuner, job.example_inputs)
     if job.tuner is not None:
         job.tuner.objective = job.objective
-    with all_or_nothing(job.model, job.tuner, job.trackers(), job.graph):
+    with all_or_nothing(job.model, job.tuner, job.trackers(), job.graph), _taught(job, progress):
         if progress is None:
             job.check()
         if job.tuner is not None and (progress is None or job.tuner.optimizer is None):
@@ -110,6 +110,14 @@ def carry_out(
             loop = Loop(host, progress, schedule, Callbacks([history, *job.callbacks]), save)
             loop.run(job.turns(loop), job.tuner)
         yield host, progress
+
+
+def _taught(job: Job, progress: Progress | None) -> AbstractContextManager[None]:
+    """The network before pruning is held in here, if there is to be a teacher."""
+    if job.tuner is None or (progress is not None and progress.finished):
+        return nullcontext()
+    begun = progress is not None and bool(progress.next_layer or progress.removals or progress.end_done)
+    return job.tuner.taught(job.model, job.example_inputs, begun)
 
 
 def make_tuner(finetune: FineTune | Tuner | None) -> Tuner | None:

@@ -40,6 +40,14 @@ def carry_through(
     Raises:
         ArtifactError: if the checkpoint is damaged, or of another run.
     """
+    stage.tuner.objective = job.objective
+    with stage.tuner.taught(job.model, stage.example):  # first of all: what follows puts masks on, and may cut
+        return _carried(job, stage, options, folded, resume)
+
+
+def _carried(
+    job: Job, stage: Stage, options: Mapping[str, Any], folded: Iterable[tuple[str, str]], resume: bool
+) -> Result:
     model, tuner, checkpoint = job.model, stage.tuner, stage.checkpoint
     asked = {**options, "finetune": tuner.describe()}
     history, progress = History(), None

@@ -230,13 +230,15 @@ def fingerprint_of(model: nn.Module) -> str:
 def fingerprints(model: nn.Module, stage: Stage) -> dict[str, Any]:
     """What must be the same, besides the options, for a resumed run to mean the same: the model and the data.
 
-    The data are known by the batches to score on, the example inputs, and by how many there are to fine-tune on.
+    The data are known by the batches to score on, the example inputs, and by how many there are to fine-tune on. A
+    given teacher must be the same, too.
     """
-    batches = hashlib.sha256()
+    batches, teacher = hashlib.sha256(), stage.tuner.options.teacher
     for tensor in (t for batch in stage.batches for t in tensors_in(batch)):
         batches.update(digest(tensor).encode())
     return {
         "model": fingerprint_of(model),
+        **({"teacher": fingerprint_of(teacher)} if isinstance(teacher, nn.Module) else {}),
         "data": {
             "scoring": batches.hexdigest()[:16],
             "inputs": [[str(t.dtype), list(t.shape)] for t in tensors_in(stage.example)],

@@ -1,0 +1,340 @@
+r"""Distillation: the network that is pruned learns what a teacher, by default itself before pruning, says of a batch.
+
+With a share :math:`w` and a temperature :math:`T`, the loss of fine-tuning becomes
+
+.. math::
+    (1-w)\,L+w\,T^2\,\mathrm{KL}\bigl(\mathrm{softmax}(z^\text{teacher}/T)\,\|\,\mathrm{softmax}(z/T)\bigr)
+
+where :math:`L` is the loss without a teacher (Hinton, Vinyals and Dean 2015, *Distilling the Knowledge in a Neural
+Network*, section 2: the factor :math:`T^2` keeps the gradients of both terms comparable). A batch without targets has
+no :math:`L`: it is learned from the teacher alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from singe_plugin.errors import ConfigError, DataError, SingeError, is_of_the_machine
+from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.losses import name_of
+from singe_plugin.method.batches import has_targets, inputs_for, inputs_only
+from singe_plugin.method.objective import Objective, cross_entropy, own_loss
+from singe_plugin.nested import call_model, map_tensors
+from singe_plugin.state import RngState, model_device, preserved
+from singe_plugin.undo import Contents
+
+__all__ = [
+    "Teacher", "class_logits", "classifies", "distillation", "find_teacher", "frozen_copy", "is_cross_entropy",
+]  # fmt: skip
+
+_STEP = "leave teacher out, or distil in a loss of your own: FineTune(step_fn=...)"
+_INSTEAD = "give another module as the teacher, e.g. one that is built again with the same weights, or teacher=None"
+_logger = logging.getLogger("singe_plugin")
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    r"""Compute :math:`T^2\,\mathrm{KL}(\mathrm{softmax}(z^t/T)\,\|\,\mathrm{softmax}(z^s/T))`, the mean over a batch.
+
+    Args:
+        student, teacher: logits ``[B, C, ...]``, the classes where cross-entropy has them; every place of the other
+            dimensions counts alike.
+        temperature: :math:`T`; what is above 1 shows more of how a teacher ranks the wrong classes.
+
+    Example:
+        >>> distillation(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]), 4.0)
+        tensor(0.)
+        >>> distillation(torch.tensor([[0.0, 0.0]]), torch.tensor([[20.0, 0.0]]), 1.0)  # log 2
+        tensor(0.6931)
+    """
+    classes = 1 if student.ndim > 1 else 0
+    kind = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)  # half is too coarse
+    mine, theirs = ((z.to(kind) / temperature).log_softmax(classes) for z in (student, teacher))
+    chance = theirs.exp()
+    terms = torch.where(chance > 0, chance * (theirs - mine), 0.0)  # a class ruled out by -inf counts nothing
+    return temperature**2 * terms.sum(classes).mean()
+
+
+def class_logits(outputs: Any, whose: str) -> Tensor:
+    """Return the logits in a model's outputs: a tensor ``[B, C, ...]``, or their ``logits`` ``[B, C]``.
+
+    Raises:
+        DataError: if there are none, or if which dimension has the classes is not known.
+
+    Example:
+        >>> class_logits({"logits": torch.zeros(1, 2)}, "the model")
+        tensor([[0., 0.]])
+    """
+    held = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    logits = outputs if isinstance(outputs, Tensor) else held
+    if not isinstance(logits, Tensor):
+        raise DataError(
+            f"{whose} returns {type(outputs).__name__}, and distillation is of logits, a tensor or .logits; {_STEP}"
+        )
+    shape = tuple(logits.shape)
+    if not isinstance(outputs, Tensor) and logits.ndim != 2:
+        raise DataError(
+            f"{whose} returns .logits of shape {shape}, and only of (examples, classes) it is known where the classes "
+            f"are; {_STEP}"
+        )
+    if logits.ndim == 0 or shape[min(1, logits.ndim - 1)] < 2 or not logits.is_floating_point():
+        raise DataError(
+            f"{whose} returns {logits.dtype} of shape {shape}, and distillation is of logits (examples, classes, ...) "
+            f"with two classes or more; {_STEP}"
+        )
+    return logits
+
+
+def classifies(model: nn.Module, example: Any) -> bool:
+    """Whether a model's outputs for some example inputs, in eval mode, are a tensor that may be logits ``[B, C, ...]``.
+
+    Example:
+        >>> classifies(nn.Linear(3, 2), torch.zeros(1, 3)), classifies(nn.Linear(3, 1), torch.zeros(1, 3))
+        (True, False)
+    """
+    with preserved(model), torch.no_grad():
+        model.eval()
+        outputs = call_model(model, example)
+    if not isinstance(outputs, Tensor):
+        return False
+    return outputs.ndim > 1 and outputs.shape[1] > 1 and outputs.is_floating_point()
+
+
+def is_cross_entropy(loss: Objective | None) -> bool:
+    """Whether a loss is a cross-entropy, the outputs logits: fine-tuning's own (None), or one of PyTorch's.
+
+    Example:
+        >>> is_cross_entropy(None), is_cross_entropy(nn.CrossEntropyLoss()), is_cross_entropy(functional.mse_loss)
+        (True, True, False)
+    """
+    while isinstance(loss, partial):
+        loss = loss.func
+    known = loss is None or loss is functional.cross_entropy or loss is cross_entropy
+    return known or isinstance(loss, nn.CrossEntropyLoss)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy in eval mode whose parameters want no gradient.
+
+    Raises:
+        ConfigError: if the model cannot be copied, or shares parameters with its copy.
+
+    Example:
+        >>> made = frozen_copy(nn.BatchNorm1d(1))
+        >>> made.training, made.weight.requires_grad
+        (False, False)
+    """
+    computed = [tensor for tensor in Contents([model], copied=0).tensors.values() if not tensor.is_leaf]
+    try:  # what a forward pass left behind belongs to a graph, which has no copy
+        made = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        raise ConfigError(
+            f"teacher='unpruned' is a copy of the model, and {type(model).__name__} cannot be copied "
+            f"({type(error).__name__}: {error}); {_INSTEAD}"
+        ) from error
+    _check_apart(made, model, "the copy of the model, for teacher='unpruned',")
+    return made.eval().requires_grad_(False)
+
+
+def _check_apart(teacher: nn.Module, model: nn.Module, whose: str) -> None:
+    """Raise :class:`ConfigError` if the teacher would be pruned and trained along."""
+    mine = {_memory(p): name for name, p in model.named_parameters()}
+    for name, parameter in teacher.named_parameters():
+        if parameter.numel() and (held := mine.get(_memory(parameter))) is not None:
+            raise ConfigError(
+                f"{whose} shares the parameter {name!r} with the model ({held!r}), and would be pruned and trained "
+                f"along with it; {_INSTEAD}"
+            )
+
+
+def _memory(parameter: Tensor) -> int:
+    return parameter.untyped_storage().data_ptr()
+
+
+class Teacher:
+    """What is distilled from, while it teaches: in eval mode, on the model's device, without gradients.
+
+    Args:
+        given: a module, which :meth:`release` puts back as it was, or the name of the model before pruning.
+        model: what learns; it is copied, if no module is given.
+        temperature, share: see :func:`distillation` and the formula above.
+
+    Attributes:
+        network: the module, or the copy.
+        name: what a run records: ``"unpruned"``, or the class of the module.
+
+    Raises:
+        ConfigError: if the model has no copy, or shares parameters with the teacher.
+
+    Example:
+        >>> net = nn.Linear(3, 2)
+        >>> teacher = Teacher("unpruned", net)
+        >>> teacher.loss_on(net, torch.ones(1, 3), lambda outputs, targets: outputs.sum())
+        tensor(0., grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, given: nn.Module | str, model: nn.Module, temperature: float = 4.0, share: float = 0.9) -> None:
+        self.model, self.temperature, self.share = model, temperature, share
+        self._before: tuple[torch.device, Contents] | None = None
+        self._seen = self._told = False
+        if not isinstance(given, nn.Module):
+            self.network, self.name = frozen_copy(model), "unpruned"
+            return
+        self.network, self.name = given, type(given).__qualname__
+        _check_apart(given, model, f"the teacher ({self.name})")
+        self._before = model_device(given), Contents([given])
+        try:
+            given.to(model_device(model)).eval()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Put a given module back on its device and into its modes; the copy is gone with this object."""
+        if self._before is not None:
+            home, contents = self._before
+            self._before = None
+            if model_device(self.network) != home:
+                self.network.to(home)
+            contents.restore()
+
+    def loss_on(self, model: nn.Module, batch: Any, hard: Callable[[Any, Any], Tensor]) -> Tensor:
+        """Compute the loss of a batch, with or without targets; see the formula above.
+
+        Args:
+            model: what learns.
+            batch: as :func:`~singe_plugin.method.batches.split_batch` takes it, or inputs alone.
+            hard: the loss without a teacher, of outputs and targets.
+
+        Raises:
+            DataError: if the outputs are no logits, or of another shape than the teacher's.
+        """
+        labelled = has_targets(batch)
+        theirs = self._logits(inputs_for(self.network, batch)[0] if labelled else inputs_only(batch))
+        inputs, targets = inputs_for(model, batch) if labelled else (inputs_only(batch), None)
+        outputs = call_model(model, inputs)
+        mine = class_logits(outputs, "the model")
+        if mine.shape != theirs.shape:
+            raise DataError(
+                f"the teacher ({self.name}) returns logits of shape {tuple(theirs.shape)} and the model of shape "
+                f"{tuple(mine.shape)}; give a teacher with the same classes, or {_STEP}"
+            )
+        soft = distillation(mine, theirs, self.temperature)
+        if not labelled:
+            self._tell()
+        if not labelled or self.share == 1:
+            return soft
+        if own_loss(outputs) is not None and isinstance(targets, Tensor) and targets.is_floating_point():
+            raise DataError(
+                f"the model computes its own loss from targets of {targets.dtype}, so that its logits need not be of "
+                f"classes that exclude each other, which distillation takes them for; {_STEP}"
+            )
+        return (1 - self.share) * hard(outputs, targets) + self.share * soft
+
+    def check(self, batch: Any) -> None:
+        """Raise :class:`DataError` if the outputs for a batch do not fit the model's, which is left as it was."""
+        with preserved(self.model), torch.no_grad():
+            self.model.eval()
+            try:
+                self.loss_on(self.model, batch, lambda outputs, targets: class_logits(outputs, "the model").sum())
+            except (SingeError, torch.cuda.OutOfMemoryError):
+                raise
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                _logger.debug("distillation cannot be tried on a scoring batch: %s", error)
+
+    def _logits(self, inputs: Any) -> Tensor:
+        """What the teacher says; random states are left alone, and so are the inputs, which it might write into."""
+        rng = RngState.capture()
+        try:
+            if not self._seen and self._before is None:
+                self._prove(inputs)
+                rng.restore()
+            self._seen = True
+            with torch.no_grad():
+                outputs = call_model(self.network, map_tensors(torch.clone, inputs))
+        except (SingeError, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise DataError(
+                f"the teacher ({self.name}) fails on a batch with {type(error).__name__}: {error}; give one that takes "
+                "the model's inputs"
+            ) from error
+        finally:
+            rng.restore()
+        return class_logits(outputs, f"the teacher ({self.name})").detach()
+
+    def _prove(self, inputs: Any) -> None:
+        """Raise :class:`ConfigError` if the copy computes with the model's parameters, by a closure that it took over.
+
+        Its own want no gradient, so that whatever has one is the model's.
+        """
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with preserved(self.network), torch.enable_grad():
+            logits = class_logits(call_model(self.network, map_tensors(torch.clone, inputs)), "the model's copy")
+            if not logits.requires_grad or not trained:
+                return
+            found = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+        if any(gradient is not None for gradient in found):
+            raise ConfigError(
+                f"the copy of {type(self.model).__name__}, for teacher='unpruned', computes with the model's own "
+                "parameters (a hook or a function in it refers to the model itself), and would be pruned along with "
+                f"it; {_INSTEAD}"
+            )
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            _logger.info("batches to fine-tune on have no targets: their loss is the distillation alone")
+
+
+def find_teacher(
+    options: FineTune, loss: Objective | None, model: nn.Module, example: Any = None, begun: bool = False
+) -> Teacher | None:
+    """Make the teacher that the options ask for, before anything is removed; None if there is none.
+
+    Args:
+        options: how the model is fine-tuned.
+        loss: what is minimised without a teacher; None is cross-entropy.
+        model: what learns.
+        example: inputs, to see whether it classifies.
+        begun: whether something was removed already, so that the unpruned network is not here.
+
+    Raises:
+        ConfigError: for a loss that is of no logits, and see :class:`Teacher`.
+
+    Example:
+        >>> find_teacher(FineTune(teacher="auto"), None, nn.Linear(3, 2), torch.zeros(1, 3)).name
+        'unpruned'
+    """
+    given = options.teacher
+    if given is None or not options.steps or options.step_fn is not None:
+        return None
+    if given == "auto":
+        if begun or example is None or not is_cross_entropy(loss) or not classifies(model, example):
+            return None
+        try:
+            return Teacher(given, model, options.temperature, options.distill_weight)
+        except ConfigError as error:
+            _logger.warning("fine-tuning goes without a teacher: %s", error)
+            return None
+    if not is_cross_entropy(loss):
+        raise ConfigError(
+            f"a teacher is learned from by its logits, and what is minimised is {name_of(loss)}, whose outputs need "
+            "not be any; say that they are with FineTune(loss=torch.nn.functional.cross_entropy), leave teacher out, "
+            "or distil in a loss of your own: FineTune(step_fn=...)"
+        )
+    if begun and not isinstance(given, nn.Module):
+        raise ConfigError(
+            "teacher='unpruned' is the network before pruning, and this run goes on with one that was pruned; give the "
+            "unpruned network as a module: FineTune(teacher=...)"
+        )
+    return Teacher(given, model, options.temperature, options.distill_weight)
