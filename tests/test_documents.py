@@ -80,9 +80,10 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_usage(names: dict[str, Any]) -> None:
-    weights, saving, shrinking = blocks("docs/usage.md", "python")
-    names["model"] = net()
-    exec(shorter(weights), names)
+    weights, distilling, saving, shrinking = blocks("docs/usage.md", "python")
+    for code in (weights, distilling):
+        names["model"] = net()
+        exec(shorter(code), names)
     assert "singe_plugin.load" in saving  # its factory is somebody's
     names["model"] = net()
     exec(shorter(shrinking), names)

@@ -157,6 +157,19 @@ def test_optimizer_and_average_go_along_and_come_back() -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_teacher_goes_along_and_comes_back(given: bool) -> None:
+    teacher, found = chain(1).train(), []
+    trace, buffers = Trace(teacher), dict(teacher.named_buffers())
+    for device in ("cpu", "cuda"):
+        loop = FineTune(images(3), 4, "end", amp=None, teacher=teacher if given else "unpruned")
+        result = prune(chain(), images(3), target="params=0.4", finetune=loop, verify=False, device=device)
+        found.append([event["loss"] for event in result.history.select("finetune_step")])
+        trace.assert_unchanged()
+        assert all(buffers[name] is buffer for name, buffer in teacher.named_buffers())
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_resumed_on_the_device(fused: bool, tmp_path: Path) -> None:
     def run(out: Path | None, **options: Any) -> Result:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 
 from singe_plugin.errors import ConfigError, DataError, SingeError, is_of_the_machine
 from singe_plugin.loop.finetune import FineTune
@@ -28,7 +29,7 @@ from singe_plugin.loop.losses import name_of
 from singe_plugin.method.batches import has_targets, inputs_for, inputs_only
 from singe_plugin.method.objective import Objective, cross_entropy, own_loss
 from singe_plugin.nested import call_model, map_tensors
-from singe_plugin.state import RngState, model_device, preserved
+from singe_plugin.state import RngState, model_device, preserved, train_mode_of
 from singe_plugin.undo import Contents
 
 __all__ = [
@@ -156,6 +157,21 @@ def _check_apart(teacher: nn.Module, model: nn.Module, whose: str) -> None:
             )
 
 
+def _check_whole(teacher: nn.Module, name: str) -> None:
+    """Raise :class:`ConfigError` unless all of a given teacher has values, on one device."""
+    first: dict[torch.device, str] = {}
+    for key, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ConfigError(
+                f"the teacher ({name}) has no values for {key!r} (it is lazy, or on meta); run it on a batch, or load "
+                "its weights, first"
+            )
+        first.setdefault(tensor.device, key)
+    if len(first) > 1:
+        places = ", ".join(f"{key!r} on {device}" for device, key in first.items())
+        raise ConfigError(f"the teacher ({name}) is spread over several devices ({places}); move it to one")
+
+
 def _memory(parameter: Tensor) -> int:
     return parameter.untyped_storage().data_ptr()
 
@@ -184,14 +200,15 @@ class Teacher:
 
     def __init__(self, given: nn.Module | str, model: nn.Module, temperature: float = 4.0, share: float = 0.9) -> None:
         self.model, self.temperature, self.share = model, temperature, share
-        self._before: tuple[torch.device, Contents] | None = None
+        self._before: tuple[torch.device, dict[nn.Module, bool], Contents] | None = None
         self._seen = self._told = False
         if not isinstance(given, nn.Module):
             self.network, self.name = frozen_copy(model), "unpruned"
             return
         self.network, self.name = given, type(given).__qualname__
+        _check_whole(given, self.name)
         _check_apart(given, model, f"the teacher ({self.name})")
-        self._before = model_device(given), Contents([given])
+        self._before = model_device(given), train_mode_of(given), Contents([given])
         try:
             given.to(model_device(model)).eval()
         except BaseException:
@@ -201,8 +218,10 @@ class Teacher:
     def release(self) -> None:
         """Put a given module back on its device and into its modes; the copy is gone with this object."""
         if self._before is not None:
-            home, contents = self._before
+            home, modes, contents = self._before
             self._before = None
+            for module, training in modes.items():
+                module.training = training  # here, because the content of a scripted module cannot be seen
             if model_device(self.network) != home:
                 self.network.to(home)
             contents.restore()
