@@ -671,7 +671,7 @@ def test_what_is_no_classification_is_refused() -> None:
     with pytest.raises(DataError, match=r"its own loss from targets of torch\.float32, .* need not be of classes"):
         take(seeded(Keyed), FineTune(own, 1, teacher=seeded(Keyed, 1)))
     with pytest.raises(DataError, match=r"a batch must be a pair \(inputs, targets\) .* got a Tensor"):
-        take(seeded(), FineTune(INPUTS, 1))  # without a teacher there is nothing to learn
+        take(seeded(), FineTune(INPUTS, 1, teacher=None))  # without a teacher there is nothing to learn
 
 
 # --- the command ------------------------------------------------------------------------------------------------
