@@ -79,9 +79,9 @@ def row_of(setting: Setting, images: Subset[Any], spec: dict[str, Any], scores: 
     criterion = Remembered(scores, nodes=1) if spec["rounds"] == 1 else "ig"
     try:
         result = singe_plugin.prune(
-            setting.make(), setting.train, target=spec["target"], seed=spec["seed"], finetune=0, verify=False,
+            setting.make(), setting.train, target=spec["target"], seed=spec["seed"], finetune=0,
             scoring=singe_plugin.Scoring(criterion, batch_size=spec["scoring_batch_size"]),
-            pace=singe_plugin.Pace(rounds=spec["rounds"], min_width=spec["min_width"]),
+            pace=singe_plugin.Pace(rounds=spec["rounds"], min_width=spec["min_width"], verify=False),
         )  # fmt: skip
     except singe_plugin.SingeError as error:
         return {"error": f"{type(error).__name__}: {error}"}

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from singe_plugin.app.datasets import data_config, load_splits, stratified_split
 from singe_plugin.run.staging import resolve_device
 
-from cifar_resnet import decode, resnet56
+from cifar_resnet import MEAN, STD, decode, resnet56
 
 __all__ = ["HELD_OUT", "Augmented", "Setting", "architecture", "load_setting"]
 
@@ -78,6 +78,22 @@ class Augmented(Dataset[Any]):
         return list(zip(images, self.labels[torch.tensor(indices)], strict=True))
 
 
+class Resized(Dataset[Any]):
+    """Images as an ImageNet network takes them: bilinear to a size, mean and deviation 0.5."""
+
+    def __init__(self, images: Dataset[Any], size: int) -> None:
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.images[index]
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        larger = nn.functional.interpolate(image[None], (self.size, self.size), mode="bilinear")[0]
+        return (larger * std + mean - 0.5) / 0.5, label
+
+
 def architecture(name: str, classes: int, small_images: bool, pretrained: bool = False) -> nn.Module:
     """The network before its weights are loaded."""
     name = name.removesuffix("_converged")
@@ -90,7 +106,9 @@ def architecture(name: str, classes: int, small_images: bool, pretrained: bool =
     return model
 
 
-def load_setting(name: str, weights: str | None, data: str, images: int | None = None) -> Setting:
+def load_setting(
+    name: str, weights: str | None, data: str, images: int | None = None, size: int | None = None
+) -> Setting:
     """A network with its images.
 
     Args:
@@ -98,6 +116,7 @@ def load_setting(name: str, weights: str | None, data: str, images: int | None =
         weights: a safetensors file; None: as timm gives it, pretrained.
         data: see the module.
         images: fewer test and held-out images, for a rehearsal.
+        size: of the images of an ``.npz``, where the network takes larger ones.
     """
     if data.endswith(".npz"):
         pixels, labels = decode(data, "train")
@@ -115,6 +134,9 @@ def load_setting(name: str, weights: str | None, data: str, images: int | None =
         train, held_out, test = Subset(loud.train, first), Subset(plain.train, second), plain.val
     if images is not None:
         held_out, test = (Subset(d, range(min(images, len(d)))) for d in (held_out, test))  # type: ignore[arg-type]
+    if size is not None:
+        train, held_out, test = (Resized(part, size) for part in (train, held_out, test))
+        text = f"{text} at {size} px"
     small = test[0][0].shape[-1] <= 32
 
     def make() -> nn.Module:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from singe_plugin import FineTune, Pace, Scoring
+from singe_plugin import FineTune, Pace, Repair, Scoring
 from singe_plugin.fields import table
 
 HEAD = """# Options
 
-Three frozen dataclasses hold every option; each is defined once, in the class, and this page, the docstrings, the
+Four frozen dataclasses hold every option; each is defined once, in the class, and this page, the docstrings, the
 keywords of `SInGEImportance`, the command's flags and what a run records are read off it
 (`python docs/write_options.py` writes this page). Where `None` is the default, the text says what is decided then.
 """
 INTROS = {
     Scoring: "How units are scored: `prune(..., scoring=Scoring(...))`, or the name of a criterion.",
     Pace: "In which order units go, how fast, and how far: `prune(..., pace=Pace(...))`, or the name of an order.",
+    Repair: "How the survivors take over: `prune(..., repair=Repair(...))`, or a number of images; None is no repair.",
     FineTune: "How the network is fine-tuned in between: `prune(..., finetune=FineTune(...))`, or a number of steps.",
 }
 

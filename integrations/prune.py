@@ -17,6 +17,7 @@ from singe_plugin.loop.budget import Target
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.repair import Repair
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
 from singe_plugin.run.result import Result
@@ -27,6 +28,8 @@ from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 
 __all__ = ["Result", "prune"]
+
+_REPAIR = Repair()
 
 
 def prune(
@@ -43,7 +46,7 @@ def prune(
     device: str | torch.device | None = None,
     seed: int = 0,
     fold: bool = False,
-    verify: bool = True,
+    repair: Repair | int | None = _REPAIR,
     callbacks: Iterable[Callback] = (),
     out_dir: str | Path | None = None,
     resume: bool = False,
@@ -70,8 +73,8 @@ def prune(
         device: where to run; None is the CUDA device that the model is on, else CUDA when there is one, else the CPU.
         seed: of everything random; the caller's random state is left alone.
         fold: fold batch-norm for good first, as in the paper's experiments.
-        verify: prove every group before anything of it is removed (see docs/backbones.md); without that, a wrong
-            removal is the caller's own risk.
+        repair: a :class:`~singe_plugin.Repair`, or a number of images: after the removals of every round the layers
+            that read what is gone are solved again, so that the survivors take over; None leaves them.
         callbacks: see :mod:`singe_plugin.loop.events`; a :class:`~singe_plugin.loop.events.ProgressBar` shows a bar.
         out_dir: a folder for the checkpoint, written after every round (with ``pace="layers"``: every layer), and
             while it is fine-tuned at the end.
@@ -92,24 +95,28 @@ def prune(
         (114, 58)
     """
     pace = as_options(Pace, pace, "pace", "order").settle()
+    mended = None if repair is None else as_options(Repair, repair, "repair", "images")
     scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace)
     if isinstance(target, Target):
         target = str(target)
     options = {
         "target": to_plain(target), "scoring": describe(scoring), "pace": describe(pace.named(model)), "seed": seed,
-        "fold": fold, "verify": verify,
+        "fold": fold, "repair": None if mended is None else describe(mended),
     }  # fmt: skip
     with set_stage(
         model, data, scoring=scoring, finetune=as_options(FineTune, finetune, "finetune", "steps"), val_data=val_data,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
+        images=0 if mended is None else mended.images,
     ) as stage:  # fmt: skip
         folded = list(fold_batchnorm(model, stage.example).folded) if fold else []
         if isinstance(importance, SInGEImportance) and importance.model is None:
             importance = copy(importance).bind(model, stage.batches)  # the user's stays free for other models and data
         pruner = SInGEPruner(
             model, stage.example, importance, target=target, pace=pace, finetune=stage.tuner,
-            callbacks=with_log(callbacks), batches=stage.batches, verify=verify, ignored_layers=ignored_layers,
+            callbacks=with_log(callbacks), batches=stage.batches, ignored_layers=ignored_layers,
         )  # fmt: skip
+        if mended is not None:
+            pruner.repair_with(mended, stage.images, seed, needed=repair is not _REPAIR)
         pruner.objective = scoring.objective or "loss"
         return carry_through(pruner, stage, options, folded, resume)
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from singe_plugin.loop.events import Callback, History, ProgressBar
     from singe_plugin.loop.finetune import FineTune
     from singe_plugin.loop.pace import Pace
+    from singe_plugin.loop.repair import Repair
+    from singe_plugin.loop.survivors import repair
     from singe_plugin.masks import hold_masks
     from singe_plugin.method.folding import fold_batchnorm
     from singe_plugin.method.options import Scoring
@@ -57,6 +59,7 @@ __all__ = [
     "Pace",
     "ProgressBar",
     "RemovalError",
+    "Repair",
     "Result",
     "SInGEImportance",
     "SInGEPruner",
@@ -70,6 +73,7 @@ __all__ = [
     "load",
     "prune",
     "prune_weights",
+    "repair",
     "save",
     "score_error",
     "score_units",
@@ -87,6 +91,8 @@ _LAZY = {
     "masks": ("hold_masks",),
     "method.options": ("Scoring",),
     "loop.pace": ("Pace",),
+    "loop.repair": ("Repair",),
+    "loop.survivors": ("repair",),
     "method.scoring": ("score_error", "score_units"),
 }
 

@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe_plugin import Builder, load, save
+from singe_plugin import Builder, Pace, load, save
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.algebra import is_fixed
 from singe_plugin.axes.substitutes import derangement, exchanged, in_double, random_inputs, randomised
@@ -261,7 +261,8 @@ def check(
     if builder is not None:
         failure = saved_and_loaded(model, before, builder, x)
         row.whole += [failure] if failure else []
-    again = SInGEPruner(model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.25, verify=row.seconds < 10)
+    pace = Pace(verify=row.seconds < 10)
+    again = SInGEPruner(model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.25, pace=pace)
     again.step()
     row.whole += [f"second pruner: {f}" for f in wholeness(model, pair, shapes, had, [])]
     return row

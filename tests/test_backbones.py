@@ -12,7 +12,7 @@ from backbones import check, prunable_share
 from torch import nn
 
 import singe_plugin
-from singe_plugin import Builder
+from singe_plugin import Builder, Pace
 from singe_plugin.axes import AxisGraph
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 
@@ -76,7 +76,7 @@ def test_feature_maps_keep_their_channels() -> None:
 def test_all_heads_of_a_distilled_model_are_left_alone() -> None:
     model = timm.create_model("levit_128s", num_classes=7).eval()
     x = torch.randn(1, 3, 224, 224)
-    pruner = SInGEPruner(model, x, MAGNITUDE, pruning_ratio=0.5, verify=False)
+    pruner = SInGEPruner(model, x, MAGNITUDE, pruning_ratio=0.5, pace=Pace(verify=False))
     pruner.step()
     assert {"head.linear", "head_dist.linear"} <= set(pruner.left_whole)
     assert model(x).shape == (1, 7)
@@ -134,7 +134,7 @@ def test_a_new_model_of_known_layers_needs_no_adapter() -> None:
 def test_widths_follow_where_an_image_is_as_wide_as_a_layer() -> None:
     model = timm.create_model("vit_tiny_r_s16_p8_384", depth=1, num_classes=3).eval()
     x = torch.randn(1, 3, 384, 384)  # the stem halves it to 192, which is the embedding's width, too
-    SInGEPruner(model, x, MAGNITUDE, pruning_ratio=0.5, verify=False).step()
+    SInGEPruner(model, x, MAGNITUDE, pruning_ratio=0.5, pace=Pace(verify=False)).step()
     assert (model.embed_dim, model.num_features, model.head_hidden_size) == (96, 96, 96)
     model.reset_classifier(5)
     assert model(x).shape == (1, 5)

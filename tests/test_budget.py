@@ -20,6 +20,7 @@ from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 from singe_plugin.loop.budget import GroupSpec, Target, plan_removals
 from singe_plugin.loop.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
+from singe_plugin.loop.pace import Pace
 
 from references import Net
 from small_nets import Chain, Dense, Grouped, Residual, Trace
@@ -118,7 +119,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 def pruner_of(name: str) -> SInGEPruner:
     torch.manual_seed(0)
     model, example = NETS[name]()
-    return SInGEPruner(model, example, tp.importance.MagnitudeImportance(), verify=False)
+    return SInGEPruner(model, example, tp.importance.MagnitudeImportance(), pace=Pace(verify=False))
 
 
 def random_plan(layers: list[GroupSpec], seed: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin import FineTune, prune, prune_weights
+from singe_plugin import FineTune, Pace, prune, prune_weights
 from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.loop.events import Callback
@@ -299,7 +299,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
         m, d, **asked(criterion="l1", rounds=2, finetune_steps=4, callbacks=[Nothing()], **o)
     ),
     "importance": lambda m, d, objective="loss": SInGEPruner(
-        m, X, SInGEImportance(objective=objective).bind(m, d), pruning_ratio=0.5, verify=False
+        m, X, SInGEImportance(objective=objective).bind(m, d), pruning_ratio=0.5, pace=Pace(verify=False)
     ).step(),
 }  # fmt: skip
 

@@ -378,7 +378,7 @@ def test_what_cannot_be_copied_says_so_and_goes_without_a_teacher_if_that_is_lef
 ) -> None:
     for make, message in (
         (Stubborn, r"Stubborn cannot be copied \(TypeError: a lock cannot be copied\); give another module"),
-        (Itself, r"copy of the model, for teacher='unpruned', shares the parameter 'fc.weight' with the model"),
+        (Itself, r"copy of the model \(teacher='unpruned' is one\) shares the parameter 'fc.weight' with the model"),
         (Closed, r"copy of Closed, for .* computes with the model's own parameters .* give another module"),
     ):
         model = seeded(make)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import singe_plugin
-from singe_plugin import FineTune, Result, prune, prune_weights
+from singe_plugin import FineTune, Pace, Result, prune, prune_weights
 from singe_plugin.axes import AxisGraph, verify_groups
 from singe_plugin.errors import ScoringError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
@@ -149,7 +149,7 @@ def test_optimizer_and_average_go_along_and_come_back() -> None:
     optimizer.step()  # it has momentum now, on the CPU
     optimizer.zero_grad()
     loop = FineTune(batches, 4, optimizer=optimizer, ema=ema)
-    result = prune(model, batches, target="params=0.4", finetune=loop, verify=False)
+    result = prune(model, batches, target="params=0.4", finetune=loop, pace=Pace(verify=False))
     assert devices(result.model) == devices(ema) == {"cpu"}
     assert {v.device.type for state in optimizer.state.values() for v in state.values()} == {"cpu"}
     assert [p.shape for p in ema.parameters()] == [p.shape for p in model.parameters()]
@@ -163,7 +163,7 @@ def test_a_teacher_goes_along_and_comes_back(given: bool) -> None:
     trace, buffers = Trace(teacher), dict(teacher.named_buffers())
     for device in ("cpu", "cuda"):
         loop = FineTune(images(3), 4, "end", amp=None, teacher=teacher if given else "unpruned")
-        result = prune(chain(), images(3), target="params=0.4", finetune=loop, verify=False, device=device)
+        result = prune(chain(), images(3), target="params=0.4", finetune=loop, pace=Pace(verify=False), device=device)
         found.append([event["loss"] for event in result.history.select("finetune_step")])
         trace.assert_unchanged()
         assert all(buffers[name] is buffer for name, buffer in teacher.named_buffers())
@@ -192,7 +192,7 @@ def test_mixed_precision_and_memory_format() -> None:
             target="params=0.5",
             scoring=Scoring(amp=amp, channels_last=True),
             finetune=FineTune(steps=4, amp=amp, channels_last=True),
-            verify=False,
+            pace=Pace(verify=False),
         )
         assert all(bool(v.isfinite().all()) for v in values_of(result.model).values() if v.is_floating_point())
 

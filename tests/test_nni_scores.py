@@ -61,8 +61,8 @@ def test_metrics_are_eq_5_to_the_letter(name: str, path: str) -> None:
     writers = [p for p in case.group.producers if isinstance(p.slots[0].owner, kinds)]
     config = [{"op_names": [p.name for p in writers], "sparse_ratio": 0.25}]
     pruner = SInGEPruner(
-        model, config, **asked(batches=case.batches, quadrature="geometric", mu=0.6, steps=3, path=path, unit_batch=1,
-        verify=name != "subset"),  # its model splits at a fixed position: nothing could be removed
+        model, config, **asked(batches=case.batches, quadrature="geometric", mu=0.6, steps=3, path=path, unit_batch=1),
+        verify=name != "subset",  # its model splits at a fixed position: nothing could be removed
     )  # fmt: skip
     literal = literal_reduction(case, literal_scores(literal_walk(case, 0.6, 3, path), "ig", 2), "sum")
     metrics = metrics_of(pruner)

@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from singe_plugin import Callback, FineTune, Result, prune, prune_weights
+from singe_plugin import Callback, FineTune, Pace, Result, prune, prune_weights
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
@@ -105,7 +105,7 @@ def test_the_importance_of_a_pruner_says_what_its_fine_tuning_minimises() -> Non
         model, twin = made(), made()
         for net, fine in ((model, tuning), (twin, FineTune(DATA, 4, loss=expected))):
             importance = SInGEImportance(objective=squared).bind(net, DATA)
-            SInGEPruner(net, X, importance, target="params=0.3", finetune=fine, verify=False).run()
+            SInGEPruner(net, X, importance, target="params=0.3", finetune=fine, pace=Pace(verify=False)).run()
         assert_same_values(model, twin)
 
 

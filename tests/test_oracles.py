@@ -18,6 +18,7 @@ from singe_plugin.axes import AxisGraph, oracles, substitutes, verify_groups
 from singe_plugin.axes.algebra import concat, fresh
 from singe_plugin.errors import BudgetError, GroupError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
+from singe_plugin.loop.pace import Pace
 from singe_plugin.nested import relative_change
 
 from asked import asked
@@ -204,7 +205,7 @@ def test_two_groups_with_the_same_first_layer_have_two_names() -> None:
 def test_unverified_groups_are_the_users_own_risk() -> None:
     net = around(lambda m, x: x.reshape(len(x), 8, 4, 4))  # the sizes are in the code
     assert "conv" not in names(prune(net))
-    assert "conv" in names(prune(net, verify=False))
+    assert "conv" in names(prune(net, pace=Pace(verify=False)))
 
 
 def test_dead_units_cannot_be_verified() -> None:

@@ -133,7 +133,7 @@ def interactive(model: nn.Module) -> None:
 REMOVALS: dict[str, Callable[[nn.Module], Any]] = {
     "step": lambda m: pruner(m).step(),
     "interactive": interactive,
-    "run": lambda m: SInGEPruner(m, X, MAGNITUDE, target="params=0.3", verify=False).run(),
+    "run": lambda m: SInGEPruner(m, X, MAGNITUDE, target="params=0.3", pace=Pace(verify=False)).run(),
     "prune": lambda m: prune(m, DATA, **asked(criterion="l2", finetune_steps=0, verify=False)),
 }
 
@@ -172,7 +172,7 @@ def test_a_removal_that_was_rolled_back_changes_nothing_for_an_optimizer() -> No
     optimizer = SGD(model.parameters(), 0.01, momentum=0.9)
     train(model, optimizer)
     stop = StopAt("run_end", 1)
-    failing = SInGEPruner(model, X, MAGNITUDE, target="params=0.3", verify=False, callbacks=[stop])
+    failing = SInGEPruner(model, X, MAGNITUDE, target="params=0.3", pace=Pace(verify=False), callbacks=[stop])
     with pytest.raises(KeyboardInterrupt):
         failing.run()
     train(model, optimizer)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
 from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import KINDS, CostModel, TensorCost, count_macs_by_module, count_params
+from singe_plugin.loop.events import Repaired
+from singe_plugin.loop.survivors import Unpruned
 
 from .graph import AxisDependencyGraph, GroupView
 from .scorers import Ranking
@@ -42,6 +44,7 @@ class TorchPruningHost:
         ranking: what scores the groups.
         max_ratio: the largest fraction of a layer's units that may go.
         min_width: how many units of a layer stay at least.
+        unpruned: the network before pruning, if the survivors take over; or None.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class TorchPruningHost:
         ranking: Ranking,
         max_ratio: float = 1.0,
         min_width: int = 1,
+        unpruned: Unpruned | None = None,
     ) -> None:
         self.graph, self.trackers, self.example_inputs, self.ranking = graph, trackers, example_inputs, ranking
-        self.max_ratio, self.min_width = max_ratio, min_width
+        self.max_ratio, self.min_width, self.unpruned = max_ratio, min_width, unpruned
         self.model: nn.Module = graph.model
         self._groups: dict[str, Group] = {name: graph.axis_graph.groups[name] for name in groups}
 
@@ -83,6 +87,11 @@ class TorchPruningHost:
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
         self.graph.remove(self._groups[layer], units, self.trackers)
+        if self.unpruned is not None:
+            self.unpruned.removed()
+
+    def repair(self, last: bool) -> Repaired | None:
+        return None if self.unpruned is None else self.unpruned.repair(last, self.trackers)
 
     def params(self) -> int:
         return count_params(self.model)

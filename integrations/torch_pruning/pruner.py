@@ -22,6 +22,8 @@ from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
 from singe_plugin.loop.pace import BY_SCORE, Pace
 from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.survivors import Unpruned, images_of
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.objective import ObjectiveLike
@@ -95,7 +97,8 @@ class SInGEPruner(SteppingPruner):
             :class:`SInGEImportance` that is not bound yet.
         optimizer: an optimizer to cut along (besides FineTune's).
         ema: an averaged copy to cut along (besides FineTune's).
-        verify: run the oracles.
+        repair: a :class:`~singe_plugin.Repair`, or a number of images: ``run`` lets the survivors take over after its
+            removals, on the inputs of ``batches``; None does not.
 
     Raises:
         ConfigError, DataError: for arguments that cannot mean anything.
@@ -127,7 +130,7 @@ class SInGEPruner(SteppingPruner):
         batches: Iterable[Any] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | None = None,
-        verify: bool = True,
+        repair: Repair | int | None = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(model, example_inputs, importance)
@@ -151,14 +154,38 @@ class SInGEPruner(SteppingPruner):
             f"pace.{name}" for name in run_only if getattr(asked, name) not in (None, getattr(usual, name))
         ]
         parts = {"target": target is not None, "finetune": finetune is not None, "callbacks": bool(callbacks)}
+        parts["repair"] = repair is not None
         self._only_run += [name for name, was_given in parts.items() if was_given]
         self._take(options)
         graph = AxisGraph(model, example_inputs, self.ignored_layers, self.ignored_params, forward_of(options))
-        if verify:
+        if self.pace.verify:
             for name, reason in verify_groups(graph).items():
                 graph.drop(name, reason)
         self.DG = AxisDependencyGraph(graph, self._cut_along)
-        self._initial = {name: group.size for name, group in graph.groups.items()}
+        self._forward, self._unpruned = forward_of(options), None
+        if repair is not None:
+            chosen = as_options(Repair, repair, "repair", "images")
+            self.repair_with(chosen, self._images(chosen))
+
+    def repair_with(self, repair: Repair, images: Sequence[Any], seed: int = 0, needed: bool = True) -> None:
+        """Let the survivors take over after the removals of ``run``, on these inputs.
+
+        Args:
+            repair: how.
+            images: inputs.
+            seed: of the choice of positions.
+            needed: whether it is an error if the model cannot be copied.
+        """
+        ignored = [*self.ignored_layers, *self.ignored_params]
+        self._unpruned = Unpruned(self.graph, images, repair, ignored, self._forward, seed, needed)
+
+    def _images(self, repair: Repair) -> list[Any]:
+        batches = self.batches
+        if batches is None and isinstance(self.importance, SInGEImportance):
+            batches = self.importance.batches
+        if batches is None:
+            raise DataError("repair needs images: give SInGEPruner(batches=...), whose targets are not read")
+        return images_of(batches, repair.images)
 
     # -- Algorithm 1 and rounds -----------------------------------------------------------------------------------
 
@@ -251,7 +278,7 @@ class SInGEPruner(SteppingPruner):
 
     def rows(self) -> list[GroupRow]:
         """The pruned layers: the units they had, and those they have."""
-        return [GroupRow(g.name, block_of(g.name), self._initial[g.name], g.size) for g in self.layers]
+        return [GroupRow(g.name, block_of(g.name), g.initial, g.size) for g in self.layers]
 
     def numbers(self) -> dict[str, Any]:
         """Nothing: what is removed is gone."""

@@ -16,6 +16,7 @@ from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.loop.loop import Loop, Turn
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.survivors import Unpruned
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.objective import ObjectiveLike, get_objective
 from singe_plugin.run.guards import check_here
@@ -49,7 +50,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     _objective: ObjectiveLike
     _cut_along: Trackers
     _only_run: list[str]
-    _initial: dict[str, int]
+    _unpruned: Unpruned | None
 
     def _take(self, options: dict[str, Any]) -> None:
         """Keep ``BasePruner``'s options under its names."""
@@ -145,7 +146,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         counts: dict[str, int] = {}
         for names in scopes.values():
             pool = torch.cat([scores[name] for name in names])
-            initial = sum(self._initial[name] for name in names)
+            initial = sum(self.graph.groups[name].initial for name in names)
             count = len(pool) - int(initial * (1 - self._target_of(self.graph.groups[names[0]])))
             owner = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)])
             chosen = owner[pool.argsort(stable=True)[: max(count, 0)]].bincount(minlength=len(names)).tolist()
@@ -154,10 +155,10 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _at_most(self, name: str, number: int) -> int:
         """How many of ``number`` units of a group may go."""
-        group, first = self.graph.groups[name], self._initial[name]
+        group = self.graph.groups[name]
         assert self.pace.min_width is not None
         least = max(self.pace.min_width, group.least)
-        kept = max(group.size - number, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9), least)
+        kept = max(group.size - number, math.ceil(group.initial * (1 - self.max_pruning_ratio) - 1e-9), least)
         if self.round_to:
             quantum = self.round_to // math.gcd(self.round_to, channels_per_unit(group))
             kept = max(kept - kept % quantum, math.ceil(least / quantum) * quantum)
@@ -241,10 +242,14 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if not self.layers:
             reasons = "; ".join(f"{k}: {v}" for k, v in list(self.left_whole.items())[:5])
             raise BudgetError(f"no layer of {type(self.model).__name__} can be pruned ({reasons or 'none was found'})")
+        if self._unpruned is not None:
+            self._unpruned.hold()
         return self._host([group.name for group in self.layers])
 
     def _host(self, names: list[str], own_gradients: bool = False) -> TorchPruningHost:
         assert self.pace.min_width is not None
         limits = min(self.max_pruning_ratio, 1.0), self.pace.min_width
         ranking = self._ranking(own_gradients)
-        return TorchPruningHost(self.DG, names, self.trackers(), self.example_inputs, ranking, *limits)
+        return TorchPruningHost(
+            self.DG, names, self.trackers(), self.example_inputs, ranking, *limits, self._unpruned
+        )

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from singe_plugin.errors import SingeError
 from singe_plugin.fields import Spelling, spellings
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.repair import Repair
 from singe_plugin.method.options import Scoring
 
 __all__ = ["demo", "inspect", "prune", "report"]
@@ -71,7 +73,7 @@ _weights = _stacked(
     click.option("--pattern", metavar="N:M", help="At most N of every M consecutive weights stay, e.g. 2:4."),
 )
 _OF_WEIGHTS = ("sparsity", "pattern")
-_OF_UNITS = ("target", "no_verify")
+_OF_UNITS = ("target", "no_verify", "no_repair", *(spelling.name for spelling in spellings(Repair)))
 _output = _stacked(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
@@ -197,7 +199,8 @@ def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
 @_weights
 @_ignore
 @_verify
-@_generated(*_OPTIONS)
+@_generated(*_OPTIONS, Repair)
+@click.option("--no-repair", is_flag=True, help="Leave the layers that read what is gone as they are.")
 @click.option("--fold", is_flag=True, help="Fold batch-norm for good first, as in the paper.")
 @click.option("--no-curves", is_flag=True, help="Leave the plot of gradients along the path out.")
 @click.option("--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results.")
@@ -217,14 +220,15 @@ def prune(
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
     check_launcher()
-    scoring, pace, finetune = _objects(options, *_OPTIONS)
+    scoring, pace, finetune, repair = _objects(options, *_OPTIONS, Repair)
     options = _for(granularity, options)
     with _stdout_for_json(as_json):
         model = _model_options(options)
         data = {key: options.pop(key) for key in ("dataset", "data_dir", "img_size", "batch_size", "workers")}
         data.update(download=options.pop("dataset_download"), seed=options["seed"], augment=not options.pop("no_aug"))
         if granularity == "unit":
-            options |= {"verify": not options.pop("no_verify"), "target": _target_of(options, pace)}
+            pace = replace(pace, verify=not options.pop("no_verify"))
+            options |= {"target": _target_of(options, pace), "repair": None if options.pop("no_repair") else repair}
         options |= {"scoring": scoring, "pace": pace, "finetune": finetune}
         say, curves = _teller(as_json, quiet), not no_curves
         result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity)

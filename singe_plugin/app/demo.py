@@ -25,6 +25,7 @@ from singe_plugin.app.report import Point, markdown_table, write_report
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import write_atomically
 from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.pace import Pace
 from singe_plugin.run.architecture import Builder
 from singe_plugin.run.artifact import load, save
 from singe_plugin.run.data import evaluate
@@ -244,7 +245,7 @@ def _prune_both(
         pruned: Result = prune(
             model, splits.train, target=f"params={target}", scoring=METHODS[method] or _taylor(),
             finetune=FineTune(steps=steps, lr=settings.finetune_lr), val_data=_validation(splits), seed=seed,
-            device="cpu", verify=verify,
+            device="cpu", pace=Pace(verify=verify),
         )  # fmt: skip
         pruned.builder = builder
         return pruned

@@ -141,7 +141,9 @@ def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, 
     pace = settle_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settle()
     scoring = options["scoring"].settle(pace.order, weights)
     finetune = {k: v for k, v in describe(options["finetune"]).items() if k not in ("loader", "loss")}
-    parts = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
+    repair = options.get("repair")
+    parts: dict[str, Any] = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
+    parts["repair"] = None if repair is None else describe(repair)
     known = {k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded}
     return _flat(known | {"granularity": "weight" if weights else None})
 

@@ -21,6 +21,7 @@ from .algebra import fix_all, fresh, is_fixed
 from .equations import solve
 from .rules import RULES, pointwise
 from .sizes import CUTS, cut_evenly, link_sizes
+from .tape import CONTRACTING
 from .trace import Forward, Trace
 from .tracked import OBSERVERS, dimension, tracked_attributes, tracked_in
 
@@ -47,6 +48,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.pointwise(state, args, kwargs, out)
         else:
             _unknown(state, args, kwargs, out)
+        if name in CONTRACTING:
+            state.contractions.append((state.of(args[CONTRACTING[name]]), state.of(out)))
         state.origins.note(name, args, list(tensors_in((args, kwargs))), list(tensors_in(out)))
         state.counted()
         return out

@@ -150,12 +150,15 @@ class AxisGraph(ModelAxes):
     def rewinder(self) -> Callable[[], None]:
         """Return a function that gives all groups the sizes that they have now, and forgets later removals."""
         sizes = [(group.leaf.root(), group.size) for group in self.groups.values()]
+        left = [(group, list(group.left)) for group in self.groups.values()]
         scale_rows = [[rows for _, _, rows in scale.rows] for scale in self.scales]
         removals = len(self.history)
 
         def rewind() -> None:
             for leaf, size in sizes:
                 leaf.resize(size)
+            for group, units in left:
+                group.left = list(units)
             self.changed()
             del self.history[removals:]
             for scale, saved in zip(self.scales, scale_rows, strict=True):

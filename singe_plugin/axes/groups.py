@@ -23,6 +23,8 @@ class Group:
             head dimensions); such a group is pruned on request only.
         is_heads: whether its units are attention heads.
         in_heads: whether attention heads are made of its units.
+        initial: how many units it had.
+        left: the units that are left, in the numbering of the unpruned model.
         least: how many units have to stay: 1, or 2 where the model does not run with one (a standardised weight).
     """
 
@@ -30,6 +32,8 @@ class Group:
         self.axes, self.leaf, self.name, self.writers = axes, leaf, name, writers
         self.secondary = self.is_heads = self.in_heads = False
         self.least = 1
+        self.initial = self.size
+        self.left = list(range(self.size))
 
     @property
     def size(self) -> int:

@@ -84,6 +84,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
             _apply(cut, trackers)
         _cut_scale_rows(graph, cuts)
         leaf.shrink(len(gone))
+        group.left = [unit for number, unit in enumerate(group.left) if number not in gone]
         graph.changed()
         for place, (times, axis) in places.items():
             place.set(int(times * size_of(axis)))

@@ -121,8 +121,13 @@ def is_cross_entropy(loss: Objective | None) -> bool:
     return known or isinstance(loss, nn.CrossEntropyLoss)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module, who: str = "teacher='unpruned' is", instead: str = _INSTEAD) -> nn.Module:
     """Return a deep copy in eval mode whose parameters want no gradient.
+
+    Args:
+        model: the model.
+        who: wants it, in an error, with a verb.
+        instead: what to do if there is none.
 
     Raises:
         ConfigError: if the model cannot be copied, or shares parameters with its copy.
@@ -139,10 +144,10 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         if is_of_the_machine(error):
             raise
         raise ConfigError(
-            f"teacher='unpruned' is a copy of the model, and {type(model).__name__} cannot be copied "
-            f"({type(error).__name__}: {error}); {_INSTEAD}"
+            f"{who} a copy of the model, and {type(model).__name__} cannot be copied "
+            f"({type(error).__name__}: {error}); {instead}"
         ) from error
-    _check_apart(made, model, "the copy of the model, for teacher='unpruned',")
+    _check_apart(made, model, f"the copy of the model ({who} one)")
     return made.eval().requires_grad_(False)
 
 

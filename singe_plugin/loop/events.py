@@ -11,12 +11,14 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from singe_plugin.files import write_text
+from singe_plugin.loop.repair import Solved
 
 __all__ = [
     "Callback",
@@ -28,6 +30,7 @@ __all__ = [
     "LogCallback",
     "ProgressBar",
     "Removed",
+    "Repaired",
     "RoundDone",
     "RunEnded",
     "RunStarted",
@@ -66,6 +69,19 @@ class Removed:
     def __post_init__(self) -> None:
         if self.count < 0:
             object.__setattr__(self, "count", len(self.units))
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The survivors took over: what became of the ``layers`` whose inputs had changed, in forward order."""
+
+    layers: tuple[Solved, ...]
+    seconds: float
+
+    @property
+    def better(self) -> list[Solved]:
+        """Those that have new weights."""
+        return [layer for layer in self.layers if layer.ridge is not None]
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,9 @@ class Callback:
     def on_removed(self, event: Removed) -> None:
         """After each removal."""
 
+    def on_repaired(self, event: Repaired) -> None:
+        """The layers that read what was removed were solved again."""
+
     def on_finetune_step(self, event: FinetuneStep) -> None:
         """After each optimisation step."""
 
@@ -165,6 +184,10 @@ class Callbacks(Callback):
     def on_removed(self, event: Removed) -> None:
         for callback in self.callbacks:
             callback.on_removed(event)
+
+    def on_repaired(self, event: Repaired) -> None:
+        for callback in self.callbacks:
+            callback.on_repaired(event)
 
     def on_finetune_step(self, event: FinetuneStep) -> None:
         for callback in self.callbacks:
@@ -213,6 +236,11 @@ class History(Callback):
         count = {} if event.count == len(event.units) else {"count": event.count}
         self._add("removed", layer=event.layer, units=list(event.units), left=event.left, **count)
 
+    def on_repaired(self, event: Repaired) -> None:
+        rows = {s.name: {"before": s.before, "after": s.after, "ridge": s.ridge} for s in event.layers if not s.reason}
+        left = {s.name: s.reason for s in event.layers if s.reason}
+        self._add("repaired", layers=rows, unsolved=left, seconds=event.seconds)
+
     def on_finetune_step(self, event: FinetuneStep) -> None:
         self._add("finetune_step", step=event.step, loss=event.loss, lr=event.lr)
 
@@ -258,6 +286,16 @@ class LogCallback(Callback):
         self.logger.log(
             self.level, "removing %d units from %d layers, %d fine-tuning steps", units, layers, event.finetune_steps
         )
+
+    def on_repaired(self, event: Repaired) -> None:
+        if event.better:
+            before, after = (median(getattr(layer, which) for layer in event.better) for which in ("before", "after"))
+            self.logger.log(
+                self.level, "repaired %d of %d layers in %.0f s: their error fell from %.3f to %.3f (median)",
+                len(event.better), len(event.layers), event.seconds, before, after,
+            )  # fmt: skip
+        for layer in (layer for layer in event.layers if layer.reason):
+            self.logger.log(self.level, "%s was not repaired: %s", layer.name, layer.reason)
 
     def on_finetune_step(self, event: FinetuneStep) -> None:
         self._loss = event.loss

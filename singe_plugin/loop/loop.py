@@ -27,7 +27,16 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ScoringError
 from singe_plugin.loop.budget import GroupSpec
-from singe_plugin.loop.events import Callback, LayerDone, LayerScored, Removed, RoundDone, RunEnded, RunStarted
+from singe_plugin.loop.events import (
+    Callback,
+    LayerDone,
+    LayerScored,
+    Removed,
+    Repaired,
+    RoundDone,
+    RunEnded,
+    RunStarted,
+)
 from singe_plugin.loop.finetune import phase_share
 from singe_plugin.loop.pace import Pace, units_per_turn
 from singe_plugin.loop.progress import Progress
@@ -67,8 +76,15 @@ class Host(Protocol):
 class Repairing(Protocol):
     """A host that lets the survivors take over from what was removed."""
 
-    def repair(self) -> None:
-        """Called after the removals of every turn, before fine-tuning."""
+    def repair(self, last: bool) -> Repaired | None:
+        """Called when a layer or a round has lost its units, before fine-tuning.
+
+        Args:
+            last: whether nothing else will be removed.
+
+        Returns:
+            what was done, or None if there was nothing to do.
+        """
 
 
 class Schedule(Protocol):
@@ -91,11 +107,15 @@ class Turn:
         layers: the names of the layers to score.
         allocate: how many units go, given their scores; called once.
         steps: how many steps of fine-tuning follow.
+        closing: whether a layer or a round has lost its units then, so that the survivors may take over.
+        last: whether it is the last turn.
     """
 
     layers: Sequence[str]
     allocate: Callable[[Scores], Mapping[str, int]]
     steps: int = 0
+    closing: bool = True
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,8 +216,10 @@ class Loop:
         """Score, choose, remove and repair."""
         for layer, positions in self.choose_units(turn).items():
             self.remove(layer, positions)
-        if isinstance(self.host, Repairing):
-            self.host.repair()
+        if turn.closing and isinstance(self.host, Repairing):
+            done = self.host.repair(turn.last)
+            if done is not None:
+                self.callback.on_repaired(done)
 
     def choose_units(self, turn: Turn, missing: bool = False) -> dict[str, Tensor]:
         """The positions of the units that go in a turn, by layer; nothing is removed.
@@ -282,7 +304,8 @@ def in_layers(loop: Loop, pace: Pace) -> Iterator[Turn]:
                 steps = loop.share(before + number, sum(removals))
             elif loop.every == "layer" and number == removals[index] - 1:
                 steps = loop.share(index, len(todo))
-            yield Turn((name,), lambda _, name=name, count=count: {name: count}, steps)  # type: ignore[misc]
+            closing, last = number == removals[index] - 1, index == len(todo) - 1
+            yield Turn((name,), lambda _, name=name, count=count: {name: count}, steps, closing, closing and last)  # type: ignore[misc]
         callback.on_layer_done(LayerDone(name, index, len(todo), host.params()))
         progress.next_layer = index + 1
         loop.save(progress)
@@ -314,7 +337,8 @@ def in_rounds(loop: Loop, pace: Pace, allocate: Allocation) -> Iterator[Turn]:
             return counts
 
         names = [layer.name for layer in host.layers()]
-        yield Turn(names, decide, 0 if loop.every == "end" else loop.share(number, pace.rounds))
+        steps = 0 if loop.every == "end" else loop.share(number, pace.rounds)
+        yield Turn(names, decide, steps, last=number + 1 == pace.rounds)
         for name, count in counts.items():
             progress.plan[name] = progress.plan.get(name, 0) + count
         left = sum(progress.left(name) for name in names)

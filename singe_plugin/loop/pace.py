@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from singe_plugin.checks import check_choice, check_count, check_number, is_number
+from singe_plugin.checks import check_choice, check_count, check_flag, check_number, is_number
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import documented, option
 
@@ -138,11 +138,18 @@ class Pace:
         "single weights have no width.",
     )
     round_to: int | None = option(default=None, text="Channels that are kept are a multiple of this.")
+    verify: bool = option(
+        default=True,
+        text="Whether every group is proved before anything of it is removed (see docs/backbones.md); without that, a "
+        "wrong removal is the caller's own risk.",
+        command=False,
+    )
 
     def __post_init__(self) -> None:
         if self.order is not None:
             check_choice("order", self.order, ORDERS)
         check_choice("course", self.course, COURSES)
+        check_flag("verify", self.verify)
         if self.rounds is not None:
             why = ": every round scores all layers"
             check_count("rounds", self.rounds, 1, "number of rounds", MOST_ROUNDS, why)

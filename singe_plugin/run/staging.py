@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.events import Callback, LogCallback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.stream import loader_generators
+from singe_plugin.loop.survivors import images_of
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import named_tensors
 from singe_plugin.method.batches import check_batch, split_batch
@@ -55,6 +56,7 @@ class Stage:
     Attributes:
         tuner: the fine-tuning.
         batches: fixed batches to score on.
+        images: inputs to repair on.
         example: inputs for tracing and counting.
         validation: batches for the accuracy, or None.
         builder: how to build the unpruned architecture, or None.
@@ -69,6 +71,7 @@ class Stage:
     builder: Builder | None
     structure: Structure
     checkpoint: Path | None
+    images: list[Any] = field(default_factory=list)
 
 
 @contextmanager
@@ -84,6 +87,7 @@ def set_stage(
     seed: int = 0,
     out_dir: str | Path | None = None,
     resume: bool = False,
+    images: int = 0,
 ) -> Iterator[Stage]:
     """Move the model, seed, draw the batches; afterwards put device and random states back.
 
@@ -128,6 +132,10 @@ def set_stage(
                 raise DataError("val_data is empty; give at least one batch, or leave it out")
             checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
             stage = Stage(tuner, batches, example, validation, Builder.infer(model), Structure.of(model), checkpoint)
+            if images:
+                size = count_examples(split_batch(batches[0])[0])
+                drawn = scoring_batches(data, loader, size, -(-images // size), seed)
+                stage.images = images_of(drawn, images)
             with all_or_nothing(model, tuner, Trackers(list(tuner.optimizers), [] if ema is None else [ema])):
                 yield stage
         finally:

@@ -1,0 +1,379 @@
+"""The operators of a forward pass on record, and the pass played again from where it was left.
+
+Operators are counted, not layers: a raw parameter that is multiplied, a layer that pads by itself, one that is called
+twice are all met here, and the same number means the same operator in a model, in its trace and in its pruned copy.
+
+What is changed in a network from some operator on needs nothing of the operators before it computed again:
+:class:`Tape` knows which of their results are used later, :class:`Playback` keeps those of one pass and gives them out
+in the next, in which the operators in front do not run at all. That needs a pass that is the same every time: one that
+looks at values, draws random numbers or writes into what outlives it is not played from a record but run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+from singe_plugin.nested import call_model, tensors_in
+
+__all__ = ["CONTRACTING", "Contraction", "Kept", "Playback", "Reached", "Tape"]
+
+CONTRACTING = {"convolution": 0, "addmm": 1, "mm": 0}
+"""Operators, and which of their arguments is the activation."""
+_TURNS = frozenset({"t", "transpose", "numpy_T", "mT"})
+_SAME = frozenset({"detach", "alias"})
+_FORMS = frozenset({"view", "_unsafe_view", "alias", "detach"})
+_CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
+
+Place = tuple[int, int]
+"""``(operator, which of its results)``."""
+Kept = dict[Place, Tensor]
+"""The results of operators that later ones use."""
+
+
+class Reached(Exception):
+    """Raised to end a pass."""
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """An operator that contracts an activation, and has just run.
+
+    Attributes:
+        number: how many of :data:`CONTRACTING` ran before.
+        weight: the name of the parameter that it contracts with, or None if that is none, or computed from one.
+        bias: the name of the parameter that it adds, or None.
+        x: the activation: of a convolution ``[N, C, ...]``, else ``[rows, F]``.
+        out: the result.
+        columns: of products: whether the parameter is ``[F, O]`` instead of ``[O, F]``.
+        convolution: ``(stride, padding, dilation, transposed, output padding, groups)``; None for a product.
+    """
+
+    number: int
+    weight: str | None
+    bias: str | None
+    x: Tensor
+    out: Tensor
+    columns: bool = False
+    convolution: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Where the result of a contraction is added to something else, alone or behind a batch-norm.
+
+    Attributes:
+        step: the operator.
+        other: which of its arguments is the other one.
+        norm: the name of the batch-norm in between, or None.
+        depends: the contractions that the other one depends on.
+    """
+
+    step: int
+    other: int
+    norm: str | None
+    depends: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a result is, but for its values."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class _Step:
+    """An operator on record.
+
+    Attributes:
+        results: of each result, what it is; None for what is no tensor.
+        spec: how they are nested.
+        in_place: whether it returns the tensor that it changed.
+        contraction: its number, if it is one.
+    """
+
+    results: list[_Shape | None]
+    spec: Any
+    in_place: bool
+    contraction: int | None = None
+
+
+@dataclass
+class Tape:
+    """What a forward pass does, operator by operator.
+
+    Attributes:
+        steps: the operators.
+        sites: ``(weight, bias)`` of every contraction, by number; None where there is none.
+        depends: by number, the contractions that it depends on.
+        touched: parameter -> the first operator that takes it, or what is made of it by turning it.
+        sums: by number, where the results of contractions are added to something that does not depend on them; each
+            sum once.
+        why_not: why it cannot be played again, or None.
+    """
+
+    steps: list[_Step] = field(default_factory=list)
+    sites: list[tuple[str | None, str | None]] = field(default_factory=list)
+    depends: list[frozenset[int]] = field(default_factory=list)
+    touched: dict[str, int] = field(default_factory=dict)
+    sums: dict[int, Sum] = field(default_factory=dict)
+    why_not: str | None = None
+    _last: dict[Place, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call_model) -> Tape:
+        """Record one pass of a model, which is in the mode to be recorded.
+
+        Example:
+            >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 1))
+            >>> tape = Tape.of(net, torch.zeros(1, 1, 4))
+            >>> tape.sites, tape.depends
+            ([('0.weight', '0.bias'), ('2.weight', '2.bias')], [frozenset(), frozenset({0})])
+        """
+        tape = cls()
+        with torch.no_grad(), _Recorder(model, tape):
+            forward(model, inputs)
+        return tape
+
+    def step_of(self, number: int) -> int:
+        """Which operator a contraction is."""
+        return next(i for i, step in enumerate(self.steps) if step.contraction == number)
+
+    def live(self, start: int) -> dict[Place, _Shape]:
+        """What operators before ``start`` leave to those from there on."""
+        found = {}
+        for (step, slot), last in self._last.items():
+            shape = self.steps[step].results[slot]
+            if step < start <= last and shape is not None:
+                found[step, slot] = shape
+        return found
+
+
+class _Names:
+    """Which parameter a tensor is, or is a turned view of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.made: Any = WeakIdKeyDictionary()
+        for name, parameter in model.named_parameters():
+            self.made[parameter] = name, False
+
+    def follow(self, name: str, args: Any, out: Any) -> None:
+        """Note what an operator makes of a parameter."""
+        if (name in _TURNS or name in _SAME) and args[0] in self.made and args[0].ndim == 2:
+            origin, turned = self.made[args[0]]
+            self.made[out] = origin, turned != (name in _TURNS)
+
+    def contraction(self, number: int, name: str, args: Any, out: Tensor) -> Contraction:
+        """Describe an operator that contracts."""
+        position = CONTRACTING[name]
+        x, weight = args[position], args[position + 1]
+        added = args[2] if name == "convolution" else args[0] if name == "addmm" else None
+        origin, turned = self.made.get(weight, (None, False))
+        bias, _ = (None, False) if added is None else self.made.get(added, (None, False))
+        if added is not None and bias is None:
+            origin = None  # what it adds was computed: it is no layer of its own
+        if name == "convolution":
+            return Contraction(number, origin, bias, x, out, False, tuple(args[3:9]))
+        return Contraction(number, origin, bias, x, out, not turned)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, model: nn.Module, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape, self.names = tape, _Names(model)
+        self.places: Any = WeakIdKeyDictionary()
+        self.reach: Any = WeakIdKeyDictionary()
+        self.norms = {id(b): n.rpartition(".")[0] for n, b in model.named_buffers() if n.endswith("running_mean")}
+        self.chains: Any = WeakIdKeyDictionary()  # -> (contraction, norm): what is its result, or that normalised
+        self.read: Any = WeakIdKeyDictionary()
+        self.spread: frozenset[int] = frozenset()  # reaches everything: it was written into a part of a tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name, tape, step = func._schema.name.split("::")[1], self.tape, len(self.tape.steps)
+        operands = list(tensors_in((args, kwargs)))
+        found = self.spread.union(*(self.reach.get(t, frozenset()) for t in operands))
+        for tensor in operands:
+            if tensor in self.places:
+                tape._last[self.places[tensor]] = step
+            if tensor in self.names.made:
+                tape.touched.setdefault(self.names.made[tensor][0], step)
+        results, spec = tree_flatten(out)
+        in_place = bool(func._schema.is_mutable)
+        self._check(func, name, args, results, in_place)
+        self._follow_chain(name, args, kwargs, results, operands)
+        number = None
+        if name in CONTRACTING:
+            number = len(tape.sites)
+            seen = self.names.contraction(number, name, args, out)
+            tape.sites.append((seen.weight, seen.bias))
+            tape.depends.append(found)
+            found |= {number}
+            self.chains[out] = number, None
+        else:
+            self.names.follow(name, args, out)
+        for slot, result in enumerate(results):
+            if isinstance(result, Tensor):
+                self.reach[result] = found
+                if result not in self.places:
+                    self.places[result] = step, slot
+        if in_place and operands and operands[0].untyped_storage().nbytes() > operands[0].nbytes:
+            self.spread |= found
+        shapes = [_Shape(r.size(), r.stride(), r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
+        tape.steps.append(_Step(shapes, spec, in_place, number))
+        return out
+
+    def _follow_chain(self, name: str, args: Any, kwargs: Any, results: list[Any], operands: list[Tensor]) -> None:
+        """See whether the result of a contraction is normalised or added here."""
+        mine = [t for t in operands if t in self.chains]
+        if not mine or name in CONTRACTING:
+            for tensor in mine:
+                self._read_chain(tensor)
+            return
+        chained = max(mine, key=lambda t: self.chains[t][0])
+        number, norm = self.chains[chained]
+        firsts = {id(tensor): self._read_chain(tensor) for tensor in mine}
+        if (
+            isinstance(results[0], Tensor) and results[0] in self.chains
+        ):  # changed in place: it is no result of a contraction any more
+            del self.chains[results[0]]
+        if not firsts[id(chained)]:
+            return
+        if name in _FORMS:
+            self.chains[results[0]] = number, norm
+        elif "batch_norm" in name and args[0] is chained and norm is None:
+            found = next((self.norms[id(t)] for t in operands if id(t) in self.norms), None)
+            if found is not None:
+                self.chains[results[0]] = number, found
+        elif name in ("add", "add_") and not kwargs and len(operands) == 2 and operands[0].shape == operands[1].shape:
+            other = 1 if operands[0] is chained else 0
+            depends = self.spread | self.reach.get(operands[other], frozenset())
+            if not depends or max(depends) < number:
+                self.tape.sums[number] = Sum(len(self.tape.steps), other, norm, depends)
+
+    def _read_chain(self, tensor: Tensor) -> bool:
+        """Whether this is the first to read it: what others read, too, must not make up for anything."""
+        first = tensor not in self.read
+        self.read[tensor] = True
+        if not first:
+            self.tape.sums.pop(self.chains[tensor][0], None)
+        return first
+
+    def _check(self, func: Any, name: str, args: Any, results: list[Any], in_place: bool) -> None:
+        """See whether the operator can be left out of a later pass."""
+        why = None
+        changing = any(tag in func.tags for tag in _CHANGING) and not _is_settled(name, args)
+        if changing or not all(isinstance(r, Tensor) for r in results):
+            why = f"what {name} gives depends on values"
+        elif in_place and not (len(results) == 1 and results[0] is args[0]):
+            why = f"{name} writes into other tensors"
+        elif in_place and args[0] not in self.places:
+            why = f"{name} writes into a tensor that outlives the pass"
+        self.tape.why_not = self.tape.why_not or why
+
+
+def _is_settled(name: str, args: Any) -> bool:
+    """Whether an operator that may draw random numbers, or have results of any size, does not: by its arguments."""
+    if "scaled_dot_product" in name:
+        return not any(isinstance(a, float) and a > 0 for a in args)
+    masks = [t for t in tensors_in(args[1:]) if t.dtype in (torch.bool, torch.uint8)]
+    return name == "index" and not masks
+
+
+class Playback(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A pass that shows its contractions, starts at some operator, and keeps what a later pass needs to start at one.
+
+    Args:
+        model: the model.
+        tape: of it.
+        see: gets every contraction that runs; it may raise :class:`Reached`.
+        start: the operators before are not run.
+        kept: what they left: the :attr:`kept` of an earlier pass that had ``keep`` there.
+        keep: the operator for which to keep what is used from there on; None keeps nothing.
+        watch: operator -> what to call with its arguments before it runs.
+
+    Attributes:
+        kept: what was kept; nothing, if parts of it share memory that a later operator writes into.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).requires_grad_(False)
+        >>> x, tape = torch.ones(1, 2), Tape.of(net, torch.ones(1, 2))
+        >>> last = tape.touched["2.weight"]
+        >>> with torch.no_grad(), Playback(net, tape, lambda c: print("ran", c.weight), keep=last) as first:
+        ...     y = net(x)
+        ran 0.weight
+        ran 2.weight
+        >>> with torch.no_grad(), Playback(net, tape, lambda c: print("ran", c.weight), last, first.kept):
+        ...     bool(torch.equal(net(x), y))
+        ran 2.weight
+        True
+    """
+
+    def __init__(
+        self, model: nn.Module, tape: Tape, see: Callable[[Contraction], None], start: int = 0,
+        kept: Kept | None = None, keep: int | None = None,
+        watch: Mapping[int, Callable[[Any], None]] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape, self.see, self.start, self.given, self.keep = tape, see, start, kept or {}, keep
+        self.watch = watch or {}
+        self.names, self.at, self.number = _Names(model), 0, 0
+        self.wanted: Collection[Place] = () if keep is None else tape.live(keep)
+        self.kept: Kept = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        step = self.at
+        if step == self.keep:  # now: what runs from here on may write into it
+            self.kept = {} if self._is_entangled() else {place: tensor.clone() for place, tensor in self.kept.items()}
+        self.at += 1
+        if step < self.start:
+            out = self._left_out(self.tape.steps[step], step, args)
+        else:
+            if step in self.watch:
+                self.watch[step](args)
+            out = func(*args, **(kwargs or {}))
+        if self.wanted and (self.keep is not None and step < self.keep):
+            for slot, result in enumerate(tree_flatten(out)[0]):
+                if (step, slot) in self.wanted:
+                    self.kept[step, slot] = result
+        name = func._schema.name.split("::")[1]
+        if name in CONTRACTING:
+            self.number += 1
+            if step >= self.start:
+                self.see(self.names.contraction(self.number - 1, name, args, out))
+        elif step >= self.start:
+            self.names.follow(name, args, out)
+        return out
+
+    def _is_entangled(self) -> bool:
+        memory = [tensor.untyped_storage().data_ptr() for tensor in self.kept.values() if tensor.numel()]
+        return len(set(memory)) < len(memory) and any(step.in_place for step in self.tape.steps[self.keep :])
+
+    def _left_out(self, recorded: _Step, step: int, args: Any) -> Any:
+        if recorded.in_place:
+            return args[0]
+        results = []
+        for slot, shape in enumerate(recorded.results):
+            assert shape is not None
+            kept = self.given.get((step, slot))
+            results.append(shape.empty() if kept is None else kept.clone())
+        return tree_unflatten(results, recorded.spec)

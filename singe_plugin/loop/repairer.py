@@ -1,0 +1,339 @@
+"""The survivors of a removal take over: every layer that gets other inputs is solved again, in closed form.
+
+The unpruned network and the pruned one see the same images. Layer after layer, in forward order, X' is what the layer
+gets in the pruned network as it is by then, and Y is what the unpruned network's layer gives there, at the units that
+are left; the layer becomes the ridge regression of Y on X' (:mod:`singe_plugin.method.ridge`). No labels, no training,
+no new parameters. Layers that do not depend on each other are solved in one pass, and nothing is computed again that
+is the same as in the pass before (:mod:`singe_plugin.axes.tape`), as far as there is memory to keep it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.axes.algebra import Atom, Axis, labels, leaves
+from singe_plugin.axes.graph import AxisGraph
+from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, results_at, weights_of
+from singe_plugin.axes.tape import Contraction, Kept, Playback, Reached, Sum, Tape
+from singe_plugin.loop.repair import Repair, Solved
+from singe_plugin.loop.statistics import renew_statistics
+from singe_plugin.method.ridge import Moments, solve
+from singe_plugin.nested import map_tensors, tensors_in
+from singe_plugin.state import RngState, plain_layers, preserved
+
+__all__ = ["Repairer"]
+
+_HELD = 0.25  # of the rows are held out, to choose the ridge on
+_LARGEST = 100.0  # factor of a batch-norm against its channels' median: beyond, a channel makes up for nothing
+_MEMORY = 2**28  # bytes that are kept of all batches of a network from one pass to the next
+
+
+@dataclass
+class _Site:
+    """A parameter that is solved, and where it is contracted."""
+
+    name: str
+    bias: str | None
+    numbers: list[int] = field(default_factory=list)
+    norm: str | None = None
+    sums: dict[int, Sum] = field(default_factory=dict)
+    scale: Tensor | None = None
+    moments: tuple[Moments, Moments] | None = None
+    last: Contraction | None = None
+    reason: str | None = None
+
+    def add(self, contraction: Contraction, x: Tensor, y: Tensor) -> None:
+        """Count rows ``[groups, rows, F]`` and ``[rows, O]`` in: the first to solve on, the last ones are held out."""
+        y = y.reshape(len(y), len(x), -1).transpose(0, 1)
+        cut = math.ceil(x.shape[1] * (1 - _HELD))
+        found = Moments.of(x[:, :cut], y[:, :cut]), Moments.of(x[:, cut:], y[:, cut:])
+        self.last = contraction
+        if self.moments is None:
+            self.moments = found
+        else:
+            for mine, more in zip(self.moments, found, strict=True):
+                mine.add(more)
+
+
+class _Player:
+    """Plays a network again and again, batch by batch, from the layers that are solved next."""
+
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Sequence[Any]) -> None:
+        self.model, self.forward, self.batches = model, forward, batches
+        self.tape = Tape.of(model, map_tensors(torch.clone, batches[0]), forward)
+        self.starts = [0] * len(batches)
+        self.kept: list[Kept] = [{} for _ in batches]
+        shapes = [[t.shape for t in tensors_in(batch)] for batch in batches]
+        self.same = [found == shapes[0] and self.tape.why_not is None for found in shapes]
+
+    def play(
+        self, index: int, start: int, see: Callable[[Contraction], None], watch: Mapping[int, Callable[[Any], None]]
+    ) -> None:
+        """Run a batch until ``see`` or ``watch`` ends it; what comes before ``start`` stays as it is from now on."""
+        keep = None
+        if self.same[index] and start > self.starts[index]:
+            size = sum(shape.bytes for shape in self.tape.live(start).values())
+            keep = start if size * len(self.batches) <= _MEMORY else None
+        run = Playback(self.model, self.tape, see, self.starts[index], self.kept[index], keep, watch)
+        state, inputs = RngState.capture(), map_tensors(torch.clone, self.batches[index])
+        with run, suppress(Reached):
+            self.forward(self.model, inputs)
+        state.restore()
+        if run.kept:
+            self.starts[index], self.kept[index] = start, run.kept
+
+
+class Repairer:
+    """Repairs pruned copies of a network.
+
+    Args:
+        original: the unpruned network, whose outputs are the targets; it is left as it was.
+        graph: its axes, traced with inputs as large as the first batch.
+        batches: inputs.
+        options: how.
+        seed: of the choice of positions.
+        forward: how the networks are called with the batches.
+    """
+
+    def __init__(
+        self, original: nn.Module, graph: AxisGraph, batches: Sequence[Any], options: Repair, seed: int,
+        forward: Callable[[nn.Module, Any], Any],
+    ) -> None:  # fmt: skip
+        self.original, self.graph, self.batches, self.options = original, graph, batches, options
+        self.seed, self.forward = seed, forward
+        self.examples = max(next((len(t) for t in tensors_in(batches[0]) if t.ndim), 1), 1)
+        self.kept: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+
+    @torch.no_grad()
+    def repair(self, pruned: nn.Module, kept: Mapping[str, Sequence[int]]) -> list[Solved]:
+        """Solve the layers of a pruned network again, and bring its batch-norms along.
+
+        Args:
+            pruned: the network; its weights change in place.
+            kept: group -> the units that are left, in the numbering of the unpruned network; by default all.
+
+        Returns:
+            every layer whose inputs are others than in the unpruned network, with its error before and after.
+        """
+        self.kept = {}
+        for name, units in kept.items():
+            leaf = self.graph.groups[name].leaf.root()
+            mask = np.zeros(leaf.size, dtype=bool)
+            mask[list(units)] = True
+            if not mask.all():
+                self.kept[leaf] = mask
+        players = []
+        for model in (self.original, pruned):
+            with preserved(model), plain_layers(model):
+                model.eval()
+                players.append(_Player(model, self.forward, self.batches))
+        found = []
+        for stage in self._stages(*players):
+            self._collect(players, stage)
+            found += [self._solved(pruned, site) for site in stage]
+        renew_statistics(pruned, self.batches, self.forward)
+        return found
+
+    def _stages(self, original: _Player, pruned: _Player) -> Iterator[list[_Site]]:
+        """What to solve, in forward order, together with what does not depend on it."""
+        mine, theirs = dict(pruned.model.named_parameters()), dict(original.model.named_parameters())
+        norms = {module: name for name, module in self.original.named_modules()}
+        sites: dict[str, _Site] = {}
+        for number, (weight, bias) in enumerate(pruned.tape.sites):
+            if weight is not None:
+                site = sites.setdefault(weight, _Site(weight, bias))
+                site.numbers.append(number)
+                if original.tape.sites[number : number + 1] != [(weight, bias)] or bias != site.bias:
+                    site.reason = "the pruned network runs other operators than the unpruned one"
+        changed: set[int] = set()
+        stage: list[_Site] = []
+        for number, (weight, _) in enumerate(pruned.tape.sites):
+            differs = weight is not None and _differs(mine[weight], theirs[weight])
+            if differs or pruned.tape.depends[number] & changed:
+                changed.add(number)
+            if weight is None or sites[weight].numbers[0] != number:
+                continue
+            site = sites[weight]
+            reach = frozenset().union(*(pruned.tape.depends[n] for n in site.numbers))
+            if not (differs or reach & changed):
+                continue
+            changed |= set(site.numbers)
+            if site.bias is None:
+                owner = self.original.get_submodule(weight.rpartition(".")[0])
+                norm = self.graph.trace.sole_reader(owner)
+                site.norm = None if norm is None else norms[norm]
+            self._find_sums(site, original, pruned)
+            reach = reach.union(*(found.depends for found in site.sums.values()))
+            if any(set(other.numbers) & reach for other in stage):
+                yield stage
+                stage = []
+            stage.append(site)
+        if stage:
+            yield stage
+
+    def _collect(self, players: Sequence[_Player], stage: list[_Site]) -> None:
+        """Run all batches through both networks, up to the last layer of a stage."""
+        sites = {number: site for site in stage for number in site.numbers}
+        first, last = min(sites), max(sites)
+        original, pruned = players
+        starts = [original.tape.step_of(first), min(pruned.tape.touched[site.name] for site in stage)]
+        starts[1] = min(starts[1], pruned.tape.step_of(first))
+        ends = [
+            max([player.tape.step_of(last), *(player.tape.sums[n].step for site in stage for n in site.sums)])
+            for player in players
+        ]
+        targets: dict[int, tuple[Tensor, Tensor]] = {}
+        beside: dict[int, Tensor] = {}
+        waiting: dict[int, tuple[Contraction, Tensor, Tensor, Tensor]] = {}
+
+        def see_original(found: Contraction) -> None:
+            if found.number in sites:
+                targets[found.number] = self._target(found, batch)
+            if original.tape.step_of(found.number) == ends[0]:
+                raise Reached
+
+        def watch_original(number: int, args: Any) -> None:
+            found = original.tape.sums[number]
+            beside[number] = self._rows_beside(args[found.other], number, targets[number][1], True)
+            if found.step == ends[0]:
+                raise Reached
+
+        def see_pruned(found: Contraction) -> None:
+            if found.number in sites:
+                site, (y, chosen) = sites[found.number], targets.pop(found.number)
+                kernel = pruned.model.get_parameter(site.name).shape[2:]
+                if y.shape[1] != found.out.shape[1] or int(chosen.max()) >= positions_of(found):
+                    site.reason = "its results in the pruned network are no part of those in the unpruned one"
+                elif found.number in site.sums:
+                    waiting[found.number] = found, inputs_at(found, kernel, chosen), y, chosen
+                else:
+                    site.add(found, inputs_at(found, kernel, chosen), y)
+            if pruned.tape.step_of(found.number) == ends[1]:
+                raise Reached
+
+        def watch_pruned(number: int, args: Any) -> None:
+            found = pruned.tape.sums[number]
+            if number in waiting:
+                contraction, x, y, chosen = waiting.pop(number)
+                mine = self._rows_beside(args[found.other], number, chosen, False)
+                scale = sites[number].scale
+                shift = beside[number] - mine
+                sites[number].add(contraction, x, y + (shift if scale is None else shift * scale))
+            if found.step == ends[1]:
+                raise Reached
+
+        watches = [
+            {player.tape.sums[n].step: partial(watch, n) for site in stage for n in site.sums}
+            for player, watch in ((original, watch_original), (pruned, watch_pruned))
+        ]
+        with ExitStack() as stack:
+            for player in players:
+                stack.enter_context(preserved(player.model))
+                stack.enter_context(plain_layers(player.model))
+                player.model.eval()
+            for batch in range(len(self.batches)):
+                for player, start, see, watch in zip(
+                    players, starts, (see_original, see_pruned), watches, strict=True
+                ):
+                    player.play(batch, start, see, watch)
+
+    def _target(self, found: Contraction, batch: int) -> tuple[Tensor, Tensor]:
+        """What a layer gives in the unpruned network where the pruned one has it, at some positions; and which."""
+        out = found.out
+        for dim, axis in enumerate(self.graph.trace.contractions[found.number][1]):
+            left = self._left(axis)
+            if left is not None and len(left[0]) and left[1] == out.shape[dim]:
+                out = out.index_select(dim, left[0].to(out.device))
+        pixels = found.convolution is not None
+        count = math.prod(out.shape[2:]) if pixels else len(out)
+        generator = torch.Generator().manual_seed(self.seed + 7919 * batch + found.number)
+        most = self.options.positions * (1 if pixels else self.examples)
+        chosen = torch.randperm(count, generator=generator)[:most].sort().values.to(out.device)
+        return results_at(found, out, chosen), chosen
+
+    def _find_sums(self, site: _Site, original: _Player, pruned: _Player) -> None:
+        """See where the results of a layer are added to what went wrong before: it can make up for that."""
+        mine, theirs = ({n: p.tape.sums.get(n) for n in site.numbers} for p in (pruned, original))
+        scales = set()
+        for number in site.numbers:
+            a, b = mine[number], theirs[number]
+            _, axes = self.graph.trace.contractions[number]
+            rows = [axis for dim, axis in enumerate(axes) if dim != 1]
+            if a is None or b is None or a.norm != b.norm or any(self._left(axis) is not None for axis in rows):
+                return
+            scales.add(a.norm)
+        if len(scales) != 1:
+            return
+        site.sums = {number: found for number, found in mine.items() if found is not None}
+        name = next(iter(scales))
+        if name is not None:
+            norm: Any = pruned.model.get_submodule(name)
+            factor = (norm.running_var + norm.eps).sqrt() / norm.weight
+            dead = ~(factor.abs() < _LARGEST * factor.abs().median())
+            site.scale = torch.where(dead, 0.0, factor)
+
+    def _rows_beside(self, other: Tensor, number: int, chosen: Tensor, whole: bool) -> Tensor:
+        """The rows of what a result is added to; of the unpruned network, where the pruned one has them."""
+        _, axes = self.graph.trace.contractions[number]
+        pixels = len(axes) > 2
+        left = self._left(axes[1]) if whole else None
+        if left is not None:
+            other = other.index_select(1 if pixels else other.ndim - 1, left[0].to(other.device))
+        if pixels:
+            return other.flatten(2)[:, :, chosen].transpose(1, 2).flatten(0, 1)
+        return other.flatten(0, -2)[chosen]
+
+    def _left(self, axis: Axis) -> tuple[Tensor, int] | None:
+        """The positions along an axis of the unpruned network that are left, and how many there were; None for all."""
+        left: Any = None
+        for leaf in dict.fromkeys(leaves(axis)):
+            if (mask := self.kept.get(leaf.root())) is not None:
+                units = labels(axis, leaf)
+                stays = np.where(units >= 0, mask[units], True)
+                left = stays if left is None else left & stays
+        return None if left is None else (torch.from_numpy(left.nonzero()[0]), len(left))
+
+    def _solved(self, pruned: nn.Module, site: _Site) -> Solved:
+        """Solve a layer from its moments; it keeps its weights if that is not better."""
+        moments, last = site.moments, site.last
+        site.moments = site.last = None
+        if site.reason is not None or moments is None or last is None:
+            return Solved(site.name, reason=site.reason or "no operator of its own gives its results")
+        weight = pruned.get_parameter(site.name)
+        matrix = matrix_of(last, weight)
+        bias, norm = None, None if site.norm is None else pruned.get_submodule(site.norm)
+        if site.bias is not None:
+            bias = pruned.get_parameter(site.bias).reshape(matrix.shape[:2])
+        elif norm is not None:
+            bias = matrix.new_zeros(matrix.shape[:2])
+        whole = self.original.get_parameter(site.name)
+        masked = (weight == 0) & (whole != 0).to(weight.device) if weight.shape == whole.shape else None
+        kept = None if masked is None or not bool(masked.any()) else matrix_of(last, ~masked)
+        behind = None
+        if site.scale is not None:
+            behind = torch.where(site.scale == 0, 0.0, 1 / site.scale).reshape(matrix.shape[:2])
+        found = solve(matrix, bias, *moments, self.options.ridges, kept, behind)
+        if found.ridge is not None:
+            weight.data.copy_(weights_of(last, found.weight, weight.shape))
+            if found.bias is not None and site.bias is not None:
+                pruned.get_parameter(site.bias).data.copy_(found.bias.flatten())
+            elif found.bias is not None and norm is not None:
+                mean: Any = norm.running_mean
+                mean.sub_(found.bias.flatten().to(mean.dtype))
+        return Solved(site.name, found.before, found.after, found.ridge)
+
+
+def _differs(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether a parameter lost inputs, or was changed: trained, masked, solved before."""
+    if mine.shape == theirs.shape:
+        return not torch.equal(mine, theirs.to(mine.device))
+    return mine.shape[1:] != theirs.shape[1:]

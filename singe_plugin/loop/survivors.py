@@ -1,0 +1,287 @@
+"""The network before pruning, held to repair the one that is pruned; ``singe_plugin.repair`` for any pruned network."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from singe_plugin.axes.algebra import Axis, labels, leaves
+from singe_plugin.axes.graph import AxisGraph
+from singe_plugin.axes.parameters import Held
+from singe_plugin.errors import ConfigError, DataError, GroupError
+from singe_plugin.fields import as_options
+from singe_plugin.loop.distillation import frozen_copy
+from singe_plugin.loop.events import Repaired
+from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.repairer import Repairer
+from singe_plugin.method.batches import inputs_only, read
+from singe_plugin.nested import call_model, tensors_in, to_device
+from singe_plugin.rollback import Trackers, all_or_nothing
+from singe_plugin.state import model_device
+
+__all__ = ["Unpruned", "images_of", "repair", "survivors"]
+
+_logger = logging.getLogger("singe_plugin")
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def images_of(batches: Iterable[Any], count: int) -> list[Any]:
+    """Return the inputs of batches, up to a number of examples; batches may have targets or not.
+
+    The last batch is left out if it is smaller than the others, unless it is the only one.
+
+    Raises:
+        DataError: if there is none.
+
+    Example:
+        >>> [len(x) for x in images_of([(torch.zeros(4, 2), torch.zeros(4))] * 3, 8)]
+        [4, 4]
+    """
+    found: list[Any] = []
+    examples = 0
+    for batch in read(batches, "reading the images for the repair"):
+        inputs = inputs_only(batch)
+        size = next((len(t) for t in tensors_in(inputs) if t.ndim), 0)
+        if found and size < next(len(t) for t in tensors_in(found[0]) if t.ndim):
+            break
+        found.append(inputs)
+        examples += size
+        if examples >= count:
+            break
+    if not found:
+        raise DataError("there are no images to repair on: the data gives no batch; give some, or repair=None")
+    return found
+
+
+class Unpruned:
+    """A network as it was before pruning, and the repair of what becomes of it.
+
+    Args:
+        graph: the axes of the model that is pruned; its groups know which units are left.
+        batches: inputs.
+        options: how.
+        ignored: modules and parameters whose units stay, as in the graph.
+        forward: how the model is called with the batches.
+        seed: of the choice of positions.
+        needed: whether it is an error if the model cannot be copied; else that is said, and nothing is repaired.
+    """
+
+    def __init__(
+        self, graph: AxisGraph, batches: Sequence[Any], options: Repair, ignored: Collection[Any] = (),
+        forward: Forward = call_model, seed: int = 0, needed: bool = True,
+    ) -> None:  # fmt: skip
+        self.graph, self.batches, self.options, self.forward, self.seed = graph, batches, options, forward, seed
+        self._ignored, self._needed = ignored, needed
+        self._repairer: Repairer | None = None
+        self._dirty = False
+
+    def hold(self) -> None:
+        """Copy the model as it is now, if nothing was removed from it yet.
+
+        Raises:
+            ConfigError: if it cannot be copied.
+        """
+        if any(group.size < group.initial for group in self.graph.groups.values()):
+            return
+        model = self.graph.model
+        try:
+            copy = frozen_copy(model, "the repair needs", "give repair=None")
+        except ConfigError as error:
+            if self._needed:
+                raise
+            _logger.warning("the survivors do not take over: %s", error)
+            return
+        names = {id(part): name for name, part in (*model.named_modules(), *model.named_parameters())}
+        given = [names[id(part)] for part in self._ignored if id(part) in names]
+        modules, parameters = dict(copy.named_modules()), dict(copy.named_parameters())
+        batches = [to_device(batch, model_device(model)) for batch in self.batches]
+        graph = AxisGraph(
+            copy, batches[0], [modules[n] for n in given if n in modules],
+            [parameters[n] for n in given if n in parameters], self.forward,
+        )  # fmt: skip
+        self._repairer = Repairer(copy, graph, batches, self.options, self.seed, self.forward)
+
+    def removed(self) -> None:
+        """Note that something was removed."""
+        self._dirty = True
+
+    def repair(self, last: bool, trackers: Trackers) -> Repaired | None:
+        """Repair the model if it is time.
+
+        Args:
+            last: whether nothing else will be removed.
+            trackers: averaged copies get the solved weights, too.
+        """
+        if self._repairer is None or not self._dirty or (self.options.every == "end" and not last):
+            return None
+        start = time.perf_counter()
+        model = self.graph.model
+        values = {name: tensor.clone() for name, tensor in _tensors(model).items()} if trackers.emas else {}
+        kept = {name: group.left for name, group in self.graph.groups.items()}
+        found = self._repairer.repair(model, kept)
+        for ema in trackers.ema_models():
+            twins = _tensors(ema)
+            for name, tensor in _tensors(model).items():
+                if name in twins and not torch.equal(values[name], tensor):
+                    twins[name].data.copy_(tensor)
+        self._dirty = False
+        return Repaired(tuple(found), time.perf_counter() - start)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def repair(
+    pruned: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Any],
+    options: Repair | int | None = None,
+    *,
+    kept: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    forward: Forward = call_model,
+) -> Repaired:
+    """Let the survivors of a pruning take over, in closed form and without labels; whoever pruned it.
+
+    Every layer of the pruned network that gets other inputs than in the unpruned one is solved again by ridge
+    regression, so that it gives the unpruned network's outputs from what is left (see
+    :mod:`singe_plugin.loop.repairer`), and its batch-norms are brought along. Masks are kept: a weight that is zero
+    here and was not there stays zero.
+
+    Args:
+        pruned: the network with units removed, or with zeros in its weights; it changes in place.
+        original: the same network before.
+        batches: inputs, or ``(inputs, targets)`` of which the targets are not read.
+        options: a :class:`~singe_plugin.Repair`, or a number of images.
+        kept: group -> the units that are left, in the numbering of the original; None finds out by looking for the
+            weights of the one in the other, which must not have been trained in between.
+        seed: of the choice of positions.
+        forward: how the networks are called with the inputs.
+
+    Returns:
+        what became of the layers.
+
+    Raises:
+        GroupError: if it cannot be found out which units are left.
+        SingeError: if something fails; the network is as it was before.
+
+    Example:
+        >>> import copy, torch, singe_plugin
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> smaller, x = copy.deepcopy(net), torch.randn(64, 4)
+        >>> _ = singe_plugin.SInGEPruner(smaller, x, lambda group: torch.arange(8.0), pruning_ratio=0.5).step()
+        >>> before = (smaller(x) - net(x)).square().mean()
+        >>> singe_plugin.repair(smaller, net, [x]).better[0].name, bool((smaller(x) - net(x)).square().mean() < before)
+        ('2.weight', True)
+    """
+    if pruned is original:
+        raise ConfigError("pruned and original are one object; give the network before pruning, e.g. a copy of it")
+    chosen = as_options(Repair, options, "options", "images")
+    inputs = [to_device(batch, model_device(pruned)) for batch in images_of(batches, chosen.images)]
+    start = time.perf_counter()
+    graph = AxisGraph(original, inputs[0], forward=forward)
+    left = survivors(graph, pruned) if kept is None else kept
+    unknown = [name for name in left if name not in graph.groups]
+    if unknown:
+        raise GroupError(f"kept: {unknown[0]!r} is no group of the network; the groups are {', '.join(graph.groups)}")
+    with all_or_nothing(pruned, None, Trackers(), None):
+        found = Repairer(original, graph, inputs, chosen, seed, forward).repair(pruned, left)
+    return Repaired(tuple(found), time.perf_counter() - start)
+
+
+def survivors(graph: AxisGraph, pruned: nn.Module) -> dict[str, list[int]]:
+    """Find out which units of a network are left in a pruned copy, by looking for its weights in the original's.
+
+    Args:
+        graph: of the original.
+        pruned: the copy.
+
+    Raises:
+        GroupError: if a layer is smaller, and its weights are not a part of the original's.
+
+    Example:
+        >>> import copy
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> smaller = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> with torch.no_grad():
+        ...     _ = smaller[0].weight.copy_(net[0].weight[[1, 6]])
+        >>> survivors(AxisGraph(net, torch.zeros(1, 4)), smaller)
+        {'0': [1, 6]}
+    """
+    modules = dict(pruned.named_modules())
+    gone: dict[Any, set[int]] = {}  # leaf -> units
+    todo = [(held, _twin(graph, modules, held)) for held in graph.held]
+    for held, tensor in todo:
+        if tensor.ndim != held.tensor.ndim:
+            raise GroupError(f"{graph.names[held.owner]}.{held.attr} has another number of dimensions when pruned")
+    open_dims = [(h, t, d) for h, t in todo for d in range(t.ndim) if t.shape[d] != h.tensor.shape[d]]
+    while open_dims:
+        rest = []
+        for held, tensor, dim in open_dims:
+            known, whole = _positions(held.axes[dim], gone), held.tensor.detach()
+            if known is not None and len(known) == tensor.shape[dim]:
+                continue
+            for other in (d for d in range(tensor.ndim) if d != dim):
+                left = _positions(held.axes[other], gone)
+                if left is not None:
+                    whole = whole.index_select(other, torch.as_tensor(left, device=whole.device))
+            found = None
+            if all(whole.shape[d] == tensor.shape[d] for d in range(tensor.ndim) if d != dim):
+                found = _matched(*(t.transpose(0, dim).flatten(1) for t in (whole, tensor.detach())))
+            if found is None:
+                rest.append((held, tensor, dim))
+                continue
+            for leaf in dict.fromkeys(leaves(held.axes[dim])):
+                units = labels(held.axes[dim], leaf)
+                stays = set(units[found].tolist())
+                gone.setdefault(leaf.root(), set()).update(u for u in range(leaf.root().size) if u not in stays)
+        if len(rest) == len(open_dims):
+            held, tensor, dim = rest[0]
+            raise GroupError(
+                f"{graph.names[held.owner]}.{held.attr} is {tuple(tensor.shape)} in the pruned network and "
+                f"{tuple(held.tensor.shape)} before, and its weights are no part of these: it was trained since, "
+                "or is of another network; say which units are left: kept={group: units}"
+            )
+        open_dims = rest
+    return {
+        name: [u for u in range(group.size) if u not in gone[group.leaf.root()]]
+        for name, group in graph.groups.items()
+        if gone.get(group.leaf.root())
+    }
+
+
+def _twin(graph: AxisGraph, modules: Mapping[str, nn.Module], held: Held) -> Tensor:
+    name = graph.names[held.owner]
+    owner = modules.get(name)
+    tensor = None if owner is None else owner._parameters.get(held.attr, owner._buffers.get(held.attr))
+    if tensor is None:
+        raise GroupError(f"the pruned network has no {name}.{held.attr}; give the network that it was pruned from")
+    return tensor
+
+
+def _positions(axis: Axis, gone: Mapping[Any, set[int]]) -> Any:
+    """The positions along an axis that are left, as far as it is known what is gone; None if nothing is."""
+    stays = None
+    for leaf in dict.fromkeys(leaves(axis)):
+        if missing := gone.get(leaf.root()):
+            here = ~np.isin(labels(axis, leaf), list(missing))
+            stays = here if stays is None else stays & here
+    return None if stays is None else np.flatnonzero(stays)
+
+
+def _matched(whole: Tensor, part: Tensor) -> Any:
+    """Which rows of ``whole`` the rows of ``part`` are, in order; None if they are not, or if that is not clear."""
+    found = []
+    for row in part:
+        hits = (whole == row.to(whole.device)).all(1).nonzero().flatten().tolist()
+        if len(hits) != 1:
+            return None
+        found.append(hits[0])
+    return np.asarray(found) if found == sorted(found) else None

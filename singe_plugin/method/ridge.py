@@ -1,0 +1,199 @@
+r"""Ridge regression towards present weights, from moments that are summed over batches.
+
+A layer that reads X' where it read X is solved again so that it gives the Y it gave, at most as far from its present
+weights as pays:
+
+.. math:: \min_{W,b}\ \lVert X'W^\top+b-Y\rVert_F^2+\lambda\,\lVert W-W_0\rVert_F^2,\qquad
+          \lambda=r\cdot\tfrac1F\operatorname{tr}(X'^\top X')
+
+(X' centred where there is a bias). With R = Y - X'W_0ᵀ this is :math:`(X'^\top X'+\lambda I)(W-W_0)^\top=X'^\top R`:
+the rows of W share one matrix. Where some weights have to stay zero (masks), each row has its own part of it, and all
+rows are solved together by conjugate gradients; so is a matrix that is too large to be factorised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "Solution", "solve"]
+
+LARGEST = 8192  # features; a larger matrix is not factorised
+_ITERATIONS, _ENOUGH = 200, 1e-7  # of conjugate gradients, and the residual, relative to the right side
+
+
+@dataclass
+class Moments:
+    r"""Sums over rows of inputs and targets, in double precision: what a regression needs to know of them.
+
+    Attributes:
+        count: the number of rows.
+        x: the sum of the inputs, ``[groups, F]``.
+        y: the sum of the targets, ``[groups, O]``.
+        xx: the Gram matrices :math:`X^\top X`, ``[groups, F, F]``.
+        xy: :math:`X^\top Y`, ``[groups, F, O]``.
+        yy: the sums of squares of the targets, ``[groups, O]``.
+    """
+
+    count: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> Moments:
+        """Of no rows."""
+        shapes = ((features,), (outputs,), (features, features), (features, outputs), (outputs,))
+        return cls(0, *(torch.zeros(groups, *shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> Moments:
+        """Of rows ``[groups, rows, F]`` of inputs and ``[groups, rows, O]`` of targets.
+
+        Example:
+            >>> Moments.of(torch.ones(1, 3, 2), torch.ones(1, 3, 1)).xx.tolist()
+            [[[3.0, 3.0], [3.0, 3.0]]]
+        """
+        x, y = x.double(), y.double()
+        turned = x.transpose(1, 2)
+        return cls(x.shape[1], x.sum(1), y.sum(1), turned @ x, turned @ y, y.square().sum(1))
+
+    def add(self, other: Moments) -> None:
+        """Count other rows in."""
+        self.count += other.count
+        for name in ("x", "y", "xx", "xy", "yy"):
+            getattr(self, name).add_(getattr(other, name))
+
+    def centred(self) -> Moments:
+        """The moments about the means; the sums stay."""
+        n = max(self.count, 1)
+        return Moments(
+            self.count, self.x, self.y,
+            self.xx - self.x[:, :, None] * (self.x / n)[:, None, :],
+            self.xy - self.x[:, :, None] * (self.y / n)[:, None, :],
+            self.yy - self.y.square() / n,
+        )  # fmt: skip
+
+    def error(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> float:
+        r"""The squared error of a layer, :math:`\lVert (XW^\top+b-Y)\,\mathrm{diag}(s)\rVert_F^2`.
+
+        Args:
+            weight: ``[groups, O, F]``.
+            bias: ``[groups, O]``, or None.
+            scale: s, ``[groups, O]``: what comes of each output; None is one.
+        """
+        w = weight.transpose(1, 2)
+        squared = (w * (self.xx @ w)).sum(1) - 2 * (w * self.xy).sum(1) + self.yy
+        if bias is not None:
+            mean = (weight @ self.x[:, :, None])[:, :, 0] - self.y
+            squared = squared + 2 * bias * mean + self.count * bias.square()
+        return max(float((squared if scale is None else squared * scale.square()).sum()), 0.0)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A layer that was solved again.
+
+    Attributes:
+        weight: ``[groups, O, F]``; the one that was given, if none is better.
+        bias: ``[groups, O]``, or None if it has none.
+        ridge: r, of those that were tried; None if the given weight stays.
+        before, after: the root of the squared error on the rows that are held out, relative to the targets'.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    ridge: float | None
+    before: float
+    after: float
+
+
+def solve(
+    weight: Tensor,
+    bias: Tensor | None,
+    fitted: Moments,
+    held: Moments,
+    ridges: Sequence[float],
+    kept: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Solution:
+    """Solve a layer again; the ridge is chosen on held-out rows, and the layer stays as it is if none helps there.
+
+    Args:
+        weight: the present weights W_0, ``[groups, O, F]``.
+        bias: the present bias, ``[groups, O]``; None if there is none and none can be made.
+        fitted: of the rows to solve on; with the chosen ridge all rows are solved on.
+        held: of the rows that are held out.
+        ridges: the r to choose from, relative to the mean of the Gram matrix's diagonal.
+        kept: which weights may be other than zero, ``[groups, O, F]``; None is all of them.
+        scale: what comes of each output, ``[groups, O]``: errors are compared behind it; None is one.
+
+    Example:
+        >>> x, w = torch.randn(1, 64, 3), torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> rows = Moments.of(x, x @ w.transpose(1, 2))
+        >>> found = solve(torch.zeros(1, 1, 3), None, rows, rows, [1e-9])
+        >>> bool(torch.allclose(found.weight.float(), w, atol=1e-4)), round(found.before, 3)
+        (True, 1.0)
+    """
+    weight, bias = weight.double(), None if bias is None else bias.double()
+    size = max(float((held.yy if scale is None else held.yy * scale.square()).sum()), 1e-300)
+    start = held.error(weight, bias, scale)
+    best, chosen, least = (weight, bias), None, start
+    for ridge in ridges:
+        found = _solved(weight, bias, fitted, ridge, kept)
+        error = held.error(*found, scale)
+        if error < least:
+            best, chosen, least = found, ridge, error
+    if chosen is not None:
+        together = Moments(fitted.count, *(t.clone() for t in (fitted.x, fitted.y, fitted.xx, fitted.xy, fitted.yy)))
+        together.add(held)
+        best = _solved(weight, bias, together, chosen, kept)
+    return Solution(*best, chosen, (start / size) ** 0.5, (least / size) ** 0.5)
+
+
+def _solved(
+    weight: Tensor, bias: Tensor | None, rows: Moments, ridge: float, kept: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    about = rows if bias is None else rows.centred()
+    right = about.xy - about.xx @ weight.transpose(1, 2)
+    diagonal = about.xx.diagonal(dim1=1, dim2=2)
+    added = (ridge * diagonal.mean(1)).clamp(min=1e-300)
+    if kept is None and about.xx.shape[-1] <= LARGEST:
+        matrix = about.xx + torch.diag_embed(added[:, None].expand_as(diagonal))
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not bool(failed.any()):
+            change = torch.cholesky_solve(right, factor)
+        else:
+            change = _conjugate_gradients(about.xx, added, right, None)
+    else:
+        change = _conjugate_gradients(about.xx, added, right, None if kept is None else kept.transpose(1, 2))
+    weight = weight + change.transpose(1, 2)
+    if bias is not None:
+        n = max(rows.count, 1)
+        bias = rows.y / n - (weight @ (rows.x / n)[:, :, None])[:, :, 0]
+    return weight, bias
+
+
+def _conjugate_gradients(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None) -> Tensor:
+    """Solve ``(matrix + added I) d = right`` for all columns, each on the features it keeps."""
+    keep = 1.0 if kept is None else kept.to(right.dtype)
+    scaling = matrix.diagonal(dim1=1, dim2=2)[:, :, None] + added[:, None, None]
+    found, residual = torch.zeros_like(right), right * keep
+    direction = residual / scaling
+    product = (residual * direction).sum(1, keepdim=True)
+    enough = _ENOUGH * float(residual.norm())
+    for _ in range(_ITERATIONS):
+        if float(residual.norm()) <= enough:
+            break
+        moved = (matrix @ direction + added[:, None, None] * direction) * keep
+        step = product / (direction * moved).sum(1, keepdim=True).clamp(min=1e-300)
+        found, residual = found + step * direction, residual - step * moved
+        scaled = residual / scaling
+        last, product = product, (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + product / last.clamp(min=1e-300) * direction
+    return found
