@@ -213,7 +213,7 @@ def _pruned(spec: Spec, setting: Setting, options: dict[str, Any], clock: _Clock
     result = singe_plugin.prune(
         setting.make(), setting.train, target=f"params={spec.target}", scoring=scoring, seed=spec.seed,
         pace=Pace(**taken(options, OF_PACE)), finetune=finetuning(setting, spec, *during), callbacks=[clock],
-        fold=options.get("fold", False),
+        fold=options.get("fold", False), repair=None,
     )  # fmt: skip
     passes = scoring.passes if isinstance(scoring.criterion, str) else None
     return result, {

@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader
 import singe_plugin
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.run.data import evaluate
+from singe_plugin.state import model_device
 
 from harness import BASE, OF_PACE, scoring_of, taken
 from records import append, environment, peak_mb, read
@@ -68,8 +70,11 @@ class Kept(singe_plugin.Callback):
 
 
 def accuracy(row: Row, setting: Setting, model: nn.Module) -> float:
+    """Of a copy with its batch-norms folded: the same function to rounding, in about half the time on a CPU."""
     images = setting.test if row.split == "test" else setting.held_out
-    return float(evaluate(model, DataLoader(images, 125)) or 0.0)
+    quick = copy.deepcopy(model)
+    fold_batchnorm(quick, images[0][0][None].to(model_device(model)))
+    return float(evaluate(quick.to(memory_format=torch.channels_last), DataLoader(images, 125)) or 0.0)
 
 
 def compute(row: Row, setting: Setting) -> dict[str, Any]:

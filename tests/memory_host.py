@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from singe_plugin import FineTune
 from singe_plugin.loop.budget import GroupSpec
-from singe_plugin.loop.events import Callback
+from singe_plugin.loop.events import Callback, Repaired
 from singe_plugin.loop.tuner import Tuner
 
 __all__ = ["MemoryHost", "MemoryTuner", "RepairingHost"]
@@ -47,8 +47,9 @@ class MemoryHost:
 class RepairingHost(MemoryHost):
     """One that can repair."""
 
-    def repair(self) -> None:
-        self.log.append(("repair", self.params()))
+    def repair(self, last: bool) -> Repaired:
+        self.log.append(("repair", self.params(), last))
+        return Repaired((), 0.0)
 
 
 class MemoryTuner(Tuner):

@@ -199,12 +199,13 @@ def test_every_callback_sees_every_event() -> None:
     assert len(one.rows) == 2 + 4 + 1
 
 
-def test_a_host_that_can_repairs_after_every_turn_before_fine_tuning() -> None:
+def test_a_host_that_can_repairs_after_every_layer_before_fine_tuning() -> None:
     log: list[Any] = []
     host = RepairingHost(log, a=[3.0, 1.0, 2.0], b=[5.0, 4.0])
     taken(host, Progress({"a": 2, "b": 1}), tuner=MemoryTuner(log, 6, "removal"))
-    assert kinds_of(log) == ["score", "remove", "repair", "tune"] * 3
-    assert [entry[1] for entry in log if entry[0] == "repair"] == [4, 3, 2]
+    last = ["score", "remove", "repair", "tune"]  # of a layer
+    assert kinds_of(log) == ["score", "remove", "tune", *last, *last]
+    assert [entry[1:] for entry in log if entry[0] == "repair"] == [(3, False), (2, True)]
 
 
 def test_a_callback_gets_the_model_and_may_act_before_fine_tuning() -> None:

@@ -314,8 +314,9 @@ CASES = {
     "a loader that fails at once": Case(pruning(Failing(0)), DataError, ("batch 0", "the disk is gone")),
     "a generator that fails": Case(pruning(failing), DataError, ("batch 1", "OSError: the disk is gone")),
     "a loader that fails in the middle": Case(
-        pruning(Failing(5), finetune_steps=20), DataError, ("fine-tuning loader.*batch 5", "disk")
+        pruning(Failing(5), finetune_steps=20, repair=None), DataError, ("fine-tuning loader.*batch 5", "disk")
     ),
+    "a loader that fails after the scoring batches": Case(pruning(Failing(5)), DataError, ("batch 5", "disk")),
     "data without end": Case(pruning(endless), DataError, ENDLESS),
     "data without end to score on": Case(lambda m: SInGEImportance().bind(m, endless()), DataError, ENDLESS),
     "data without end to train on": Case(lambda m: Tuner(FineTune(endless())), DataError, ENDLESS),

@@ -268,7 +268,7 @@ def test_channels_of_one_layer_that_are_ranked_apart_have_names_of_their_own() -
     batch = torch.randn(6, 4), torch.randint(0, 3, (6,))
     options: dict[str, Any] = {"objective": lambda out, y: nn.functional.cross_entropy(out[0] + out[1][:, :3], y)}
     config = [{"op_names": ["fc"], "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(Forked(), config, **asked(batches=[batch], verify=False, **options))
+    pruner = SInGEPruner(Forked(), config, verify=False, **asked(batches=[batch], **options))
     parts = {piece.name: piece.members["fc", "weight"].tolist() for piece in pruner.pieces}
     assert parts == {"fc": [0, 1, 2, 3, -1, -1, -1, -1], "fc#2": [-1, -1, -1, -1, 0, 1, 2, 3]}
     kept = channel_masks(pruner.compress()[1])["fc"]

@@ -241,6 +241,8 @@ class SInGEPruner(SteppingPruner):
 
     def turns(self, loop: Loop) -> Iterator[Turn]:
         """Algorithm 1 or rounds, as the pace says."""
+        if self._unpruned is not None:
+            self._unpruned.begin()
         if self.pace.order == "layers":
             return in_layers(loop, self.pace)
         host: Any = loop.host
@@ -294,6 +296,8 @@ class SInGEPruner(SteppingPruner):
         Rounds begin with a scoring of all layers, which says so too.
         """
         importance, batches, host = self.importance, self.batches, self.host()
+        if self._unpruned is not None:
+            self._unpruned.hold(anew=True)
         if isinstance(importance, SInGEImportance) and importance.scoring.rule.needs_gradient:
             if importance.model is None:
                 if self.batches is None:

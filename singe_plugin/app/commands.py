@@ -250,11 +250,11 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     with _stdout_for_json(as_json):
         model = _model_options(options)
         options.pop("seed")
-        verify = not options.pop("no_verify")
         scoring, pace, finetune = _objects(options, *_OPTIONS)
+        pace = replace(pace, verify=not options.pop("no_verify"))
         asked = {"target": _target_of(options, pace), "scoring": scoring, "pace": pace, "finetune": finetune}
         size, device, ignored = (options.pop(key) for key in ("img_size", "device", "ignored_layers"))
-        found, values = run_inspect(model, size, device, **asked, verify=verify, ignored_layers=ignored)
+        found, values = run_inspect(model, size, device, **asked, ignored_layers=ignored)
     text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"
     _finish(values, text, as_json, quiet)
 

@@ -123,7 +123,8 @@ class Tape:
 
     Attributes:
         steps: the operators.
-        sites: ``(weight, bias)`` of every contraction, by number; None where there is none.
+        sites: ``(weight, bias, which dimension of the weight reads)`` of every contraction, by number; the names are
+            None where there is none.
         depends: by number, the contractions that it depends on.
         touched: parameter -> the first operator that takes it, or what is made of it by turning it.
         sums: by number, where the results of contractions are added to something that does not depend on them; each
@@ -132,7 +133,7 @@ class Tape:
     """
 
     steps: list[_Step] = field(default_factory=list)
-    sites: list[tuple[str | None, str | None]] = field(default_factory=list)
+    sites: list[tuple[str | None, str | None, int]] = field(default_factory=list)
     depends: list[frozenset[int]] = field(default_factory=list)
     touched: dict[str, int] = field(default_factory=dict)
     sums: dict[int, Sum] = field(default_factory=dict)
@@ -147,7 +148,7 @@ class Tape:
             >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 1))
             >>> tape = Tape.of(net, torch.zeros(1, 1, 4))
             >>> tape.sites, tape.depends
-            ([('0.weight', '0.bias'), ('2.weight', '2.bias')], [frozenset(), frozenset({0})])
+            ([('0.weight', '0.bias', 1), ('2.weight', '2.bias', 1)], [frozenset(), frozenset({0})])
         """
         tape = cls()
         with torch.no_grad(), _Recorder(model, tape):
@@ -225,7 +226,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in CONTRACTING:
             number = len(tape.sites)
             seen = self.names.contraction(number, name, args, out)
-            tape.sites.append((seen.weight, seen.bias))
+            turned = seen.columns if seen.convolution is None else seen.convolution[3]
+            tape.sites.append((seen.weight, seen.bias, 0 if turned else 1))
             tape.depends.append(found)
             found |= {number}
             self.chains[out] = number, None

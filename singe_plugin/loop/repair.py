@@ -10,7 +10,7 @@ from singe_plugin.fields import documented, option
 __all__ = ["Repair", "Solved"]
 
 EVERY = ("round", "end")
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @documented
@@ -26,7 +26,7 @@ class Repair:
 
     Example:
         >>> Repair(256).ridges
-        (0.0001, 0.001, 0.01, 0.1)
+        (0.0001, 0.001, 0.01, 0.1, 1.0)
     """
 
     images: int = option(
@@ -42,7 +42,7 @@ class Repair:
     ridge: float | None = option(
         default=None,
         text="The weight of staying close to the present weights, relative to the mean square of a layer's inputs. By "
-        "default every layer has the best on held-out positions of 1e-4, 1e-3, 1e-2 and 1e-1.",
+        "default every layer has the best on held-out positions of 1e-4, 1e-3, 1e-2, 1e-1 and 1.",
     )
     positions: int = option(
         default=32,

@@ -148,16 +148,16 @@ class Repairer:
         mine, theirs = dict(pruned.model.named_parameters()), dict(original.model.named_parameters())
         norms = {module: name for name, module in self.original.named_modules()}
         sites: dict[str, _Site] = {}
-        for number, (weight, bias) in enumerate(pruned.tape.sites):
+        for number, (weight, bias, reads) in enumerate(pruned.tape.sites):
             if weight is not None:
                 site = sites.setdefault(weight, _Site(weight, bias))
                 site.numbers.append(number)
-                if original.tape.sites[number : number + 1] != [(weight, bias)] or bias != site.bias:
+                if original.tape.sites[number : number + 1] != [(weight, bias, reads)] or bias != site.bias:
                     site.reason = "the pruned network runs other operators than the unpruned one"
         changed: set[int] = set()
         stage: list[_Site] = []
-        for number, (weight, _) in enumerate(pruned.tape.sites):
-            differs = weight is not None and _differs(mine[weight], theirs[weight])
+        for number, (weight, _, reads) in enumerate(pruned.tape.sites):
+            differs = weight is not None and _differs(mine[weight], theirs[weight], reads)
             if differs or pruned.tape.depends[number] & changed:
                 changed.add(number)
             if weight is None or sites[weight].numbers[0] != number:
@@ -241,9 +241,7 @@ class Repairer:
                 stack.enter_context(plain_layers(player.model))
                 player.model.eval()
             for batch in range(len(self.batches)):
-                for player, start, see, watch in zip(
-                    players, starts, (see_original, see_pruned), watches, strict=True
-                ):
+                for player, start, see, watch in zip(players, starts, (see_original, see_pruned), watches, strict=True):
                     player.play(batch, start, see, watch)
 
     def _target(self, found: Contraction, batch: int) -> tuple[Tensor, Tensor]:
@@ -308,6 +306,8 @@ class Repairer:
         site.moments = site.last = None
         if site.reason is not None or moments is None or last is None:
             return Solved(site.name, reason=site.reason or "no operator of its own gives its results")
+        if not all(bool(torch.isfinite(part.xx).all() & torch.isfinite(part.xy).all()) for part in moments):
+            return Solved(site.name, reason="its inputs or its results are not finite")
         weight = pruned.get_parameter(site.name)
         matrix = matrix_of(last, weight)
         bias, norm = None, None if site.norm is None else pruned.get_submodule(site.norm)
@@ -332,8 +332,8 @@ class Repairer:
         return Solved(site.name, found.before, found.after, found.ridge)
 
 
-def _differs(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether a parameter lost inputs, or was changed: trained, masked, solved before."""
+def _differs(mine: Tensor, theirs: Tensor, reads: int) -> bool:
+    """Whether a parameter lost inputs, along the dimension that reads, or was changed: trained, masked, solved."""
     if mine.shape == theirs.shape:
         return not torch.equal(mine, theirs.to(mine.device))
-    return mine.shape[1:] != theirs.shape[1:]
+    return mine.shape[reads] != theirs.shape[reads]

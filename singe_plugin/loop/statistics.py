@@ -91,8 +91,9 @@ def renew_statistics(
             continue
         mean = found.total / found.count
         variance = (found.squares / found.count - mean**2).clamp(min=0) * (found.count / (found.count - 1))
-        _renew(module, mean, variance)
-        changed.append(name)
+        if bool(torch.isfinite(mean).all() & torch.isfinite(variance).all()):
+            _renew(module, mean, variance)
+            changed.append(name)
     return changed
 
 

@@ -78,25 +78,33 @@ class Unpruned:
     ) -> None:  # fmt: skip
         self.graph, self.batches, self.options, self.forward, self.seed = graph, batches, options, forward, seed
         self._ignored, self._needed = ignored, needed
+        self._copy: nn.Module | None = None
         self._repairer: Repairer | None = None
         self._dirty = False
 
-    def hold(self) -> None:
+    def hold(self, anew: bool = False) -> None:
         """Copy the model as it is now, if nothing was removed from it yet.
+
+        Args:
+            anew: whether it is copied again if there is a copy: it may have been trained in between.
 
         Raises:
             ConfigError: if it cannot be copied.
         """
-        if any(group.size < group.initial for group in self.graph.groups.values()):
+        removed = any(group.size < group.initial for group in self.graph.groups.values())
+        if removed or (self._copy is not None and not anew):
             return
-        model = self.graph.model
         try:
-            copy = frozen_copy(model, "the repair needs", "give repair=None")
+            self._copy, self._repairer = frozen_copy(self.graph.model, "the repair needs", "give repair=None"), None
         except ConfigError as error:
             if self._needed:
                 raise
             _logger.warning("the survivors do not take over: %s", error)
             return
+
+    def _made(self, copy: nn.Module) -> Repairer:
+        """What repairs with the copy as the target."""
+        model = self.graph.model
         names = {id(part): name for name, part in (*model.named_modules(), *model.named_parameters())}
         given = [names[id(part)] for part in self._ignored if id(part) in names]
         modules, parameters = dict(copy.named_modules()), dict(copy.named_parameters())
@@ -105,7 +113,12 @@ class Unpruned:
             copy, batches[0], [modules[n] for n in given if n in modules],
             [parameters[n] for n in given if n in parameters], self.forward,
         )  # fmt: skip
-        self._repairer = Repairer(copy, graph, batches, self.options, self.seed, self.forward)
+        return Repairer(copy, graph, batches, self.options, self.seed, self.forward)
+
+    def begin(self) -> None:
+        """Note that a run begins or goes on: what went in rounds that are over was repaired then."""
+        if self.options.every == "round":
+            self._dirty = False
 
     def removed(self) -> None:
         """Note that something was removed."""
@@ -118,8 +131,10 @@ class Unpruned:
             last: whether nothing else will be removed.
             trackers: averaged copies get the solved weights, too.
         """
-        if self._repairer is None or not self._dirty or (self.options.every == "end" and not last):
+        if self._copy is None or not self._dirty or (self.options.every == "end" and not last):
             return None
+        if self._repairer is None:
+            self._repairer = self._made(self._copy)
         start = time.perf_counter()
         model = self.graph.model
         values = {name: tensor.clone() for name, tensor in _tensors(model).items()} if trackers.emas else {}
@@ -234,7 +249,7 @@ def survivors(graph: AxisGraph, pruned: nn.Module) -> dict[str, list[int]]:
                     whole = whole.index_select(other, torch.as_tensor(left, device=whole.device))
             found = None
             if all(whole.shape[d] == tensor.shape[d] for d in range(tensor.ndim) if d != dim):
-                found = _matched(*(t.transpose(0, dim).flatten(1) for t in (whole, tensor.detach())))
+                found = _matched(*(t.transpose(0, dim).reshape(t.shape[dim], -1) for t in (whole, tensor.detach())))
             if found is None:
                 rest.append((held, tensor, dim))
                 continue
