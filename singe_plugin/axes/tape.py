@@ -24,19 +24,23 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from singe_plugin.nested import call_model, tensors_in
 
-__all__ = ["CONTRACTING", "Contraction", "Kept", "Playback", "Reached", "Tape"]
+__all__ = ["CONTRACTING", "Contraction", "Kept", "Playback", "Reached", "Strayed", "Tape"]
 
 CONTRACTING = {"convolution": 0, "addmm": 1, "mm": 0}
 """Operators, and which of their arguments is the activation."""
 _TURNS = frozenset({"t", "transpose", "numpy_T", "mT"})
-_SAME = frozenset({"detach", "alias"})
-_FORMS = frozenset({"view", "_unsafe_view", "alias", "detach"})
+_SAME = frozenset({"alias"})
+_FORMS = frozenset({"view", "_unsafe_view", "alias"})
 _CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 Place = tuple[int, int]
 """``(operator, which of its results)``."""
 Kept = dict[Place, Tensor]
 """The results of operators that later ones use."""
+
+
+class Strayed(RuntimeError):
+    """A pass runs other operators than the one on record; raised before anything is shown of it."""
 
 
 class Reached(Exception):
@@ -105,12 +109,14 @@ class _Step:
     """An operator on record.
 
     Attributes:
+        name: of the operator.
         results: of each result, what it is; None for what is no tensor.
         spec: how they are nested.
         in_place: whether it returns the tensor that it changed.
         contraction: its number, if it is one.
     """
 
+    name: str
     results: list[_Shape | None]
     spec: Any
     in_place: bool
@@ -151,8 +157,11 @@ class Tape:
             ([('0.weight', '0.bias', 1), ('2.weight', '2.bias', 1)], [frozenset(), frozenset({0})])
         """
         tape = cls()
-        with torch.no_grad(), _Recorder(model, tape):
-            forward(model, inputs)
+        with torch.no_grad(), _Recorder(model, tape) as recorder:
+            outputs = forward(model, inputs)
+        for tensor in tensors_in(outputs):
+            if tensor in recorder.places:
+                tape._last[recorder.places[tensor]] = len(tape.steps)
         return tape
 
     def step_of(self, number: int) -> int:
@@ -211,6 +220,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name, tape, step = func._schema.name.split("::")[1], self.tape, len(self.tape.steps)
+        if name == "detach":  # comes and goes with who holds a tensor, and does nothing
+            for table in (self.places, self.reach, self.names.made, self.chains):
+                if args[0] in table:
+                    table[out] = table[args[0]]
+            return out
         operands = list(tensors_in((args, kwargs)))
         found = self.spread.union(*(self.reach.get(t, frozenset()) for t in operands))
         for tensor in operands:
@@ -241,7 +255,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if in_place and operands and operands[0].untyped_storage().nbytes() > operands[0].nbytes:
             self.spread |= found
         shapes = [_Shape(r.size(), r.stride(), r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
-        tape.steps.append(_Step(shapes, spec, in_place, number))
+        tape.steps.append(_Step(name, shapes, spec, in_place, number))
         return out
 
     def _follow_chain(self, name: str, args: Any, kwargs: Any, results: list[Any], operands: list[Tensor]) -> None:
@@ -343,11 +357,18 @@ class Playback(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kept: Kept = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        step = self.at
+        step, name = self.at, func._schema.name.split("::")[1]
+        if name == "detach":
+            out = func(*args, **(kwargs or {}))
+            if args[0] in self.names.made:
+                self.names.made[out] = self.names.made[args[0]]
+            return out
         if step == self.keep:  # now: what runs from here on may write into it
             self.kept = {} if self._is_entangled() else {place: tensor.clone() for place, tensor in self.kept.items()}
         self.at += 1
         if step < self.start:
+            if self.tape.steps[step].name != name:
+                raise Strayed(f"operator {step} was {self.tape.steps[step].name} and is {name}")
             out = self._left_out(self.tape.steps[step], step, args)
         else:
             if step in self.watch:
@@ -357,7 +378,6 @@ class Playback(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for slot, result in enumerate(tree_flatten(out)[0]):
                 if (step, slot) in self.wanted:
                     self.kept[step, slot] = result
-        name = func._schema.name.split("::")[1]
         if name in CONTRACTING:
             self.number += 1
             if step >= self.start:

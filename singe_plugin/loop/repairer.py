@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from singe_plugin.axes.algebra import Atom, Axis, labels, leaves
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, results_at, weights_of
-from singe_plugin.axes.tape import Contraction, Kept, Playback, Reached, Sum, Tape
+from singe_plugin.axes.tape import Contraction, Kept, Playback, Reached, Strayed, Sum, Tape
 from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.statistics import renew_statistics
 from singe_plugin.method.ridge import Moments, solve
@@ -83,10 +83,18 @@ class _Player:
         if self.same[index] and start > self.starts[index]:
             size = sum(shape.bytes for shape in self.tape.live(start).values())
             keep = start if size * len(self.batches) <= _MEMORY else None
-        run = Playback(self.model, self.tape, see, self.starts[index], self.kept[index], keep, watch)
         state, inputs = RngState.capture(), map_tensors(torch.clone, self.batches[index])
-        with run, suppress(Reached):
-            self.forward(self.model, inputs)
+        run = Playback(self.model, self.tape, see, self.starts[index], self.kept[index], keep, watch)
+        try:
+            with run, suppress(Reached):
+                self.forward(self.model, inputs)
+        except Strayed:
+            if not self.starts[index]:
+                raise
+            self.same[index], self.starts[index], self.kept[index] = False, 0, {}
+            state.restore()
+            self.play(index, start, see, watch)
+            return
         state.restore()
         if run.kept:
             self.starts[index], self.kept[index] = start, run.kept
