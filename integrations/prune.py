@@ -27,9 +27,7 @@ from singe_plugin.run.staging import set_stage, with_log
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 
-__all__ = ["Result", "prune"]
-
-_REPAIR = Repair()
+__all__ = ["Result", "prune", "usual_every", "what_repairs"]
 
 
 def prune(
@@ -46,7 +44,7 @@ def prune(
     device: str | torch.device | None = None,
     seed: int = 0,
     fold: bool = False,
-    repair: Repair | int | None = _REPAIR,
+    repair: Repair | int | str | None = "auto",
     callbacks: Iterable[Callback] = (),
     out_dir: str | Path | None = None,
     resume: bool = False,
@@ -73,8 +71,9 @@ def prune(
         device: where to run; None is the CUDA device that the model is on, else CUDA when there is one, else the CPU.
         seed: of everything random; the caller's random state is left alone.
         fold: fold batch-norm for good first, as in the paper's experiments.
-        repair: a :class:`~singe_plugin.Repair`, or a number of images: after the removals of every round the layers
-            that read what is gone are solved again, so that the survivors take over; None leaves them.
+        repair: a :class:`~singe_plugin.Repair`, or a number of images: after the last removal the layers that read
+            what is gone are solved again, so that the survivors take over. ``"auto"`` does so unless the fine-tuning
+            is entwined with the removals, which it would undo; None leaves them.
         callbacks: see :mod:`singe_plugin.loop.events`; a :class:`~singe_plugin.loop.events.ProgressBar` shows a bar.
         out_dir: a folder for the checkpoint, written after every round (with ``pace="layers"``: every layer), and
             while it is fine-tuned at the end.
@@ -95,7 +94,8 @@ def prune(
         (114, 58)
     """
     pace = as_options(Pace, pace, "pace", "order").settle()
-    mended = None if repair is None else as_options(Repair, repair, "repair", "images")
+    finetune = as_options(FineTune, finetune, "finetune", "steps").settle(usual_every(pace))
+    mended = what_repairs(repair, finetune)
     scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace)
     if isinstance(target, Target):
         target = str(target)
@@ -104,7 +104,7 @@ def prune(
         "fold": fold, "repair": None if mended is None else describe(mended),
     }  # fmt: skip
     with set_stage(
-        model, data, scoring=scoring, finetune=as_options(FineTune, finetune, "finetune", "steps"), val_data=val_data,
+        model, data, scoring=scoring, finetune=finetune, val_data=val_data,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
         images=0 if mended is None else mended.images,
     ) as stage:  # fmt: skip
@@ -116,9 +116,26 @@ def prune(
             callbacks=with_log(callbacks), batches=stage.batches, ignored_layers=ignored_layers,
         )  # fmt: skip
         if mended is not None:
-            pruner.repair_with(mended, stage.images, seed, needed=repair is not _REPAIR)
+            pruner.repair_with(mended, stage.images, seed, needed=repair != "auto")
         pruner.objective = scoring.objective or "loss"
         return carry_through(pruner, stage, options, folded, resume)
+
+
+def usual_every(pace: Pace) -> str:
+    """When fine-tuning happens, if nothing is said: at the end of rounds, and entwined with Algorithm 1."""
+    return "layer" if pace.order == "layers" else "end"
+
+
+def what_repairs(repair: Repair | int | str | None, finetune: FineTune) -> Repair | None:
+    """How the survivors take over, if they do.
+
+    Example:
+        >>> what_repairs("auto", FineTune(every="end")), what_repairs("auto", FineTune(every="layer"))
+        (Repair(images=512, every='end', ridge=None, positions=32), None)
+    """
+    if repair == "auto":
+        return None if finetune.steps and finetune.every != "end" else Repair()
+    return None if repair is None else as_options(Repair, repair, "repair", "images")
 
 
 def _what_scores(scoring: Scoring, pace: Pace) -> tuple[Scoring, Callable[..., Any]]:

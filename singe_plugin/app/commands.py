@@ -184,6 +184,13 @@ def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in others}
 
 
+def _repair_of(options: dict[str, Any], repair: Repair) -> Repair | str | None:
+    """How the survivors take over: decided by the run, if nothing is said."""
+    if options.pop("no_repair"):
+        return None
+    return "auto" if repair == Repair() else repair
+
+
 def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
     """What to remove: nothing is said where ratios per layer say it."""
     given = click.get_current_context().get_parameter_source("target") is ParameterSource.COMMANDLINE
@@ -228,7 +235,7 @@ def prune(
         data.update(download=options.pop("dataset_download"), seed=options["seed"], augment=not options.pop("no_aug"))
         if granularity == "unit":
             pace = replace(pace, verify=not options.pop("no_verify"))
-            options |= {"target": _target_of(options, pace), "repair": None if options.pop("no_repair") else repair}
+            options |= {"target": _target_of(options, pace), "repair": _repair_of(options, repair)}
         options |= {"scoring": scoring, "pace": pace, "finetune": finetune}
         say, curves = _teller(as_json, quiet), not no_curves
         result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity)

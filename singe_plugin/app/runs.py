@@ -135,13 +135,15 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """What a run with these options records, as far as it is known beforehand and was recorded."""
+    from singe_plugin.integrations.prune import usual_every, what_repairs
     from singe_plugin.integrations.unstructured.arguments import DEFAULT_ROUNDS, settle_pace
 
     weights = granularity == "weight"
     pace = settle_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settle()
     scoring = options["scoring"].settle(pace.order, weights)
-    finetune = {k: v for k, v in describe(options["finetune"]).items() if k not in ("loader", "loss")}
-    repair = options.get("repair")
+    settled = options["finetune"].settle("layer" if weights else usual_every(pace))
+    finetune = {k: v for k, v in describe(settled).items() if k not in ("loader", "loss")}
+    repair = None if weights else what_repairs(options["repair"], settled)
     parts: dict[str, Any] = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
     parts["repair"] = None if repair is None else describe(repair)
     known = {k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded}

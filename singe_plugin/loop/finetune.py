@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,10 +66,10 @@ class FineTune:
         command=False,
     )
     steps: int = option(default=1000, text="How many optimisation steps are taken in all.", flag="--finetune-steps")
-    every: str = option(
-        default="layer",
+    every: str | None = option(
+        default=None,
         text="When fine-tuning happens: after every ``removal``, after every ``layer`` (in rounds: every round), "
-        "or at the ``end``.",
+        "or at the ``end``. By default ``layer``, and at the end where ``prune`` removes units in rounds.",
         choices=EVERY,
         flag="--finetune-every",
     )
@@ -134,9 +135,13 @@ class FineTune:
         command=False,
     )
 
+    def settle(self, every: str) -> FineTune:
+        """This fine-tuning with everything decided; it happens ``every`` so, if nothing was said."""
+        return self if self.every is not None else replace(self, every=every)
+
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 0, "number of optimisation steps")
-        check_choice("every", self.every, EVERY)
+        check_choice("every", self.every, (*EVERY, None))
         check_flag("channels_last", self.channels_last)
         check_choice("amp", self.amp, ("auto", "bf16", "fp16", None))
         if not (is_number(self.lr) and self.lr > 0):

@@ -91,8 +91,8 @@ class Schedule(Protocol):
     """When to fine-tune, and for how long (:class:`~singe_plugin.FineTune` says so)."""
 
     @property
-    def every(self) -> str:
-        """``"removal"``, ``"layer"`` or ``"end"``."""
+    def every(self) -> str | None:
+        """``"removal"``, ``"layer"`` or ``"end"``; None is ``"layer"``."""
 
     @property
     def steps(self) -> int:
@@ -176,7 +176,7 @@ class Loop:
         self.callback = callback or Callback()
         self.save = save or (lambda _: None)
         self.choose, self.save_steps = choose, save_steps
-        self.every = "end" if schedule is None else schedule.every
+        self.every = "end" if schedule is None else schedule.every or "layer"
         self.steps = 0 if schedule is None else schedule.steps
 
     def run(self, turns: Iterator[Turn], tuner: Tuner | None = None) -> Progress:

@@ -185,6 +185,7 @@ class Tuner:
         loss = self.options.step_fn or self._chosen_loss()
         makes = self._own_schedule and callable(self.options.optimizer)
         return made | {
+            "every": self.options.every or "layer",
             "minimises": name_of(loss),
             "distils": self._distils,
             "lr": None if makes and self.optimizer is None else self.rate(),
