@@ -80,8 +80,8 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_usage(names: dict[str, Any]) -> None:
-    weights, distilling, saving, shrinking = blocks("docs/usage.md", "python")
-    for code in (weights, distilling):
+    weights, repairing, distilling, saving, shrinking = blocks("docs/usage.md", "python")
+    for code in (weights, repairing, distilling):
         names["model"] = net()
         exec(shorter(code), names)
     assert "singe_plugin.load" in saving  # its factory is somebody's

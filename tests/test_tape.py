@@ -11,8 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, results_at, weights_of
-from singe_plugin.axes.tape import Contraction, Playback, Strayed, Tape
+from singe_plugin.axes.tape import Playback, Strayed, Tape
 from singe_plugin.nested import call_model, map_tensors, tensors_in
 from singe_plugin.state import RngState, plain_layers, preserved
 

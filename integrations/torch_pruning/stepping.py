@@ -250,6 +250,4 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         assert self.pace.min_width is not None
         limits = min(self.max_pruning_ratio, 1.0), self.pace.min_width
         ranking = self._ranking(own_gradients)
-        return TorchPruningHost(
-            self.DG, names, self.trackers(), self.example_inputs, ranking, *limits, self._unpruned
-        )
+        return TorchPruningHost(self.DG, names, self.trackers(), self.example_inputs, ranking, *limits, self._unpruned)

@@ -18,10 +18,10 @@ from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of
 
 from .algebra import fix_all, fresh, is_fixed
+from .contractions import CONTRACTING
 from .equations import solve
 from .rules import RULES, pointwise
 from .sizes import CUTS, cut_evenly, link_sizes
-from .tape import CONTRACTING
 from .trace import Forward, Trace
 from .tracked import OBSERVERS, dimension, tracked_attributes, tracked_in
 

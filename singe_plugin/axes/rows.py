@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tape import Contraction
+from .contractions import Contraction
 
 __all__ = ["inputs_at", "matrix_of", "positions_of", "results_at", "weights_of"]
 

@@ -1,8 +1,5 @@
 """The operators of a forward pass on record, and the pass played again from where it was left.
 
-Operators are counted, not layers: a raw parameter that is multiplied, a layer that pads by itself, one that is called
-twice are all met here, and the same number means the same operator in a model, in its trace and in its pruned copy.
-
 What is changed in a network from some operator on needs nothing of the operators before it computed again:
 :class:`Tape` knows which of their results are used later, :class:`Playback` keeps those of one pass and gives them out
 in the next, in which the operators in front do not run at all. That needs a pass that is the same every time: one that
@@ -24,12 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from singe_plugin.nested import call_model, tensors_in
 
-__all__ = ["CONTRACTING", "Contraction", "Kept", "Playback", "Reached", "Strayed", "Tape"]
+from .contractions import CONTRACTING, Contraction, Names
 
-CONTRACTING = {"convolution": 0, "addmm": 1, "mm": 0}
-"""Operators, and which of their arguments is the activation."""
-_TURNS = frozenset({"t", "transpose", "numpy_T", "mT"})
-_SAME = frozenset({"alias"})
+__all__ = ["Kept", "Playback", "Reached", "Strayed", "Sum", "Tape"]
+
 _FORMS = frozenset({"view", "_unsafe_view", "alias"})
 _CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
@@ -45,29 +40,6 @@ class Strayed(RuntimeError):
 
 class Reached(Exception):
     """Raised to end a pass."""
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """An operator that contracts an activation, and has just run.
-
-    Attributes:
-        number: how many of :data:`CONTRACTING` ran before.
-        weight: the name of the parameter that it contracts with, or None if that is none, or computed from one.
-        bias: the name of the parameter that it adds, or None.
-        x: the activation: of a convolution ``[N, C, ...]``, else ``[rows, F]``.
-        out: the result.
-        columns: of products: whether the parameter is ``[F, O]`` instead of ``[O, F]``.
-        convolution: ``(stride, padding, dilation, transposed, output padding, groups)``; None for a product.
-    """
-
-    number: int
-    weight: str | None
-    bias: str | None
-    x: Tensor
-    out: Tensor
-    columns: bool = False
-    convolution: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,38 +150,10 @@ class Tape:
         return found
 
 
-class _Names:
-    """Which parameter a tensor is, or is a turned view of."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.made: Any = WeakIdKeyDictionary()
-        for name, parameter in model.named_parameters():
-            self.made[parameter] = name, False
-
-    def follow(self, name: str, args: Any, out: Any) -> None:
-        """Note what an operator makes of a parameter."""
-        if (name in _TURNS or name in _SAME) and args[0] in self.made and args[0].ndim == 2:
-            origin, turned = self.made[args[0]]
-            self.made[out] = origin, turned != (name in _TURNS)
-
-    def contraction(self, number: int, name: str, args: Any, out: Tensor) -> Contraction:
-        """Describe an operator that contracts."""
-        position = CONTRACTING[name]
-        x, weight = args[position], args[position + 1]
-        added = args[2] if name == "convolution" else args[0] if name == "addmm" else None
-        origin, turned = self.made.get(weight, (None, False))
-        bias, _ = (None, False) if added is None else self.made.get(added, (None, False))
-        if added is not None and bias is None:
-            origin = None  # what it adds was computed: it is no layer of its own
-        if name == "convolution":
-            return Contraction(number, origin, bias, x, out, False, tuple(args[3:9]))
-        return Contraction(number, origin, bias, x, out, not turned)
-
-
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, tape: Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape, self.names = tape, _Names(model)
+        self.tape, self.names = tape, Names(model)
         self.places: Any = WeakIdKeyDictionary()
         self.reach: Any = WeakIdKeyDictionary()
         self.norms = {id(b): n.rpartition(".")[0] for n, b in model.named_buffers() if n.endswith("running_mean")}
@@ -352,7 +296,7 @@ class Playback(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape, self.see, self.start, self.given, self.keep = tape, see, start, kept or {}, keep
         self.watch = watch or {}
-        self.names, self.at, self.number = _Names(model), 0, 0
+        self.names, self.at, self.number = Names(model), 0, 0
         self.wanted: Collection[Place] = () if keep is None else tape.live(keep)
         self.kept: Kept = {}
 

@@ -66,7 +66,7 @@ class Trace:
         caches: attributes in which modules keep tensors that they computed (attention biases, by device).
         runs: how often every module ran.
         contractions: the axes of the activation and of the result of every operator that contracts with one (see
-            :mod:`singe_plugin.axes.tape`).
+            :mod:`singe_plugin.axes.contractions`).
     """
 
     model: nn.Module

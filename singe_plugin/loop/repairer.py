@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.axes.algebra import Atom, Axis, labels, leaves
+from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, results_at, weights_of
-from singe_plugin.axes.tape import Contraction, Kept, Playback, Reached, Strayed, Sum, Tape
+from singe_plugin.axes.tape import Kept, Playback, Reached, Strayed, Sum, Tape
 from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.statistics import renew_statistics
 from singe_plugin.method.ridge import Moments, solve
