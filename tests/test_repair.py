@@ -340,6 +340,34 @@ def test_what_is_kept_from_one_pass_to_the_next_changes_nothing(monkeypatch: pyt
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+class Tied(nn.Module):
+    """The table of an embedding also reads; a layer is turned long before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.one, self.two = nn.Embedding(9, 6), nn.Linear(6, 12), nn.Linear(12, 6)
+        self.late = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        late = self.late.t()
+        y = self.two(torch.relu(self.one(self.table(x))))
+        return functional.linear(y, self.table.weight), y @ late
+
+
+def test_what_is_read_otherwise_stays_and_what_is_turned_early_is_solved() -> None:
+    net, x = seeded(Tied), torch.randint(0, 9, (64, 4))
+    smaller = copy.deepcopy(net)
+    SInGEPruner(smaller, x, tp.importance.MagnitudeImportance()).host().remove("one", [0, 1, 2, 3])
+    table = smaller.table.weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):  # of the caller's
+        done = {s.name: s for s in repair(smaller, net, [x] * 2, kept={"one": list(range(4, 12))}).layers}
+    assert done["table.weight"].reason == "its parameter is read by embedding, too"
+    assert torch.equal(smaller.table.weight, table)
+    assert done["two.weight"].ridge is not None
+    assert done["late"].after <= done["late"].before < 1
+    assert not torch.equal(smaller.late, net.late)
+
+
 # -- who is left ------------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,12 @@ class Names:
         for name, parameter in model.named_parameters():
             self.made[parameter] = name, False
 
+    def follows(self, name: str, tensor: Tensor, args: Any) -> bool:
+        """Whether an operator contracts what is made of a parameter, or turns it."""
+        if name in CONTRACTING:
+            return args[CONTRACTING[name] + 1] is tensor
+        return (name in _TURNS or name in _SAME) and tensor.ndim == 2
+
     def follow(self, name: str, args: Any, out: Any) -> None:
         """Note what an operator makes of a parameter."""
         if (name in _TURNS or name in _SAME) and args[0] in self.made and args[0].ndim == 2:

@@ -107,6 +107,7 @@ class Tape:
         touched: parameter -> the first operator that takes it, or what is made of it by turning it.
         sums: by number, where the results of contractions are added to something that does not depend on them; each
             sum once.
+        read: parameter -> the operators that read it other than by contracting or turning it.
         why_not: why it cannot be played again, or None.
     """
 
@@ -115,6 +116,7 @@ class Tape:
     depends: list[frozenset[int]] = field(default_factory=list)
     touched: dict[str, int] = field(default_factory=dict)
     sums: dict[int, Sum] = field(default_factory=dict)
+    read: dict[str, set[str]] = field(default_factory=dict)
     why_not: str | None = None
     _last: dict[Place, int] = field(default_factory=dict)
 
@@ -175,7 +177,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if tensor in self.places:
                 tape._last[self.places[tensor]] = step
             if tensor in self.names.made:
-                tape.touched.setdefault(self.names.made[tensor][0], step)
+                origin = self.names.made[tensor][0]
+                tape.touched.setdefault(origin, step)
+                if not self.names.follows(name, tensor, args):
+                    tape.read.setdefault(origin, set()).add(name)
         results, spec = tree_flatten(out)
         in_place = bool(func._schema.is_mutable)
         self._check(func, name, args, results, in_place)

@@ -29,7 +29,7 @@ from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.statistics import renew_statistics
 from singe_plugin.method.ridge import Moments, solve
 from singe_plugin.nested import map_tensors, tensors_in
-from singe_plugin.state import RngState, plain_layers, preserved
+from singe_plugin.state import RngState, model_device, plain_layers, preserved
 
 __all__ = ["Repairer"]
 
@@ -141,15 +141,16 @@ class Repairer:
             if not mask.all():
                 self.kept[leaf] = mask
         players = []
-        for model in (self.original, pruned):
-            with preserved(model), plain_layers(model):
-                model.eval()
-                players.append(_Player(model, self.forward, self.batches))
         found = []
-        for stage in self._stages(*players):
-            self._collect(players, stage)
-            found += [self._solved(pruned, site) for site in stage]
-        renew_statistics(pruned, self.batches, self.forward)
+        with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
+            for model in (self.original, pruned):
+                with preserved(model), plain_layers(model):
+                    model.eval()
+                    players.append(_Player(model, self.forward, self.batches))
+            for stage in self._stages(*players):
+                self._collect(players, stage)
+                found += [self._solved(pruned, site) for site in stage]
+            renew_statistics(pruned, self.batches, self.forward)
         return found
 
     def _stages(self, original: _Player, pruned: _Player) -> Iterator[list[_Site]]:
@@ -161,8 +162,11 @@ class Repairer:
             if weight is not None:
                 site = sites.setdefault(weight, _Site(weight, bias))
                 site.numbers.append(number)
+                if readers := pruned.tape.read.get(weight):
+                    site.reason = f"its parameter is read by {', '.join(sorted(readers))}, too"
                 if original.tape.sites[number : number + 1] != [(weight, bias, reads)] or bias != site.bias:
                     site.reason = "the pruned network runs other operators than the unpruned one"
+        self.open = {name: site.numbers for name, site in sites.items()}
         changed: set[int] = set()
         stage: list[_Site] = []
         for number, (weight, _, reads) in enumerate(pruned.tape.sites):
@@ -194,8 +198,8 @@ class Repairer:
         sites = {number: site for site in stage for number in site.numbers}
         first, last = min(sites), max(sites)
         original, pruned = players
-        starts = [original.tape.step_of(first), min(pruned.tape.touched[site.name] for site in stage)]
-        starts[1] = min(starts[1], pruned.tape.step_of(first))
+        later = [pruned.tape.touched[name] for name, numbers in self.open.items() if max(numbers) >= first]
+        starts = [original.tape.step_of(first), min(pruned.tape.step_of(first), *later)]  # these will still change
         ends = [
             max([player.tape.step_of(last), *(player.tape.sums[n].step for site in stage for n in site.sums)])
             for player in players
@@ -220,7 +224,9 @@ class Repairer:
             if found.number in sites:
                 site, (y, chosen) = sites[found.number], targets.pop(found.number)
                 kernel = pruned.model.get_parameter(site.name).shape[2:]
-                if y.shape[1] != found.out.shape[1] or int(chosen.max()) >= positions_of(found):
+                if not found.x.is_floating_point():
+                    site.reason = f"it computes in {found.x.dtype}"
+                elif y.shape[1] != found.out.shape[1] or int(chosen.max()) >= positions_of(found):
                     site.reason = "its results in the pruned network are no part of those in the unpruned one"
                 elif found.number in site.sums:
                     waiting[found.number] = found, inputs_at(found, kernel, chosen), y, chosen

@@ -19,10 +19,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "Solution", "solve"]
+__all__ = ["Moments", "Solution", "exact", "solve"]
 
 LARGEST = 8192  # features; a larger matrix is not factorised
 _ITERATIONS, _ENOUGH = 200, 1e-7  # of conjugate gradients, and the residual, relative to the right side
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """A tensor in double precision, on the CPU if its device has none.
+
+    Example:
+        >>> exact(torch.ones(1)).dtype
+        torch.float64
+    """
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 @dataclass
@@ -59,7 +69,7 @@ class Moments:
             >>> Moments.of(torch.ones(1, 3, 2), torch.ones(1, 3, 1)).xx.tolist()
             [[[3.0, 3.0], [3.0, 3.0]]]
         """
-        x, y = x.double(), y.double()
+        x, y = exact(x), exact(y)
         turned = x.transpose(1, 2)
         return cls(x.shape[1], x.sum(1), y.sum(1), turned @ x, turned @ y, y.square().sum(1))
 
@@ -140,7 +150,7 @@ def solve(
         >>> bool(torch.allclose(found.weight.float(), w, atol=1e-4)), round(found.before, 3)
         (True, 1.0)
     """
-    weight, bias = weight.double(), None if bias is None else bias.double()
+    weight, bias = exact(weight), None if bias is None else exact(bias)
     size = max(float((held.yy if scale is None else held.yy * scale.square()).sum()), 1e-300)
     start = held.error(weight, bias, scale)
     best, chosen, least = (weight, bias), None, start
