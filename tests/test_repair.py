@@ -340,6 +340,29 @@ def test_what_is_kept_from_one_pass_to_the_next_changes_nothing(monkeypatch: pyt
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.rnn, self.two, self.again = nn.Linear(5, 12), nn.GRU(12, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.rnn(torch.relu(self.one(x)))[0])
+        return self.again(torch.tanh(self.again(y)))
+
+
+def test_what_reads_its_own_results_keeps_its_weights() -> None:
+    net, x = seeded(Recurrent), torch.randn(7, 64, 5)
+    smaller = copy.deepcopy(net)
+    SInGEPruner(smaller, x, tp.importance.MagnitudeImportance()).host().remove("one", [0, 1, 2, 3, 4])
+    before = error(smaller, net, x)
+    done = {s.name: s for s in repair(smaller, net, [x], kept={"one": list(range(5, 12))}).layers}
+    assert {n for n, s in done.items() if s.reason and "its own results" in s.reason} == {
+        "rnn.weight_hh_l0", "again.weight",
+    }  # fmt: skip
+    assert done["rnn.weight_ih_l0"].ridge is not None
+    assert error(smaller, net, x) < before
+
+
 class Tied(nn.Module):
     """The table of an embedding also reads; a layer is turned long before it is used."""
 

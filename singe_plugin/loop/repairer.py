@@ -180,6 +180,10 @@ class Repairer:
             if not (differs or reach & changed):
                 continue
             changed |= set(site.numbers)
+            if reach & set(site.numbers):
+                site.reason = (
+                    site.reason or "what it reads depends on its own results (it is recurrent, or called again)"
+                )
             if site.bias is None:
                 owner = self.original.get_submodule(weight.rpartition(".")[0])
                 norm = self.graph.trace.sole_reader(owner)
