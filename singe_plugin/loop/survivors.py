@@ -20,7 +20,7 @@ from singe_plugin.loop.distillation import frozen_copy
 from singe_plugin.loop.events import Repaired
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.repairer import Repairer
-from singe_plugin.method.batches import inputs_only, read
+from singe_plugin.method.batches import has_targets, inputs_for, inputs_only, read
 from singe_plugin.nested import call_model, tensors_in, to_device
 from singe_plugin.rollback import Trackers, all_or_nothing
 from singe_plugin.state import model_device
@@ -31,10 +31,11 @@ _logger = logging.getLogger("singe_plugin")
 Forward = Callable[[nn.Module, Any], Any]
 
 
-def images_of(batches: Iterable[Any], count: int) -> list[Any]:
+def images_of(batches: Iterable[Any], count: int, model: nn.Module | None = None) -> list[Any]:
     """Return the inputs of batches, up to a number of examples; batches may have targets or not.
 
-    The last batch is left out if it is smaller than the others, unless it is the only one.
+    The last batch is left out if it is smaller than the others, unless it is the only one. Of a mapping, targets that
+    the model's forward pass takes stay.
 
     Raises:
         DataError: if there is none.
@@ -46,7 +47,8 @@ def images_of(batches: Iterable[Any], count: int) -> list[Any]:
     found: list[Any] = []
     examples = 0
     for batch in read(batches, "reading the images for the repair"):
-        inputs = inputs_only(batch)
+        takes = model is not None and isinstance(batch, Mapping) and has_targets(batch)
+        inputs = inputs_for(model, batch)[0] if model is not None and takes else inputs_only(batch)
         size = next((len(t) for t in tensors_in(inputs) if t.ndim), 0)
         if found and size < next(len(t) for t in tensors_in(found[0]) if t.ndim):
             break
@@ -173,7 +175,8 @@ def repair(
     Args:
         pruned: the network with units removed, or with zeros in its weights; it changes in place.
         original: the same network before.
-        batches: inputs, or ``(inputs, targets)`` of which the targets are not read.
+        batches: inputs, or ``(inputs, targets)`` of which the targets are not read; two inputs without targets are
+            ``((a, b), None)``.
         options: a :class:`~singe_plugin.Repair`, or a number of images.
         kept: group -> the units that are left, in the numbering of the original; None finds out by looking for the
             weights of the one in the other, which must not have been trained in between.
@@ -199,7 +202,7 @@ def repair(
     if pruned is original:
         raise ConfigError("pruned and original are one object; give the network before pruning, e.g. a copy of it")
     chosen = as_options(Repair, options, "options", "images")
-    inputs = [to_device(batch, model_device(pruned)) for batch in images_of(batches, chosen.images)]
+    inputs = [to_device(batch, model_device(pruned)) for batch in images_of(batches, chosen.images, pruned)]
     start = time.perf_counter()
     graph = AxisGraph(original, inputs[0], forward=forward)
     left = survivors(graph, pruned) if kept is None else kept

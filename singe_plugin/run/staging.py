@@ -135,7 +135,7 @@ def set_stage(
             if images:
                 size = count_examples(split_batch(batches[0])[0])
                 drawn = scoring_batches(data, loader, size, -(-images // size), seed)
-                stage.images = images_of(drawn, images)
+                stage.images = images_of(drawn, images, model)
             with all_or_nothing(model, tuner, Trackers(list(tuner.optimizers), [] if ema is None else [ema])):
                 yield stage
         finally:
