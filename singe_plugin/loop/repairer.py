@@ -27,7 +27,7 @@ from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, results_a
 from singe_plugin.axes.tape import Kept, Playback, Reached, Strayed, Sum, Tape
 from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.statistics import renew_statistics
-from singe_plugin.method.ridge import Moments, solve
+from singe_plugin.method.ridge import LARGEST, Moments, solve
 from singe_plugin.nested import map_tensors, tensors_in
 from singe_plugin.state import RngState, model_device, plain_layers, preserved
 
@@ -208,7 +208,7 @@ class Repairer:
             max([player.tape.step_of(last), *(player.tape.sums[n].step for site in stage for n in site.sums)])
             for player in players
         ]
-        targets: dict[int, tuple[Tensor, Tensor]] = {}
+        targets: dict[int, tuple[Tensor, Tensor] | None] = {}
         beside: dict[int, Tensor] = {}
         waiting: dict[int, tuple[Contraction, Tensor, Tensor, Tensor]] = {}
 
@@ -220,22 +220,27 @@ class Repairer:
 
         def watch_original(number: int, args: Any) -> None:
             found = original.tape.sums[number]
-            beside[number] = self._rows_beside(args[found.other], number, targets[number][1], True)
+            if (target := targets[number]) is not None:
+                beside[number] = self._rows_beside(args[found.other], number, target[1], True)
             if found.step == ends[0]:
                 raise Reached
 
         def see_pruned(found: Contraction) -> None:
             if found.number in sites:
-                site, (y, chosen) = sites[found.number], targets.pop(found.number)
-                kernel = pruned.model.get_parameter(site.name).shape[2:]
+                site, target = sites[found.number], targets.pop(found.number)
+                weight = pruned.model.get_parameter(site.name)
+                features = matrix_of(found, weight).shape[2]
                 if not found.x.is_floating_point():
                     site.reason = f"it computes in {found.x.dtype}"
-                elif y.shape[1] != found.out.shape[1] or int(chosen.max()) >= positions_of(found):
+                elif features > LARGEST:
+                    site.reason = f"it reads {features} features, and matrices of at most {LARGEST} are kept"
+                elif target is None or not _fits(found, *target):
                     site.reason = "its results in the pruned network are no part of those in the unpruned one"
                 elif found.number in site.sums:
-                    waiting[found.number] = found, inputs_at(found, kernel, chosen), y, chosen
+                    y, chosen = target
+                    waiting[found.number] = found, inputs_at(found, weight.shape[2:], chosen), y, chosen
                 else:
-                    site.add(found, inputs_at(found, kernel, chosen), y)
+                    site.add(found, inputs_at(found, weight.shape[2:], target[1]), target[0])
             if pruned.tape.step_of(found.number) == ends[1]:
                 raise Reached
 
@@ -263,10 +268,16 @@ class Repairer:
                 for player, start, see, watch in zip(players, starts, (see_original, see_pruned), watches, strict=True):
                     player.play(batch, start, see, watch)
 
-    def _target(self, found: Contraction, batch: int) -> tuple[Tensor, Tensor]:
-        """What a layer gives in the unpruned network where the pruned one has it, at some positions; and which."""
-        out = found.out
-        for dim, axis in enumerate(self.graph.trace.contractions[found.number][1]):
+    def _target(self, found: Contraction, batch: int) -> tuple[Tensor, Tensor] | None:
+        """What a layer gives in the unpruned network where the pruned one has it, at some positions; and which.
+
+        None, if the trace has no such operator.
+        """
+        out, traced = found.out, self.graph.trace.contractions
+        axes = traced[found.number][1] if found.number < len(traced) else []
+        if len(axes) != out.ndim:
+            return None
+        for dim, axis in enumerate(axes):
             left = self._left(axis)
             if left is not None and len(left[0]) and left[1] == out.shape[dim]:
                 out = out.index_select(dim, left[0].to(out.device))
@@ -283,6 +294,8 @@ class Repairer:
         scales = set()
         for number in site.numbers:
             a, b = mine[number], theirs[number]
+            if number >= len(self.graph.trace.contractions):
+                return
             _, axes = self.graph.trace.contractions[number]
             rows = [axis for dim, axis in enumerate(axes) if dim != 1]
             if a is None or b is None or a.norm != b.norm or any(self._left(axis) is not None for axis in rows):
@@ -294,7 +307,7 @@ class Repairer:
         name = next(iter(scales))
         if name is not None:
             norm: Any = pruned.model.get_submodule(name)
-            factor = (norm.running_var + norm.eps).sqrt() / norm.weight
+            factor = (norm.running_var + norm.eps).sqrt() / (1.0 if norm.weight is None else norm.weight)
             dead = ~(factor.abs() < _LARGEST * factor.abs().median())
             site.scale = torch.where(dead, 0.0, factor)
 
@@ -347,8 +360,13 @@ class Repairer:
                 pruned.get_parameter(site.bias).data.copy_(found.bias.flatten())
             elif found.bias is not None and norm is not None:
                 mean: Any = norm.running_mean
-                mean.sub_(found.bias.flatten().to(mean.dtype))
+                mean.sub_(found.bias.flatten().to(mean))
         return Solved(site.name, found.before, found.after, found.ridge)
+
+
+def _fits(found: Contraction, y: Tensor, chosen: Tensor) -> bool:
+    """Whether targets are for the channels and positions that a layer has."""
+    return y.shape[1] == found.out.shape[1] and len(chosen) > 0 and int(chosen.max()) < positions_of(found)
 
 
 def _differs(mine: Tensor, theirs: Tensor, reads: int) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "Solution", "exact", "solve"]
+__all__ = ["LARGEST", "Moments", "Solution", "exact", "solve"]
 
 LARGEST = 8192  # features; a larger matrix is not factorised
 _ITERATIONS, _ENOUGH = 200, 1e-7  # of conjugate gradients, and the residual, relative to the right side
