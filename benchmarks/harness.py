@@ -34,7 +34,7 @@ from settings import Setting
 
 __all__ = [
     "BASE", "COMPARED", "CROSSED", "DATA_FREE", "DEPTHWISE_TARGETS", "HIGHER_RATE", "LAYERS", "MORE_DATA", "NETWORKS",
-    "OURS", "PAPER", "PEERS", "PEER_TARGETS", "RATE", "RATED", "RATES", "Spec", "compute", "run_rows",
+    "OURS", "PAPER", "PEERS", "PEER_TARGETS", "RATE", "RATED", "RATES", "Spec", "accuracy", "compute", "run_rows",
 ]  # fmt: skip
 
 PAPER = ("l1", "l2", "grad", "norm_grad", "sg", "ig")
@@ -168,19 +168,19 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
     """Run one row: what was removed, the accuracies, the cost of scoring and of pruning."""
     start, clock = time.perf_counter(), _Clock()
     if spec.method == "none":
-        return {"pruned": _accuracy(spec, setting, setting.make())}
+        return {"pruned": accuracy(spec.split, setting, setting.make())}
     run = _weights if spec.granularity == "weight" else _channels
     result, row = run(spec, setting, clock)
     pruned = time.perf_counter() - start
     row |= {"scoring_seconds": clock.seconds, "scorings": clock.times}
-    row["tuned" if spec.entwined else "pruned"] = _accuracy(spec, setting, result.model)
+    row["tuned" if spec.entwined else "pruned"] = accuracy(spec.split, setting, result.model)
     if spec.steps and not spec.entwined:
         torch.manual_seed(spec.seed)
         tuner = Tuner(finetuning(setting, spec, spec.steps, "end"))
         tuner.prepare(result.model)
         try:
             tuner.run(result.model, spec.steps, singe_plugin.Callback())
-            row["tuned"] = _accuracy(spec, setting, result.model)
+            row["tuned"] = accuracy(spec.split, setting, result.model)
         except singe_plugin.SingeError as error:  # what was measured before stays
             row["error"] = _text(error)
     return row | {"pruning_seconds": pruned}
@@ -231,9 +231,9 @@ def _weights(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str
     return result, {"masked": result.weight_sparsity, "removed_macs": result.removed_macs}
 
 
-def _accuracy(spec: Spec, setting: Setting, model: Any) -> float:
+def accuracy(split: str, setting: Setting, model: Any) -> float:
     """Of a copy with its batch-norms folded: the same function to rounding, in about half the time on a CPU."""
-    images = setting.test if spec.split == "test" else setting.held_out
+    images = setting.test if split == "test" else setting.held_out
     quick = copy.deepcopy(model)
     fold_batchnorm(quick, images[0][0][None].to(model_device(model)))
     return float(evaluate(quick.to(memory_format=torch.channels_last), DataLoader(images, 125)) or 0.0)

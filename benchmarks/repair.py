@@ -21,17 +21,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 import singe_plugin
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.tuner import Tuner
-from singe_plugin.method.folding import fold_batchnorm
-from singe_plugin.run.data import evaluate
-from singe_plugin.state import model_device
 
-from harness import BASE, OF_PACE, scoring_of, taken
+from harness import BASE, OF_PACE, accuracy, scoring_of, taken
 from records import append, environment, peak_mb, read
 from settings import Setting, load_setting
 
@@ -69,14 +65,6 @@ class Kept(singe_plugin.Callback):
         self.gone.setdefault(event.layer, set()).update(event.units)
 
 
-def accuracy(row: Row, setting: Setting, model: nn.Module) -> float:
-    """Of a copy with its batch-norms folded: the same function to rounding, in about half the time on a CPU."""
-    images = setting.test if row.split == "test" else setting.held_out
-    quick = copy.deepcopy(model)
-    fold_batchnorm(quick, images[0][0][None].to(model_device(model)))
-    return float(evaluate(quick.to(memory_format=torch.channels_last), DataLoader(images, 125)) or 0.0)
-
-
 def compute(row: Row, setting: Setting) -> dict[str, Any]:
     """Prune, measure, repair, measure; then fine-tune both, if asked for."""
     kept, options = Kept(), BASE
@@ -85,7 +73,7 @@ def compute(row: Row, setting: Setting) -> dict[str, Any]:
         seed=row.seed, pace=Pace(**taken(options, OF_PACE)), finetune=0, callbacks=[kept], repair=None,
     )  # fmt: skip
     found = {"removed_params": result.removed_params, "removed_macs": result.removed_macs}
-    found["pruned"] = accuracy(row, setting, result.model)
+    found["pruned"] = accuracy(row.split, setting, result.model)
     torch.manual_seed(row.seed)
     loader = DataLoader(setting.train, 64, shuffle=True)
     left = {
@@ -96,7 +84,7 @@ def compute(row: Row, setting: Setting) -> dict[str, Any]:
     start = time.perf_counter()
     done = singe_plugin.repair(repaired, original, loader, row.images, kept=left, seed=row.seed)
     found |= {"repair_seconds": time.perf_counter() - start, "solved": len(done.better)}
-    found["repaired"] = accuracy(row, setting, repaired)
+    found["repaired"] = accuracy(row.split, setting, repaired)
     if row.steps:
         for name, model in (("tuned", result.model), ("repaired_tuned", repaired)):
             torch.manual_seed(row.seed)
@@ -108,7 +96,7 @@ def compute(row: Row, setting: Setting) -> dict[str, Any]:
             tuner = Tuner(options_)
             tuner.prepare(model)
             tuner.run(model, row.steps, singe_plugin.Callback())
-            found[name] = accuracy(row, setting, model)
+            found[name] = accuracy(row.split, setting, model)
     return found
 
 

@@ -88,7 +88,7 @@ def test_the_accuracy_is_that_of_the_model_with_its_norms(setting: Setting) -> N
                 for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                     nn.init.uniform_(tensor, 0.2, 2)
         state = {name: value.clone() for name, value in model.state_dict().items()}
-        assert harness._accuracy(Spec("net", "none", 0.0, 0), setting, model) == accuracy(model, setting.test)
+        assert harness.accuracy("test", setting, model) == accuracy(model, setting.test)
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 

@@ -85,14 +85,12 @@ class _Step:
         results: of each result, what it is; None for what is no tensor.
         spec: how they are nested.
         in_place: whether it returns the tensor that it changed.
-        contraction: its number, if it is one.
     """
 
     name: str
     results: list[_Shape | None]
     spec: Any
     in_place: bool
-    contraction: int | None = None
 
 
 @dataclass
@@ -101,6 +99,7 @@ class Tape:
 
     Attributes:
         steps: the operators.
+        contracting: by number, which operator every contraction is.
         sites: ``(weight, bias, which dimension of the weight reads)`` of every contraction, by number; the names are
             None where there is none.
         depends: by number, the contractions that it depends on.
@@ -112,6 +111,7 @@ class Tape:
     """
 
     steps: list[_Step] = field(default_factory=list)
+    contracting: list[int] = field(default_factory=list)
     sites: list[tuple[str | None, str | None, int]] = field(default_factory=list)
     depends: list[frozenset[int]] = field(default_factory=list)
     touched: dict[str, int] = field(default_factory=dict)
@@ -137,10 +137,6 @@ class Tape:
             if tensor in recorder.places:
                 tape._last[recorder.places[tensor]] = len(tape.steps)
         return tape
-
-    def step_of(self, number: int) -> int:
-        """Which operator a contraction is."""
-        return next(i for i, step in enumerate(self.steps) if step.contraction == number)
 
     def live(self, start: int) -> dict[Place, _Shape]:
         """What operators before ``start`` leave to those from there on."""
@@ -185,9 +181,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         in_place = bool(func._schema.is_mutable)
         self._check(func, name, args, results, in_place)
         self._follow_chain(name, args, kwargs, results, operands)
-        number = None
         if name in CONTRACTING:
             number = len(tape.sites)
+            tape.contracting.append(step)
             seen = self.names.contraction(number, name, args, out)
             turned = seen.columns if seen.convolution is None else seen.convolution[3]
             tape.sites.append((seen.weight, seen.bias, 0 if turned else 1))
@@ -204,7 +200,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if in_place and operands and operands[0].untyped_storage().nbytes() > operands[0].nbytes:
             self.spread |= found
         shapes = [_Shape(r.size(), r.stride(), r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
-        tape.steps.append(_Step(name, shapes, spec, in_place, number))
+        tape.steps.append(_Step(name, shapes, spec, in_place))
         return out
 
     def _follow_chain(self, name: str, args: Any, kwargs: Any, results: list[Any], operands: list[Tensor]) -> None:
@@ -217,9 +213,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         chained = max(mine, key=lambda t: self.chains[t][0])
         number, norm = self.chains[chained]
         firsts = {id(tensor): self._read_chain(tensor) for tensor in mine}
-        if (
-            isinstance(results[0], Tensor) and results[0] in self.chains
-        ):  # changed in place: it is no result of a contraction any more
+        if isinstance(results[0], Tensor) and results[0] in self.chains:  # changed in place: no result any more
             del self.chains[results[0]]
         if not firsts[id(chained)]:
             return

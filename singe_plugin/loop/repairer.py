@@ -203,9 +203,12 @@ class Repairer:
         first, last = min(sites), max(sites)
         original, pruned = players
         later = [pruned.tape.touched[name] for name, numbers in self.open.items() if max(numbers) >= first]
-        starts = [original.tape.step_of(first), min(pruned.tape.step_of(first), *later)]  # these will still change
+        starts = [
+            original.tape.contracting[first],
+            min(pruned.tape.contracting[first], *later),
+        ]  # these will still change
         ends = [
-            max([player.tape.step_of(last), *(player.tape.sums[n].step for site in stage for n in site.sums)])
+            max([player.tape.contracting[last], *(player.tape.sums[n].step for site in stage for n in site.sums)])
             for player in players
         ]
         targets: dict[int, tuple[Tensor, Tensor] | None] = {}
@@ -215,7 +218,7 @@ class Repairer:
         def see_original(found: Contraction) -> None:
             if found.number in sites:
                 targets[found.number] = self._target(found, batch)
-            if original.tape.step_of(found.number) == ends[0]:
+            if original.tape.contracting[found.number] == ends[0]:
                 raise Reached
 
         def watch_original(number: int, args: Any) -> None:
@@ -241,7 +244,7 @@ class Repairer:
                     waiting[found.number] = found, inputs_at(found, weight.shape[2:], chosen), y, chosen
                 else:
                     site.add(found, inputs_at(found, weight.shape[2:], target[1]), target[0])
-            if pruned.tape.step_of(found.number) == ends[1]:
+            if pruned.tape.contracting[found.number] == ends[1]:
                 raise Reached
 
         def watch_pruned(number: int, args: Any) -> None:

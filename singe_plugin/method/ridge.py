@@ -13,7 +13,7 @@ rows are solved together by conjugate gradients; so is a matrix that is too larg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +54,6 @@ class Moments:
     xx: Tensor
     xy: Tensor
     yy: Tensor
-
-    @classmethod
-    def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> Moments:
-        """Of no rows."""
-        shapes = ((features,), (outputs,), (features, features), (features, outputs), (outputs,))
-        return cls(0, *(torch.zeros(groups, *shape, dtype=torch.float64, device=device) for shape in shapes))
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> Moments:
@@ -154,39 +148,38 @@ def solve(
     size = max(float((held.yy if scale is None else held.yy * scale.square()).sum()), 1e-300)
     start = held.error(weight, bias, scale)
     best, chosen, least = (weight, bias), None, start
-    for ridge in ridges:
-        found = _solved(weight, bias, fitted, ridge, kept)
+    for ridge, found in zip(ridges, _solutions(weight, bias, fitted, ridges, kept), strict=True):
         error = held.error(*found, scale)
         if error < least:
             best, chosen, least = found, ridge, error
     if chosen is not None:
         together = Moments(fitted.count, *(t.clone() for t in (fitted.x, fitted.y, fitted.xx, fitted.xy, fitted.yy)))
         together.add(held)
-        best = _solved(weight, bias, together, chosen, kept)
+        (best,) = _solutions(weight, bias, together, [chosen], kept)
     return Solution(*best, chosen, (start / size) ** 0.5, (least / size) ** 0.5)
 
 
-def _solved(
-    weight: Tensor, bias: Tensor | None, rows: Moments, ridge: float, kept: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    about = rows if bias is None else rows.centred()
+def _solutions(
+    weight: Tensor, bias: Tensor | None, rows: Moments, ridges: Sequence[float], kept: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the layer for one ridge after the other."""
+    about, n = rows if bias is None else rows.centred(), max(rows.count, 1)
     right = about.xy - about.xx @ weight.transpose(1, 2)
-    diagonal = about.xx.diagonal(dim1=1, dim2=2)
+    turned = None if kept is None else kept.transpose(1, 2)
+    for ridge in ridges:
+        solved = weight + _change(about.xx, right, ridge, turned).transpose(1, 2)
+        yield solved, None if bias is None else rows.y / n - (solved @ (rows.x / n)[:, :, None])[:, :, 0]
+
+
+def _change(matrix: Tensor, right: Tensor, ridge: float, kept: Tensor | None) -> Tensor:
+    """Solve ``(matrix + lambda I) d = right``, factorised where that is possible."""
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
     added = (ridge * diagonal.mean(1)).clamp(min=1e-300)
-    if kept is None and about.xx.shape[-1] <= LARGEST:
-        matrix = about.xx + torch.diag_embed(added[:, None].expand_as(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(matrix)
+    if kept is None and matrix.shape[-1] <= LARGEST:
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(added[:, None].expand_as(diagonal)))
         if not bool(failed.any()):
-            change = torch.cholesky_solve(right, factor)
-        else:
-            change = _conjugate_gradients(about.xx, added, right, None)
-    else:
-        change = _conjugate_gradients(about.xx, added, right, None if kept is None else kept.transpose(1, 2))
-    weight = weight + change.transpose(1, 2)
-    if bias is not None:
-        n = max(rows.count, 1)
-        bias = rows.y / n - (weight @ (rows.x / n)[:, :, None])[:, :, 0]
-    return weight, bias
+            return torch.cholesky_solve(right, factor)
+    return _conjugate_gradients(matrix, added, right, kept)
 
 
 def _conjugate_gradients(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None) -> Tensor:
