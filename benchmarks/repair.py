@@ -66,7 +66,9 @@ class Kept(singe_plugin.Callback):
 
 
 def compute(row: Row, setting: Setting) -> dict[str, Any]:
-    """Prune, measure, repair, measure; then fine-tune both, if asked for."""
+    """Prune, measure, repair, measure; then fine-tune both, if asked for. The method ``none`` is the network before."""
+    if row.method == "none":
+        return {"unpruned": accuracy(row.split, setting, setting.make())}
     kept, options = Kept(), BASE
     result = singe_plugin.prune(
         setting.make(), setting.train, target=row.target, scoring=scoring_of(row.method, options, setting.classes),
@@ -146,7 +148,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         ("Without training", ("pruned", "repaired")),
         ("Fine-tuned", ("pruned", "repaired", "tuned", "repaired_tuned")),
     ):
-        chosen = [r for r in rows if "error" not in r and bool(r["steps"]) == ("tuned" in columns)]
+        chosen = [r for r in rows if "pruned" in r and bool(r["steps"]) == ("tuned" in columns)]
         if not chosen:
             continue
         heads = {
@@ -170,6 +172,8 @@ def page(rows: list[dict[str, Any]]) -> str:
                 cells.append(f"{steps} at {lr:g}, {'distilled' if distilled else 'labels'}")
             parts.append("| " + " | ".join([*cells, *(_cell([r[c] for r in found]) for c in columns)]) + " |")
         parts.append("")
+    before = [f"{r['network']}, {r['data']}: {_cell([r['unpruned']])}" for r in rows if "unpruned" in r]
+    parts.append(f"Unpruned: {'; '.join(before)}.\n")
     parts.append(f"Machine: {first.get('machine', first.get('cpu', ''))}; commits and seconds are in the rows.\n")
     return "\n".join(parts)
 
