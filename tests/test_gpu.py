@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import singe_plugin
-from singe_plugin import FineTune, Pace, Result, prune, prune_weights
+from singe_plugin import FineTune, Pace, Repair, Result, prune, prune_weights
 from singe_plugin.axes import AxisGraph, verify_groups
-from singe_plugin.errors import ScoringError
+from singe_plugin.errors import ConfigError, ScoringError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.loop.costs import count_macs
 from singe_plugin.loop.events import Callback
@@ -274,3 +274,30 @@ def test_a_phase_of_fine_tuning_on_the_device() -> None:
     loop.run(model, 3, Callback())
     assert loop.done == 3
     assert devices(model) == {"cuda"}
+
+
+# --- repair -----------------------------------------------------------------------------------------------------
+
+
+def test_a_repair_is_that_of_the_cpu() -> None:
+    batches = [x for x, _ in images(4)]
+    found = []
+    for device in ("cpu", "cuda"):
+        model, original = chain(), chain().to(device)
+        SInGEPruner(model, batches[0], SInGEImportance("l2"), target="params=0.5").run()
+        model.to(device)
+        done = singe_plugin.repair(model, original, batches, Repair(ridge=1e-2))
+        assert devices(model) == devices(original) == {device}
+        found.append((model, {layer.name: (layer.before, layer.after) for layer in done.better}))
+    assert found[0][1].keys() == found[1][1].keys() and found[0][1]
+    for name, errors in found[0][1].items():
+        assert found[1][1][name] == pytest.approx(errors, rel=1e-3)
+    assert_close_values(found[1][0], found[0][0])
+
+
+def test_networks_on_two_devices_are_refused() -> None:
+    model, original = chain().to(CUDA), chain()
+    before = values_of(model)
+    with pytest.raises(ConfigError, match="the pruned network is on cuda:0 and the original on cpu"):
+        singe_plugin.repair(model, original, [x for x, _ in images(1)])
+    assert_same_values(model, before)

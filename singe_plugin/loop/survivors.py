@@ -202,6 +202,9 @@ def repair(
     if pruned is original:
         raise ConfigError("pruned and original are one object; give the network before pruning, e.g. a copy of it")
     chosen = as_options(Repair, options, "options", "images")
+    here, there = model_device(pruned), model_device(original)
+    if here != there:
+        raise ConfigError(f"the pruned network is on {here} and the original on {there}; move one: .to({str(here)!r})")
     inputs = [to_device(batch, model_device(pruned)) for batch in images_of(batches, chosen.images, pruned)]
     start = time.perf_counter()
     graph = AxisGraph(original, inputs[0], forward=forward)
