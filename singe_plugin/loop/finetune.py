@@ -96,9 +96,9 @@ class FineTune:
     )
     distill: Distill | nn.Module | str | None = option(
         default=None,
-        text="The teacher whose logits are learned from, too, or a ``Distill``, which says how: ``unpruned``, the "
-        "network before pruning; ``auto``, which is ``unpruned`` if the model classifies, else None; or a module. None "
-        "learns from targets only; with a teacher, batches may be inputs alone, and are learned from it alone.",
+        text="The teacher whose logits are learned from, too: ``unpruned``, the network before pruning; ``auto``, "
+        "which is ``unpruned`` if the model classifies, else None; or a module. None learns from targets only; with a "
+        "teacher, batches may be inputs alone, and are learned from it alone. A ``Distill`` says how, too.",
         choices=TEACHERS,
         none=True,
     )
