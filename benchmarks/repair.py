@@ -93,7 +93,7 @@ def compute(row: Row, setting: Setting) -> dict[str, Any]:
             teacher = setting.make() if row.distilled else None
             options_ = singe_plugin.FineTune(
                 DataLoader(setting.train, 128, shuffle=True, drop_last=True), row.steps, "end", lr=row.lr,
-                teacher=teacher,
+                distill=teacher,
             )  # fmt: skip
             tuner = Tuner(options_)
             tuner.prepare(model)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from singe_plugin.integrations.prune import prune
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
+    from singe_plugin.loop.distill import Distill
     from singe_plugin.loop.events import Callback, History, ProgressBar
     from singe_plugin.loop.finetune import FineTune
     from singe_plugin.loop.pace import Pace
@@ -51,6 +52,7 @@ __all__ = [
     "Callback",
     "ConfigError",
     "DataError",
+    "Distill",
     "FineTune",
     "FoldingError",
     "GroupError",
@@ -83,6 +85,7 @@ _LAZY = {
     "run.architecture": ("Builder",),
     "run.artifact": ("load", "save"),
     "loop.events": ("Callback", "History", "ProgressBar"),
+    "loop.distill": ("Distill",),
     "loop.finetune": ("FineTune",),
     "method.folding": ("fold_batchnorm",),
     "integrations.prune": ("Result", "prune"),

@@ -38,6 +38,7 @@ def option(
     metavar: str | None = None,
     command: bool = True,
     is_object: bool = False,
+    named: bool = False,
     none: bool = False,
 ) -> Any:
     """A field of an options object.
@@ -52,11 +53,13 @@ def option(
         command: whether the command has it.
         is_object: whether it is something that lives on (data, a module, an optimizer): not compared, not printed, and
             recorded by the name of its class.
+        named: whether such an object may be given by a name instead; it is compared and printed all the same then.
         none: whether the command may say ``none`` although that is the default.
     """
     about = {"text": text, "choices": choices, "flag": flag, "read": read, "metavar": metavar, "command": command}
     about |= {"is_object": is_object, "none": none}
-    return dataclasses.field(default=default, metadata=about, repr=not is_object, compare=not is_object)
+    seen = named or not is_object
+    return dataclasses.field(default=default, metadata=about, repr=seen, compare=seen)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(option,))
@@ -145,8 +148,17 @@ def describe(options: Any) -> dict[str, Any]:
         value = getattr(options, f.name)
         plain = value is None or isinstance(value, str) or (callable(value) and not isinstance(value, nn.Module))
         lives = f.metadata["is_object"] and not plain
-        found[f.name] = type(value).__qualname__ if lives else to_plain(value)
+        kept = describe if _is_options(value) else to_plain
+        found[f.name] = type(value).__qualname__ if lives else kept(value)
     return found
+
+
+def _is_options(value: Any) -> bool:
+    """Whether a value is an options object, all of whose fields are documented."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return False
+    inner = dataclasses.fields(value)
+    return bool(inner) and all("text" in f.metadata for f in inner)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +108,12 @@ class Recurrent(nn.Module):
 def mlp(width: int = 16) -> nn.Sequential:
     """Two hidden layers: the fastest thing that can be pruned."""
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, CLASSES))
+
+
+def seeded(make: Callable[[], nn.Module] = mlp, seed: int = 0) -> nn.Module:
+    """A network whose random weights are the same every time."""
+    torch.manual_seed(seed)
+    return make()
 
 
 def images(count: int = 2, size: int = 6, examples: int = 8, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

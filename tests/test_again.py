@@ -46,7 +46,7 @@ class Setting:
         if own:
             schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.5)
             del self.optimizer.param_groups[0]["initial_lr"]  # schedulers set it, too
-            given = {"optimizer": self.optimizer, "scheduler": schedule}
+            given = {"optimizer": schedule}
         self.tuning = Tuner(FineTune(loader, 9, every, lr=0.05, ema=self.ema, clip_grad=0.1, **given))
         self.granularity = granularity
 
@@ -72,7 +72,7 @@ class Setting:
                 [(g["lr"], sorted(g)) for g in self.optimizer.param_groups],
                 self.generator.get_state(),
                 {name: t.clone() for name, t in self.ema.module.state_dict().items()},
-                None if tuning.options.scheduler is None else tuning.options.scheduler.state_dict(),
+                None if tuning.scheduler is None else tuning.scheduler.state_dict(),
                 (tuning.done, tuning.optimizer is None, tuning.scaler is None, tuning.stream.taken),
                 torch.get_rng_state(),
                 list(random.getstate()[1]),

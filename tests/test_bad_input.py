@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch_pruning as tp
+from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 import singe_plugin
 from singe_plugin import Builder, FineTune, Scoring, load, prune, save
@@ -38,6 +41,7 @@ GOOD = images()
 X = GOOD[0][0][:2]
 Y = GOOD[0][1]
 MAGNITUDE = tp.importance.MagnitudeImportance()
+PLATEAU, TIMMS = ReduceLROnPlateau(SGD(mlp().parameters(), 0.1)), CosineLRScheduler(SGD(mlp().parameters(), 0.1), 9)
 
 
 class Case(NamedTuple):
@@ -255,7 +259,12 @@ CASES = [
     Case("tuning amp", tuning(amp="fp8"), ConfigError, ("fp8", "bf16, fp16")),
     Case("tuning optimizer", tuning(optimizer=1.5), ConfigError, ("1.5", "makes one from parameters")),
     Case("tuning optimizer name", tuning(optimizer="adm"), ConfigError, ("'adm'", "did you mean", "a function")),
-    Case("tuning scheduler", tuning(scheduler=object()), ConfigError, ("scheduler", "give that optimizer too")),
+    Case("tuning plateau", tuning(optimizer=PLATEAU), ConfigError, ("OnPlateau", "'metrics'", "optimizer alone")),
+    Case("tuning timm's", tuning(optimizer=TIMMS), ConfigError, ("CosineLRSch", "no scheduler of torch", "alone")),
+    Case(
+        "tuning made scheduler", run(finetune=FineTune(GOOD, 2, optimizer=lambda p: StepLR(SGD(p, 0.1), 2))),
+        ConfigError, ("made a StepLR", r"FineTune\(optimizer=scheduler\)"),
+    ),
     Case("tuning empty", run(finetune=FineTune([], 2)), DataError, ("loader is empty", "at least one batch")),
     Case("tuning labels", run(finetune=FineTune(WRONG_LABELS, 2)), DataError, ("step 1", "7 is out of bounds")),
     Case("tuning nan", run(finetune=FineTune(NAN, 2)), DataError, ("nan at step 1 of 2", "lower lr")),

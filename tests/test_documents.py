@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import singe_plugin
-from singe_plugin import FineTune, Pace, Scoring
+from singe_plugin import Distill, FineTune, Pace, Repair, Scoring
 from singe_plugin.app.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -116,10 +116,10 @@ def test_flags(page: str) -> None:
 
 @pytest.mark.parametrize("page", TRUE)
 def test_options(page: str) -> None:
-    """Every keyword that a page writes into one of the three objects is a field of it."""
+    """Every keyword that a page writes into one of the options objects is a field of it."""
     text = (ROOT / page).read_text()
     wrong = []
-    for cls in (Scoring, Pace, FineTune):
+    for cls in (Scoring, Pace, Repair, FineTune, Distill):
         fields = {f.name for f in dataclasses.fields(cls)}
         for inside in re.findall(rf"\b{cls.__name__}\(([^()]*)\)", text):
             wrong += [f"{cls.__name__}({name}=)" for name in re.findall(r"(\w+)=", inside) if name not in fields]

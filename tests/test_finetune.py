@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import lr_scheduler as schedulers
+from torch.optim.swa_utils import SWALR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from singe_plugin.errors import ConfigError, DataError
@@ -168,9 +171,41 @@ def test_an_optimizer_and_a_scheduler_of_ones_own() -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.08)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-    heard = take(model, FineTune(DATA, 6, optimizer=optimizer, scheduler=scheduler), 6)
+    heard = take(model, FineTune(DATA, 6, optimizer=scheduler), 6)
     assert [e.lr for e in heard] == pytest.approx([0.08, 0.08, 0.04, 0.04, 0.02, 0.02])
     assert {int(state["step"]) for state in optimizer.state.values()} == {6}
+
+
+COURSES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "step": lambda o: schedulers.StepLR(o, 2, 0.5),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, 0.2, 6),  # it moves the momentum, too
+    "chained": lambda o: schedulers.ChainedScheduler([schedulers.ExponentialLR(o, 0.9), schedulers.StepLR(o, 2, 0.5)]),
+    "sequence": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=2), schedulers.CosineAnnealingLR(o, 4)], [2]
+    ),
+    "averaging": lambda o: SWALR(o, 0.01, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_a_scheduler_brings_its_optimizer_and_is_stepped_once_per_step(name: str) -> None:
+    model = mlp()
+    twin = copy.deepcopy(model)
+    mine, by_hand = (torch.optim.SGD(net.parameters(), lr=0.08, momentum=0.5) for net in (model, twin))
+    course, its = COURSES[name](mine), COURSES[name](by_hand)
+    tuner = Tuner(FineTune(DATA, 6, optimizer=course, clip_grad=None, label_smoothing=0))
+    heard, rates = take(model, tuner, 6), []
+    assert tuner.optimizer is mine
+    for step in range(6):
+        x, y = DATA[step % len(DATA)]
+        rates.append(by_hand.param_groups[0]["lr"])
+        by_hand.zero_grad()
+        functional.cross_entropy(twin(x), y).backward()
+        by_hand.step()
+        its.step()
+    assert [e.lr for e in heard] == rates
+    assert len(set(rates)) > 1
+    assert_same_values(model, twin)
 
 
 def test_an_optimizer_without_a_scheduler_keeps_its_rate_and_a_function_gets_the_cosine() -> None:

@@ -162,7 +162,7 @@ def test_a_teacher_goes_along_and_comes_back(given: bool) -> None:
     teacher, found = chain(1).train(), []
     trace, buffers = Trace(teacher), dict(teacher.named_buffers())
     for device in ("cpu", "cuda"):
-        loop = FineTune(images(3), 4, "end", amp=None, teacher=teacher if given else "unpruned")
+        loop = FineTune(images(3), 4, "end", amp=None, distill=teacher if given else "unpruned")
         result = prune(chain(), images(3), target="params=0.4", finetune=loop, pace=Pace(verify=False), device=device)
         found.append([event["loss"] for event in result.history.select("finetune_step")])
         trace.assert_unchanged()

@@ -263,7 +263,7 @@ def test_resuming_adam_a_scheduler_and_an_average(tmp_path: Path) -> None:
     def run(folder: Path | None, **options: Any) -> tuple[Result, nn.Module]:
         model, ema = chain(), timm.utils.ModelEmaV3(chain(), decay=0.7)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        tuning = FineTune(tuned().loader, 9, optimizer=optimizer, scheduler=schedule(optimizer), ema=ema)
+        tuning = FineTune(tuned().loader, 9, optimizer=schedule(optimizer), ema=ema)
         return entwined(model, folder, finetune=tuning, **options), ema
 
     with pytest.raises(KeyboardInterrupt):

@@ -372,7 +372,7 @@ def test_a_failure_anywhere_is_rolled_back_and_a_second_run_works(place: str, co
     failure = ERRORS[error]
     imp = Failing(count, failure) if place == "importance" else MAGNITUDE
     stop = [] if place == "importance" else [StopAt(place, count, failure)]
-    tuning = FineTune(BATCHES, 9, optimizer=optimizer, scheduler=scheduler, ema=ema)
+    tuning = FineTune(BATCHES, 9, optimizer=scheduler, ema=ema)
     pruner = SInGEPruner(
         model, X, imp, **asked(target="params=0.5", units_per_step=0.2, finetune=tuning, callbacks=stop)
     )
@@ -396,7 +396,7 @@ def test_a_failure_anywhere_is_rolled_back_and_a_second_run_works(place: str, co
     for mine, old in zip(again.parameters(), trace.states[0]["state"].values(), strict=True):
         fresh.state[mine] = copy.deepcopy(old)
     decay = torch.optim.lr_scheduler.StepLR(fresh, 2)
-    other = FineTune(BATCHES, 9, optimizer=fresh, scheduler=decay)
+    other = FineTune(BATCHES, 9, optimizer=decay)
     SInGEPruner(again, X, MAGNITUDE, **asked(target="params=0.5", units_per_step=0.2, finetune=other)).run()
     assert_same_values(model, again)
 

@@ -64,11 +64,9 @@ def test_a_scheduler_is_recorded_by_its_name() -> None:
     model = mlp()
     optimizer = SGD(model.parameters(), 0.08)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    result = prune(
-        model, DATA, **asked(criterion="l2", finetune=FineTune(DATA, 6, optimizer=optimizer, scheduler=scheduler))
-    )
+    result = prune(model, DATA, **asked(criterion="l2", finetune=FineTune(DATA, 6, optimizer=scheduler)))
     tuned = result.options["finetune"]
-    assert (tuned["lr"], tuned["schedule"]) == (0.08, "StepLR")
+    assert (tuned["lr"], tuned["schedule"], tuned["optimizer"]) == (0.08, "StepLR", "SGD")
 
 
 def test_that_there_is_no_cosine_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -80,7 +78,7 @@ def test_that_there_is_no_cosine_is_logged(caplog: pytest.LogCaptureFixture) -> 
         Tuner(FineTune(DATA, 2, optimizer=SGD(model.parameters(), 0.1))).prepare(model)
     assert caplog.messages == [
         "fine-tuning at the constant learning rate of the given SGD; give a function that makes it, for the cosine, or "
-        "its scheduler"
+        "its scheduler in its place"
     ]
 
 

@@ -111,7 +111,7 @@ def test_a_failure_anywhere_is_rolled_back(place: str, count: int, order: str, m
     optimizer.step()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
     ema = timm.utils.ModelEmaV3(net)
-    tuning = FineTune(BATCHES, 9, optimizer=optimizer, scheduler=scheduler, ema=ema)
+    tuning = FineTune(BATCHES, 9, optimizer=scheduler, ema=ema)
     trace, averages, types = Trace(net, optimizer), values_of(ema), [type(m) for m in net.modules()]
     pruner = UnstructuredPruner(
         net, BATCHES, **asked(sparsity=0.7, finetune=tuning, nodes=1,

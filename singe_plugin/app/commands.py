@@ -21,6 +21,7 @@ from singe_plugin.app.datasets import NO_DATA, TORCHVISION
 from singe_plugin.app.models import parse_pairs
 from singe_plugin.errors import SingeError
 from singe_plugin.fields import Spelling, spellings
+from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.repair import Repair
@@ -29,7 +30,7 @@ from singe_plugin.method.options import Scoring
 __all__ = ["demo", "inspect", "prune", "report"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_OPTIONS = (Scoring, Pace, FineTune)
+_OPTIONS = (Scoring, Pace, FineTune, Distill)
 
 
 def _stacked(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -130,6 +131,16 @@ def _objects(options: dict[str, Any], *classes: type) -> list[Any]:
         raise click.UsageError(str(error)) from error
 
 
+def _taught(finetune: FineTune, distill: Distill) -> FineTune:
+    """The fine-tuning that learns from its teacher as is said beside it; a usage error if it has none."""
+    if isinstance(finetune.distill, Distill):
+        return replace(finetune, distill=replace(distill, teacher=finetune.distill.teacher))
+    if distill != Distill():
+        flags = " and ".join(flag for spelling in spellings(Distill) for flag in spelling.flags)
+        raise click.UsageError(f"{flags} say how a teacher is learned from, and there is none; give --distill, too")
+    return finetune
+
+
 def _model_options(options: dict[str, Any]) -> dict[str, Any]:
     in_chans = options.pop("in_chans")
     kwargs = parse_pairs(options.pop("model_kwargs"))
@@ -227,7 +238,7 @@ def prune(
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
     check_launcher()
-    scoring, pace, finetune, repair = _objects(options, *_OPTIONS, Repair)
+    scoring, pace, finetune, distill, repair = _objects(options, *_OPTIONS, Repair)
     options = _for(granularity, options)
     with _stdout_for_json(as_json):
         model = _model_options(options)
@@ -236,7 +247,7 @@ def prune(
         if granularity == "unit":
             pace = replace(pace, verify=not options.pop("no_verify"))
             options |= {"target": _target_of(options, pace), "repair": _repair_of(options, repair)}
-        options |= {"scoring": scoring, "pace": pace, "finetune": finetune}
+        options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, distill)}
         say, curves = _teller(as_json, quiet), not no_curves
         result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity)
     files = "\n".join(f"  {path}" for path in values["files"])
@@ -257,8 +268,8 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     with _stdout_for_json(as_json):
         model = _model_options(options)
         options.pop("seed")
-        scoring, pace, finetune = _objects(options, *_OPTIONS)
-        pace = replace(pace, verify=not options.pop("no_verify"))
+        scoring, pace, finetune, distill = _objects(options, *_OPTIONS)
+        pace, finetune = replace(pace, verify=not options.pop("no_verify")), _taught(finetune, distill)
         asked = {"target": _target_of(options, pace), "scoring": scoring, "pace": pace, "finetune": finetune}
         size, device, ignored = (options.pop(key) for key in ("img_size", "device", "ignored_layers"))
         found, values = run_inspect(model, size, device, **asked, ignored_layers=ignored)

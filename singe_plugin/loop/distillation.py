@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from singe_plugin.errors import ConfigError, DataError, SingeError, is_of_the_machine
+from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.losses import name_of
 from singe_plugin.method.batches import has_targets, inputs_for, inputs_only
@@ -36,8 +37,8 @@ __all__ = [
     "Teacher", "class_logits", "classifies", "distillation", "find_teacher", "frozen_copy", "is_cross_entropy",
 ]  # fmt: skip
 
-_STEP = "leave teacher out, or distil in a loss of your own: FineTune(step_fn=...)"
-_INSTEAD = "give another module as the teacher, e.g. one that is built again with the same weights, or teacher=None"
+_STEP = "leave distill out, or distil in a loss of your own: FineTune(step_fn=...)"
+_INSTEAD = "give another module as the teacher, e.g. one that is built again with the same weights, or distill=None"
 _logger = logging.getLogger("singe_plugin")
 
 
@@ -121,7 +122,7 @@ def is_cross_entropy(loss: Objective | None) -> bool:
     return known or isinstance(loss, nn.CrossEntropyLoss)
 
 
-def frozen_copy(model: nn.Module, who: str = "teacher='unpruned' is", instead: str = _INSTEAD) -> nn.Module:
+def frozen_copy(model: nn.Module, who: str = "distill='unpruned' is", instead: str = _INSTEAD) -> nn.Module:
     """Return a deep copy in eval mode whose parameters want no gradient.
 
     Args:
@@ -309,7 +310,7 @@ class Teacher:
             found = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
         if any(gradient is not None for gradient in found):
             raise ConfigError(
-                f"the copy of {type(self.model).__name__}, for teacher='unpruned', computes with the model's own "
+                f"the copy of {type(self.model).__name__}, for distill='unpruned', computes with the model's own "
                 "parameters (a hook or a function in it refers to the model itself), and would be pruned along with "
                 f"it; {_INSTEAD}"
             )
@@ -336,29 +337,30 @@ def find_teacher(
         ConfigError: for a loss that is of no logits, and see :class:`Teacher`.
 
     Example:
-        >>> find_teacher(FineTune(teacher="auto"), None, nn.Linear(3, 2), torch.zeros(1, 3)).name
+        >>> find_teacher(FineTune(distill="auto"), None, nn.Linear(3, 2), torch.zeros(1, 3)).name
         'unpruned'
     """
-    given = options.teacher
-    if given is None or not options.steps or options.step_fn is not None:
+    asked = options.distill
+    if not isinstance(asked, Distill) or not options.steps or options.step_fn is not None:
         return None
+    given = asked.teacher
     if given == "auto":
         if begun or example is None or not is_cross_entropy(loss) or not classifies(model, example):
             return None
         try:
-            return Teacher(given, model, options.temperature, options.distill_weight)
+            return Teacher(given, model, asked.temperature, asked.weight)
         except ConfigError as error:
             _logger.warning("fine-tuning goes without a teacher: %s", error)
             return None
     if not is_cross_entropy(loss):
         raise ConfigError(
             f"a teacher is learned from by its logits, and what is minimised is {name_of(loss)}, whose outputs need "
-            "not be any; say that they are with FineTune(loss=torch.nn.functional.cross_entropy), leave teacher out, "
+            "not be any; say that they are with FineTune(loss=torch.nn.functional.cross_entropy), leave distill out, "
             "or distil in a loss of your own: FineTune(step_fn=...)"
         )
     if begun and not isinstance(given, nn.Module):
         raise ConfigError(
-            "teacher='unpruned' is the network before pruning, and this run goes on with one that was pruned; give the "
-            "unpruned network as a module: FineTune(teacher=...)"
+            "distill='unpruned' is the network before pruning, and this run goes on with one that was pruned; give the "
+            "unpruned network as a module: FineTune(distill=...)"
         )
-    return Teacher(given, model, options.temperature, options.distill_weight)
+    return Teacher(given, model, asked.temperature, asked.weight)

@@ -10,24 +10,27 @@ lose the most, a rate near zero):
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from singe_plugin.checks import check_choice, check_count, check_flag, check_number, closest, is_number
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import documented, option
+from singe_plugin.loop.distill import TEACHERS, Distill
 from singe_plugin.method.objective import Objective
 
-__all__ = ["EVERY", "TEACHERS", "FineTune", "OptimizerLike", "phase_share"]
+__all__ = ["EVERY", "FineTune", "OptimizerLike", "phase_share"]
 
 EVERY = ("removal", "layer", "end")
-TEACHERS = ("unpruned", "auto")
-OptimizerLike = str | torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
+OptimizerLike = (
+    str | torch.optim.Optimizer | LRScheduler | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
+)
 
 
 def phase_share(steps: int, phase: int, phases: int) -> int:
@@ -42,13 +45,10 @@ def phase_share(steps: int, phase: int, phases: int) -> int:
 
 @documented
 class FineTune:
-    r"""How a network is fine-tuned. A number stands for the fine-tuning with that many steps.
+    """How a network is fine-tuned. A number stands for the fine-tuning with that many steps.
 
     What is minimised is ``loss`` or what ``step_fn`` returns, if one is given; else F, the objective that the run
-    scores with. A ``teacher`` adds a term to it (Hinton, Vinyals and Dean 2015):
-
-    .. math::
-        (1-w)\,L+w\,T^2\,\mathrm{KL}\bigl(\mathrm{softmax}(z^\text{teacher}/T)\,\|\,\mathrm{softmax}(z/T)\bigr)
+    scores with. A teacher adds a term to it: see :class:`~singe_plugin.Distill`.
 
     Raises:
         ConfigError: for values that cannot mean anything.
@@ -78,42 +78,29 @@ class FineTune:
     weight_decay: float = option(default=1e-4, text="The weight decay of an optimizer that is made here.")
     optimizer: OptimizerLike = option(
         is_object=True,
+        named=True,
         default=None,
-        text="The name of an optimizer as timm has them (``timm.optim.list_optimizers()``), an optimizer over the "
-        "model's parameters, whose learning rates are left as they are (there is no cosine then), or a "
-        "function that makes one from them, whose rates the cosine scales. By default SGD with momentum, "
-        "without Nesterov's.",
+        text="The name of an optimizer as timm has them (``timm.optim.list_optimizers()``); an optimizer over the "
+        "model's parameters, whose learning rates are left as they are (there is no cosine then); a scheduler of "
+        "``torch.optim.lr_scheduler``, whose optimizer is used, and which is stepped once per step; or a "
+        "function that makes an optimizer from the parameters, whose rates the cosine scales. By default SGD with "
+        "momentum, without Nesterov's.",
         flag="--opt",
         read=str,
         metavar="NAME",
-    )
-    scheduler: Any = option(
-        is_object=True,
-        default=None,
-        text="A learning-rate scheduler of the given optimizer, stepped once per step.",
-        command=False,
     )
     warmup: int = option(default=0, text="Over how many steps the cosine's learning rate rises from zero.")
     label_smoothing: float = option(default=0.1, text="The label smoothing of the cross-entropy.")
     loss: Objective | None = option(
         default=None, text="A function of outputs and targets that is minimised in the place of F.", command=False
     )
-    teacher: nn.Module | str | None = option(
-        is_object=True,
+    distill: Distill | nn.Module | str | None = option(
         default=None,
-        text="Whose logits are learned from, too: ``unpruned``, those of the network before pruning (a copy); a "
-        "module's, which is in eval mode meanwhile; ``auto``, which is ``unpruned`` if the model classifies (F is a "
-        "cross-entropy, and the outputs are a tensor with two classes or more), else None. None learns from targets "
-        "only; with a teacher, batches may be inputs alone, and are learned from it alone.",
+        text="The teacher whose logits are learned from, too: ``unpruned``, the network before pruning; ``auto``, "
+        "which is ``unpruned`` if the model classifies, else None; or a module. None learns from targets only; with a "
+        "teacher, batches may be inputs alone, and are learned from it alone. A ``Distill`` says how, too.",
         choices=TEACHERS,
-        flag="--distill",
         none=True,
-    )
-    temperature: float = option(
-        default=4.0, text="The temperature that the logits of both are divided by, in what is learned from the teacher."
-    )
-    distill_weight: float = option(
-        default=0.9, text="The share of the loss that the teacher has; 1 leaves the targets out."
     )
     clip_grad: float | None = option(default=1.0, text="The largest norm of the gradients; None does not clip them.")
     amp: str | None = option(
@@ -140,6 +127,8 @@ class FineTune:
         return self if self.every is not None else replace(self, every=every)
 
     def __post_init__(self) -> None:
+        if self.distill is not None and not isinstance(self.distill, Distill):
+            object.__setattr__(self, "distill", Distill(self.distill))
         check_count("steps", self.steps, 0, "number of optimisation steps")
         check_choice("every", self.every, (*EVERY, None))
         check_flag("channels_last", self.channels_last)
@@ -152,30 +141,40 @@ class FineTune:
                 raise ConfigError(f"{name}={value!r} is not a setting of SGD; give a number >= 0")
         check_count("warmup", self.warmup, 0, "number of optimisation steps")
         check_number("label_smoothing", self.label_smoothing, 0, 1, "[[", "smoothing; 0 switches it off: a number")
-        check_number("temperature", self.temperature, 0, math.inf, "][", "temperature: a number")
-        check_number("distill_weight", self.distill_weight, 0, 1, "]]", "share; teacher=None has none: a number")
-        if not isinstance(self.teacher, nn.Module):
-            check_choice("teacher", self.teacher, (*TEACHERS, None), ", or give a module")
-        if self.step_fn is not None and self.teacher not in (None, "auto"):
+        if self.step_fn is not None and isinstance(self.distill, Distill) and self.distill.teacher != "auto":
             raise ConfigError(
-                "teacher and step_fn were both given, and step_fn computes the whole loss, so that the teacher would "
+                "distill and step_fn were both given, and step_fn computes the whole loss, so that the teacher would "
                 "be ignored; leave one out, or distil inside of step_fn"
             )
         if self.clip_grad is not None and not (is_number(self.clip_grad) and self.clip_grad > 0):
             raise ConfigError(f"clip_grad={self.clip_grad!r} is not a gradient norm; give a positive number or None")
-        if isinstance(self.optimizer, str):
-            from timm.optim import list_optimizers  # here: most runs need none by name
+        _check_optimizer(self.optimizer)
 
-            if self.optimizer not in (names := list_optimizers()):
-                raise ConfigError(
-                    f"unknown optimizer {self.optimizer!r}{closest(self.optimizer, names)}; the names are those of "
-                    "timm.optim.list_optimizers(); or give an optimizer or a function that makes one"
-                )
-        optimizer, ready = self.optimizer, isinstance(self.optimizer, torch.optim.Optimizer)
-        if not (optimizer is None or isinstance(optimizer, str) or callable(optimizer) or ready):
+
+def _check_optimizer(given: Any) -> None:
+    """Raise :class:`ConfigError` unless it may be given as the optimizer."""
+    if isinstance(given, str):
+        from timm.optim import list_optimizers  # here: most runs need none by name
+
+        if given not in (names := list_optimizers()):
             raise ConfigError(
-                f"optimizer={optimizer!r} is neither an optimizer, nor its name, nor a function that makes one from "
-                "parameters"
+                f"unknown optimizer {given!r}{closest(given, names)}; the names are those of "
+                "timm.optim.list_optimizers(); or give an optimizer, its scheduler, or a function that makes one"
             )
-        if self.scheduler is not None and not ready:
-            raise ConfigError("a scheduler belongs to an optimizer; give that optimizer too (an instance)")
+    elif isinstance(given, LRScheduler):
+        for name, parameter in inspect.signature(given.step).parameters.items():
+            if parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
+                raise ConfigError(
+                    f"optimizer={type(given).__name__} is a scheduler whose step needs {name!r}, and is given nothing; "
+                    "give another of torch.optim.lr_scheduler, or its optimizer alone"
+                )
+    elif isinstance(getattr(given, "optimizer", None), torch.optim.Optimizer) and not callable(given):
+        raise ConfigError(
+            f"optimizer={type(given).__name__} has an optimizer and is no scheduler of torch.optim.lr_scheduler, which "
+            "alone are stepped here; give one of these, or the optimizer alone, whose rates stay as they are"
+        )
+    elif not (given is None or isinstance(given, torch.optim.Optimizer) or callable(given)):
+        raise ConfigError(
+            f"optimizer={given!r} is neither an optimizer, nor its scheduler, nor its name, nor a function that makes "
+            "one from parameters"
+        )

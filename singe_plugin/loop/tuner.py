@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.fields import describe
@@ -57,6 +58,7 @@ class Tuner:
             computes its own loss is trained with that (see :func:`singe_plugin.method.objective.own_loss`), and a
             function with itself.
         optimizer: the optimizer; None until :meth:`prepare` makes it.
+        scheduler: the given one of that optimizer, or None.
         done: how many steps were taken.
         stream: the batches.
         scaler: scales the loss in half precision, or None.
@@ -82,7 +84,10 @@ class Tuner:
                 raise ConfigError("there is nothing to fine-tune on; give FineTune(loader=...)")
             batches = ()
         given = options.optimizer
+        self.scheduler = given if isinstance(given, LRScheduler) else None
         self.optimizer = given if isinstance(given, torch.optim.Optimizer) else None
+        if self.scheduler is not None:
+            self.optimizer = self.scheduler.optimizer
         self._own_schedule = self.optimizer is None
         self.objective: ObjectiveLike = "loss"
         self._still = 0  # steps without a gradient, up to the first that has one
@@ -115,10 +120,10 @@ class Tuner:
                 )
             for group in self.optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
-            if self.options.steps and not self._own_schedule and self.options.scheduler is None:
+            if self.options.steps and not self._own_schedule and self.scheduler is None:
                 _logger.info(
                     "fine-tuning at the constant learning rate of the given %s; give a function that makes it, for the "
-                    "cosine, or its scheduler", type(self.optimizer).__name__,
+                    "cosine, or its scheduler in its place", type(self.optimizer).__name__,
                 )  # fmt: skip
         if self._precision(model_device(model)) == torch.float16:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
@@ -170,8 +175,14 @@ class Tuner:
             return named
         if given is None:
             return torch.optim.SGD(parameters, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-        assert not isinstance(given, torch.optim.Optimizer)  # that was there from the start
-        return given(parameters)
+        assert not isinstance(given, (torch.optim.Optimizer, LRScheduler))  # these were there from the start
+        made = given(parameters)
+        if not hasattr(made, "param_groups"):
+            raise ConfigError(
+                f"the function that was given as optimizer made a {type(made).__name__}, and is to make an optimizer; "
+                "a scheduler is given itself: FineTune(optimizer=scheduler)"
+            )
+        return made
 
     def describe(self) -> dict[str, Any]:
         """The options as plain values, with the loss, the teacher, the rate and its course that are in force.
@@ -181,7 +192,9 @@ class Tuner:
         it is made: see :meth:`rate`.
         """
         made = describe(self.options)
-        course = "constant" if self.options.scheduler is None else type(self.options.scheduler).__name__
+        course = "constant"
+        if self.scheduler is not None:
+            course, made["optimizer"] = type(self.scheduler).__name__, type(self.optimizer).__qualname__
         loss = self.options.step_fn or self._chosen_loss()
         makes = self._own_schedule and callable(self.options.optimizer)
         return made | {
@@ -197,7 +210,7 @@ class Tuner:
         """The optimizer's learning rate before any schedule; a list where its groups have several."""
         if self.optimizer is None:
             return self.options.lr
-        scheduled = self._own_schedule or self.options.scheduler is not None
+        scheduled = self._own_schedule or self.scheduler is not None
         rates = [float(g.get("initial_lr", g["lr"]) if scheduled else g["lr"]) for g in self.optimizer.param_groups]
         return rates[0] if len(set(rates)) == 1 else rates
 
@@ -236,7 +249,7 @@ class Tuner:
         """
         done, stream, optimizer, scaler = self.done, self.stream, self.optimizer, self.scaler
         position, generators = stream.position(), [(g, g.get_state()) for g in stream.generators]
-        schedule = None if self.options.scheduler is None else copy.deepcopy(self.options.scheduler.state_dict())
+        schedule = None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict())
         scale = None if scaler is None else copy.deepcopy(scaler.state_dict())
         groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in self.optimizers for g in o.param_groups]
 
@@ -245,8 +258,8 @@ class Tuner:
             stream.seek(position)
             for generator, state in generators:
                 generator.set_state(state)
-            if schedule is not None:
-                self.options.scheduler.load_state_dict(schedule)
+            if self.scheduler is not None and schedule is not None:
+                self.scheduler.load_state_dict(schedule)
             if scaler is not None and scale is not None:
                 scaler.load_state_dict(scale)
             for group, settings in groups:
@@ -314,8 +327,8 @@ class Tuner:
             scaler.update()
         else:
             self.optimizer.step()
-        if self.options.scheduler is not None:
-            self.options.scheduler.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         update = getattr(self.options.ema, "update", None)
         if callable(update):
             update(model)

@@ -107,9 +107,9 @@ def read_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> tuple[dict[st
     if different:
         name = key = different[0]
         was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
+        while isinstance(was, dict) and isinstance(now, dict):
             inner = next(k for k in {**was, **now} if was.get(k, _NOTHING) != now.get(k, _NOTHING))
-            name, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
+            name, was, now = f"{name}.{inner}", was.get(inner), now.get(inner)
         raise ArtifactError(
             f"{path} was written by a run with other options ({', '.join(different)}: {name} was {was!r}, "
             f"now {now!r}); use the same {_OWN_WORDS.get(key, 'options')}, or start anew in another folder"
@@ -254,8 +254,8 @@ def _pack_finetune(tuner: Tuner, model: nn.Module, tensors: Tensors) -> dict[str
                     plain[key] = {"value": value}
             record["state"][name] = plain
         record["groups"] = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    if tuner.options.scheduler is not None:
-        record["scheduler"] = tuner.options.scheduler.state_dict()
+    if tuner.scheduler is not None:
+        record["scheduler"] = tuner.scheduler.state_dict()
     if tuner.scaler is not None:
         record["scaler"] = tuner.scaler.state_dict()
     if tuner.options.ema is not None:
@@ -290,8 +290,8 @@ def _unpack_finetune(record: Mapping[str, Any], tensors: Tensors, tuner: Tuner, 
             optimizer.state[parameter] = state
         for live, saved in zip(optimizer.param_groups, record["groups"], strict=True):
             live.update({k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in saved.items()})
-    if tuner.options.scheduler is not None and "scheduler" in record:
-        tuner.options.scheduler.load_state_dict(record["scheduler"])
+    if tuner.scheduler is not None and "scheduler" in record:
+        tuner.scheduler.load_state_dict(record["scheduler"])
     if tuner.scaler is not None and "scaler" in record:
         tuner.scaler.load_state_dict(record["scaler"])
     if tuner.options.ema is not None and record["ema"]:

@@ -17,6 +17,7 @@ from singe_plugin.checks import check_count
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.files import digest, locked, sweep
 from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.events import Callback, LogCallback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.stream import loader_generators
@@ -241,7 +242,8 @@ def fingerprints(model: nn.Module, stage: Stage) -> dict[str, Any]:
     The data are known by the batches to score on, the example inputs, and by how many there are to fine-tune on. A
     given teacher must be the same, too.
     """
-    batches, teacher = hashlib.sha256(), stage.tuner.options.teacher
+    batches, distill = hashlib.sha256(), stage.tuner.options.distill
+    teacher = distill.teacher if isinstance(distill, Distill) else None
     for tensor in (t for batch in stage.batches for t in tensors_in(batch)):
         batches.update(digest(tensor).encode())
     return {
