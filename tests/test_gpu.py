@@ -289,7 +289,8 @@ def test_a_repair_is_that_of_the_cpu() -> None:
         done = singe_plugin.repair(model, original, batches, Repair(ridge=1e-2))
         assert devices(model) == devices(original) == {device}
         found.append((model, {layer.name: (layer.before, layer.after) for layer in done.better}))
-    assert found[0][1].keys() == found[1][1].keys() and found[0][1]
+    assert found[0][1].keys() == found[1][1].keys()
+    assert found[0][1]
     for name, errors in found[0][1].items():
         assert found[1][1][name] == pytest.approx(errors, rel=1e-3)
     assert_close_values(found[1][0], found[0][0])
