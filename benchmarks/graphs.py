@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from singe_plugin.loop.distill import Distill
+from singe_plugin.loop.distillation import distillation
+
 __all__ = ["GraphedLoss", "graphed_loss"]
 
 
@@ -34,10 +37,11 @@ class GraphedLoss:
 
     Args:
         label_smoothing: of the cross-entropy.
+        teacher: whose logits are learned from, too, as :class:`singe_plugin.Distill` does by default; or None.
     """
 
-    def __init__(self, label_smoothing: float = 0.1) -> None:
-        self.label_smoothing = label_smoothing
+    def __init__(self, label_smoothing: float = 0.1, teacher: nn.Module | None = None) -> None:
+        self.label_smoothing, self.teacher = label_smoothing, teacher
         self.of: Any = None
         self.net: Any = None
 
@@ -51,7 +55,14 @@ class GraphedLoss:
             except RuntimeError as error:
                 warnings.warn(f"no graph, kernels one by one: {error}", stacklevel=2)
                 self.net = model
-        return functional.cross_entropy(self.net(images), targets, label_smoothing=self.label_smoothing)
+        logits = self.net(images)
+        hard = functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        if self.teacher is None:
+            return hard
+        with torch.no_grad():
+            theirs = self.teacher(images)
+        usual = Distill()
+        return (1 - usual.weight) * hard + usual.weight * distillation(logits, theirs, usual.temperature)
 
     @staticmethod
     def _captured(model: nn.Module, images: Tensor) -> Any:
@@ -73,6 +84,6 @@ class GraphedLoss:
         return captured
 
 
-def graphed_loss(label_smoothing: float = 0.1) -> GraphedLoss | None:
+def graphed_loss(label_smoothing: float = 0.1, teacher: nn.Module | None = None) -> GraphedLoss | None:
     """A graphed loss where there is a GPU; None, the library's own step, where not."""
-    return GraphedLoss(label_smoothing) if torch.cuda.is_available() else None
+    return GraphedLoss(label_smoothing, teacher) if torch.cuda.is_available() else None

@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import singe_plugin
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.state import model_device
 
+from graphs import graphed_loss
 from harness import BASE, OF_PACE, accuracy, scoring_of, taken
 from records import append, environment, peak_mb, read
 from settings import Setting, load_setting
@@ -38,7 +42,15 @@ METHODS = ("ig_abs", "ig", "taylor", "magnitude_l2")
 
 @dataclass(frozen=True)
 class Row:
-    """What is computed: a network pruned by a method to a target, on test or held-out images."""
+    """What is computed: a network pruned by a method to a target, on test or held-out images.
+
+    Attributes:
+        images: to repair on.
+        steps, lr, distilled: of the fine-tuning, in batches of 128; no steps are none.
+        batches: of 64 images to score on.
+        start: what is fine-tuned: the network as ``"pruned"``, ``"repaired"``, or ``"both"``; ``"entwined"`` is
+            fine-tuned after each of the rounds, and repaired before that.
+    """
 
     network: str
     method: str
@@ -49,10 +61,14 @@ class Row:
     lr: float = 0.0
     distilled: bool = False
     split: str = "test"
+    batches: int = 1
+    start: str = "both"
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """Equal for rows that compute the same; fields that came later are left out where they say nothing new."""
+        usual = {"batches": 1, "start": "both"}
+        return json.dumps({k: v for k, v in asdict(self).items() if usual.get(k) != v}, sort_keys=True)
 
 
 class Kept(singe_plugin.Callback):
@@ -65,17 +81,51 @@ class Kept(singe_plugin.Callback):
         self.gone.setdefault(event.layer, set()).update(event.units)
 
 
-def compute(row: Row, setting: Setting) -> dict[str, Any]:
-    """Prune, measure, repair, measure; then fine-tune both, if asked for. The method ``none`` is the network before."""
+def compute(row: Row, setting: Setting, models: Path | None) -> dict[str, Any]:
+    """Prune, measure, repair, measure; then fine-tune, if asked for. The method ``none`` is the network before."""
     if row.method == "none":
         return {"unpruned": accuracy(row.split, setting, setting.make())}
-    kept, options = Kept(), BASE
+    if row.start == "entwined":
+        return _entwined(row, setting)
+    found, networks = _stored(row, setting, models)
+    if row.steps:
+        starts = ("pruned", "repaired") if row.start == "both" else (row.start,)
+        for start in starts:
+            torch.manual_seed(row.seed)
+            model, tuner = networks[start], Tuner(_finetuning(row, setting, "end"))
+            tuner.prepare(model)
+            tuner.run(model, row.steps, singe_plugin.Callback())
+            found["tuned" if start == "pruned" else "repaired_tuned"] = accuracy(row.split, setting, model)
+    return found
+
+
+def _stored(row: Row, setting: Setting, models: Path | None) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    """What is known of a network as pruned and as repaired, and both: from a folder, if they are there."""
+    same = replace(row, steps=0, lr=0.0, distilled=False, start="both", split="").key
+    file = None if models is None else models / f"{hashlib.sha256(same.encode()).hexdigest()[:16]}.pt"
+    if file is not None and file.exists():
+        key, found, networks = torch.load(file, weights_only=False)  # our own, of a moment ago
+        assert key == same
+    else:
+        found, networks = _pruned_and_repaired(row, setting)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save((same, found, {name: network.cpu() for name, network in networks.items()}), file)
+    device = model_device(setting.make())
+    networks = {name: network.to(device) for name, network in networks.items()}
+    return found | {name: accuracy(row.split, setting, network) for name, network in networks.items()}, networks
+
+
+def _pruned_and_repaired(row: Row, setting: Setting) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    kept, options = Kept(), BASE | {"scoring_batch_count": row.batches}
+    options |= {"nodes": 1} if row.batches > 1 else {}  # as the library does in rounds
+    start = time.perf_counter()
     result = singe_plugin.prune(
         setting.make(), setting.train, target=row.target, scoring=scoring_of(row.method, options, setting.classes),
         seed=row.seed, pace=Pace(**taken(options, OF_PACE)), finetune=0, callbacks=[kept], repair=None,
     )  # fmt: skip
     found = {"removed_params": result.removed_params, "removed_macs": result.removed_macs}
-    found["pruned"] = accuracy(row.split, setting, result.model)
+    found |= {"pruning_seconds": time.perf_counter() - start, "pruned_on": environment()["device"]}
     torch.manual_seed(row.seed)
     loader = DataLoader(setting.train, 64, shuffle=True)
     left = {
@@ -86,20 +136,29 @@ def compute(row: Row, setting: Setting) -> dict[str, Any]:
     start = time.perf_counter()
     done = singe_plugin.repair(repaired, original, loader, row.images, kept=left, seed=row.seed)
     found |= {"repair_seconds": time.perf_counter() - start, "solved": len(done.better)}
-    found["repaired"] = accuracy(row.split, setting, repaired)
-    if row.steps:
-        for name, model in (("tuned", result.model), ("repaired_tuned", repaired)):
-            torch.manual_seed(row.seed)
-            teacher = setting.make() if row.distilled else None
-            options_ = singe_plugin.FineTune(
-                DataLoader(setting.train, 128, shuffle=True, drop_last=True), row.steps, "end", lr=row.lr,
-                distill=teacher,
-            )  # fmt: skip
-            tuner = Tuner(options_)
-            tuner.prepare(model)
-            tuner.run(model, row.steps, singe_plugin.Callback())
-            found[name] = accuracy(row.split, setting, model)
-    return found
+    return found, {"pruned": result.model, "repaired": repaired}
+
+
+def _finetuning(row: Row, setting: Setting, every: str) -> singe_plugin.FineTune:
+    """The library's defaults, but for the rate and the teacher; on a GPU with the loss as a graph, in channels-last."""
+    loader = DataLoader(setting.train, 128, shuffle=True, drop_last=True)
+    teacher = setting.make() if row.distilled else None
+    if teacher is not None and torch.cuda.is_available():
+        teacher.to(memory_format=torch.channels_last)
+    graph = graphed_loss(teacher=teacher)
+    given = {"distill": teacher} if graph is None else {"step_fn": graph, "channels_last": True}
+    return singe_plugin.FineTune(loader, row.steps, every, lr=row.lr, **given)
+
+
+def _entwined(row: Row, setting: Setting) -> dict[str, Any]:
+    options = BASE | {"scoring_batch_count": row.batches, "nodes": 1}
+    result = singe_plugin.prune(
+        setting.make(), setting.train, target=row.target, scoring=scoring_of(row.method, options, setting.classes),
+        seed=row.seed, pace=Pace(**taken(options, OF_PACE)), finetune=_finetuning(row, setting, "layer"),
+        repair=singe_plugin.Repair(row.images, every="round"),
+    )  # fmt: skip
+    found = {"removed_params": result.removed_params, "removed_macs": result.removed_macs}
+    return found | {"entwined": accuracy(row.split, setting, result.model)}
 
 
 def wanted(args: argparse.Namespace) -> Iterator[Row]:
@@ -107,7 +166,9 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
         for target in args.targets:
             for method in args.methods:
                 steps = (args.steps, args.lr, args.distill) if args.steps else (0, 0.0, False)
-                yield Row(args.network, method, f"{args.kind}={target:g}", seed, args.images, *steps, args.split)
+                start = args.start if args.steps else "both"
+                target_ = f"{args.kind}={target:g}"
+                yield Row(args.network, method, target_, seed, args.images, *steps, args.split, args.batches, start)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -115,12 +176,13 @@ def run(args: argparse.Namespace) -> None:
     setting = load_setting(args.network, args.weights, args.data, args.test_images, args.size)
     about = {"data": setting.data, "weights": setting.weights, **environment()}
     rows = list(wanted(args))
+    part, parts = args.part
     for number, row in enumerate(rows):
-        if row.key in {stored["key"] for stored in read(args.rows)}:
+        if number % parts != part or row.key in {stored["key"] for stored in read(args.rows)}:
             continue
         start = time.perf_counter()
         try:
-            found = compute(row, setting)
+            found = compute(row, setting, args.models)
         except singe_plugin.SingeError as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         found |= {"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
@@ -194,6 +256,10 @@ def main() -> None:
     asked.add_argument("--steps", type=int, default=0, help="of fine-tuning in batches of 128")
     asked.add_argument("--lr", type=float, default=0.03)
     asked.add_argument("--distill", action="store_true", help="learn from the unpruned network")
+    asked.add_argument("--start", default="both", choices=("both", "pruned", "repaired", "entwined"))
+    asked.add_argument("--batches", type=int, default=1, help="of 64 images to score on")
+    asked.add_argument("--models", type=Path, help="a folder that keeps what is pruned and repaired")
+    asked.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every N-th row from I on")
     asked.add_argument("--split", default="test", choices=("test", "held_out"))
     asked.add_argument("--threads", type=int, default=1)
     asked.add_argument("--test-images", type=int, help="fewer, for a rehearsal; not for results")
