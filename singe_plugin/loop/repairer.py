@@ -121,19 +121,24 @@ class Repairer:
         self.seed, self.forward = seed, forward
         self.examples = max(next((len(t) for t in tensors_in(batches[0]) if t.ndim), 1), 1)
         self.kept: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+        self.masks: Mapping[str, Tensor] = {}
 
     @torch.no_grad()
-    def repair(self, pruned: nn.Module, kept: Mapping[str, Sequence[int]]) -> list[Solved]:
+    def repair(
+        self, pruned: nn.Module, kept: Mapping[str, Sequence[int]], masks: Mapping[str, Tensor] | None = None
+    ) -> list[Solved]:
         """Solve the layers of a pruned network again, and bring its batch-norms along.
 
         Args:
             pruned: the network; its weights change in place.
             kept: group -> the units that are left, in the numbering of the unpruned network; by default all.
+            masks: parameter -> which weights may be other than zero; of others, those that are not, or never were. The
+                layers themselves are plain ones (:func:`singe_plugin.masks.plain_weights`).
 
         Returns:
             every layer whose inputs are others than in the unpruned network, with its error before and after.
         """
-        self.kept = {}
+        self.kept, self.masks = {}, masks or {}
         for name, units in kept.items():
             leaf = self.graph.groups[name].leaf.root()
             mask = np.zeros(leaf.size, dtype=bool)
@@ -350,9 +355,8 @@ class Repairer:
             bias = pruned.get_parameter(site.bias).reshape(matrix.shape[:2])
         elif norm is not None:
             bias = matrix.new_zeros(matrix.shape[:2])
-        whole = self.original.get_parameter(site.name)
-        masked = (weight == 0) & (whole != 0).to(weight.device) if weight.shape == whole.shape else None
-        kept = None if masked is None or not bool(masked.any()) else matrix_of(last, ~masked)
+        kept = self._solvable(site.name, weight)
+        kept = None if kept is None or bool(kept.all()) else matrix_of(last, kept)
         behind = None
         if site.scale is not None:
             behind = torch.where(site.scale == 0, 0.0, 1 / site.scale).reshape(matrix.shape[:2])
@@ -365,6 +369,13 @@ class Repairer:
                 mean: Any = norm.running_mean
                 mean.sub_(found.bias.flatten().to(mean))
         return Solved(site.name, found.before, found.after, found.ridge)
+
+    def _solvable(self, name: str, weight: Tensor) -> Tensor | None:
+        """Which weights of a parameter may be other than zero; None is all of them."""
+        if name in self.masks:
+            return self.masks[name]
+        whole = self.original.get_parameter(name)
+        return (weight != 0) | (whole == 0).to(weight.device) if weight.shape == whole.shape else None
 
 
 def _fits(found: Contraction, y: Tensor, chosen: Tensor) -> bool:
