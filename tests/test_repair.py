@@ -366,15 +366,6 @@ def test_what_is_kept_from_one_pass_to_the_next_changes_nothing(monkeypatch: pyt
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-def test_what_would_need_too_large_a_matrix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "LARGEST", 5)
-    net, x = seeded(CHAINS["deep"]), torch.randn(64, 5)
-    smaller = copy.deepcopy(net)
-    SInGEPruner(smaller, x, tp.importance.MagnitudeImportance()).host().remove("0", [1, 2])
-    done = {s.name: s for s in repair(smaller, net, [x], kept={"0": [0, 3, 4, 5, 6, 7]}).layers}
-    assert done["2.weight"].reason == "it reads 6 features, and matrices of at most 5 are kept"
-
-
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
