@@ -118,7 +118,7 @@ class Repairer:
             if not mask.all():
                 self.kept[leaf] = mask
         players = []
-        found = []
+        found: list[tuple[int, Solved]] = []
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
             for model in (self.original, pruned):
                 with preserved(model), plain_layers(model):
@@ -126,9 +126,11 @@ class Repairer:
                     players.append(_Player(model, self.forward, self.batches))
             for stage in self._stages(*players):
                 self._collect(players, stage)
-                found += [self._solved(pruned, site) for site in stage]
+                found += [(site.numbers[0], self._solved(pruned, site)) for site in stage]
             renew_statistics(pruned, self.batches, self.forward)
-        return found
+        place = {number: place for place, number in enumerate(players[1].tape.order)}
+        found += [(number, solved) for number, solved in self.left.values()]
+        return [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
 
     def _stages(self, original: _Player, pruned: _Player) -> Iterator[list[Site]]:
         """What to solve, in forward order, together with what does not depend on it."""
@@ -144,9 +146,23 @@ class Repairer:
                 if original.tape.sites[number : number + 1] != [(weight, bias, reads)] or bias != site.bias:
                     site.reason = "the pruned network runs other operators than the unpruned one"
         self.open = {name: site.numbers for name, site in sites.items()}
+        self.left: dict[str, tuple[int, Solved]] = {}
         changed: set[int] = set()
         stage: list[Site] = []
-        for number, (weight, _, reads) in enumerate(pruned.tape.sites):
+        for number in pruned.tape.order:
+            computed = pruned.tape.computed.get(number)
+            if computed is not None:
+                again = {
+                    n for n in computed.names if mine[n].shape == theirs[n].shape and _differs(mine[n], theirs[n], 0)
+                }
+                before = original.tape.computed.get(number, computed).features
+                if again or computed.features != before or computed.depends & changed:
+                    changed.add(number)
+                    name = computed.names[0]
+                    if name not in sites:
+                        self.left.setdefault(name, (number, Solved(name, reason=computed.why)))
+                continue
+            weight, _, reads = pruned.tape.sites[number]
             differs = weight is not None and _differs(mine[weight], theirs[weight], reads)
             if differs or pruned.tape.depends[number] & changed:
                 changed.add(number)
