@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
-from singe_plugin import Pace, SInGEPruner, hold_masks, repair
+from singe_plugin import Pace, SInGEPruner, hold_masks, prune, prune_weights, repair
 from singe_plugin.loop.repair import Solved
 
 from stranger_trial import copied
@@ -203,3 +203,23 @@ def test_no_layer_of_a_network_is_passed_over(name: str) -> None:
     assert last in done
     if name == "test_nfnet":
         assert any("is computed from" in (layer.reason or "") for layer in done.values())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_copy_runs_the_operators_of_the_model(frozen: bool) -> None:
+    """``matmul`` multiplies otherwise if the weight wants no gradient, and the copy's never do."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+    net = nn.Sequential(nn.Linear(6, 16), block, nn.Flatten(), nn.Linear(16 * 5, 3)).eval().requires_grad_(not frozen)
+    batches = [(torch.randn(32, 5, 6), torch.arange(32) % 3) for _ in range(3)]
+    every = {f"1.{name}.weight" for name in ("self_attn.out_proj", "linear1", "linear2")} | {"3.weight"}
+    options: dict[str, Any] = {"scoring": "l1", "finetune": 0, "repair": 96}
+    results = [
+        prune_weights(copied(net), batches, sparsity=0.5, pace=Pace(rounds=1), **options),
+        prune(copied(net), batches, target="params=0.3", **options),
+    ]
+    for result, expected in zip(results, (every, {"1.linear2.weight", "3.weight"}), strict=True):
+        (event,) = result.history.select("repaired")
+        assert expected <= event["layers"].keys()
+        assert not any(row.get("reason") for row in event["layers"].values())
+        assert all(p.requires_grad is not frozen for p in result.model.parameters())

@@ -29,7 +29,7 @@ from singe_plugin.loop.sites import Site
 from singe_plugin.loop.statistics import renew_statistics
 from singe_plugin.method.ridge import solve
 from singe_plugin.nested import map_tensors, tensors_in
-from singe_plugin.state import RngState, model_device, plain_layers, preserved
+from singe_plugin.state import RngState, model_device, plain_layers, preserved, want_gradients
 
 __all__ = ["Repairer"]
 
@@ -122,7 +122,7 @@ class Repairer:
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
             for model in (self.original, pruned):
                 with preserved(model), plain_layers(model):
-                    model.eval()
+                    want_gradients(model.eval())
                     players.append(_Player(model, self.forward, self.batches))
             for stage in self._stages(*players):
                 self._collect(players, stage)
@@ -257,7 +257,7 @@ class Repairer:
             for player in players:
                 stack.enter_context(preserved(player.model))
                 stack.enter_context(plain_layers(player.model))
-                player.model.eval()
+                want_gradients(player.model.eval())
             for batch in range(len(self.batches)):
                 for player, start, see, watch in zip(players, starts, (see_original, see_pruned), watches, strict=True):
                     player.play(batch, start, see, watch)
