@@ -76,8 +76,10 @@ def test_a_layer_is_the_ridge_regression(r: float, bias: bool, large: bool, monk
             np.testing.assert_allclose(found.bias[group].numpy(), b, atol=1e-9)
 
 
-def test_masked_rows_are_solved_each_on_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("small", [300, 1.5, 0], ids=["factorised", "some", "conjugate gradients"])
+def test_masked_rows_are_solved_each_on_what_it_keeps(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ridge, "_ENOUGH", 1e-13)
+    monkeypatch.setattr(ridge, "_SMALL", small)
     torch.manual_seed(0)
     x, kept = torch.randn(1, 80, 6).double(), torch.rand(1, 4, 6) > 0.4
     w0 = torch.randn(1, 4, 6).double() * kept
