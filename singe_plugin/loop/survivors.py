@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -312,10 +313,19 @@ def _positions(axis: Axis, gone: Mapping[Any, set[int]]) -> Any:
 
 def _matched(whole: Tensor, part: Tensor) -> Any:
     """Which rows of ``whole`` the rows of ``part`` are, in order; None if they are not, or if that is not clear."""
-    found = []
-    for row in part:
-        hits = (whole == row.to(whole.device)).all(1).nonzero().flatten().tolist()
-        if len(hits) != 1:
-            return None
-        found.append(hits[0])
-    return np.asarray(found) if found == sorted(found) else None
+    if whole.dtype != part.dtype or whole.shape[1] != part.shape[1]:
+        return None
+    places: dict[bytes, list[int]] = {}
+    for place, key in enumerate(_keys(whole)):
+        places.setdefault(key, []).append(place)
+    hits = [places.get(key, []) for key in _keys(part)]
+    found = [place for hit in hits for place in hit]
+    return np.asarray(found) if all(len(hit) == 1 for hit in hits) and found and found == sorted(found) else None
+
+
+def _keys(rows: Tensor) -> Iterator[bytes]:
+    """A short key for every row: comparing each with each takes too long where there are thousands."""
+    same = (rows.detach() + 0).cpu()  # there are two zeros
+    data = same.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    for row in data:
+        yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()
