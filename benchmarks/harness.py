@@ -223,10 +223,11 @@ def _pruned(spec: Spec, setting: Setting, options: dict[str, Any], clock: _Clock
 
 def _weights(spec: Spec, setting: Setting, clock: _Clock) -> tuple[Any, dict[str, Any]]:
     options = dict(spec.options)
-    amount = {"pattern": options.pop("pattern")} if "pattern" in options else {"sparsity": spec.target}
+    amount = options.pop("pattern", spec.target)
     result = singe_plugin.prune_weights(
         setting.make(), setting.train, scoring=Scoring(spec.method, **taken(options, OF_CRITERION, OF_DATA)),
-        pace=Pace(**taken(options, OF_PACE)), seed=spec.seed, finetune=0, callbacks=[clock], **amount,
+        pace=Pace(**taken(options, OF_PACE)), seed=spec.seed, finetune=0, callbacks=[clock], sparsity=amount,
+        repair=None,
     )  # fmt: skip
     return result, {"masked": result.weight_sparsity, "removed_macs": result.removed_macs}
 

@@ -8,6 +8,7 @@ A mask is a buffer (``bool``, of the weight's shape) of ``layer.parametrizations
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "named_tensors",
     "plain_tensors",
     "plain_types",
+    "plain_weights",
     "weight_of",
     "weight_slot",
 ]
@@ -204,6 +206,63 @@ def fold_masks(model: nn.Module) -> dict[str, Tensor]:
         module._parameters.clear()
         module._parameters.update({name: table.pop(name) for name in held.order if name in table} | table)
     return masks
+
+
+@contextmanager
+def plain_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Let masked layers be plain ones in here, whose parameters are the masked weights.
+
+    Afterwards the same masks are back: what the parameters have become in here is kept where it is not masked, and what
+    lay behind the masks is as it was.
+
+    Yields:
+        the masks: parameter name -> ``bool``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 1, bias=False))
+        >>> hold_masks(net, {"0.weight": torch.tensor([[True, False]])})
+        >>> with plain_weights(net) as masks, torch.no_grad():
+        ...     print(type(net[0]).__name__, list(masks))
+        ...     _ = net[0].weight.fill_(3.0)
+        Linear ['0.weight']
+        >>> type(net[0]).__name__, net[0].weight.tolist()
+        ('ParametrizedLinear', [[3.0, 0.0]])
+    """
+    masks = {}
+    with ExitStack() as stack:
+        for name, module in list(model.named_modules()):
+            held = mask_module(module)
+            if held is not None:
+                masks[f"{name}.weight".lstrip(".")] = held.mask
+                stack.enter_context(_plain(module, held))
+        yield masks
+
+
+@contextmanager
+def _plain(module: nn.Module, held: WeightMask) -> Iterator[None]:
+    """Take a mask off in here; the objects that hold it are put back."""
+    weight, lists = cast(nn.Parameter, weight_of(module)), cast(nn.ModuleDict, module.parametrizations)
+    behind, cls = weight.detach().clone(), type(module)
+    tables = [(t, dict(t)) for t in (module._parameters, module._modules, lists._modules)]
+    weight.data.masked_fill_(~held.mask, 0.0)
+    if len(lists) == 1:
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+    else:  # the others stay
+        _own_class(module)
+        delattr(type(module), "weight")
+        del lists._modules["weight"]
+    table = {**module._parameters, "weight": weight}
+    module._parameters.clear()
+    module._parameters.update({name: table.pop(name) for name in held.order if name in table} | table)
+    try:
+        yield
+    finally:
+        module.__class__ = cls
+        for now, before in tables:
+            now.clear()
+            now.update(before)  # type: ignore[arg-type]
+        weight.data.copy_(torch.where(held.mask, weight.detach(), behind))
 
 
 def _own_class(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from singe_plugin.undo import Contents
 
 __all__ = [
     "RngState", "casts_forgotten", "computed_tables", "containers_training", "forget_caches", "model_device",
-    "native_rnns", "plain_layers", "preserved", "tables_of", "train_mode_of", "unfused_attention",
+    "native_rnns", "plain_layers", "preserved", "tables_of", "train_mode_of", "unfused_attention", "want_gradients",
 ]  # fmt: skip
 
 
@@ -266,6 +266,26 @@ def plain_layers(model: nn.Module) -> Iterator[None]:
                 del CheckpointFunction.apply
             else:
                 CheckpointFunction.apply = own
+
+
+def want_gradients(model: nn.Module) -> None:
+    """Let all parameters want gradients, inside of :func:`preserved`; also under ``torch.no_grad``.
+
+    Which operators a layer runs depends on it (``matmul`` multiplies frozen matrices one by one, others at once), and a
+    frozen copy has to run those of the model.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1).requires_grad_(False)
+        >>> with preserved(layer):
+        ...     want_gradients(layer)
+        ...     print(layer.weight.requires_grad)
+        True
+        >>> layer.weight.requires_grad
+        False
+    """
+    for parameter in model.parameters():
+        if (parameter.is_floating_point() or parameter.is_complex()) and not parameter.is_inference():
+            parameter.requires_grad_(True)
 
 
 @contextmanager

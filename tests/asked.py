@@ -15,11 +15,14 @@ SCORING, PACE, FINETUNE = ({f.name for f in fields(cls)} for cls in (Scoring, Pa
 def asked(**options: Any) -> dict[str, Any]:
     """Keywords of ``prune`` and of the pruners: fields of Scoring, Pace and FineTune in their objects, the rest alone.
 
-    A name that two of them have is Scoring's; ``finetune_steps`` is FineTune's ``steps``, and batches that are no
-    number are a pruner's own. Beside an importance, what only a criterion has is left out.
+    A name that two of them have is Scoring's; ``finetune_steps`` is FineTune's ``steps``, a ``pattern`` a part of the
+    sparsity, and batches that are no number are a pruner's own. Beside an importance, what only a criterion has is left
+    out.
     """
     if callable(options.get("criterion")):
         options = {name: value for name, value in options.items() if name not in ("nodes", "mu")}
+    if (pattern := options.pop("pattern", None)) is not None:
+        options["sparsity"] = pattern, options.get("sparsity")
     found: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {"scoring": {}, "pace": {}, "finetune": {}}
     for name, value in options.items():

@@ -180,6 +180,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert "sparsity: 90.0" in shown.output
 
 
+def test_the_repair_on_the_command_line(tmp_path: Path) -> None:
+    for options, count in ((["--repair-images", "8"], 8), ([], 512), (["--no-repair"], None)):
+        folder = tmp_path / str(count)
+        arguments = [*WEIGHT, "--rounds", "1", "--finetune-every", "end", *options, "--json", "--output", folder]
+        said = json.loads(singe(*arguments).stdout)
+        assert (said["options"]["repair"] or {}).get("images") == count
+        assert json.loads(singe(*arguments, "--resume").stdout)["options"] == said["options"]  # it is finished
+    other = singe(
+        *WEIGHT, "--rounds", "1", "--finetune-every", "end", "--resume", "--output", folder, "--repair-images", 9
+    )
+    assert "with other options (repair" in other.stderr
+
+
 def test_patterns_and_ratios_on_the_command_line(tmp_path: Path) -> None:
     one = singe(*WEIGHT, "--pattern", "2:4", "--order", "layers", "--mu", "0.9", "--json", "--output", tmp_path / "a")
     said = json.loads(one.stdout)

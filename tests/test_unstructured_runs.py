@@ -176,7 +176,7 @@ def test_events_count_what_is_not_masked() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sparsity": ({"sparsity": 1.0}, r"sparsity=1.0 is not a fraction of weights inside \[0, 1\["),
-    "sparsity type": ({"sparsity": "a lot"}, "sparsity='a lot' is not a fraction"),
+    "sparsity type": ({"sparsity": "a lot"}, "sparsity='a lot' is neither a fraction of weights nor a pattern"),
     "ratios": ({"ratios": "blocks"}, "unknown ratios 'blocks'.*or give a dict"),
     "ratios of units": (
         {"ratios": "block"},
@@ -186,8 +186,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "name": ({"ratios": {"conv9": 0.5}}, r"ratios names \['conv9'\].*the layers are conv1, conv2, conv3, fc"),
     "both": ({"ratios": {"conv1": 0.5}, "sparsity": 0.5}, "sparsity=0.5 and ratios with one for each layer"),
     "nothing": ({"ratios": {"conv1": 0.0}}, "no layer is left to prune; 'conv1', for one: ratios gives it no"),
-    "pattern": ({"pattern": "4:2"}, "pattern='4:2' is not a pattern.*e.g. '2:4'"),
-    "pattern type": ({"pattern": 2}, "pattern=2 is not a pattern"),
+    "pattern": ({"pattern": "4:2"}, "sparsity='4:2' is neither.*nor a pattern.*e.g. '2:4'"),
+    "pattern type": ({"sparsity": (2, 4, 8)}, r"sparsity=\(2, 4, 8\) is neither a fraction"),
     "too dense": ({"pattern": "1:4", "sparsity": 0.5}, "sparsity=0.5 is less than the 0.75 that the pattern 1:4"),
     "no fit": ({"pattern": "5:7"}, "no layer is left to prune; 'conv1', for one: its 2 input channels"),
     "max": (

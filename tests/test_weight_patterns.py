@@ -158,7 +158,7 @@ def test_a_pattern_and_more_on_top_of_it() -> None:
 def test_torch_takes_it_as_semi_structured() -> None:
     net = nn.Sequential(nn.Linear(128, 128, bias=False)).half().cuda()
     batch = (torch.randn(64, 128).half().cuda(), torch.randint(0, 128, (64,)).cuda())
-    pruner = UnstructuredPruner(net, [batch], pattern="2:4")
+    pruner = UnstructuredPruner(net, [batch], sparsity="2:4")
     pruner.run()
     pruner.fold()
     expected = net(batch[0])

@@ -91,7 +91,7 @@ class TorchPruningHost:
             self.unpruned.removed()
 
     def repair(self, last: bool) -> Repaired | None:
-        return None if self.unpruned is None else self.unpruned.repair(last, self.trackers)
+        return None if self.unpruned is None else self.unpruned.repair(last, self.trackers.ema_models())
 
     def params(self) -> int:
         return count_params(self.model)

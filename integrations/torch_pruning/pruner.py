@@ -177,7 +177,7 @@ class SInGEPruner(SteppingPruner):
             needed: whether it is an error if the model cannot be copied.
         """
         ignored = [*self.ignored_layers, *self.ignored_params]
-        self._unpruned = Unpruned(self.graph, images, repair, ignored, self._forward, seed, needed)
+        self._unpruned = Unpruned(self.model, images, repair, self.graph, ignored, self._forward, seed, needed)
 
     def _images(self, repair: Repair) -> list[Any]:
         batches = self.batches

@@ -13,7 +13,10 @@ from singe_plugin.loop.pace import Pace
 from .allocation import RATIOS
 from .patterns import Pattern
 
-__all__ = ["DEFAULT_ROUNDS", "DEFAULT_SPARSITY", "settle_pace", "settle_sparsity"]
+__all__ = ["DEFAULT_ROUNDS", "DEFAULT_SPARSITY", "Sparsity", "settle_pace", "settle_sparsity", "split_sparsity"]
+
+Sparsity = float | str | Pattern | tuple[Any, Any]
+"""A fraction, an N:M pattern, or ``(pattern, fraction)``."""
 
 DEFAULT_SPARSITY = 0.9
 DEFAULT_ROUNDS = 10
@@ -40,6 +43,21 @@ def settle_pace(pace: Pace, rounds: int) -> Pace:
         )
     found = pace.settle(rounds=rounds, ratios="global", max_pruning_ratio=1.0)
     return replace(found, min_width=None)
+
+
+def split_sparsity(given: Sparsity | None) -> tuple[Any, Pattern | None]:
+    """The fraction and the pattern that a sparsity says.
+
+    Raises:
+        ConfigError: for what looks like a pattern and is none.
+
+    Example:
+        >>> split_sparsity(0.9), split_sparsity("2:4"), split_sparsity(("2:4", 0.75))
+        ((0.9, None), (None, Pattern(keep=2, block=4)), (0.75, Pattern(keep=2, block=4)))
+    """
+    if isinstance(given, (tuple, list)) and len(given) == 2 and not isinstance(given[0], int):
+        return given[1], Pattern.parse(given[0])
+    return (None, Pattern.parse(given)) if isinstance(given, (str, Pattern, tuple, list)) else (given, None)
 
 
 def settle_sparsity(sparsity: Any, pace: Pace, pattern: Pattern | None) -> float | None:

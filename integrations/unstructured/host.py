@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, RemovalError
 from singe_plugin.loop.budget import GroupSpec
+from singe_plugin.loop.events import Repaired
+from singe_plugin.loop.survivors import Unpruned
 from singe_plugin.masks import hold_mask, mask_module
 from singe_plugin.method.units import UnitGroup
 
@@ -32,6 +34,7 @@ class WeightHost:
         score: one score per weight that is left of a group.
         macs: dense multiply-adds of one example by module name (``""`` is the whole model), if they are known.
         emas: averaged copies, which get the same masks.
+        unpruned: the network before pruning, if the weights that are left take over; or None.
     """
 
     def __init__(
@@ -41,8 +44,10 @@ class WeightHost:
         score: Callable[[UnitGroup], Tensor],
         macs: Mapping[str, int] | None = None,
         emas: Sequence[nn.Module] = (),
+        unpruned: Unpruned | None = None,
     ) -> None:
         self.model, self.macs, self._score = model, macs, score
+        self.emas, self.unpruned = emas, unpruned
         self._counts: dict[str, tuple[int, int]] = {}  # the version of a mask, and how many it keeps
         self.by_name = {layer.name: layer for layer in layers}
         self.masks = {layer.name: hold_mask(layer.module) for layer in layers}
@@ -77,6 +82,11 @@ class WeightHost:
         flat = mask.flatten().index_fill(0, places[chosen], False)
         for module in (self.by_name[layer].module, *self.twins[layer]):
             hold_mask(module, flat.view(mask.shape))
+        if self.unpruned is not None:
+            self.unpruned.removed()
+
+    def repair(self, last: bool) -> Repaired | None:
+        return None if self.unpruned is None else self.unpruned.repair(last, self.emas)
 
     def size(self, layer: str) -> int:
         """All weights of a layer, masked or not."""

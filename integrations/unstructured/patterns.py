@@ -48,8 +48,8 @@ class Pattern:
             keep = block = 0
         if not 0 < keep < block:
             raise ConfigError(
-                f"pattern={value!r} is not a pattern; give how many of how many consecutive weights stay, e.g. '2:4' "
-                "or (2, 4)"
+                f"sparsity={value!r} is neither a fraction of weights nor a pattern; give a number inside [0, 1[, or "
+                "how many of how many consecutive weights stay, e.g. '2:4' or (2, 4)"
             )
         return cls(keep, block)
 

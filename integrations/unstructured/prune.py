@@ -13,6 +13,7 @@ from singe_plugin.fields import as_options, describe
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.repair import Repair
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
 from singe_plugin.run.result import Result
@@ -20,8 +21,8 @@ from singe_plugin.run.run import carry_through
 from singe_plugin.run.staging import set_stage, with_log
 from singe_plugin.state import model_device
 
-from .arguments import DEFAULT_ROUNDS, settle_pace
-from .patterns import Pattern
+from ..prune import what_repairs
+from .arguments import DEFAULT_ROUNDS, Sparsity, settle_pace, split_sparsity
 from .pruner import UnstructuredPruner
 
 __all__ = ["prune_weights"]
@@ -31,8 +32,7 @@ def prune_weights(
     model: nn.Module,
     data: Any,
     *,
-    sparsity: float | None = None,
-    pattern: str | tuple[int, int] | Pattern | None = None,
+    sparsity: Sparsity | None = None,
     scoring: Scoring | str | None = None,
     pace: Pace | str | None = None,
     finetune: FineTune | int | None = None,
@@ -42,6 +42,7 @@ def prune_weights(
     device: str | torch.device | None = None,
     seed: int = 0,
     fold: bool = False,
+    repair: Repair | int | str | None = "auto",
     callbacks: Iterable[Callback] = (),
     out_dir: str | Path | None = None,
     resume: bool = False,
@@ -53,9 +54,10 @@ def prune_weights(
 
     Args:
         model, data: see :func:`singe_plugin.prune`, as for everything that is not named here.
-        sparsity, pattern, scoring, pace: see :class:`UnstructuredPruner`; there are 10 rounds, if nothing is said.
+        sparsity, scoring, pace: see :class:`UnstructuredPruner`; there are 10 rounds, if nothing is said.
         ignored_layers: modules or names of layers that stay dense.
         fold: fold *batch-norm* for good first, as in the paper's experiments.
+        repair: as in :func:`singe_plugin.prune`; the fine-tuning is entwined with the removals, if nothing is said.
 
     Raises:
         SingeError: one clear error; the model is as it was before.
@@ -70,19 +72,26 @@ def prune_weights(
     pace = settle_pace(as_options(Pace, pace, "pace", "order"), DEFAULT_ROUNDS)
     assert pace.order is not None
     scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order, weights=True)
+    finetune = as_options(FineTune, finetune, "finetune", "steps")
+    mended = what_repairs(repair, finetune.settle("layer"))
+    fraction, pattern = split_sparsity(sparsity)
     options = {
-        "granularity": "weight", "sparsity": sparsity, "pattern": None if pattern is None else str(pattern),
+        "granularity": "weight", "sparsity": fraction, "pattern": None if pattern is None else str(pattern),
         "scoring": describe(scoring), "pace": describe(pace.named(model)), "seed": seed, "fold": fold,
+        "repair": None if mended is None else describe(mended),
     }  # fmt: skip
     with set_stage(
-        model, data, scoring=scoring, finetune=as_options(FineTune, finetune, "finetune", "steps"), val_data=val_data,
+        model, data, scoring=scoring, finetune=finetune, val_data=val_data,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
+        images=0 if mended is None else mended.images,
     ) as stage:  # fmt: skip
         folded = list(fold_batchnorm(model, stage.example).folded) if fold else []
         pruner = UnstructuredPruner(
-            model, stage.batches, sparsity=sparsity, pattern=pattern, ignored_layers=ignored_layers, pace=pace,
+            model, stage.batches, sparsity=sparsity, ignored_layers=ignored_layers, pace=pace,
             finetune=stage.tuner, callbacks=with_log(callbacks), example_inputs=stage.example, scoring=scoring,
         )  # fmt: skip
+        if mended is not None:
+            pruner.repair_with(mended, stage.images, seed, needed=repair != "auto")
         result = carry_through(pruner, stage, options, folded, resume)
     result.weight_masks = {name: mask.to(model_device(model)) for name, mask in result.weight_masks.items()}
     return result

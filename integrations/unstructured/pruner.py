@@ -17,6 +17,8 @@ from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import CountedProgress, Progress
+from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.survivors import Unpruned, images_of
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import fold_masks, masks_of
 from singe_plugin.method.batches import check_batch, in_memory, materialise
@@ -33,10 +35,9 @@ from singe_plugin.state import model_device
 
 from ..torch_pruning.host import block_of
 from .allocation import Allocation, layer_ratios
-from .arguments import settle_pace, settle_sparsity
+from .arguments import Sparsity, settle_pace, settle_sparsity, split_sparsity
 from .host import WeightHost
 from .layers import WeightGroup, find_layers
-from .patterns import Pattern
 
 __all__ = ["LayerSparsity", "SparseOutcome", "UnstructuredPruner"]
 
@@ -101,9 +102,10 @@ class UnstructuredPruner:
     Args:
         model: the model; it stays in its mode, on its device, and keeps its parameter objects.
         batches: what F is evaluated on, a few batches ``(inputs, targets)``; criteria that read only weights need none.
-        sparsity: the fraction of the weights of the pruned layers to mask; None is 0.9, or what ``pattern`` needs.
-        pattern: ``"2:4"`` or ``(2, 4)``: at most two of every four consecutive weights along the inputs stay (see
-            :mod:`.patterns`), chosen by score inside each block. Layers that it does not fit are left whole.
+        sparsity: the fraction of the weights of the pruned layers to mask, 0.9 if nothing is said; or a pattern,
+            ``"2:4"`` or ``(2, 4)``: at most two of every four consecutive weights along the inputs stay (see
+            :mod:`.patterns`), chosen by score inside each block, and layers that it does not fit are left whole; or
+            both, ``("2:4", 0.75)``, for more than the pattern masks.
         layers, ignored_layers: modules or names, with what is inside of them.
         pace: the order, how fast and how far: a :class:`~singe_plugin.Pace`, or the name of an order. ``ratios`` is
             ``"global"`` (all weights are ranked together), ``"uniform"`` (the same fraction of every layer goes) or
@@ -114,6 +116,8 @@ class UnstructuredPruner:
         callbacks: see :mod:`singe_plugin.loop.events`; ``params`` in events counts what is not masked.
         example_inputs: for tracing and counting; by default two examples of the first batch.
         scoring: a :class:`~singe_plugin.Scoring`, or the name of a criterion; ``mu`` is 0.8 as in the paper.
+        repair: a :class:`~singe_plugin.Repair`, or a number of images: the weights that are left take over after the
+            removals of :meth:`run`, on the inputs of ``batches``; None does not.
 
     Raises:
         ConfigError, DataError, TiedParameterError: naming the layer, the value and the remedy.
@@ -136,8 +140,7 @@ class UnstructuredPruner:
         model: nn.Module,
         batches: Iterable[Any] | None = None,
         *,
-        sparsity: float | None = None,
-        pattern: str | tuple[int, int] | Pattern | None = None,
+        sparsity: Sparsity | None = None,
         layers: Iterable[nn.Module | str] | None = None,
         ignored_layers: Iterable[nn.Module | str] = (),
         pace: Pace | str | None = None,
@@ -145,15 +148,16 @@ class UnstructuredPruner:
         callbacks: Iterable[Callback] = (),
         example_inputs: Any = None,
         scoring: Scoring | str | None = None,
+        repair: Repair | int | None = None,
     ) -> None:
         check_model(model)
         check_parts(model, finetune, callbacks := list(callbacks), ())
         self.model, self.tuner, self.callbacks = model, make_tuner(finetune), callbacks
-        self.pattern = None if pattern is None else Pattern.parse(pattern)
+        fraction, self.pattern = split_sparsity(sparsity)
         self.pace = settle_pace(as_options(Pace, pace, "pace", "order"), 1)
         assert self.pace.order is not None
         self.scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(self.pace.order, weights=True)
-        self.sparsity = settle_sparsity(sparsity, self.pace, self.pattern)
+        self.sparsity = settle_sparsity(fraction, self.pace, self.pattern)
         self.batches = None if batches is None else in_memory(materialise(batches))
         if self.batches == [] or (self.batches is None and self.scoring.rule.needs_gradient):
             raise DataError(
@@ -169,6 +173,23 @@ class UnstructuredPruner:
         self.ratios: str | dict[str, float] = str(self.pace.ratios)  # or, of the layers that are pruned, one for each
         self.layers = self._fitting(found)
         self._host: WeightHost | None = None
+        self._unpruned: Unpruned | None = None
+        if repair is not None:
+            chosen = as_options(Repair, repair, "repair", "images")
+            if not self.batches:
+                raise DataError("repair needs images: give UnstructuredPruner batches, whose targets are not read")
+            self.repair_with(chosen, images_of(self.batches, chosen.images, model))
+
+    def repair_with(self, repair: Repair, images: Sequence[Any], seed: int = 0, needed: bool = True) -> None:
+        """Let the weights that are left take over after the removals of ``run``, on these inputs.
+
+        Args:
+            repair: how.
+            images: inputs.
+            seed: of the choice of positions.
+            needed: whether it is an error if the model cannot be copied.
+        """
+        self._unpruned = Unpruned(self.model, images, repair, seed=seed, needed=needed)
 
     def _fitting(self, found: list[WeightGroup]) -> list[WeightGroup]:
         """The layers that the pattern fits and that have a ratio; the others are left whole."""
@@ -200,7 +221,10 @@ class UnstructuredPruner:
             def score(group: UnitGroup) -> Tensor:
                 return score_units(self.model, group, self.batches, self.scoring)
 
-            self._host = WeightHost(self.model, self.layers, score, self._macs(), self.trackers().ema_models())
+            emas = self.trackers().ema_models()
+            self._host = WeightHost(self.model, self.layers, score, self._macs(), emas, self._unpruned)
+            if self._unpruned is not None:
+                self._unpruned.hold()
         return self._host
 
     def run(
@@ -234,6 +258,8 @@ class UnstructuredPruner:
         Rounds begin with a scoring of all layers, which says so too.
         """
         host, first = self.host(), [] if self.batches is None else self.batches[:1]
+        if self._unpruned is not None:
+            self._unpruned.hold(anew=True)
         if self.pace.order == "layers" and self.scoring.rule.needs_gradient:
             probe = replace(self.scoring, criterion="grad", path="layer", normalizer=None)
             for spec in host.layers():
@@ -256,6 +282,8 @@ class UnstructuredPruner:
 
     def turns(self, loop: Loop) -> Iterator[Turn]:
         """Algorithm 1 or rounds, as the pace says."""
+        if self._unpruned is not None:
+            self._unpruned.begin()
         host: Any = loop.host
         allocation = self._allocation(host, loop.progress.plan if self.pace.order == "rounds" else {})
         loop.choose = allocation.choose

@@ -74,7 +74,7 @@ _weights = _stacked(
     click.option("--pattern", metavar="N:M", help="At most N of every M consecutive weights stay, e.g. 2:4."),
 )
 _OF_WEIGHTS = ("sparsity", "pattern")
-_OF_UNITS = ("target", "no_verify", "no_repair", *(spelling.name for spelling in spellings(Repair)))
+_OF_UNITS = ("target", "no_verify")
 _output = _stacked(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
@@ -246,8 +246,9 @@ def prune(
         data.update(download=options.pop("dataset_download"), seed=options["seed"], augment=not options.pop("no_aug"))
         if granularity == "unit":
             pace = replace(pace, verify=not options.pop("no_verify"))
-            options |= {"target": _target_of(options, pace), "repair": _repair_of(options, repair)}
+            options["target"] = _target_of(options, pace)
         options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, distill)}
+        options["repair"] = _repair_of(options, repair)
         say, curves = _teller(as_json, quiet), not no_curves
         result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity)
     files = "\n".join(f"  {path}" for path in values["files"])

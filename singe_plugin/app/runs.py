@@ -143,7 +143,7 @@ def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, 
     scoring = options["scoring"].settle(pace.order, weights)
     settled = options["finetune"].settle("layer" if weights else usual_every(pace))
     finetune = {k: v for k, v in describe(settled).items() if k not in ("loader", "loss")}
-    repair = None if weights else what_repairs(options["repair"], settled)
+    repair = what_repairs(options["repair"], settled)
     parts: dict[str, Any] = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
     parts["repair"] = None if repair is None else describe(repair)
     known = {k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded}
@@ -175,6 +175,8 @@ def _prune(
     if curves and granularity == "unit":
         named.model.to(resolve_device(prune_options["device"]))
         panels = figure_two(named.model, splits.train, prune_options["scoring"].batch_size, seed)
+    if (pattern := prune_options.pop("pattern", None)) is not None:
+        prune_options["sparsity"] = pattern, prune_options["sparsity"]
     started = time.perf_counter()
     bar = ProgressBar() if progress else None
     try:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from singe_plugin.errors import GroupError
 from singe_plugin.nested import call_model, tensors_in
-from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of
+from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of, want_gradients
 
 from .algebra import fix_all, fresh, is_fixed
 from .contractions import CONTRACTING
@@ -150,7 +150,7 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
         stack.enter_context(preserved(model))
         stack.enter_context(plain_layers(model))
         stack.enter_context(torch.no_grad())
-        model.eval()
+        want_gradients(model.eval())
         state = Trace(model, caches=computed_tables(model, lambda: forward(model, inputs)))
         state.forget()
         for tensor in tensors_in(inputs):

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from singe_plugin.nested import call_model, tensors_in
 
 from .contractions import CONTRACTING, Contraction, Names
+from .sources import Computed, Sources
 
 __all__ = ["Kept", "Playback", "Reached", "Strayed", "Sum", "Tape"]
 
@@ -103,6 +104,8 @@ class Tape:
         sites: ``(weight, bias, which dimension of the weight reads)`` of every contraction, by number; the names are
             None where there is none.
         depends: by number, the contractions that it depends on.
+        computed: by number, those whose weight is no parameter of their own; negative numbers are of other operators.
+        order: the numbers, negative ones included, as they ran.
         touched: parameter -> the first operator that takes it, or what is made of it by turning it.
         sums: by number, where the results of contractions are added to something that does not depend on them; each
             sum once.
@@ -114,6 +117,8 @@ class Tape:
     contracting: list[int] = field(default_factory=list)
     sites: list[tuple[str | None, str | None, int]] = field(default_factory=list)
     depends: list[frozenset[int]] = field(default_factory=list)
+    computed: dict[int, Computed] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
     touched: dict[str, int] = field(default_factory=dict)
     sums: dict[int, Sum] = field(default_factory=dict)
     read: dict[str, set[str]] = field(default_factory=dict)
@@ -131,7 +136,7 @@ class Tape:
             ([('0.weight', '0.bias', 1), ('2.weight', '2.bias', 1)], [frozenset(), frozenset({0})])
         """
         tape = cls()
-        with torch.no_grad(), _Recorder(model, tape) as recorder:
+        with torch.no_grad(), _Recorder(model, tape, inputs) as recorder:
             outputs = forward(model, inputs)
         for tensor in tensors_in(outputs):
             if tensor in recorder.places:
@@ -149,9 +154,9 @@ class Tape:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: nn.Module, tape: Tape) -> None:
+    def __init__(self, model: nn.Module, tape: Tape, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape, self.names = tape, Names(model)
+        self.tape, self.names, self.sources = tape, Names(model), Sources(model, inputs)
         self.places: Any = WeakIdKeyDictionary()
         self.reach: Any = WeakIdKeyDictionary()
         self.norms = {id(b): n.rpartition(".")[0] for n, b in model.named_buffers() if n.endswith("running_mean")}
@@ -163,7 +168,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         name, tape, step = func._schema.name.split("::")[1], self.tape, len(self.tape.steps)
         if name == "detach":  # comes and goes with who holds a tensor, and does nothing
-            for table in (self.places, self.reach, self.names.made, self.chains):
+            for table in (self.places, self.reach, self.names.made, self.chains, *self.sources.tables):
                 if args[0] in table:
                     table[out] = table[args[0]]
             return out
@@ -181,6 +186,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         in_place = bool(func._schema.is_mutable)
         self._check(func, name, args, results, in_place)
         self._follow_chain(name, args, kwargs, results, operands)
+        seen = None
         if name in CONTRACTING:
             number = len(tape.sites)
             tape.contracting.append(step)
@@ -188,10 +194,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             turned = seen.columns if seen.convolution is None else seen.convolution[3]
             tape.sites.append((seen.weight, seen.bias, 0 if turned else 1))
             tape.depends.append(found)
-            found |= {number}
             self.chains[out] = number, None
         else:
             self.names.follow(name, args, out)
+        found |= self._note_layer(name, args, operands, out, seen, found)
         for slot, result in enumerate(results):
             if isinstance(result, Tensor):
                 self.reach[result] = found
@@ -202,6 +208,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shapes = [_Shape(r.size(), r.stride(), r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
         tape.steps.append(_Step(name, shapes, spec, in_place))
         return out
+
+    def _note_layer(
+        self, name: str, args: Any, operands: list[Tensor], out: Any, seen: Contraction | None, depends: frozenset[int]
+    ) -> frozenset[int]:
+        """Note what contracts, with a parameter of its own or not; its number, if it has one."""
+        tape, sources = self.tape, self.sources
+        first = CONTRACTING.get(name, 0)
+        plain = seen is not None and args[first + 1] in self.names.made
+        computed = sources.layer(name, args, seen, plain, depends)
+        own = seen is not None and seen.weight is not None and args[first] not in sources.known
+        sources.follow(operands, out, own or computed is not None)
+        if seen is None and computed is None:
+            return frozenset()
+        number = -1 - len(tape.computed) if seen is None else seen.number
+        tape.order.append(number)
+        if computed is not None:
+            tape.computed[number] = computed
+        return frozenset({number})
 
     def _follow_chain(self, name: str, args: Any, kwargs: Any, results: list[Any], operands: list[Tensor]) -> None:
         """See whether the result of a contraction is normalised or added here."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,45 +23,18 @@ from singe_plugin.axes.algebra import Atom, Axis, labels, leaves
 from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, results_at, weights_of
-from singe_plugin.axes.tape import Kept, Playback, Reached, Strayed, Sum, Tape
+from singe_plugin.axes.tape import Kept, Playback, Reached, Strayed, Tape
 from singe_plugin.loop.repair import Repair, Solved
+from singe_plugin.loop.sites import Site
 from singe_plugin.loop.statistics import renew_statistics
-from singe_plugin.method.ridge import LARGEST, Moments, solve
+from singe_plugin.method.ridge import solve
 from singe_plugin.nested import map_tensors, tensors_in
-from singe_plugin.state import RngState, model_device, plain_layers, preserved
+from singe_plugin.state import RngState, model_device, plain_layers, preserved, want_gradients
 
 __all__ = ["Repairer"]
 
-_HELD = 0.25  # of the rows are held out, to choose the ridge on
 _LARGEST = 100.0  # factor of a batch-norm against its channels' median: beyond, a channel makes up for nothing
 _MEMORY = 2**28  # bytes that are kept of all batches of a network from one pass to the next
-
-
-@dataclass
-class _Site:
-    """A parameter that is solved, and where it is contracted."""
-
-    name: str
-    bias: str | None
-    numbers: list[int] = field(default_factory=list)
-    norm: str | None = None
-    sums: dict[int, Sum] = field(default_factory=dict)
-    scale: Tensor | None = None
-    moments: tuple[Moments, Moments] | None = None
-    last: Contraction | None = None
-    reason: str | None = None
-
-    def add(self, contraction: Contraction, x: Tensor, y: Tensor) -> None:
-        """Count rows ``[groups, rows, F]`` and ``[rows, O]`` in: the first to solve on, the last ones are held out."""
-        y = y.reshape(len(y), len(x), -1).transpose(0, 1)
-        cut = math.ceil(x.shape[1] * (1 - _HELD))
-        found = Moments.of(x[:, :cut], y[:, :cut]), Moments.of(x[:, cut:], y[:, cut:])
-        self.last = contraction
-        if self.moments is None:
-            self.moments = found
-        else:
-            for mine, more in zip(self.moments, found, strict=True):
-                mine.add(more)
 
 
 class _Player:
@@ -121,19 +93,24 @@ class Repairer:
         self.seed, self.forward = seed, forward
         self.examples = max(next((len(t) for t in tensors_in(batches[0]) if t.ndim), 1), 1)
         self.kept: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+        self.masks: Mapping[str, Tensor] = {}
 
     @torch.no_grad()
-    def repair(self, pruned: nn.Module, kept: Mapping[str, Sequence[int]]) -> list[Solved]:
+    def repair(
+        self, pruned: nn.Module, kept: Mapping[str, Sequence[int]], masks: Mapping[str, Tensor] | None = None
+    ) -> list[Solved]:
         """Solve the layers of a pruned network again, and bring its batch-norms along.
 
         Args:
             pruned: the network; its weights change in place.
             kept: group -> the units that are left, in the numbering of the unpruned network; by default all.
+            masks: parameter -> which weights may be other than zero; of others, those that are not, or never were. The
+                layers themselves are plain ones (:func:`singe_plugin.masks.plain_weights`).
 
         Returns:
             every layer whose inputs are others than in the unpruned network, with its error before and after.
         """
-        self.kept = {}
+        self.kept, self.masks = {}, masks or {}
         for name, units in kept.items():
             leaf = self.graph.groups[name].leaf.root()
             mask = np.zeros(leaf.size, dtype=bool)
@@ -141,35 +118,51 @@ class Repairer:
             if not mask.all():
                 self.kept[leaf] = mask
         players = []
-        found = []
+        found: list[tuple[int, Solved]] = []
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
             for model in (self.original, pruned):
                 with preserved(model), plain_layers(model):
-                    model.eval()
+                    want_gradients(model.eval())
                     players.append(_Player(model, self.forward, self.batches))
             for stage in self._stages(*players):
                 self._collect(players, stage)
-                found += [self._solved(pruned, site) for site in stage]
+                found += [(site.numbers[0], self._solved(pruned, site)) for site in stage]
             renew_statistics(pruned, self.batches, self.forward)
-        return found
+        place = {number: place for place, number in enumerate(players[1].tape.order)}
+        found += [(number, solved) for number, solved in self.left.values()]
+        return [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
 
-    def _stages(self, original: _Player, pruned: _Player) -> Iterator[list[_Site]]:
+    def _stages(self, original: _Player, pruned: _Player) -> Iterator[list[Site]]:
         """What to solve, in forward order, together with what does not depend on it."""
         mine, theirs = dict(pruned.model.named_parameters()), dict(original.model.named_parameters())
         norms = {module: name for name, module in self.original.named_modules()}
-        sites: dict[str, _Site] = {}
+        sites: dict[str, Site] = {}
         for number, (weight, bias, reads) in enumerate(pruned.tape.sites):
             if weight is not None:
-                site = sites.setdefault(weight, _Site(weight, bias))
+                site = sites.setdefault(weight, Site(weight, bias))
                 site.numbers.append(number)
                 if readers := pruned.tape.read.get(weight):
                     site.reason = f"its parameter is read by {', '.join(sorted(readers))}, too"
                 if original.tape.sites[number : number + 1] != [(weight, bias, reads)] or bias != site.bias:
                     site.reason = "the pruned network runs other operators than the unpruned one"
         self.open = {name: site.numbers for name, site in sites.items()}
+        self.left: dict[str, tuple[int, Solved]] = {}
         changed: set[int] = set()
-        stage: list[_Site] = []
-        for number, (weight, _, reads) in enumerate(pruned.tape.sites):
+        stage: list[Site] = []
+        for number in pruned.tape.order:
+            computed = pruned.tape.computed.get(number)
+            if computed is not None:
+                again = {
+                    n for n in computed.names if mine[n].shape == theirs[n].shape and _differs(mine[n], theirs[n], 0)
+                }
+                before = original.tape.computed.get(number, computed).features
+                if again or computed.features != before or computed.depends & changed:
+                    changed.add(number)
+                    name = computed.names[0]
+                    if name not in sites:
+                        self.left.setdefault(name, (number, Solved(name, reason=computed.why)))
+                continue
+            weight, _, reads = pruned.tape.sites[number]
             differs = weight is not None and _differs(mine[weight], theirs[weight], reads)
             if differs or pruned.tape.depends[number] & changed:
                 changed.add(number)
@@ -197,7 +190,7 @@ class Repairer:
         if stage:
             yield stage
 
-    def _collect(self, players: Sequence[_Player], stage: list[_Site]) -> None:
+    def _collect(self, players: Sequence[_Player], stage: list[Site]) -> None:
         """Run all batches through both networks, up to the last layer of a stage."""
         sites = {number: site for site in stage for number in site.numbers}
         first, last = min(sites), max(sites)
@@ -232,18 +225,15 @@ class Repairer:
             if found.number in sites:
                 site, target = sites[found.number], targets.pop(found.number)
                 weight = pruned.model.get_parameter(site.name)
-                features = matrix_of(found, weight).shape[2]
                 if not found.x.is_floating_point():
                     site.reason = f"it computes in {found.x.dtype}"
-                elif features > LARGEST:
-                    site.reason = f"it reads {features} features, and matrices of at most {LARGEST} are kept"
                 elif target is None or not _fits(found, *target):
                     site.reason = "its results in the pruned network are no part of those in the unpruned one"
                 elif found.number in site.sums:
                     y, chosen = target
                     waiting[found.number] = found, inputs_at(found, weight.shape[2:], chosen), y, chosen
                 else:
-                    site.add(found, inputs_at(found, weight.shape[2:], target[1]), target[0])
+                    site.add(found, inputs_at(found, weight.shape[2:], target[1]), target[0], len(self.batches))
             if pruned.tape.contracting[found.number] == ends[1]:
                 raise Reached
 
@@ -254,7 +244,8 @@ class Repairer:
                 mine = self._rows_beside(args[found.other], number, chosen, False)
                 scale = sites[number].scale
                 shift = beside[number] - mine
-                sites[number].add(contraction, x, y + (shift if scale is None else shift * scale))
+                y = y + (shift if scale is None else shift * scale)
+                sites[number].add(contraction, x, y, len(self.batches))
             if found.step == ends[1]:
                 raise Reached
 
@@ -266,7 +257,7 @@ class Repairer:
             for player in players:
                 stack.enter_context(preserved(player.model))
                 stack.enter_context(plain_layers(player.model))
-                player.model.eval()
+                want_gradients(player.model.eval())
             for batch in range(len(self.batches)):
                 for player, start, see, watch in zip(players, starts, (see_original, see_pruned), watches, strict=True):
                     player.play(batch, start, see, watch)
@@ -291,7 +282,7 @@ class Repairer:
         chosen = torch.randperm(count, generator=generator)[:most].sort().values.to(out.device)
         return results_at(found, out, chosen), chosen
 
-    def _find_sums(self, site: _Site, original: _Player, pruned: _Player) -> None:
+    def _find_sums(self, site: Site, original: _Player, pruned: _Player) -> None:
         """See where the results of a layer are added to what went wrong before: it can make up for that."""
         mine, theirs = ({n: p.tape.sums.get(n) for n in site.numbers} for p in (pruned, original))
         scales = set()
@@ -335,13 +326,13 @@ class Repairer:
                 left = stays if left is None else left & stays
         return None if left is None else (torch.from_numpy(left.nonzero()[0]), len(left))
 
-    def _solved(self, pruned: nn.Module, site: _Site) -> Solved:
-        """Solve a layer from its moments; it keeps its weights if that is not better."""
-        moments, last = site.moments, site.last
-        site.moments = site.last = None
-        if site.reason is not None or moments is None or last is None:
+    def _solved(self, pruned: nn.Module, site: Site) -> Solved:
+        """Solve a layer from what is known of its rows; it keeps its weights if that is not better."""
+        known, last = site.known, site.last
+        site.known = site.last = None
+        if site.reason is not None or known is None or last is None:
             return Solved(site.name, reason=site.reason or "no operator of its own gives its results")
-        if not all(bool(torch.isfinite(part.xx).all() & torch.isfinite(part.xy).all()) for part in moments):
+        if not all(part.finite() for part in known):
             return Solved(site.name, reason="its inputs or its results are not finite")
         weight = pruned.get_parameter(site.name)
         matrix = matrix_of(last, weight)
@@ -350,13 +341,12 @@ class Repairer:
             bias = pruned.get_parameter(site.bias).reshape(matrix.shape[:2])
         elif norm is not None:
             bias = matrix.new_zeros(matrix.shape[:2])
-        whole = self.original.get_parameter(site.name)
-        masked = (weight == 0) & (whole != 0).to(weight.device) if weight.shape == whole.shape else None
-        kept = None if masked is None or not bool(masked.any()) else matrix_of(last, ~masked)
+        kept = self._solvable(site.name, weight)
+        kept = None if kept is None or bool(kept.all()) else matrix_of(last, kept)
         behind = None
         if site.scale is not None:
             behind = torch.where(site.scale == 0, 0.0, 1 / site.scale).reshape(matrix.shape[:2])
-        found = solve(matrix, bias, *moments, self.options.ridges, kept, behind)
+        found = solve(matrix, bias, *known, self.options.ridges, kept, behind)
         if found.ridge is not None:
             weight.data.copy_(weights_of(last, found.weight, weight.shape))
             if found.bias is not None and site.bias is not None:
@@ -365,6 +355,13 @@ class Repairer:
                 mean: Any = norm.running_mean
                 mean.sub_(found.bias.flatten().to(mean))
         return Solved(site.name, found.before, found.after, found.ridge)
+
+    def _solvable(self, name: str, weight: Tensor) -> Tensor | None:
+        """Which weights of a parameter may be other than zero; None is all of them."""
+        if name in self.masks:
+            return self.masks[name]
+        whole = self.original.get_parameter(name)
+        return (weight != 0) | (whole == 0).to(weight.device) if weight.shape == whole.shape else None
 
 
 def _fits(found: Contraction, y: Tensor, chosen: Tensor) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from singe_plugin.loop.distillation import frozen_copy
 from singe_plugin.loop.events import Repaired
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.repairer import Repairer
+from singe_plugin.masks import fold_masks, masks_of, plain_weights
 from singe_plugin.method.batches import has_targets, inputs_for, inputs_only, read
 from singe_plugin.nested import call_model, tensors_in, to_device
 from singe_plugin.rollback import Trackers, all_or_nothing
@@ -65,9 +67,10 @@ class Unpruned:
     """A network as it was before pruning, and the repair of what becomes of it.
 
     Args:
-        graph: the axes of the model that is pruned; its groups know which units are left.
+        model: what is pruned.
         batches: inputs.
         options: how.
+        graph: its axes, whose groups know which units are left; None if none are removed, but weights masked.
         ignored: modules and parameters whose units stay, as in the graph.
         forward: how the model is called with the batches.
         seed: of the choice of positions.
@@ -75,12 +78,14 @@ class Unpruned:
     """
 
     def __init__(
-        self, graph: AxisGraph, batches: Sequence[Any], options: Repair, ignored: Collection[Any] = (),
-        forward: Forward = call_model, seed: int = 0, needed: bool = True,
+        self, model: nn.Module, batches: Sequence[Any], options: Repair, graph: AxisGraph | None = None,
+        ignored: Collection[Any] = (), forward: Forward = call_model, seed: int = 0, needed: bool = True,
     ) -> None:  # fmt: skip
-        self.graph, self.batches, self.options, self.forward, self.seed = graph, batches, options, forward, seed
+        self.model, self.batches, self.options, self.forward, self.seed = model, batches, options, forward, seed
+        self._groups = {} if graph is None else graph.groups
         self._ignored, self._needed = ignored, needed
         self._copy: nn.Module | None = None
+        self._masks: dict[str, Tensor] = {}  # of the model when it was copied
         self._repairer: Repairer | None = None
         self._dirty = False
 
@@ -93,20 +98,28 @@ class Unpruned:
         Raises:
             ConfigError: if it cannot be copied.
         """
-        removed = any(group.size < group.initial for group in self.graph.groups.values())
-        if removed or (self._copy is not None and not anew):
+        removed = any(group.size < group.initial for group in self._groups.values())
+        if removed or (self._copy is not None and not (anew and self._same_masks())):
             return
         try:
-            self._copy, self._repairer = frozen_copy(self.graph.model, "the repair needs", "give repair=None"), None
+            self._copy, self._repairer = frozen_copy(self.model, "the repair needs", "give repair=None"), None
         except ConfigError as error:
             if self._needed:
                 raise
             _logger.warning("the survivors do not take over: %s", error)
             return
+        self._masks = fold_masks(self._copy)
+
+    def _same_masks(self) -> bool:
+        """Whether no weight was masked since the model was copied."""
+        now = masks_of(self.model)
+        return now.keys() == self._masks.keys() and all(
+            torch.equal(now[n].to(m.device), m) for n, m in self._masks.items()
+        )
 
     def _made(self, copy: nn.Module) -> Repairer:
         """What repairs with the copy as the target."""
-        model = self.graph.model
+        model = self.model
         names = {id(part): name for name, part in (*model.named_modules(), *model.named_parameters())}
         given = [names[id(part)] for part in self._ignored if id(part) in names]
         modules, parameters = dict(copy.named_modules()), dict(copy.named_parameters())
@@ -126,23 +139,24 @@ class Unpruned:
         """Note that something was removed."""
         self._dirty = True
 
-    def repair(self, last: bool, trackers: Trackers) -> Repaired | None:
+    def repair(self, last: bool, emas: Sequence[nn.Module]) -> Repaired | None:
         """Repair the model if it is time.
 
         Args:
             last: whether nothing else will be removed.
-            trackers: averaged copies get the solved weights, too.
+            emas: averaged copies, which get the solved weights, too.
         """
         if self._copy is None or not self._dirty or (self.options.every == "end" and not last):
             return None
         if self._repairer is None:
             self._repairer = self._made(self._copy)
         start = time.perf_counter()
-        model = self.graph.model
-        values = {name: tensor.clone() for name, tensor in _tensors(model).items()} if trackers.emas else {}
-        kept = {name: group.left for name, group in self.graph.groups.items()}
-        found = self._repairer.repair(model, kept)
-        for ema in trackers.ema_models():
+        model = self.model
+        values = {name: tensor.clone() for name, tensor in _tensors(model).items()} if emas else {}
+        kept = {name: group.left for name, group in self._groups.items()}
+        with plain_weights(model) as masks:
+            found = self._repairer.repair(model, kept, masks)
+        for ema in emas:
             twins = _tensors(ema)
             for name, tensor in _tensors(model).items():
                 if name in twins and not torch.equal(values[name], tensor):
@@ -169,8 +183,9 @@ def repair(
 
     Every layer of the pruned network that gets other inputs than in the unpruned one is solved again by ridge
     regression, so that it gives the unpruned network's outputs from what is left (see
-    :mod:`singe_plugin.loop.repairer`), and its batch-norms are brought along. Masks are kept: a weight that is zero
-    here and was not there stays zero.
+    :mod:`singe_plugin.loop.repairer`), and its batch-norms are brought along. Masks are kept: those that
+    :func:`~singe_plugin.hold_masks` put on say which weights may be solved; of a layer without one, a weight that is
+    zero here and was not there stays zero.
 
     Args:
         pruned: the network with units removed, or with zeros in its weights; it changes in place.
@@ -207,13 +222,15 @@ def repair(
         raise ConfigError(f"the pruned network is on {here} and the original on {there}; move one: .to({str(here)!r})")
     inputs = [to_device(batch, model_device(pruned)) for batch in images_of(batches, chosen.images, pruned)]
     start = time.perf_counter()
-    graph = AxisGraph(original, inputs[0], forward=forward)
-    left = survivors(graph, pruned) if kept is None else kept
-    unknown = [name for name in left if name not in graph.groups]
-    if unknown:
-        raise GroupError(f"kept: {unknown[0]!r} is no group of the network; the groups are {', '.join(graph.groups)}")
-    with all_or_nothing(pruned, None, Trackers(), None):
-        found = Repairer(original, graph, inputs, chosen, seed, forward).repair(pruned, left)
+    with all_or_nothing(pruned, None, Trackers(), None), plain_weights(original), plain_weights(pruned) as masks:
+        graph = AxisGraph(original, inputs[0], forward=forward)
+        left = survivors(graph, pruned) if kept is None else kept
+        unknown = [name for name in left if name not in graph.groups]
+        if unknown:
+            raise GroupError(
+                f"kept: {unknown[0]!r} is no group of the network; the groups are {', '.join(graph.groups)}"
+            )
+        found = Repairer(original, graph, inputs, chosen, seed, forward).repair(pruned, left, masks)
     return Repaired(tuple(found), time.perf_counter() - start)
 
 
@@ -299,10 +316,19 @@ def _positions(axis: Axis, gone: Mapping[Any, set[int]]) -> Any:
 
 def _matched(whole: Tensor, part: Tensor) -> Any:
     """Which rows of ``whole`` the rows of ``part`` are, in order; None if they are not, or if that is not clear."""
-    found = []
-    for row in part:
-        hits = (whole == row.to(whole.device)).all(1).nonzero().flatten().tolist()
-        if len(hits) != 1:
-            return None
-        found.append(hits[0])
-    return np.asarray(found) if found == sorted(found) else None
+    if whole.dtype != part.dtype or whole.shape[1] != part.shape[1]:
+        return None
+    places: dict[bytes, list[int]] = {}
+    for place, key in enumerate(_keys(whole)):
+        places.setdefault(key, []).append(place)
+    hits = [places.get(key, []) for key in _keys(part)]
+    found = [place for hit in hits for place in hit]
+    return np.asarray(found) if all(len(hit) == 1 for hit in hits) and found and found == sorted(found) else None
+
+
+def _keys(rows: Tensor) -> Iterator[bytes]:
+    """A short key for every row: comparing each with each takes too long where there are thousands."""
+    same = (rows.detach() + 0).cpu()  # there are two zeros
+    data = same.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    for row in data:
+        yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()

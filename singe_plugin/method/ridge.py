@@ -7,22 +7,26 @@ weights as pays:
           \lambda=r\cdot\tfrac1F\operatorname{tr}(X'^\top X')
 
 (X' centred where there is a bias). With R = Y - X'W_0ᵀ this is :math:`(X'^\top X'+\lambda I)(W-W_0)^\top=X'^\top R`:
-the rows of W share one matrix. Where some weights have to stay zero (masks), each row has its own part of it, and all
-rows are solved together by conjugate gradients; so is a matrix that is too large to be factorised.
+the rows of W share one matrix. Where some weights have to stay zero (masks), each row has its own part of it: that is
+factorised if it is small, and the other rows are solved together by conjugate gradients; so is a matrix that is too
+large to be factorised. Layers that read
+more features than :data:`LARGEST` are solved from their rows (:mod:`singe_plugin.method.dual`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST", "Moments", "Solution", "exact", "solve"]
+__all__ = ["LARGEST", "Moments", "Solution", "exact", "regularised", "solve"]
 
-LARGEST = 8192  # features; a larger matrix is not factorised
+LARGEST = 8192  # features, or rows; a larger matrix is neither kept nor factorised
 _ITERATIONS, _ENOUGH = 200, 1e-7  # of conjugate gradients, and the residual, relative to the right side
+_SMALL = 300  # k^3 / F^2 of a row that keeps k of F weights: below, factorising takes less than some 50 iterations
 
 
 def exact(tensor: Tensor) -> Tensor:
@@ -33,6 +37,27 @@ def exact(tensor: Tensor) -> Tensor:
         torch.float64
     """
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+class Known(Protocol):
+    """What is known of rows of inputs and targets."""
+
+    def joined(self: K, other: K) -> K:
+        """What is known of the rows of both."""
+
+    def squares(self) -> Tensor:
+        """The sums of squares of the targets, ``[groups, O]``."""
+
+    def error(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> float:
+        """The squared error of a layer."""
+
+    def solutions(
+        self, weight: Tensor, bias: Tensor | None, ridges: Sequence[float], kept: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the layer for one ridge after the other."""
+
+
+K = TypeVar("K", bound=Known)
 
 
 @dataclass
@@ -73,6 +98,20 @@ class Moments:
         for name in ("x", "y", "xx", "xy", "yy"):
             getattr(self, name).add_(getattr(other, name))
 
+    def joined(self, other: Moments) -> Moments:
+        """Of the rows of both."""
+        both = Moments(self.count, *(t.clone() for t in (self.x, self.y, self.xx, self.xy, self.yy)))
+        both.add(other)
+        return both
+
+    def finite(self) -> bool:
+        """Whether all numbers are."""
+        return bool(torch.isfinite(self.xx).all() & torch.isfinite(self.xy).all())
+
+    def squares(self) -> Tensor:
+        """The sums of squares of the targets, ``[groups, O]``."""
+        return self.yy
+
     def centred(self) -> Moments:
         """The moments about the means; the sums stay."""
         n = max(self.count, 1)
@@ -98,6 +137,19 @@ class Moments:
             squared = squared + 2 * bias * mean + self.count * bias.square()
         return max(float((squared if scale is None else squared * scale.square()).sum()), 0.0)
 
+    def solutions(
+        self, weight: Tensor, bias: Tensor | None, ridges: Sequence[float], kept: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the layer for one ridge after the other; see :func:`solve`."""
+        about, n = self if bias is None else self.centred(), max(self.count, 1)
+        right = about.xy - about.xx @ weight.transpose(1, 2)
+        turned = None if kept is None else kept.transpose(1, 2)
+        spread = about.xx.diagonal(dim1=1, dim2=2).mean(1)
+        for ridge in ridges:
+            change = regularised(about.xx, (ridge * spread).clamp(min=1e-300), right, turned)
+            solved = weight + change.transpose(1, 2)
+            yield solved, None if bias is None else self.y / n - (solved @ (self.x / n)[:, :, None])[:, :, 0]
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -120,8 +172,8 @@ class Solution:
 def solve(
     weight: Tensor,
     bias: Tensor | None,
-    fitted: Moments,
-    held: Moments,
+    fitted: K,
+    held: K,
     ridges: Sequence[float],
     kept: Tensor | None = None,
     scale: Tensor | None = None,
@@ -145,41 +197,52 @@ def solve(
         (True, 1.0)
     """
     weight, bias = exact(weight), None if bias is None else exact(bias)
-    size = max(float((held.yy if scale is None else held.yy * scale.square()).sum()), 1e-300)
+    squares = held.squares()
+    size = max(float((squares if scale is None else squares * scale.square()).sum()), 1e-300)
     start = held.error(weight, bias, scale)
     best, chosen, least = (weight, bias), None, start
-    for ridge, found in zip(ridges, _solutions(weight, bias, fitted, ridges, kept), strict=True):
+    for ridge, found in zip(ridges, fitted.solutions(weight, bias, ridges, kept), strict=True):
         error = held.error(*found, scale)
         if error < least:
             best, chosen, least = found, ridge, error
     if chosen is not None:
-        together = Moments(fitted.count, *(t.clone() for t in (fitted.x, fitted.y, fitted.xx, fitted.xy, fitted.yy)))
-        together.add(held)
-        (best,) = _solutions(weight, bias, together, [chosen], kept)
+        (best,) = fitted.joined(held).solutions(weight, bias, [chosen], kept)
     return Solution(*best, chosen, (start / size) ** 0.5, (least / size) ** 0.5)
 
 
-def _solutions(
-    weight: Tensor, bias: Tensor | None, rows: Moments, ridges: Sequence[float], kept: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the layer for one ridge after the other."""
-    about, n = rows if bias is None else rows.centred(), max(rows.count, 1)
-    right = about.xy - about.xx @ weight.transpose(1, 2)
-    turned = None if kept is None else kept.transpose(1, 2)
-    for ridge in ridges:
-        solved = weight + _change(about.xx, right, ridge, turned).transpose(1, 2)
-        yield solved, None if bias is None else rows.y / n - (solved @ (rows.x / n)[:, :, None])[:, :, 0]
+def regularised(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Solve ``(matrix + added I) d = right``, factorised where that is possible.
 
+    Args:
+        matrix: ``[groups, F, F]``, symmetric and not negative.
+        added: ``[groups]``.
+        right: ``[groups, F, O]``.
+        kept: which of ``d`` may be other than zero, ``[groups, F, O]``; None is all.
 
-def _change(matrix: Tensor, right: Tensor, ridge: float, kept: Tensor | None) -> Tensor:
-    """Solve ``(matrix + lambda I) d = right``, factorised where that is possible."""
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    added = (ridge * diagonal.mean(1)).clamp(min=1e-300)
+    Example:
+        >>> regularised(torch.eye(2)[None], torch.ones(1), torch.tensor([[[4.0], [6.0]]])).flatten().round(decimals=4)
+        tensor([2., 3.])
+    """
     if kept is None and matrix.shape[-1] <= LARGEST:
-        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(added[:, None].expand_as(diagonal)))
+        diagonal = added[:, None].expand(matrix.shape[:2])
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(diagonal))
         if not bool(failed.any()):
             return torch.cholesky_solve(right, factor)
-    return _conjugate_gradients(matrix, added, right, kept)
+    if kept is None:
+        return _conjugate_gradients(matrix, added, right, None)
+    found, small = torch.zeros_like(right), kept.sum(1).double() ** 3 < _SMALL * matrix.shape[-1] ** 2
+    for group, column in small.nonzero().tolist():
+        mine = kept[group, :, column].nonzero().flatten()
+        part = matrix[group][mine][:, mine]
+        part.diagonal().add_(added[group])
+        factor, failed = torch.linalg.cholesky_ex(part)
+        if bool(failed):
+            small[group, column] = False
+        else:
+            found[group, mine, column] = torch.cholesky_solve(right[group, mine, column, None], factor)[:, 0]
+    if not bool(small.all()):
+        found += _conjugate_gradients(matrix, added, right, kept & ~small[:, None])
+    return found
 
 
 def _conjugate_gradients(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None) -> Tensor:

@@ -1,0 +1,69 @@
+"""What is known of a layer that is solved: where it is contracted, what it gets and what it is to give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singe_plugin.axes.contractions import Contraction
+from singe_plugin.axes.tape import Sum
+from singe_plugin.method.dual import Rows
+from singe_plugin.method.ridge import LARGEST, Moments
+
+__all__ = ["Site"]
+
+_HELD = 0.25  # of the rows are held out, to choose the ridge on
+
+
+@dataclass
+class Site:
+    """A parameter that is solved, and where it is contracted.
+
+    Attributes:
+        name: of the parameter.
+        bias: the name of what is added, or None.
+        numbers: of its contractions.
+        norm: the batch-norm that alone reads it, if there is no bias; or None.
+        sums: contraction -> where its results are added to something.
+        scale: what the batch-norm in between divides by, ``[O]``, or None.
+        known: of the rows to solve on, and of those that are held out.
+        last: the contraction that ran last.
+        reason: why it cannot be solved, or None.
+    """
+
+    name: str
+    bias: str | None
+    numbers: list[int] = field(default_factory=list)
+    norm: str | None = None
+    sums: dict[int, Sum] = field(default_factory=dict)
+    scale: Tensor | None = None
+    known: tuple[Any, Any] | None = None
+    last: Contraction | None = None
+    reason: str | None = None
+
+    def add(self, contraction: Contraction, x: Tensor, y: Tensor, batches: int) -> None:
+        """Count rows ``[groups, rows, F]`` and ``[rows, O]`` of one of some batches in.
+
+        The first are to solve on, the last ones are held out. Of a layer that reads too many features for a matrix of
+        them, the rows themselves are kept, as many of every batch.
+        """
+        y = y.reshape(len(y), len(x), -1).transpose(0, 1)
+        kind: Any = Moments
+        if x.shape[2] > LARGEST:
+            most = max(LARGEST // (batches * len(self.numbers)), 2)
+            if x.shape[1] > most:
+                even = torch.linspace(0, x.shape[1] - 1, most, device=x.device).round().long()
+                x, y = x[:, even], y[:, even]
+            kind = Rows
+        cut = math.ceil(x.shape[1] * (1 - _HELD))
+        found = kind.of(x[:, :cut], y[:, :cut]), kind.of(x[:, cut:], y[:, cut:])
+        self.last = contraction
+        if self.known is None:
+            self.known = found
+        else:
+            for mine, more in zip(self.known, found, strict=True):
+                mine.add(more)
