@@ -18,7 +18,7 @@ import singe_plugin
 from singe_plugin import Repair, SInGEPruner, prune, repair
 from singe_plugin.axes import AxisGraph, Snapshot
 from singe_plugin.errors import ConfigError, DataError, GroupError
-from singe_plugin.loop import repairer as engine
+from singe_plugin.loop import player, targets
 from singe_plugin.loop.repairer import Repairer
 from singe_plugin.loop.survivors import images_of, survivors
 from singe_plugin.method import ridge
@@ -359,13 +359,15 @@ def test_what_is_kept_from_one_pass_to_the_next_changes_nothing(monkeypatch: pyt
     net = seeded(lambda: timm.create_model("test_resnet", num_classes=3))
     x = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     found = []
-    for memory in (2**28, 0):
-        monkeypatch.setattr(engine, "_MEMORY", memory)
+    for kept, of_targets in ((2**28, 2**28), (0, 2**28), (2**28, 0), (0, 2**14)):
+        monkeypatch.setattr(player, "MEMORY", kept)
+        monkeypatch.setattr(targets, "MEMORY", of_targets)
         smaller = copy.deepcopy(net)
         SInGEPruner(smaller, x[0], tp.importance.MagnitudeImportance(), pruning_ratio=0.5).step()
         repair(smaller, net, x)
         found.append(values_of(smaller))
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
 class Recurrent(nn.Module):

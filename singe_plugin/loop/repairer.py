@@ -9,9 +9,7 @@ is the same as in the pass before (:mod:`singe_plugin.axes.tape`), as far as the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -19,58 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.axes.algebra import Atom, Axis, labels, leaves
+from singe_plugin.axes.algebra import Atom
 from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
-from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, results_at, weights_of
-from singe_plugin.axes.tape import Kept, Playback, Reached, Strayed, Tape
+from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, weights_of
+from singe_plugin.axes.tape import Reached
+from singe_plugin.loop.player import Player, ready
 from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.sites import Site
 from singe_plugin.loop.statistics import renew_statistics
+from singe_plugin.loop.targets import Target, Targets
 from singe_plugin.method.ridge import solve
-from singe_plugin.nested import map_tensors, tensors_in
-from singe_plugin.state import RngState, model_device, plain_layers, preserved, want_gradients
+from singe_plugin.nested import tensors_in
+from singe_plugin.state import model_device
 
 __all__ = ["Repairer"]
 
 _LARGEST = 100.0  # factor of a batch-norm against its channels' median: beyond, a channel makes up for nothing
-_MEMORY = 2**28  # bytes that are kept of all batches of a network from one pass to the next
-
-
-class _Player:
-    """Plays a network again and again, batch by batch, from the layers that are solved next."""
-
-    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Sequence[Any]) -> None:
-        self.model, self.forward, self.batches = model, forward, batches
-        self.tape = Tape.of(model, map_tensors(torch.clone, batches[0]), forward)
-        self.starts = [0] * len(batches)
-        self.kept: list[Kept] = [{} for _ in batches]
-        shapes = [[t.shape for t in tensors_in(batch)] for batch in batches]
-        self.same = [found == shapes[0] and self.tape.why_not is None for found in shapes]
-
-    def play(
-        self, index: int, start: int, see: Callable[[Contraction], None], watch: Mapping[int, Callable[[Any], None]]
-    ) -> None:
-        """Run a batch until ``see`` or ``watch`` ends it; what comes before ``start`` stays as it is from now on."""
-        keep = None
-        if self.same[index] and start > self.starts[index]:
-            size = sum(shape.bytes for shape in self.tape.live(start).values())
-            keep = start if size * len(self.batches) <= _MEMORY else None
-        state, inputs = RngState.capture(), map_tensors(torch.clone, self.batches[index])
-        run = Playback(self.model, self.tape, see, self.starts[index], self.kept[index], keep, watch)
-        try:
-            with run, suppress(Reached):
-                self.forward(self.model, inputs)
-        except Strayed:
-            if not self.starts[index]:
-                raise
-            self.same[index], self.starts[index], self.kept[index] = False, 0, {}
-            state.restore()
-            self.play(index, start, see, watch)
-            return
-        state.restore()
-        if run.kept:
-            self.starts[index], self.kept[index] = start, run.kept
 
 
 class Repairer:
@@ -91,8 +54,6 @@ class Repairer:
     ) -> None:  # fmt: skip
         self.original, self.graph, self.batches, self.options = original, graph, batches, options
         self.seed, self.forward = seed, forward
-        self.examples = max(next((len(t) for t in tensors_in(batches[0]) if t.ndim), 1), 1)
-        self.kept: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
         self.masks: Mapping[str, Tensor] = {}
 
     @torch.no_grad()
@@ -110,29 +71,33 @@ class Repairer:
         Returns:
             every layer whose inputs are others than in the unpruned network, with its error before and after.
         """
-        self.kept, self.masks = {}, masks or {}
+        self.masks = masks or {}
+        left: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
         for name, units in kept.items():
             leaf = self.graph.groups[name].leaf.root()
             mask = np.zeros(leaf.size, dtype=bool)
             mask[list(units)] = True
             if not mask.all():
-                self.kept[leaf] = mask
+                left[leaf] = mask
+        examples = max(next((len(t) for t in tensors_in(self.batches[0]) if t.ndim), 1), 1)
+        self.targets = Targets(self.graph, left, self.options.positions, examples, self.seed)
         players = []
         found: list[tuple[int, Solved]] = []
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
             for model in (self.original, pruned):
-                with preserved(model), plain_layers(model):
-                    want_gradients(model.eval())
-                    players.append(_Player(model, self.forward, self.batches))
-            for stage in self._stages(*players):
-                self._collect(players, stage)
-                found += [(site.numbers[0], self._solved(pruned, site)) for site in stage]
+                with ready(model):
+                    players.append(Player(model, self.forward, self.batches))
+            for window in self.targets.windows(players[0], list(self._stages(*players))):
+                targets = self.targets.collect(players[0], [site for stage in window for site in stage])
+                for stage in window:
+                    self._collect(players[1], stage, targets)
+                    found += [(site.numbers[0], self._solved(pruned, site)) for site in stage]
             renew_statistics(pruned, self.batches, self.forward)
         place = {number: place for place, number in enumerate(players[1].tape.order)}
         found += [(number, solved) for number, solved in self.left.values()]
         return [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
 
-    def _stages(self, original: _Player, pruned: _Player) -> Iterator[list[Site]]:
+    def _stages(self, original: Player, pruned: Player) -> Iterator[list[Site]]:
         """What to solve, in forward order, together with what does not depend on it."""
         mine, theirs = dict(pruned.model.named_parameters()), dict(original.model.named_parameters())
         norms = {module: name for name, module in self.original.named_modules()}
@@ -190,99 +155,54 @@ class Repairer:
         if stage:
             yield stage
 
-    def _collect(self, players: Sequence[_Player], stage: list[Site]) -> None:
-        """Run all batches through both networks, up to the last layer of a stage."""
-        sites = {number: site for site in stage for number in site.numbers}
-        first, last = min(sites), max(sites)
-        original, pruned = players
-        later = [pruned.tape.touched[name] for name, numbers in self.open.items() if max(numbers) >= first]
-        starts = [
-            original.tape.contracting[first],
-            min(pruned.tape.contracting[first], *later),
-        ]  # these will still change
-        ends = [
-            max([player.tape.contracting[last], *(player.tape.sums[n].step for site in stage for n in site.sums)])
-            for player in players
-        ]
-        targets: dict[int, tuple[Tensor, Tensor] | None] = {}
-        beside: dict[int, Tensor] = {}
-        waiting: dict[int, tuple[Contraction, Tensor, Tensor, Tensor]] = {}
+    def _collect(self, player: Player, stage: list[Site], targets: list[dict[int, Target | None]]) -> None:
+        """Run all batches through the pruned network, up to the last layer of a stage."""
+        sites = {number: site for site in stage for number in site.numbers if site.reason is None}
+        if not sites:
+            return
+        tape, model = player.tape, player.model
+        first = min(sites)
+        later = [tape.touched[name] for name, numbers in self.open.items() if max(numbers) >= first]
+        start = min(tape.contracting[first], *later)  # these will still change
+        sums = {number: site.sums[number] for number, site in sites.items() if number in site.sums}
+        end = max([tape.contracting[max(sites)], *(tape.sums[number].step for number in sums)])
+        waiting: dict[int, tuple[Contraction, Tensor, Target]] = {}
 
-        def see_original(found: Contraction) -> None:
+        def see(found: Contraction) -> None:
             if found.number in sites:
-                targets[found.number] = self._target(found, batch)
-            if original.tape.contracting[found.number] == ends[0]:
-                raise Reached
-
-        def watch_original(number: int, args: Any) -> None:
-            found = original.tape.sums[number]
-            if (target := targets[number]) is not None:
-                beside[number] = self._rows_beside(args[found.other], number, target[1], True)
-            if found.step == ends[0]:
-                raise Reached
-
-        def see_pruned(found: Contraction) -> None:
-            if found.number in sites:
-                site, target = sites[found.number], targets.pop(found.number)
-                weight = pruned.model.get_parameter(site.name)
+                site, target = sites[found.number], targets[batch].pop(found.number)
+                weight = model.get_parameter(site.name)
                 if not found.x.is_floating_point():
                     site.reason = f"it computes in {found.x.dtype}"
-                elif target is None or not _fits(found, *target):
+                elif target is None or not _fits(found, target):
                     site.reason = "its results in the pruned network are no part of those in the unpruned one"
-                elif found.number in site.sums:
-                    y, chosen = target
-                    waiting[found.number] = found, inputs_at(found, weight.shape[2:], chosen), y, chosen
                 else:
-                    site.add(found, inputs_at(found, weight.shape[2:], target[1]), target[0], len(self.batches))
-            if pruned.tape.contracting[found.number] == ends[1]:
+                    x = inputs_at(found, weight.shape[2:], target.chosen)
+                    if found.number in sums:
+                        waiting[found.number] = found, x, target
+                    else:
+                        site.add(found, x, target.rows, len(self.batches))
+            if tape.contracting[found.number] == end:
                 raise Reached
 
-        def watch_pruned(number: int, args: Any) -> None:
-            found = pruned.tape.sums[number]
+        def watch(number: int, args: Any) -> None:
+            found = tape.sums[number]
             if number in waiting:
-                contraction, x, y, chosen = waiting.pop(number)
-                mine = self._rows_beside(args[found.other], number, chosen, False)
+                contraction, x, target = waiting.pop(number)
+                assert target.beside is not None
+                shift = target.beside - self.targets.beside(args[found.other], number, target.chosen, False)
                 scale = sites[number].scale
-                shift = beside[number] - mine
-                y = y + (shift if scale is None else shift * scale)
-                sites[number].add(contraction, x, y, len(self.batches))
-            if found.step == ends[1]:
+                rows = target.rows + (shift if scale is None else shift * scale)
+                sites[number].add(contraction, x, rows, len(self.batches))
+            if found.step == end:
                 raise Reached
 
-        watches = [
-            {player.tape.sums[n].step: partial(watch, n) for site in stage for n in site.sums}
-            for player, watch in ((original, watch_original), (pruned, watch_pruned))
-        ]
-        with ExitStack() as stack:
-            for player in players:
-                stack.enter_context(preserved(player.model))
-                stack.enter_context(plain_layers(player.model))
-                want_gradients(player.model.eval())
+        watches = {tape.sums[number].step: partial(watch, number) for number in sums}
+        with ready(model):
             for batch in range(len(self.batches)):
-                for player, start, see, watch in zip(players, starts, (see_original, see_pruned), watches, strict=True):
-                    player.play(batch, start, see, watch)
+                player.play(batch, start, see, watches)
 
-    def _target(self, found: Contraction, batch: int) -> tuple[Tensor, Tensor] | None:
-        """What a layer gives in the unpruned network where the pruned one has it, at some positions; and which.
-
-        None, if the trace has no such operator.
-        """
-        out, traced = found.out, self.graph.trace.contractions
-        axes = traced[found.number][1] if found.number < len(traced) else []
-        if len(axes) != out.ndim:
-            return None
-        for dim, axis in enumerate(axes):
-            left = self._left(axis)
-            if left is not None and len(left[0]) and left[1] == out.shape[dim]:
-                out = out.index_select(dim, left[0].to(out.device))
-        pixels = found.convolution is not None
-        count = math.prod(out.shape[2:]) if pixels else len(out)
-        generator = torch.Generator().manual_seed(self.seed + 7919 * batch + found.number)
-        most = self.options.positions * (1 if pixels else self.examples)
-        chosen = torch.randperm(count, generator=generator)[:most].sort().values.to(out.device)
-        return results_at(found, out, chosen), chosen
-
-    def _find_sums(self, site: Site, original: _Player, pruned: _Player) -> None:
+    def _find_sums(self, site: Site, original: Player, pruned: Player) -> None:
         """See where the results of a layer are added to what went wrong before: it can make up for that."""
         mine, theirs = ({n: p.tape.sums.get(n) for n in site.numbers} for p in (pruned, original))
         scales = set()
@@ -292,7 +212,7 @@ class Repairer:
                 return
             _, axes = self.graph.trace.contractions[number]
             rows = [axis for dim, axis in enumerate(axes) if dim != 1]
-            if a is None or b is None or a.norm != b.norm or any(self._left(axis) is not None for axis in rows):
+            if a is None or b is None or a.norm != b.norm or any(self.targets.left(axis) is not None for axis in rows):
                 return
             scales.add(a.norm)
         if len(scales) != 1:
@@ -304,27 +224,6 @@ class Repairer:
             factor = (norm.running_var + norm.eps).sqrt() / (1.0 if norm.weight is None else norm.weight)
             dead = ~(factor.abs() < _LARGEST * factor.abs().median())
             site.scale = torch.where(dead, 0.0, factor)
-
-    def _rows_beside(self, other: Tensor, number: int, chosen: Tensor, whole: bool) -> Tensor:
-        """The rows of what a result is added to; of the unpruned network, where the pruned one has them."""
-        _, axes = self.graph.trace.contractions[number]
-        pixels = len(axes) > 2
-        left = self._left(axes[1]) if whole else None
-        if left is not None:
-            other = other.index_select(1 if pixels else other.ndim - 1, left[0].to(other.device))
-        if pixels:
-            return other.flatten(2)[:, :, chosen].transpose(1, 2).flatten(0, 1)
-        return other.flatten(0, -2)[chosen]
-
-    def _left(self, axis: Axis) -> tuple[Tensor, int] | None:
-        """The positions along an axis of the unpruned network that are left, and how many there were; None for all."""
-        left: Any = None
-        for leaf in dict.fromkeys(leaves(axis)):
-            if (mask := self.kept.get(leaf.root())) is not None:
-                units = labels(axis, leaf)
-                stays = np.where(units >= 0, mask[units], True)
-                left = stays if left is None else left & stays
-        return None if left is None else (torch.from_numpy(left.nonzero()[0]), len(left))
 
     def _solved(self, pruned: nn.Module, site: Site) -> Solved:
         """Solve a layer from what is known of its rows; it keeps its weights if that is not better."""
@@ -364,9 +263,10 @@ class Repairer:
         return (weight != 0) | (whole == 0).to(weight.device) if weight.shape == whole.shape else None
 
 
-def _fits(found: Contraction, y: Tensor, chosen: Tensor) -> bool:
+def _fits(found: Contraction, target: Target) -> bool:
     """Whether targets are for the channels and positions that a layer has."""
-    return y.shape[1] == found.out.shape[1] and len(chosen) > 0 and int(chosen.max()) < positions_of(found)
+    chosen = target.chosen
+    return target.rows.shape[1] == found.out.shape[1] and len(chosen) > 0 and int(chosen.max()) < positions_of(found)
 
 
 def _differs(mine: Tensor, theirs: Tensor, reads: int) -> bool:
