@@ -44,7 +44,7 @@ def test_it_is_the_solution_from_moments(
     cut, half, found = int(0.7 * rows), rows // 3, {}
     for kind in (Moments, Rows):
         fitted: Any = kind.of(x[:, :half], y[:, :half])
-        fitted.add(kind.of(x[:, half:cut], y[:, half:cut]))
+        fitted.include(x[:, half:cut], y[:, half:cut])
         held: Any = kind.of(x[:, cut:], y[:, cut:])
         assert held.error(w0, b0, scale) == pytest.approx(
             float(

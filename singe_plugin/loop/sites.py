@@ -60,10 +60,10 @@ class Site:
                 x, y = x[:, even], y[:, even]
             kind = Rows
         cut = math.ceil(x.shape[1] * (1 - _HELD))
-        found = kind.of(x[:, :cut], y[:, :cut]), kind.of(x[:, cut:], y[:, cut:])
+        pairs = ((x[:, :cut], y[:, :cut]), (x[:, cut:], y[:, cut:]))
         self.last = contraction
         if self.known is None:
-            self.known = found
+            self.known = kind.of(*pairs[0]), kind.of(*pairs[1])
         else:
-            for mine, more in zip(self.known, found, strict=True):
-                mine.add(more)
+            for mine, pair in zip(self.known, pairs, strict=True):
+                mine.include(*pair)

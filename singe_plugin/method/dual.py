@@ -47,9 +47,9 @@ class Rows:
         """Of rows of inputs and targets."""
         return cls([(x.clone(), y.clone())])  # what they are views of need not stay
 
-    def add(self, other: Rows) -> None:
-        """Count other rows in."""
-        self.parts += other.parts
+    def include(self, x: Tensor, y: Tensor) -> None:
+        """Count more rows in."""
+        self.parts.append((x.clone(), y.clone()))
 
     def joined(self, other: Rows) -> Rows:
         """All rows of both."""

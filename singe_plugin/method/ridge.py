@@ -92,17 +92,20 @@ class Moments:
         turned = x.transpose(1, 2)
         return cls(x.shape[1], x.sum(1), y.sum(1), turned @ x, turned @ y, y.square().sum(1))
 
-    def add(self, other: Moments) -> None:
-        """Count other rows in."""
-        self.count += other.count
-        for name in ("x", "y", "xx", "xy", "yy"):
-            getattr(self, name).add_(getattr(other, name))
+    def include(self, x: Tensor, y: Tensor) -> None:
+        """Count more rows in."""
+        x, y = exact(x), exact(y)
+        turned = x.transpose(1, 2)
+        self.count += x.shape[1]
+        for total, more in ((self.x, x.sum(1)), (self.y, y.sum(1)), (self.yy, y.square().sum(1))):
+            total.add_(more)
+        self.xx.baddbmm_(turned, x)  # the largest there are: no second one beside them
+        self.xy.baddbmm_(turned, y)
 
     def joined(self, other: Moments) -> Moments:
         """Of the rows of both."""
-        both = Moments(self.count, *(t.clone() for t in (self.x, self.y, self.xx, self.xy, self.yy)))
-        both.add(other)
-        return both
+        names = ("x", "y", "xx", "xy", "yy")
+        return Moments(self.count + other.count, *(getattr(self, name) + getattr(other, name) for name in names))
 
     def finite(self) -> bool:
         """Whether all numbers are."""
@@ -117,8 +120,8 @@ class Moments:
         n = max(self.count, 1)
         return Moments(
             self.count, self.x, self.y,
-            self.xx - self.x[:, :, None] * (self.x / n)[:, None, :],
-            self.xy - self.x[:, :, None] * (self.y / n)[:, None, :],
+            torch.baddbmm(self.xx, self.x[:, :, None], self.x[:, None, :], alpha=-1 / n),
+            torch.baddbmm(self.xy, self.x[:, :, None], self.y[:, None, :], alpha=-1 / n),
             self.yy - self.y.square() / n,
         )  # fmt: skip
 
@@ -224,8 +227,10 @@ def regularised(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | Non
         tensor([2., 3.])
     """
     if kept is None and matrix.shape[-1] <= LARGEST:
-        diagonal = added[:, None].expand(matrix.shape[:2])
-        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(diagonal))
+        whole = matrix.clone()
+        whole.diagonal(dim1=1, dim2=2).add_(added[:, None])
+        factor, failed = torch.linalg.cholesky_ex(whole)
+        del whole
         if not bool(failed.any()):
             return torch.cholesky_solve(right, factor)
     if kept is None:
