@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.errors import ConfigError, DataError
+from singe_plugin.loop.readers import costs_of_removal
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import score_error, score_units
@@ -102,6 +104,28 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
         with torch.no_grad():
             return score_units(self._model_of(group), self._rows(group, units), self.batches, options)
+
+    def score_groups(self, groups: Mapping[str, GroupView]) -> dict[str, Tensor]:
+        """Score the units of several groups: at once, if the criterion looks at what reads them."""
+        options = self.scoring
+        training = {name: group for name, group in groups.items() if group.axis_group.only_training}
+        rest = [group for name, group in groups.items() if name not in training]
+        if not options.rule.of_readers or not rest:
+            return {name: self.score_units(group, None) for name, group in groups.items()}
+        check_alone()
+        if self.batches is None:
+            raise DataError(
+                f"criterion {options.criterion!r} needs data: call importance.bind(model, batches), or give "
+                "SInGEPruner(batches=...)"
+            )
+        self._model_of(rest[0])
+        graph = rest[0].axis_group.axes
+        assert isinstance(graph, AxisGraph)
+        found = costs_of_removal(graph, [group.axis_group.name for group in rest], self.batches, options)
+        scores = {name: self.score_units(group, None) for name, group in training.items()}
+        return {
+            name: scores[name] if name in scores else found[group.axis_group.name] for name, group in groups.items()
+        }
 
     @staticmethod
     def _rows(group: Any, units: Sequence[Sequence[int]] | None) -> UnitGroup:

@@ -68,6 +68,9 @@ class Ranking:
             ScoringError: if one of torch-pruning's importances fails, or any gives something else than a score per
                 channel.
         """
+        by_group = getattr(self.importance, "score_groups", None)
+        if by_group is not None:
+            return dict(by_group(groups))
         with self.gradients():
             found = {name: self._score(name, group) for name, group in groups.items()}
         return {name: scores for name, scores in found.items() if scores is not None}

@@ -15,6 +15,8 @@ name            formula                                                         
 ``sg``          :math:`\sum_s\|\nabla_{\mu^sW^n}F\|_p`                                 §3.2
 ``ig``          :math:`\sum_s\|\mu^sW^n\|_p\,\|\nabla_{\mu^sW^n}F\|_p`                 Eq. 5
 ``ig_abs``      :math:`\sum_s|\langle\mu^sW^n,\nabla_{\mu^sW^n}F\rangle|`              beyond
+``obs``         what is left to pay when all that read the unit are solved again:      beyond
+                :mod:`singe_plugin.method.surgeon`
 ==============  =====================================================================  ==========
 """
 
@@ -166,6 +168,13 @@ def integrated_inner_product(inner_products: Tensor, node_weights: Tensor) -> Te
     return _weighted_sum(inner_products.abs(), node_weights)
 
 
+def _unavailable() -> Tensor:
+    raise ConfigError(
+        "the criterion 'obs' is computed from the layers that read units, which are not known here (a group of "
+        "torch-pruning's own graph, NNI, single weights); use singe_plugin.prune or SInGEPruner, or another criterion"
+    )
+
+
 def _weighted_sum(values: Tensor, node_weights: Tensor) -> Tensor:
     if values.ndim < 2 or node_weights.ndim != 1 or values.shape[0] != node_weights.shape[0]:
         raise ConfigError(
@@ -190,6 +199,8 @@ class Criterion:
         combine: ``(weight_norms, gradient_norms, inner_products, node_weights) -> scores``; the first
             three are ``[K, N]``. A criterion with a path is a sum over the nodes: its terms can be taken one by one.
         inner: whether it reads the inner products (they are zeros if not).
+        of_readers: whether it is no function of the layers that produce a unit, but of those that read it
+            (:mod:`singe_plugin.loop.readers`); ``combine`` is not called then.
     """
 
     name: str
@@ -199,6 +210,7 @@ class Criterion:
     degree: float | None
     combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     inner: bool = False
+    of_readers: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -212,6 +224,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("sg", True, True, "gradient", None, lambda w, g, d, q: summed_gradient_norms(g, q)),
         Criterion("ig", True, True, "product", None, lambda w, g, d, q: integrated_norm_gradient(w, g, q)),
         Criterion("ig_abs", True, True, "product", None, lambda w, g, d, q: integrated_inner_product(d, q), True),
+        Criterion("obs", True, False, "product", None, lambda w, g, d, q: _unavailable(), of_readers=True),
     )
 }
 

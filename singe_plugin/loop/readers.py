@@ -1,0 +1,286 @@
+"""What the layers that read units make of them, on data: the criterion ``obs``.
+
+A pass of every batch without gradients shows what each layer gets (its Gram matrix, at positions drawn at random), and
+one with gradients how much the objective moves with what it gives. :mod:`singe_plugin.method.surgeon` does the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from singe_plugin.axes.algebra import Axis, labels
+from singe_plugin.axes.contractions import Contraction
+from singe_plugin.axes.graph import AxisGraph
+from singe_plugin.axes.groups import Group
+from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of
+from singe_plugin.axes.tape import Playback, Tape
+from singe_plugin.errors import DataError, ScoringError, SingeError
+from singe_plugin.loop.player import ready
+from singe_plugin.method.batches import check_batch, inputs_for, read
+from singe_plugin.method.objective import check_head
+from singe_plugin.method.options import Scoring
+from singe_plugin.method.reduction import normalize
+from singe_plugin.method.ridge import LARGEST, exact
+from singe_plugin.method.scoring import score_units
+from singe_plugin.method.surgeon import Reading, removal_costs
+from singe_plugin.nested import call_model, map_tensors, tensors_in, to_device
+from singe_plugin.state import forget_caches, model_device
+
+__all__ = ["costs_of_removal"]
+
+_logger = logging.getLogger("singe_plugin")
+_POSITIONS = 32  # of an example, at most
+
+
+@dataclass
+class _Reader:
+    """A contraction with a parameter, and what is summed up of it.
+
+    Attributes:
+        number: of the contraction.
+        name: of the parameter.
+        made_up: whether a bias, or a batch-norm behind, makes up for the mean.
+        count: of the rows.
+        sums, gram: of the inputs, ``[groups, F]`` and ``[groups, F, F]``.
+        seen: the last one.
+    """
+
+    number: int
+    name: str
+    made_up: bool
+    count: int = 0
+    sums: Tensor | None = None
+    gram: Tensor | None = None
+    seen: Contraction | None = None
+
+    def add(self, found: Contraction, x: Tensor) -> None:
+        """Count rows ``[groups, rows, F]`` in."""
+        x = exact(x)
+        sums, gram = x.sum(1), x.transpose(1, 2) @ x
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.gram = gram if self.gram is None else self.gram + gram
+        self.count += x.shape[1]
+        self.seen = replace(found, x=found.x[:0], out=found.out[:0])  # their memory is not kept
+
+
+@dataclass
+class _Backward(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums up squared gradients at what parameters are contracted to, while a backward pass runs.
+
+    The backward pass of a contraction has its gradient and the parameter as arguments: it is known by its memory.
+
+    Attributes:
+        owners: where a parameter's memory begins -> its name.
+        squares: name -> the sums over rows, ``[O]``.
+    """
+
+    owners: Mapping[int, str]
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name == "convolution_backward":
+            self._note(args[2], args[0], [0, *range(2, args[0].ndim)])
+        elif name == "mm":
+            self._note(args[1], args[0], [0])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, weight: Tensor, gradient: Tensor, rows: list[int]) -> None:
+        owner = self.owners.get(weight.untyped_storage().data_ptr())
+        if owner is not None:
+            squares: Tensor = exact(gradient).square().sum(rows)
+            self.squares[owner] = self.squares[owner] + squares if owner in self.squares else squares
+
+
+def costs_of_removal(
+    graph: AxisGraph, names: Collection[str], batches: Iterable[Any], options: Scoring, seed: int = 0
+) -> dict[str, Tensor]:
+    """Score the units of groups by what their removal costs once all that read them were solved again.
+
+    See :func:`singe_plugin.method.surgeon.removal_costs` for the formula. A group that something reads which is not
+    followed (a weight that is computed, a recurrent layer), or that no layer reads (queries and keys), is scored by
+    :math:`\\tfrac12\\langle W^n,\\nabla_{W^n}F\\rangle^2` instead, the square of ``ig_abs`` with one node: a number of the
+    same kind, without the others taking over. That is logged.
+
+    Args:
+        graph: of the model.
+        names: of groups.
+        batches: ``(inputs, targets)`` or mappings.
+        options: the objective, and how scores are normalised.
+        seed: of the choice of positions.
+
+    Returns:
+        group -> ``[N]`` float32 on the model's device.
+
+    Raises:
+        DataError: if there are no batches.
+        ScoringError: if F is not finite, or cannot be evaluated.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> batch = (torch.randn(16, 4), torch.randint(0, 2, (16,)))
+        >>> costs_of_removal(AxisGraph(net, batch[0]), ["0"], [batch], Scoring("obs"))["0"].shape
+        torch.Size([8])
+    """
+    readers, squares = _measured(graph, batches, options, seed)
+    found = {}
+    for name in names:
+        group = graph.groups[name]
+        readings, unseen = _readings(graph, group, readers, squares)
+        if unseen or not readings:
+            _logger.info(
+                "the units of %r are scored without what reads them, %s", name,
+                f"because {unseen} is not followed" if unseen else "because no layer does",
+            )  # fmt: skip
+            product = replace(options, criterion="ig_abs", mu=None, quadrature="gauss", nodes=1, normalizer=None)
+            scores = 0.5 * score_units(graph.model, group.unit_group(), batches, product).double().square()
+        else:
+            scores = removal_costs(readings, group.size)
+        if not bool(torch.isfinite(scores).all()):
+            raise ScoringError(f"group {name!r}: the scores are not finite; check the batches for inf/NaN")
+        found[name] = normalize(scores, options.normalizer).float().to(model_device(graph.model))
+    return found
+
+
+def _measured(
+    graph: AxisGraph, batches: Iterable[Any], options: Scoring, seed: int
+) -> tuple[list[_Reader], dict[str, Tensor]]:
+    """What every contraction gets, and the mean over batches of the squared gradients at what it gives."""
+    model, device = graph.model, model_device(graph.model)
+    check_head(model, options.objective)
+    readers: dict[int, _Reader] = {}
+    squares: dict[str, Tensor] = {}
+    count = 0
+    with ready(model), torch.autocast(device.type, enabled=False), torch.inference_mode(False):
+        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        owners = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        for index, batch in enumerate(read(batches, "reading the batches to score on")):
+            check_batch(batch)
+            inputs, targets = inputs_for(model, batch)
+            inputs, targets = to_device(inputs, device, options.channels_last), to_device(targets, device)
+            if not index:
+                forget_caches(model, partial(call_model, model, inputs))
+                with torch.no_grad():
+                    tape = Tape.of(model, map_tensors(torch.clone, inputs), graph.forward)
+                readers = _followed(graph, tape)
+            examples = max(next((len(t) for t in tensors_in(inputs) if t.ndim), 1), 1)
+            with torch.no_grad():
+                see = partial(_see, graph, readers, examples, seed + 7919 * index)
+                with Playback(model, tape, see):
+                    graph.forward(model, map_tensors(torch.clone, inputs))
+            for name, more in _gradients(graph, inputs, targets, options, owners, index).items():
+                squares[name] = squares[name] + more if name in squares else more
+            count += 1
+    if not count:
+        raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+    return list(readers.values()), {name: total / count for name, total in squares.items()}
+
+
+def _followed(graph: AxisGraph, tape: Tape) -> dict[int, _Reader]:
+    """The contractions with a parameter that is read by nothing else, by number; none if the trace has others."""
+    if len(tape.sites) != len(graph.trace.contractions):
+        return {}
+    found = {}
+    for number, (weight, bias, _) in enumerate(tape.sites):
+        if weight is not None and not tape.read.get(weight):
+            owner = graph.model.get_submodule(weight.rpartition(".")[0])
+            made_up = bias is not None or graph.trace.sole_reader(owner) is not None
+            found[number] = _Reader(number, weight, made_up)
+    return found
+
+
+def _see(graph: AxisGraph, readers: dict[int, _Reader], examples: int, seed: int, found: Contraction) -> None:
+    """Count what a contraction gets in."""
+    reader = readers.get(found.number)
+    if reader is None:
+        return
+    weight = graph.model.get_parameter(reader.name)
+    if matrix_of(found, weight).shape[2] > LARGEST or not found.x.is_floating_point():
+        del readers[found.number]
+        return
+    generator = torch.Generator().manual_seed(seed + found.number)
+    most = _POSITIONS * (1 if found.convolution is not None else examples)
+    chosen = torch.randperm(positions_of(found), generator=generator)[:most].sort().values.to(found.x.device)
+    reader.add(found, inputs_at(found, weight.shape[2:], chosen))
+
+
+def _gradients(
+    graph: AxisGraph, inputs: Any, targets: Any, options: Scoring, owners: Mapping[int, str], index: int
+) -> dict[str, Tensor]:
+    """The squared gradients at what every parameter is contracted to, summed over the rows of a batch."""
+    model = graph.model
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with torch.enable_grad():
+            value = options.function(graph.forward(model, inputs), targets)
+            if not bool(torch.isfinite(value)):
+                raise ScoringError(f"F is not finite on batch {index}; check the batch for inf/NaN")
+            with _Backward(owners) as seen:
+                torch.autograd.grad(value, wanted, allow_unused=True)
+        return dict(seen.squares)
+    except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ScoringError(f"evaluating F on batch {index} failed with {type(error).__name__}: {error}") from error
+
+
+def _readings(
+    graph: AxisGraph, group: Group, readers: list[_Reader], squares: Mapping[str, Tensor]
+) -> tuple[list[Reading], str | None]:
+    """How a group is read, and a parameter that reads it and is not followed."""
+    leaf = group.leaf.root()
+    wanted = {f"{graph.names[part.owner]}.{part.attr}".strip(".") for part in group.slices() if _reads(part)}
+    readings = []
+    for reader in readers:
+        if reader.name not in wanted or reader.seen is None or reader.name not in squares:
+            continue
+        axes = graph.trace.contractions[reader.number]
+        matrix = exact(graph.model.get_parameter(reader.name).detach())
+        readings += _of(reader, matrix_of(reader.seen, matrix), squares[reader.name], axes, leaf)
+    followed = {reader.name for reader in readers if reader.seen is not None and reader.name in squares}
+    unseen = sorted(wanted - followed)
+    return readings, unseen[0] if unseen else None
+
+
+def _reads(part: Any) -> bool:
+    """Whether a slice is of a parameter that is contracted along it."""
+    return bool(part.reads and part.is_parameter and part.tensor.ndim > 1)
+
+
+def _of(reader: _Reader, matrix: Tensor, curvature: Tensor, axes: tuple[list[Axis], list[Axis]], leaf: Any) -> Any:
+    """Yield the readings of a contraction: one for every group of a grouped convolution that has units."""
+    assert reader.seen is not None
+    assert reader.sums is not None
+    assert reader.gram is not None
+    dim = 1 if reader.seen.convolution is not None else -1
+    groups, outputs, features = matrix.shape
+    units = _units(axes[0][dim], leaf, features * groups).reshape(groups, features)
+    given = _units(axes[1][dim], leaf, outputs * groups).reshape(groups, outputs)
+    gram = reader.gram / reader.count
+    if reader.made_up:
+        mean = reader.sums / reader.count
+        gram = gram - mean[:, :, None] * mean[:, None, :]
+    for index in range(groups):
+        own = torch.from_numpy(units[index]).to(matrix.device)
+        if bool((own >= 0).any()):
+            theirs = torch.from_numpy(given[index]).to(matrix.device)
+            moves = curvature.reshape(groups, outputs)[index].to(matrix)
+            yield Reading(gram[index], matrix[index], moves, own, theirs)
+
+
+def _units(axis: Axis, leaf: Any, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The unit of each of ``count`` features; a kernel has several for a channel."""
+    found = labels(axis, leaf)
+    return np.repeat(found, count // len(found))

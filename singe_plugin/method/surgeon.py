@@ -1,0 +1,126 @@
+r"""The optimal brain surgeon for units: what a removal costs when the others take over.
+
+A layer reads X through :math:`Y=XW^\top`. Without the features :math:`S_n` of unit n, and with its weights solved again
+for what is left, its squared error per row grows in output o by
+
+.. math:: e_{no}=W_{on}\bigl([G^{-1}]_{nn}\bigr)^{-1}W_{on}^\top,\qquad G=\tfrac1R X^\top X
+
+(Hassibi and Stork 1993, for the features of a unit at once), where :math:`[\cdot]_{nn}` are the rows and columns of
+:math:`S_n`. It is nothing where a unit can be said by the others: with one feature it is
+:math:`w^2 G_{nn}(1-R_n^2)`. The loss grows, to second order and as if rows were independent, by
+:math:`\tfrac12\sum_o h_o e_{no}` with the summed squares :math:`h_o=\sum_r(\partial F/\partial Y_{ro})^2`, which makes
+layers comparable; a unit costs the sum over all that read it.
+
+Units go one after the other, the cheapest first: what the last one leaves is what the next one's cost is counted from
+(the inverse and the weights follow by the Sherman-Morrison-Woodbury formula). So two units that say the same cost
+nothing and something, where each alone would cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Reading", "removal_costs"]
+
+_STEPS = 128  # removals of a group; of larger ones, several units go at once
+_APART = 1e-6  # by how much a unit costs more than the one before, at least
+
+
+@dataclass
+class Reading:
+    """How one matrix reads units.
+
+    Attributes:
+        gram: G, ``[F, F]``, of the inputs about their mean if that can be made up for.
+        weight: W, ``[O, F]``.
+        curvature: h, ``[O]``.
+        units: ``[F]``, which unit a feature belongs to; -1 for none.
+        given: ``[O]``, which unit an output belongs to: it goes together with it, and costs nothing then. -1 for none.
+    """
+
+    gram: Tensor
+    weight: Tensor
+    curvature: Tensor
+    units: Tensor
+    given: Tensor
+
+
+class _State:
+    """A reading while units go."""
+
+    def __init__(self, reading: Reading, size: int, ridge: float) -> None:
+        count, outputs = len(reading.units), len(reading.weight)
+        where = [(reading.units == unit).nonzero().flatten() for unit in range(size)]
+        self.width = max(len(mine) for mine in where)
+        gram = reading.gram + ridge * reading.gram.diagonal().mean().clamp(min=1e-300) * torch.eye(
+            count, dtype=reading.gram.dtype, device=reading.gram.device
+        )
+        # units with fewer features than others get some that nobody reads
+        self.inverse = torch.eye(count + self.width, dtype=gram.dtype, device=gram.device)
+        self.inverse[:count, :count] = torch.linalg.inv(gram)
+        self.weight = torch.cat([reading.weight, reading.weight.new_zeros(outputs, self.width)], 1).to(gram)
+        self.curvature, self.given = reading.curvature.to(gram), reading.given
+        added = torch.arange(count, count + self.width, device=gram.device)
+        self.where = torch.stack([torch.cat([mine, added[len(mine) :]]) for mine in where])
+
+    def costs(self, left: Tensor) -> Tensor:
+        """What each unit that is left costs now."""
+        index = self.where[left]
+        weight = self.weight[:, index].permute(1, 2, 0)  # [units, features, O]
+        blocks = self.inverse[index[:, :, None], index[:, None, :]]
+        errors = (weight * torch.linalg.solve(blocks, weight)).sum(1)  # [units, O]
+        total: Tensor = (errors * torch.where(self.given == left[:, None], 0.0, self.curvature)).sum(1)
+        return 0.5 * total
+
+    def remove(self, units: Tensor) -> None:
+        """Let the others take over from some units."""
+        self.curvature = torch.where(torch.isin(self.given, units), 0.0, self.curvature)
+        index = torch.unique(self.where[units])
+        rows = self.inverse[index]
+        share = torch.linalg.solve(rows[:, index], rows)
+        self.weight -= self.weight[:, index] @ share
+        self.inverse -= rows.t() @ share
+        self.inverse[index, index] = 1.0  # they are out: nothing is divided by zero
+
+
+def removal_costs(readings: Sequence[Reading], size: int, ridge: float = 1e-3) -> Tensor:
+    r"""What each unit of a group costs when it goes in its turn.
+
+    .. math:: C(n)=\sum_\text{readers}\tfrac12\sum_o h_o\,W_{on}\bigl([G^{-1}]_{nn}\bigr)^{-1}W_{on}^\top
+
+    Args:
+        readings: by everything that reads the group.
+        size: how many units it has.
+        ridge: what is added to the diagonals of the Gram matrices, relative to their mean.
+
+    Returns:
+        ``[size]`` float64, in the order in which they go; the last unit costs more than any other.
+
+    Example:
+        >>> same = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).double()
+        >>> weight, h = torch.ones(1, 3).double(), torch.ones(1).double()
+        >>> reading = Reading(same, weight, h, units=torch.arange(3), given=torch.tensor([-1]))
+        >>> removal_costs([reading], 3).round(decimals=2).tolist()
+        [0.0, 2.0, 0.5]
+    """
+    states = [_State(reading, size, ridge) for reading in readings]
+    device = readings[0].gram.device
+    left, found = torch.arange(size, device=device), torch.zeros(size, dtype=torch.float64, device=device)
+    chunk, last = -(-size // _STEPS), 0.0
+    while len(left):
+        costs = torch.stack([state.costs(left).clamp(min=0.0) for state in states]).sum(0)
+        order = costs.argsort(stable=True)[:chunk]
+        for place in order.tolist():
+            last = max(float(costs[place]), last * (1 + _APART))
+            found[left[place]] = last
+        going = left[order]
+        for state in states:
+            state.remove(going)
+        stays = torch.ones(len(left), dtype=torch.bool, device=device)
+        stays[order] = False
+        left = left[stays]
+    return found
