@@ -111,8 +111,8 @@ def costs_of_removal(
 
     See :func:`singe_plugin.method.surgeon.removal_costs` for the formula. A group that something reads which is not
     followed (a weight that is computed, a recurrent layer), or that no layer reads (queries and keys), is scored by
-    :math:`\\tfrac12\\langle W^n,\\nabla_{W^n}F\\rangle^2` instead, the square of ``ig_abs`` with one node: a number of the
-    same kind, without the others taking over. That is logged.
+    :math:`\\tfrac12\\langle W^n,\\nabla_{W^n}F\\rangle^2` instead, the square of ``ig_abs`` with one node: a number of
+    the same kind, without the others taking over. That is logged.
 
     Args:
         graph: of the model.
