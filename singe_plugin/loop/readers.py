@@ -7,15 +7,14 @@ one with gradients how much the objective moves with what it gives. :mod:`singe_
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.axes.algebra import Axis, labels
 from singe_plugin.axes.contractions import Contraction
@@ -51,6 +50,7 @@ class _Reader:
         made_up: whether a bias, or a batch-norm behind, makes up for the mean.
         count: of the rows.
         sums, gram: of the inputs, ``[groups, F]`` and ``[groups, F, F]``.
+        moves: squares of the objective's gradient for the weights of each output, ``[groups, O]``.
         seen: the last one.
     """
 
@@ -60,6 +60,7 @@ class _Reader:
     count: int = 0
     sums: Tensor | None = None
     gram: Tensor | None = None
+    moves: Tensor | None = None
     seen: Contraction | None = None
 
     def add(self, found: Contraction, x: Tensor) -> None:
@@ -70,38 +71,6 @@ class _Reader:
         self.gram = gram if self.gram is None else self.gram + gram
         self.count += x.shape[1]
         self.seen = replace(found, x=found.x[:0], out=found.out[:0])  # their memory is not kept
-
-
-@dataclass
-class _Backward(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums up squared gradients at what parameters are contracted to, while a backward pass runs.
-
-    The backward pass of a contraction has its gradient and the parameter as arguments: it is known by its memory.
-
-    Attributes:
-        owners: where a parameter's memory begins -> its name.
-        squares: name -> the sums over rows, ``[O]``.
-    """
-
-    owners: Mapping[int, str]
-    squares: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        if name == "convolution_backward":
-            self._note(args[2], args[0], [0, *range(2, args[0].ndim)])
-        elif name == "mm":
-            self._note(args[1], args[0], [0])
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, weight: Tensor, gradient: Tensor, rows: list[int]) -> None:
-        owner = self.owners.get(weight.untyped_storage().data_ptr())
-        if owner is not None:
-            squares: Tensor = exact(gradient).square().sum(rows)
-            self.squares[owner] = self.squares[owner] + squares if owner in self.squares else squares
 
 
 def costs_of_removal(
@@ -134,11 +103,11 @@ def costs_of_removal(
         >>> costs_of_removal(AxisGraph(net, batch[0]), ["0"], [batch], Scoring("obs"))["0"].shape
         torch.Size([8])
     """
-    readers, squares = _measured(graph, batches, options, seed)
+    readers = _measured(graph, batches, options, seed)
     found = {}
     for name in names:
         group = graph.groups[name]
-        readings, unseen = _readings(graph, group, readers, squares)
+        readings, unseen = _readings(graph, group, readers)
         if unseen or not readings:
             _logger.info(
                 "the units of %r are scored without what reads them, %s", name,
@@ -154,18 +123,13 @@ def costs_of_removal(
     return found
 
 
-def _measured(
-    graph: AxisGraph, batches: Iterable[Any], options: Scoring, seed: int
-) -> tuple[list[_Reader], dict[str, Tensor]]:
-    """What every contraction gets, and the mean over batches of the squared gradients at what it gives."""
+def _measured(graph: AxisGraph, batches: Iterable[Any], options: Scoring, seed: int) -> list[_Reader]:
+    """What every contraction gets, and how much the objective moves with what it gives."""
     model, device = graph.model, model_device(graph.model)
     check_head(model, options.objective)
     readers: dict[int, _Reader] = {}
-    squares: dict[str, Tensor] = {}
     count = 0
     with ready(model), torch.autocast(device.type, enabled=False), torch.inference_mode(False):
-        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-        owners = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
             check_batch(batch)
             inputs, targets = inputs_for(model, batch)
@@ -180,12 +144,11 @@ def _measured(
                 see = partial(_see, graph, readers, examples, seed + 7919 * index)
                 with Playback(model, tape, see):
                     graph.forward(model, map_tensors(torch.clone, inputs))
-            for name, more in _gradients(graph, inputs, targets, options, owners, index).items():
-                squares[name] = squares[name] + more if name in squares else more
+            _differentiate(graph, list(readers.values()), inputs, targets, options, index)
             count += 1
     if not count:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
-    return list(readers.values()), {name: total / count for name, total in squares.items()}
+    return [reader for reader in readers.values() if reader.moves is not None]
 
 
 def _followed(graph: AxisGraph, tape: Tape) -> dict[int, _Reader]:
@@ -216,41 +179,39 @@ def _see(graph: AxisGraph, readers: dict[int, _Reader], examples: int, seed: int
     reader.add(found, inputs_at(found, weight.shape[2:], chosen))
 
 
-def _gradients(
-    graph: AxisGraph, inputs: Any, targets: Any, options: Scoring, owners: Mapping[int, str], index: int
-) -> dict[str, Tensor]:
-    """The squared gradients at what every parameter is contracted to, summed over the rows of a batch."""
-    model = graph.model
-    wanted = [p for p in model.parameters() if p.requires_grad]
+def _differentiate(
+    graph: AxisGraph, readers: list[_Reader], inputs: Any, targets: Any, options: Scoring, index: int
+) -> None:
+    """Count in how much the objective moves with what every contraction gives, on a batch."""
+    weights = {reader.name: graph.model.get_parameter(reader.name) for reader in readers if reader.seen is not None}
     try:
         with torch.enable_grad():
-            value = options.function(graph.forward(model, inputs), targets)
+            value = options.function(graph.forward(graph.model, inputs), targets)
             if not bool(torch.isfinite(value)):
                 raise ScoringError(f"F is not finite on batch {index}; check the batch for inf/NaN")
-            with _Backward(owners) as seen:
-                torch.autograd.grad(value, wanted, allow_unused=True)
-        return dict(seen.squares)
+            found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         raise ScoringError(f"evaluating F on batch {index} failed with {type(error).__name__}: {error}") from error
+    gradients = dict(zip(weights, found, strict=True))
+    for reader in readers:
+        if reader.seen is not None and (gradient := gradients[reader.name]) is not None:
+            squares = exact(matrix_of(reader.seen, gradient)).square().sum(2)
+            reader.moves = squares if reader.moves is None else reader.moves + squares
 
 
-def _readings(
-    graph: AxisGraph, group: Group, readers: list[_Reader], squares: Mapping[str, Tensor]
-) -> tuple[list[Reading], str | None]:
+def _readings(graph: AxisGraph, group: Group, readers: list[_Reader]) -> tuple[list[Reading], str | None]:
     """How a group is read, and a parameter that reads it and is not followed."""
     leaf = group.leaf.root()
     wanted = {f"{graph.names[part.owner]}.{part.attr}".strip(".") for part in group.slices() if _reads(part)}
-    readings = []
+    readings: list[Reading] = []
     for reader in readers:
-        if reader.name not in wanted or reader.seen is None or reader.name not in squares:
-            continue
-        axes = graph.trace.contractions[reader.number]
-        matrix = exact(graph.model.get_parameter(reader.name).detach())
-        readings += _of(reader, matrix_of(reader.seen, matrix), squares[reader.name], axes, leaf)
-    followed = {reader.name for reader in readers if reader.seen is not None and reader.name in squares}
-    unseen = sorted(wanted - followed)
+        if reader.name in wanted and reader.seen is not None:
+            axes = graph.trace.contractions[reader.number]
+            matrix = exact(graph.model.get_parameter(reader.name).detach())
+            readings += _of(reader, matrix_of(reader.seen, matrix), axes, leaf)
+    unseen = sorted(wanted - {reader.name for reader in readers})
     return readings, unseen[0] if unseen else None
 
 
@@ -259,7 +220,7 @@ def _reads(part: Any) -> bool:
     return bool(part.reads and part.is_parameter and part.tensor.ndim > 1)
 
 
-def _of(reader: _Reader, matrix: Tensor, curvature: Tensor, axes: tuple[list[Axis], list[Axis]], leaf: Any) -> Any:
+def _of(reader: _Reader, matrix: Tensor, axes: tuple[list[Axis], list[Axis]], leaf: Any) -> Iterator[Reading]:
     """Yield the readings of a contraction: one for every group of a grouped convolution that has units."""
     assert reader.seen is not None
     assert reader.sums is not None
@@ -268,7 +229,9 @@ def _of(reader: _Reader, matrix: Tensor, curvature: Tensor, axes: tuple[list[Axi
     groups, outputs, features = matrix.shape
     units = _units(axes[0][dim], leaf, features * groups).reshape(groups, features)
     given = _units(axes[1][dim], leaf, outputs * groups).reshape(groups, outputs)
+    assert reader.moves is not None
     gram = reader.gram / reader.count
+    curvature = reader.moves / gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp(min=1e-300)
     if reader.made_up:
         mean = reader.sums / reader.count
         gram = gram - mean[:, :, None] * mean[:, None, :]
@@ -276,8 +239,7 @@ def _of(reader: _Reader, matrix: Tensor, curvature: Tensor, axes: tuple[list[Axi
         own = torch.from_numpy(units[index]).to(matrix.device)
         if bool((own >= 0).any()):
             theirs = torch.from_numpy(given[index]).to(matrix.device)
-            moves = curvature.reshape(groups, outputs)[index].to(matrix)
-            yield Reading(gram[index], matrix[index], moves, own, theirs)
+            yield Reading(gram[index], matrix[index], curvature[index], own, theirs)
 
 
 def _units(axis: Axis, leaf: Any, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -7,9 +7,10 @@ for what is left, its squared error per row grows in output o by
 
 (Hassibi and Stork 1993, for the features of a unit at once), where :math:`[\cdot]_{nn}` are the rows and columns of
 :math:`S_n`. It is nothing where a unit can be said by the others: with one feature it is
-:math:`w^2 G_{nn}(1-R_n^2)`. The loss grows, to second order and as if rows were independent, by
-:math:`\tfrac12\sum_o h_o e_{no}` with the summed squares :math:`h_o=\sum_r(\partial F/\partial Y_{ro})^2`, which makes
-layers comparable; a unit costs the sum over all that read it.
+:math:`w^2 G_{nn}(1-R_n^2)`. The loss grows by about :math:`\tfrac12\sum_o h_o e_{no}`, which makes layers comparable; a
+unit costs the sum over all that read it. The h are squared gradients (the empirical Fisher information) of the outputs,
+as the gradient for their weights has them: :math:`h_o=\lVert\partial F/\partial W_o\rVert^2/\operatorname{tr}G`. So
+errors that all positions of an image share count together, as they do behind a mean over positions.
 
 Units go one after the other, the cheapest first: what the last one leaves is what the next one's cost is counted from
 (the inverse and the weights follow by the Sherman-Morrison-Woodbury formula). So two units that say the same cost
