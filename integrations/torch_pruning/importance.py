@@ -102,6 +102,8 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         options = self.scoring
         if isinstance(group, GroupView) and group.axis_group.only_training:
             options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
+        if options.rule.of_readers and isinstance(group, GroupView):
+            return self.score_groups({group.axis_group.name: group})[group.axis_group.name]
         with torch.no_grad():
             return score_units(self._model_of(group), self._rows(group, units), self.batches, options)
 
