@@ -37,7 +37,7 @@ from settings import Setting, load_setting
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "results" / "repair.jsonl", HERE.parent / "docs" / "repair.md"
-METHODS = ("ig_abs", "ig", "taylor", "magnitude_l2")
+METHODS = ("obs", "ig_abs", "ig", "taylor", "magnitude_l2")
 
 
 @dataclass(frozen=True)
@@ -196,48 +196,59 @@ def _cell(values: list[float]) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
+HEADS = {
+    "pruned": "as pruned", "repaired": "repaired", "tuned": "as pruned, fine-tuned",
+    "repaired_tuned": "repaired, fine-tuned", "entwined": "in turns with pruning and repair",
+}  # fmt: skip
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """The tables as Markdown."""
-    first = rows[0]
     parts = [
         "# Repair\n",
         "`benchmarks/repair.py` wrote this page from `benchmarks/results/repair.jsonl`. Top-1 in percent, the mean and "
-        "deviation over seeds; four rounds, ranks per cost, one batch of 64 images to score on. *As pruned* is the "
-        "network right after the last removal; *repaired* is the same network with the layers behind solved again on "
-        "unlabelled training images ([usage](usage.md)).\n",
+        "deviation over seeds; four rounds, ranks per cost. *As pruned* is the network right after the last removal; "
+        "*repaired* is the same network with the layers behind solved again on unlabelled training images "
+        "([usage](usage.md)).\n",
+        "## Without training\n",
+        *_table([r for r in rows if not r["steps"] and "pruned" in r], ("pruned", "repaired")),
+        "## Fine-tuned\n",
+        "The same budget for all: batches of 128, one cosine, from the rate that is named. *Distilled* learns from the "
+        'logits of the unpruned network (`FineTune(distill="unpruned")`), *labels* does not. *In turns* is fine-tuned '
+        "for a quarter of the steps after each of the four rounds, and repaired before that.\n",
+        *_table([r for r in rows if r["steps"]], ("pruned", "repaired", "tuned", "repaired_tuned", "entwined")),
     ]
-    for title, columns in (
-        ("Without training", ("pruned", "repaired")),
-        ("Fine-tuned", ("pruned", "repaired", "tuned", "repaired_tuned")),
-    ):
-        chosen = [r for r in rows if "pruned" in r and bool(r["steps"]) == ("tuned" in columns)]
-        if not chosen:
-            continue
-        heads = {
-            "pruned": "as pruned", "repaired": "repaired", "tuned": "as pruned, fine-tuned",
-            "repaired_tuned": "repaired, fine-tuned",
-        }  # fmt: skip
-        parts.append(f"## {title}\n")
-        names = ["network, data", "removed", "criterion", "seeds", "images"]
-        names += ["steps"] if "tuned" in columns else []
-        parts.append("| " + " | ".join([*names, *(heads[c] for c in columns)]) + " |")
-        parts.append("|" + "---|" * (len(names) + len(columns)))
-        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for r in chosen:
-            what = (r["network"], r["data"], r["split"], r["target"], r["method"], r["images"], r["steps"], r["lr"])
-            groups.setdefault((*what, r["distilled"]), []).append(r)
-        for what, found in groups.items():
-            network, data, split, target, method, images, steps, lr, distilled = what
-            where = f"{network}, {data}" + ("" if split == "test" else ", held-out")
-            cells = [where, f"`{target}`", method, str(len(found)), str(images)]
-            if "tuned" in columns:
-                cells.append(f"{steps} at {lr:g}, {'distilled' if distilled else 'labels'}")
-            parts.append("| " + " | ".join([*cells, *(_cell([r[c] for r in found]) for c in columns)]) + " |")
-        parts.append("")
     before = [f"{r['network']}, {r['data']}: {_cell([r['unpruned']])}" for r in rows if "unpruned" in r]
     parts.append(f"Unpruned: {'; '.join(before)}.\n")
-    parts.append(f"Machine: {first.get('machine', first.get('cpu', ''))}; commits and seconds are in the rows.\n")
+    places = dict.fromkeys(place for r in rows for place in (r.get("pruned_on"), r["device"]) if place)
+    parts.append(f"Computed on: {'; '.join(places)}; commits and seconds are in the rows.\n")
     return "\n".join(parts)
+
+
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
+    """A table with a line for all seeds of what else is the same."""
+    tuned = any(r["steps"] for r in rows)
+    names = ["network, data", "removed", "criterion", "scored on", "seeds", "images", *(["steps"] if tuned else [])]
+    lines = [
+        "| " + " | ".join([*names, *(HEADS[c] for c in columns)]) + " |",
+        "|" + "---|" * (len(names) + len(columns)),
+    ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in rows:
+        what = ("network", "data", "split", "target", "method", "images", "steps", "lr", "distilled")
+        groups.setdefault((*(r[name] for name in what), r.get("batches", 1)), []).append(r)
+    order = {method: place for place, method in enumerate(METHODS)}
+    for key, found in sorted(groups.items(), key=lambda g: (g[0][0], g[0][3], -g[0][9], g[0][8], order[g[0][4]])):
+        network, data, split, target, method, images, steps, lr, distilled, batches = key
+        where = f"{network}, {data}" + ("" if split == "test" else ", held-out")
+        seeds = len({r["seed"] for r in found})
+        cells = [where, f"`{target}`", method, f"{64 * batches} images", str(seeds), str(images)]
+        cells += [f"{steps} at {lr:g}, {'distilled' if distilled else 'labels'}"] if tuned else []
+        for column in columns:
+            of_seed = {r["seed"]: r[column] for r in found if column in r}
+            cells.append(_cell(list(of_seed.values())) + ("" if len(of_seed) in (0, seeds) else f" ({len(of_seed)})"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def main() -> None:
