@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -18,8 +18,9 @@ from singe_plugin.errors import is_of_the_machine
 from singe_plugin.undo import Contents
 
 __all__ = [
-    "RngState", "casts_forgotten", "computed_tables", "containers_training", "forget_caches", "model_device",
-    "native_rnns", "plain_layers", "preserved", "tables_of", "train_mode_of", "unfused_attention", "want_gradients",
+    "RngState", "casts_forgotten", "computed_tables", "containers_training", "forget_caches", "forget_tables",
+    "model_device", "native_rnns", "plain_layers", "preserved", "tables_of", "train_mode_of", "unfused_attention",
+    "want_gradients",
 ]  # fmt: skip
 
 
@@ -131,8 +132,17 @@ def forget_caches(model: nn.Module, run: Callable[[], Any]) -> None:
         model: the model.
         run: a forward pass, to find out what is kept and what is constant.
     """
+    forget_tables(computed_tables(model, run))
+
+
+def forget_tables(tables: Iterable[tuple[nn.Module, str]]) -> None:
+    """Let layers empty these dictionaries whenever they run; see :func:`forget_caches`.
+
+    Args:
+        tables: from :func:`computed_tables`.
+    """
     by_module: dict[nn.Module, list[str]] = {}
-    for module, attr in computed_tables(model, run):
+    for module, attr in tables:
         by_module.setdefault(module, []).append(attr)
 
     def forget(module: nn.Module, _: Any) -> None:

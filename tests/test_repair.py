@@ -370,6 +370,36 @@ def test_what_is_kept_from_one_pass_to_the_next_changes_nothing(monkeypatch: pyt
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
+class Caching(nn.Module):
+    """Keeps what it computed from a parameter, by device, in eval mode (as timm's attention biases)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(5, 12), nn.Linear(12, 6), nn.Linear(6, 6)
+        self.table, self.index = nn.Parameter(torch.randn(9)), torch.tensor([0, 3, 3, 8, 1, 2])
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if str(x.device) not in self.kept:
+            self.kept[str(x.device)] = self.table[self.index] * 2
+        y = self.two(torch.relu(self.one(x)))
+        out: Tensor = y + self.three(y + self.kept[str(x.device)])
+        return out
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_what_a_layer_keeps_is_computed_in_every_pass(filled: bool) -> None:
+    net, x = seeded(Caching), [torch.randn(32, 5) for _ in range(3)]
+    smaller = copy.deepcopy(net)
+    SInGEPruner(smaller, x[0], tp.importance.MagnitudeImportance()).host().remove("one", [0, 1, 2, 3, 4])
+    if filled:
+        net(x[0]), smaller(x[0])
+    before, kept = error(smaller, net, x[0]), [dict(net.kept), dict(smaller.kept)]
+    repair(smaller, net, x)
+    assert [net.kept.keys(), smaller.kept.keys()] == [one.keys() for one in kept]
+    assert error(smaller, net, x[0]) < 0.9 * before
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The repair on a fast part of timm: no layer is worse on held-out rows, and the network is nearer to the unpruned one."""
+"""The repair on a fast part of timm: no layer is worse on held-out rows, the network is nearer to the unpruned one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from test_backbones import fast
 from torch import Tensor, nn
 
 import singe_plugin
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 
 from small_nets import seeded
-from test_backbones import fast
 
 
 def off(model: nn.Module, original: nn.Module, x: Tensor) -> float:

@@ -12,7 +12,14 @@ from torch import nn
 from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.tape import Kept, Playback, Reached, Strayed, Tape
 from singe_plugin.nested import map_tensors, tensors_in
-from singe_plugin.state import RngState, plain_layers, preserved, want_gradients
+from singe_plugin.state import (
+    RngState,
+    computed_tables,
+    forget_tables,
+    plain_layers,
+    preserved,
+    want_gradients,
+)
 
 __all__ = ["MEMORY", "Player", "ready"]
 
@@ -40,18 +47,28 @@ class Player:
     """Plays a network again and again, batch by batch, from the layers that are solved next.
 
     Args:
-        model: the network, :func:`ready`.
+        model: the network.
         forward: how it is called with a batch.
         batches: inputs.
     """
 
     def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Sequence[Any]) -> None:
         self.model, self.forward, self.batches = model, forward, batches
-        self.tape = Tape.of(model, map_tensors(torch.clone, batches[0]), forward)
+        with ready(model):
+            self._caches = computed_tables(model, lambda: forward(model, map_tensors(torch.clone, batches[0])))
+            forget_tables(self._caches)  # a pass that finds something there runs other operators
+            self.tape = Tape.of(model, map_tensors(torch.clone, batches[0]), forward)
         self.starts = [0] * len(batches)
         self.kept: list[Kept] = [{} for _ in batches]
         shapes = [[t.shape for t in tensors_in(batch)] for batch in batches]
         self.same = [found == shapes[0] and self.tape.why_not is None for found in shapes]
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The network as it is played."""
+        with ready(self.model):
+            forget_tables(self._caches)
+            yield
 
     def play(
         self, index: int, start: int, see: Callable[[Contraction], None], watch: Mapping[int, Callable[[Any], None]]

@@ -22,7 +22,7 @@ from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, weights_of
 from singe_plugin.axes.tape import Reached
-from singe_plugin.loop.player import Player, ready
+from singe_plugin.loop.player import Player
 from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.sites import Site
 from singe_plugin.loop.statistics import renew_statistics
@@ -81,12 +81,9 @@ class Repairer:
                 left[leaf] = mask
         examples = max(next((len(t) for t in tensors_in(self.batches[0]) if t.ndim), 1), 1)
         self.targets = Targets(self.graph, left, self.options.positions, examples, self.seed)
-        players = []
         found: list[tuple[int, Solved]] = []
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
-            for model in (self.original, pruned):
-                with ready(model):
-                    players.append(Player(model, self.forward, self.batches))
+            players = [Player(model, self.forward, self.batches) for model in (self.original, pruned)]
             for window in self.targets.windows(players[0], list(self._stages(*players))):
                 targets = self.targets.collect(players[0], [site for stage in window for site in stage])
                 for stage in window:
@@ -198,7 +195,7 @@ class Repairer:
                 raise Reached
 
         watches = {tape.sums[number].step: partial(watch, number) for number in sums}
-        with ready(model):
+        with player.ready():
             for batch in range(len(self.batches)):
                 player.play(batch, start, see, watches)
 

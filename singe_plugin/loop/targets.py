@@ -17,7 +17,7 @@ from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.rows import results_at
 from singe_plugin.axes.tape import Reached
-from singe_plugin.loop.player import MEMORY, Player, ready
+from singe_plugin.loop.player import MEMORY, Player
 from singe_plugin.loop.sites import Site
 
 __all__ = ["Target", "Targets"]
@@ -110,7 +110,7 @@ class Targets:
                 raise Reached
 
         watches = {tape.sums[number].step: partial(watch, number) for number in sums}
-        with ready(player.model):
+        with player.ready():
             for batch in range(len(player.batches)):
                 player.play(batch, tape.contracting[min(wanted)], see, watches)
         return found
