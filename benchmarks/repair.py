@@ -26,6 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import singe_plugin
+from singe_plugin.axes.graph import AxisGraph
+from singe_plugin.axes.removal import remove_units
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.state import model_device
@@ -80,6 +82,13 @@ class Kept(singe_plugin.Callback):
     def on_removed(self, event: Any) -> None:
         self.gone.setdefault(event.layer, set()).update(event.units)
 
+    def left(self, result: singe_plugin.Result) -> dict[str, list[int]]:
+        """The units of every layer that stayed, in the numbering of the unpruned network."""
+        return {
+            layer.name: [u for u in range(layer.units_before) if u not in self.gone.get(layer.name, ())]
+            for layer in result.layers
+        }
+
 
 def compute(row: Row, setting: Setting, models: Path | None) -> dict[str, Any]:
     """Prune, measure, repair, measure; then fine-tune, if asked for. The method ``none`` is the network before."""
@@ -104,39 +113,55 @@ def _stored(row: Row, setting: Setting, models: Path | None) -> tuple[dict[str, 
     same = replace(row, steps=0, lr=0.0, distilled=False, start="both", split="").key
     file = None if models is None else models / f"{hashlib.sha256(same.encode()).hexdigest()[:16]}.pt"
     if file is not None and file.exists():
-        key, found, networks = torch.load(file, weights_only=False)  # our own, of a moment ago
-        assert key == same
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        assert stored["key"] == same
+        found = stored["found"]
+        networks = {name: _cut(setting, stored["left"], state) for name, state in stored["states"].items()}
     else:
-        found, networks = _pruned_and_repaired(row, setting)
+        found, left, networks = _pruned_and_repaired(row, setting)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save((same, found, {name: network.cpu() for name, network in networks.items()}), file)
-    device = model_device(setting.make())
-    networks = {name: network.to(device) for name, network in networks.items()}
+            states = {name: network.state_dict() for name, network in networks.items()}
+            torch.save({"key": same, "found": found, "left": left, "states": states}, file)
     return found | {name: accuracy(row.split, setting, network) for name, network in networks.items()}, networks
 
 
-def _pruned_and_repaired(row: Row, setting: Setting) -> tuple[dict[str, Any], dict[str, nn.Module]]:
-    kept, options = Kept(), BASE | {"scoring_batch_count": row.batches}
+def _cut(setting: Setting, left: dict[str, list[int]], state: dict[str, Any]) -> nn.Module:
+    """The network with these units of its layers, and these weights."""
+    model = setting.make()
+    graph = AxisGraph(model, setting.test[0][0][None].to(model_device(model)))
+    for name, units in left.items():
+        if gone := sorted(set(range(graph.groups[name].size)) - set(units)):
+            remove_units(graph, graph.groups[name], gone)
+    model.load_state_dict(state)
+    return model
+
+
+def _pruned(row: Row, setting: Setting, **given: Any) -> tuple[singe_plugin.Result, dict[str, Any]]:
+    """The network of a row, pruned in the rounds that all methods share, and how much went."""
+    options = BASE | {"scoring_batch_count": row.batches}
     options |= {"nodes": 1} if row.batches > 1 else {}  # as the library does in rounds
-    start = time.perf_counter()
     result = singe_plugin.prune(
         setting.make(), setting.train, target=row.target, scoring=scoring_of(row.method, options, setting.classes),
-        seed=row.seed, pace=Pace(**taken(options, OF_PACE)), finetune=0, callbacks=[kept], repair=None,
+        seed=row.seed, pace=Pace(**taken(options, OF_PACE)), **given,
     )  # fmt: skip
-    found = {"removed_params": result.removed_params, "removed_macs": result.removed_macs}
+    return result, {"removed_params": result.removed_params, "removed_macs": result.removed_macs}
+
+
+def _pruned_and_repaired(
+    row: Row, setting: Setting
+) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, nn.Module]]:
+    """How it went, the units that are left, and the networks."""
+    kept, start = Kept(), time.perf_counter()
+    result, found = _pruned(row, setting, finetune=0, callbacks=[kept], repair=None)
     found |= {"pruning_seconds": time.perf_counter() - start, "pruned_on": environment()["device"]}
     torch.manual_seed(row.seed)
     loader = DataLoader(setting.train, 64, shuffle=True)
-    left = {
-        layer.name: [u for u in range(layer.units_before) if u not in kept.gone.get(layer.name, ())]
-        for layer in result.layers
-    }
-    repaired, original = copy.deepcopy(result.model), setting.make()
+    left, repaired, original = kept.left(result), copy.deepcopy(result.model), setting.make()
     start = time.perf_counter()
     done = singe_plugin.repair(repaired, original, loader, row.images, kept=left, seed=row.seed)
     found |= {"repair_seconds": time.perf_counter() - start, "solved": len(done.better)}
-    return found, {"pruned": result.model, "repaired": repaired}
+    return found, left, {"pruned": result.model, "repaired": repaired}
 
 
 def _finetuning(row: Row, setting: Setting, every: str) -> singe_plugin.FineTune:
@@ -151,13 +176,8 @@ def _finetuning(row: Row, setting: Setting, every: str) -> singe_plugin.FineTune
 
 
 def _entwined(row: Row, setting: Setting) -> dict[str, Any]:
-    options = BASE | {"scoring_batch_count": row.batches, "nodes": 1}
-    result = singe_plugin.prune(
-        setting.make(), setting.train, target=row.target, scoring=scoring_of(row.method, options, setting.classes),
-        seed=row.seed, pace=Pace(**taken(options, OF_PACE)), finetune=_finetuning(row, setting, "layer"),
-        repair=singe_plugin.Repair(row.images, every="round"),
-    )  # fmt: skip
-    found = {"removed_params": result.removed_params, "removed_macs": result.removed_macs}
+    tuning, mended = _finetuning(row, setting, "layer"), singe_plugin.Repair(row.images, every="round")
+    result, found = _pruned(row, setting, finetune=tuning, repair=mended)
     return found | {"entwined": accuracy(row.split, setting, result.model)}
 
 

@@ -21,11 +21,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from repair import Kept
 from safetensors.torch import load_file
+from torch import Tensor
 
 import singe_plugin
 from singe_plugin.loop.pace import Pace
-from singe_plugin.method import ridge
+from singe_plugin.method.ridge import Moments
 
 from records import append, environment
 from settings import architecture
@@ -73,6 +75,30 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def _counted() -> tuple[list[float], list[float]]:
+    """From now on: what every layer's moments take in MiB, and the floating-point operations of every batch's."""
+    grams: list[float] = []
+    flops: list[float] = []
+    of, include = Moments.of, Moments.include
+
+    def count(x: Tensor, y: Tensor) -> None:
+        flops.append(2.0 * x.shape[0] * x.shape[1] * x.shape[2] * (x.shape[2] + y.shape[2]))
+
+    def made(x: Tensor, y: Tensor) -> Moments:
+        count(x, y)
+        found = of(x, y)
+        grams.append((found.xx.nbytes + found.xy.nbytes) / 2**20)
+        return found
+
+    def included(self: Moments, x: Tensor, y: Tensor) -> None:
+        count(x, y)
+        include(self, x, y)
+
+    Moments.of = staticmethod(made)  # type: ignore[assignment, method-assign]
+    Moments.include = included  # type: ignore[method-assign]
+    return grams, flops
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = architecture(args.network, args.classes, args.size == 32).eval()
@@ -81,32 +107,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     original = copy.deepcopy(model)
-    count = args.images // args.batch
-    batches = [torch.randn(args.batch, 3, args.size, args.size, device=device) for _ in range(count)]
-    gone: dict[str, set[int]] = {}
-
-    class Kept(singe_plugin.Callback):
-        def on_removed(self, event: Any) -> None:
-            gone.setdefault(event.layer, set()).update(event.units)
-
+    shape = (args.batch, 3, args.size, args.size)
+    batches = [torch.randn(shape, device=device) for _ in range(args.images // args.batch)]
+    kept = Kept()
     targets = [torch.randint(0, args.classes, (args.batch,)) for _ in batches]
     scored = list(zip(batches, targets, strict=True))[:1]
     result = singe_plugin.prune(
         model, scored, target="macs=0.5", scoring="l2", pace=Pace(rounds=1, verify=False), finetune=0, repair=None,
-        callbacks=[Kept()],
+        callbacks=[kept],
     )  # fmt: skip
-    left = {r.name: [u for u in range(r.units_before) if u not in gone.get(r.name, ())] for r in result.layers}
-    grams: list[float] = []
-    of = ridge.Moments.of
-
-    def counted(x: torch.Tensor, y: torch.Tensor) -> ridge.Moments:
-        found = of(x, y)
-        grams.append((found.xx.nbytes + found.xy.nbytes) / 2**20)
-        flops.append(2.0 * x.shape[0] * x.shape[1] * x.shape[2] * (x.shape[2] + y.shape[2]))
-        return found
-
-    flops: list[float] = []
-    ridge.Moments.of = staticmethod(counted)  # type: ignore[assignment, method-assign]
+    grams, flops = _counted()
+    count, left = len(batches) * args.batch, kept.left(result)
     with torch.no_grad():
         original(batches[0])
         with Memory() as one:
@@ -114,13 +125,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         passes = [timed(lambda: [original(batch) for batch in batches]) for _ in range(3)]
         with Memory() as all_of_it:
             done: list[Any] = []
-            seconds = timed(
-                lambda: done.append(
-                    singe_plugin.repair(result.model, original, batches, len(batches) * args.batch, kept=left)
-                )
-            )
+            seconds = timed(lambda: done.append(singe_plugin.repair(result.model, original, batches, count, kept=left)))
     return {
-        "network": args.network, "size": args.size, "images": len(batches) * args.batch, "batch": args.batch,
+        "network": args.network, "size": args.size, "images": count, "batch": args.batch,
         "weights": Path(args.weights).name if args.weights else "random", "removed_macs": result.removed_macs,
         "solved": len(done[0].better), "layers": len(done[0].layers), "repair_seconds": seconds,
         "pass_seconds": median(passes), "passes": seconds / median(passes), "forward_mib": one.mib,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["call_model", "leaves_in", "map_tensors", "relative_change", "tensors_in", "to_device"]
+__all__ = ["call_model", "examples_in", "leaves_in", "map_tensors", "relative_change", "tensors_in", "to_device"]
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -59,6 +59,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         [1, 2]
     """
     return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
+
+
+def examples_in(inputs: Any) -> int:
+    """The length of the first tensor in a model's inputs that has one; 0 if there is none.
+
+    Example:
+        >>> import torch
+        >>> examples_in({"scale": torch.tensor(2.0), "pixels": torch.zeros(4, 3)}), examples_in(None)
+        (4, 0)
+    """
+    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 0)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any, others: Callable[[Any], Any] | None = None) -> Any:

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from singe_plugin.loop.events import Callback
+from singe_plugin.loop.repairer import Repairer
 from singe_plugin.run.result import Metrics, Result
 
 CLASSES = 3
@@ -108,6 +110,18 @@ class Recurrent(nn.Module):
 def mlp(width: int = 16) -> nn.Sequential:
     """Two hidden layers: the fastest thing that can be pruned."""
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, CLASSES))
+
+
+def fail_to_solve(monkeypatch: pytest.MonkeyPatch, parameter: str) -> None:
+    """Let a repair raise ``RuntimeError("mine")`` when it comes to a parameter."""
+    solved = Repairer._solved
+
+    def fails(self: Repairer, model: nn.Module, site: Any) -> Any:
+        if site.name == parameter:
+            raise RuntimeError("mine")
+        return solved(self, model, site)
+
+    monkeypatch.setattr(Repairer, "_solved", fails)
 
 
 def seeded(make: Callable[[], nn.Module] = mlp, seed: int = 0) -> nn.Module:

@@ -26,7 +26,7 @@ from singe_plugin.method.ridge import Moments, solve
 from singe_plugin.nested import call_model, tensors_in
 
 from asked import asked
-from small_nets import values_of
+from small_nets import fail_to_solve, values_of
 from stranger_trial import copied
 from strangers import stranger
 
@@ -517,14 +517,7 @@ def test_none_leaves_the_survivors_as_they_are() -> None:
 def test_a_repair_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     net = seeded(CHAINS["deep"])
     before, ids = values_of(net), {n: id(p) for n, p in net.named_parameters()}
-    solved = Repairer._solved
-
-    def fails(self: Repairer, pruned: nn.Module, site: Any) -> Any:
-        if site.name == "4.weight":
-            raise RuntimeError("mine")
-        return solved(self, pruned, site)
-
-    monkeypatch.setattr(Repairer, "_solved", fails)
+    fail_to_solve(monkeypatch, "4.weight")
     with pytest.raises(RuntimeError, match="mine"):
         prune(net, BATCHES, **asked(**FAST))
     assert ids == {n: id(p) for n, p in net.named_parameters()}

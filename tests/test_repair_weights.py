@@ -19,11 +19,10 @@ from singe_plugin import FineTune, Pace, Repair, UnstructuredPruner, hold_masks,
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.integrations.unstructured import Pattern
 from singe_plugin.loop.events import Callback
-from singe_plugin.loop.repairer import Repairer
 from singe_plugin.masks import fold_masks, masks_of, plain_weights
 from singe_plugin.method import ridge
 
-from small_nets import values_of
+from small_nets import fail_to_solve, values_of
 
 BATCHES = [(torch.randn(16, 8, generator=torch.Generator().manual_seed(n)), torch.arange(16) % 3) for n in range(4)]
 
@@ -236,14 +235,7 @@ def test_a_repair_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.Mon
     net = seeded(chain)
     hold_masks(net, {"2.weight": torch.rand(12, 16) > 0.2})
     before, ids, classes = values_of(net), [id(p) for p in net.parameters()], [type(m) for m in net.modules()]
-    solved = Repairer._solved
-
-    def fails(self: Repairer, model: nn.Module, site: Any) -> Any:
-        if site.name == "4.weight":
-            raise RuntimeError("mine")
-        return solved(self, model, site)
-
-    monkeypatch.setattr(Repairer, "_solved", fails)
+    fail_to_solve(monkeypatch, "4.weight")
     pruner = UnstructuredPruner(net, BATCHES, sparsity=0.5, scoring="l1", repair=64)
     with pytest.raises(RuntimeError, match="mine"):
         pruner.run()

@@ -181,14 +181,7 @@ class UnstructuredPruner:
             self.repair_with(chosen, images_of(self.batches, chosen.images, model))
 
     def repair_with(self, repair: Repair, images: Sequence[Any], seed: int = 0, needed: bool = True) -> None:
-        """Let the weights that are left take over after the removals of ``run``, on these inputs.
-
-        Args:
-            repair: how.
-            images: inputs.
-            seed: of the choice of positions.
-            needed: whether it is an error if the model cannot be copied.
-        """
+        """Let the weights that are left take over after :meth:`run`; see :meth:`SInGEPruner.repair_with`."""
         self._unpruned = Unpruned(self.model, images, repair, seed=seed, needed=needed)
 
     def _fitting(self, found: list[WeightGroup]) -> list[WeightGroup]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .contractions import Contraction
 
-__all__ = ["inputs_at", "matrix_of", "positions_of", "results_at", "weights_of"]
+__all__ = ["drawn", "inputs_at", "matrix_of", "positions_of", "results_at", "weights_of"]
 
 
 def positions_of(contraction: Contraction) -> int:
@@ -18,6 +18,17 @@ def positions_of(contraction: Contraction) -> int:
     if contraction.convolution is None:
         return len(contraction.out)
     return math.prod(contraction.out.shape[2:])
+
+
+def drawn(count: int, most: int, seed: int, device: torch.device) -> Tensor:
+    """Some of so many positions, in order: at most as many as wanted, drawn at random.
+
+    Example:
+        >>> drawn(3, 5, 0, torch.device("cpu"))
+        tensor([0, 1, 2])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:most].sort().values.to(device)
 
 
 def matrix_of(contraction: Contraction, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from singe_plugin.axes.algebra import Axis, labels
 from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.groups import Group
-from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of
+from singe_plugin.axes.rows import drawn, inputs_at, matrix_of, positions_of
 from singe_plugin.axes.tape import Playback, Tape
 from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.loop.player import ready
@@ -28,10 +28,10 @@ from singe_plugin.method.batches import check_batch, inputs_for, read
 from singe_plugin.method.objective import check_head
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.reduction import normalize
-from singe_plugin.method.ridge import LARGEST, exact
+from singe_plugin.method.ridge import LARGEST, Moments, exact
 from singe_plugin.method.scoring import score_units
 from singe_plugin.method.surgeon import Reading, removal_costs
-from singe_plugin.nested import call_model, map_tensors, tensors_in, to_device
+from singe_plugin.nested import call_model, examples_in, map_tensors, to_device
 from singe_plugin.state import forget_caches, model_device
 
 __all__ = ["costs_of_removal"]
@@ -48,8 +48,7 @@ class _Reader:
         number: of the contraction.
         name: of the parameter.
         made_up: whether a bias, or a batch-norm behind, makes up for the mean.
-        count: of the rows.
-        sums, gram: of the inputs, ``[groups, F]`` and ``[groups, F, F]``.
+        known: of the inputs; there are no targets.
         moves: squares of the objective's gradient for the weights of each output, ``[groups, O]``.
         seen: the last one.
     """
@@ -57,19 +56,16 @@ class _Reader:
     number: int
     name: str
     made_up: bool
-    count: int = 0
-    sums: Tensor | None = None
-    gram: Tensor | None = None
+    known: Moments | None = None
     moves: Tensor | None = None
     seen: Contraction | None = None
 
     def add(self, found: Contraction, x: Tensor) -> None:
         """Count rows ``[groups, rows, F]`` in."""
-        x = exact(x)
-        sums, gram = x.sum(1), x.transpose(1, 2) @ x
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.count += x.shape[1]
+        if self.known is None:
+            self.known = Moments.of(x, x[:, :, :0])
+        else:
+            self.known.include(x, x[:, :, :0])
         self.seen = replace(found, x=found.x[:0], out=found.out[:0])  # their memory is not kept
 
 
@@ -103,11 +99,12 @@ def costs_of_removal(
         >>> costs_of_removal(AxisGraph(net, batch[0]), ["0"], [batch], Scoring("obs"))["0"].shape
         torch.Size([8])
     """
-    readers = _measured(graph, batches, options, seed)
+    reading = {name: _parameters_that_read(graph, graph.groups[name]) for name in names}
+    readers = _measured(graph, set().union(*reading.values()), batches, options, seed)
     found = {}
-    for name in names:
+    for name, wanted in reading.items():
         group = graph.groups[name]
-        readings, unseen = _readings(graph, group, readers)
+        readings, unseen = _readings(graph, group, wanted, readers)
         if unseen or not readings:
             _logger.info(
                 "the units of %r are scored without what reads them, %s", name,
@@ -123,8 +120,10 @@ def costs_of_removal(
     return found
 
 
-def _measured(graph: AxisGraph, batches: Iterable[Any], options: Scoring, seed: int) -> list[_Reader]:
-    """What every contraction gets, and how much the objective moves with what it gives."""
+def _measured(
+    graph: AxisGraph, wanted: Collection[str], batches: Iterable[Any], options: Scoring, seed: int
+) -> list[_Reader]:
+    """What the contractions with some parameters get, and how much the objective moves with what they give."""
     model, device = graph.model, model_device(graph.model)
     check_head(model, options.objective)
     readers: dict[int, _Reader] = {}
@@ -138,8 +137,8 @@ def _measured(graph: AxisGraph, batches: Iterable[Any], options: Scoring, seed: 
                 forget_caches(model, partial(call_model, model, inputs))
                 with torch.no_grad():
                     tape = Tape.of(model, map_tensors(torch.clone, inputs), graph.forward)
-                readers = _followed(graph, tape)
-            examples = max(next((len(t) for t in tensors_in(inputs) if t.ndim), 1), 1)
+                readers = _followed(graph, tape, wanted)
+            examples = max(examples_in(inputs), 1)
             with torch.no_grad():
                 see = partial(_see, graph, readers, examples, seed + 7919 * index)
                 with Playback(model, tape, see):
@@ -151,13 +150,13 @@ def _measured(graph: AxisGraph, batches: Iterable[Any], options: Scoring, seed: 
     return [reader for reader in readers.values() if reader.moves is not None]
 
 
-def _followed(graph: AxisGraph, tape: Tape) -> dict[int, _Reader]:
-    """The contractions with a parameter that is read by nothing else, by number; none if the trace has others."""
+def _followed(graph: AxisGraph, tape: Tape, wanted: Collection[str]) -> dict[int, _Reader]:
+    """The contractions with those parameters that nothing else reads, by number; none if the trace has others."""
     if len(tape.sites) != len(graph.trace.contractions):
         return {}
     found = {}
     for number, (weight, bias, _) in enumerate(tape.sites):
-        if weight is not None and not tape.read.get(weight):
+        if weight is not None and weight in wanted and not tape.read.get(weight):
             owner = graph.model.get_submodule(weight.rpartition(".")[0])
             made_up = bias is not None or graph.trace.sole_reader(owner) is not None
             found[number] = _Reader(number, weight, made_up)
@@ -173,9 +172,8 @@ def _see(graph: AxisGraph, readers: dict[int, _Reader], examples: int, seed: int
     if matrix_of(found, weight).shape[2] > LARGEST or not found.x.is_floating_point():
         del readers[found.number]
         return
-    generator = torch.Generator().manual_seed(seed + found.number)
     most = _POSITIONS * (1 if found.convolution is not None else examples)
-    chosen = torch.randperm(positions_of(found), generator=generator)[:most].sort().values.to(found.x.device)
+    chosen = drawn(positions_of(found), most, seed + found.number, found.x.device)
     reader.add(found, inputs_at(found, weight.shape[2:], chosen))
 
 
@@ -184,6 +182,8 @@ def _differentiate(
 ) -> None:
     """Count in how much the objective moves with what every contraction gives, on a batch."""
     weights = {reader.name: graph.model.get_parameter(reader.name) for reader in readers if reader.seen is not None}
+    if not weights:
+        return
     try:
         with torch.enable_grad():
             value = options.function(graph.forward(graph.model, inputs), targets)
@@ -201,10 +201,16 @@ def _differentiate(
             reader.moves = squares if reader.moves is None else reader.moves + squares
 
 
-def _readings(graph: AxisGraph, group: Group, readers: list[_Reader]) -> tuple[list[Reading], str | None]:
-    """How a group is read, and a parameter that reads it and is not followed."""
+def _parameters_that_read(graph: AxisGraph, group: Group) -> set[str]:
+    """The parameters that are contracted along units of a group."""
+    return {f"{graph.names[part.owner]}.{part.attr}".strip(".") for part in group.slices() if _reads(part)}
+
+
+def _readings(
+    graph: AxisGraph, group: Group, wanted: set[str], readers: list[_Reader]
+) -> tuple[list[Reading], str | None]:
+    """How a group is read by some parameters, and one of them that is not followed."""
     leaf = group.leaf.root()
-    wanted = {f"{graph.names[part.owner]}.{part.attr}".strip(".") for part in group.slices() if _reads(part)}
     readings: list[Reading] = []
     for reader in readers:
         if reader.name in wanted and reader.seen is not None:
@@ -223,18 +229,16 @@ def _reads(part: Any) -> bool:
 def _of(reader: _Reader, matrix: Tensor, axes: tuple[list[Axis], list[Axis]], leaf: Any) -> Iterator[Reading]:
     """Yield the readings of a contraction: one for every group of a grouped convolution that has units."""
     assert reader.seen is not None
-    assert reader.sums is not None
-    assert reader.gram is not None
+    assert reader.known is not None
     dim = 1 if reader.seen.convolution is not None else -1
     groups, outputs, features = matrix.shape
     units = _units(axes[0][dim], leaf, features * groups).reshape(groups, features)
     given = _units(axes[1][dim], leaf, outputs * groups).reshape(groups, outputs)
     assert reader.moves is not None
-    gram = reader.gram / reader.count
+    gram = reader.known.xx / reader.known.count
     curvature = reader.moves / gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp(min=1e-300)
     if reader.made_up:
-        mean = reader.sums / reader.count
-        gram = gram - mean[:, :, None] * mean[:, None, :]
+        gram = reader.known.centred().xx / reader.known.count
     for index in range(groups):
         own = torch.from_numpy(units[index]).to(matrix.device)
         if bool((own >= 0).any()):

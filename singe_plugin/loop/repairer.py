@@ -28,7 +28,7 @@ from singe_plugin.loop.sites import Site
 from singe_plugin.loop.statistics import renew_statistics
 from singe_plugin.loop.targets import Target, Targets
 from singe_plugin.method.ridge import solve
-from singe_plugin.nested import tensors_in
+from singe_plugin.nested import examples_in
 from singe_plugin.state import model_device
 
 __all__ = ["Repairer"]
@@ -79,7 +79,7 @@ class Repairer:
             mask[list(units)] = True
             if not mask.all():
                 left[leaf] = mask
-        examples = max(next((len(t) for t in tensors_in(self.batches[0]) if t.ndim), 1), 1)
+        examples = max(examples_in(self.batches[0]), 1)
         self.targets = Targets(self.graph, left, self.options.positions, examples, self.seed)
         found: list[tuple[int, Solved]] = []
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight

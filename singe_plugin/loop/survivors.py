@@ -23,7 +23,7 @@ from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.repairer import Repairer
 from singe_plugin.masks import fold_masks, masks_of, plain_weights
 from singe_plugin.method.batches import has_targets, inputs_for, inputs_only, read
-from singe_plugin.nested import call_model, tensors_in, to_device
+from singe_plugin.nested import call_model, examples_in, to_device
 from singe_plugin.rollback import Trackers, all_or_nothing
 from singe_plugin.state import model_device
 
@@ -51,8 +51,8 @@ def images_of(batches: Iterable[Any], count: int, model: nn.Module | None = None
     for batch in read(batches, "reading the images for the repair"):
         takes = model is not None and isinstance(batch, Mapping) and has_targets(batch)
         inputs = inputs_for(model, batch)[0] if model is not None and takes else inputs_only(batch)
-        size = next((len(t) for t in tensors_in(inputs) if t.ndim), 0)
-        if found and size < next(len(t) for t in tensors_in(found[0]) if t.ndim):
+        size = examples_in(inputs)
+        if found and size < examples_in(found[0]):
             break
         found.append(inputs)
         examples += size
@@ -220,7 +220,7 @@ def repair(
     here, there = model_device(pruned), model_device(original)
     if here != there:
         raise ConfigError(f"the pruned network is on {here} and the original on {there}; move one: .to({str(here)!r})")
-    inputs = [to_device(batch, model_device(pruned)) for batch in images_of(batches, chosen.images, pruned)]
+    inputs = [to_device(batch, here) for batch in images_of(batches, chosen.images, pruned)]
     start = time.perf_counter()
     with all_or_nothing(pruned, None, Trackers(), None), plain_weights(original), plain_weights(pruned) as masks:
         graph = AxisGraph(original, inputs[0], forward=forward)

@@ -15,7 +15,7 @@ from torch import Tensor
 from singe_plugin.axes.algebra import Atom, Axis, labels, leaves
 from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
-from singe_plugin.axes.rows import results_at
+from singe_plugin.axes.rows import drawn, results_at
 from singe_plugin.axes.tape import Reached
 from singe_plugin.loop.player import MEMORY, Player
 from singe_plugin.loop.sites import Site
@@ -130,9 +130,8 @@ class Targets:
                 out = out.index_select(dim, left[0].to(out.device))
         pixels = found.convolution is not None
         count = math.prod(out.shape[2:]) if pixels else len(out)
-        generator = torch.Generator().manual_seed(self.seed + 7919 * batch + found.number)
         most = self.positions * (1 if pixels else self.examples)
-        chosen = torch.randperm(count, generator=generator)[:most].sort().values.to(out.device)
+        chosen = drawn(count, most, self.seed + 7919 * batch + found.number, out.device)
         return Target(results_at(found, out, chosen), chosen)
 
     def beside(self, other: Tensor, number: int, chosen: Tensor, whole: bool) -> Tensor:
