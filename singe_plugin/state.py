@@ -195,36 +195,42 @@ def containers_training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def native_rnns(model: nn.Module) -> Iterator[None]:
-    """Run recurrent layers without cuDNN in here, which differentiates them in train mode only.
+    """Run recurrent layers operator by operator in here, without cuDNN and oneDNN.
 
-    Its operator also hides what PyTorch's own show: which gates belong to which unit.
+    Their operators hide what PyTorch's own show: which gates belong to which unit, and which matrix is multiplied with
+    what. cuDNN also differentiates them in train mode only.
 
     Example:
         >>> layer = torch.nn.LSTM(2, 3)
-        >>> handle = layer.register_forward_hook(lambda *_: print(torch.backends.cudnn.enabled))
+        >>> handle = layer.register_forward_hook(
+        ...     lambda *_: print(torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled)
+        ... )
         >>> with native_rnns(layer):
         ...     _ = layer(torch.zeros(1, 1, 2))
-        False
+        False False
     """
-    enabled = torch.backends.cudnn.enabled
+    libraries: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+    enabled = [library.enabled for library in libraries]
+
+    def leave() -> None:
+        for library, before in zip(libraries, enabled, strict=True):
+            library.enabled = before
 
     def enter(module: nn.Module, _: Any) -> None:
-        torch.backends.cudnn.enabled = False
-
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
-        torch.backends.cudnn.enabled = enabled
+        for library in libraries:
+            library.enabled = False
 
     handles = []
     try:
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave, always_call=True))
+                handles.append(module.register_forward_hook(lambda *_: leave(), always_call=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        torch.backends.cudnn.enabled = enabled  # hooks are not called on an interrupt
+        leave()  # hooks are not called on an interrupt
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def test_a_teacher_goes_along_and_comes_back(given: bool) -> None:
         loop = FineTune(images(3), 4, "end", amp=None, distill=teacher if given else "unpruned")
         result = prune(chain(), images(3), target="params=0.4", finetune=loop, pace=Pace(verify=False), device=device)
         found.append([event["loss"] for event in result.history.select("finetune_step")])
-        trace.assert_unchanged()
+        trace.assert_unchanged(ignore=("rng",))  # making networks and images seeds
         assert all(buffers[name] is buffer for name, buffer in teacher.named_buffers())
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 

@@ -180,13 +180,51 @@ class Recurrent(nn.Module):
 
 
 def test_what_is_read_by_something_else_is_scored_by_its_product(caplog: pytest.LogCaptureFixture) -> None:
-    net = seeded(Recurrent).eval()
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.own, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(len(x), 6)
+            for step in x.unbind(1):
+                state = (self.enter(step) + self.own(state)).tanh()
+            out: Tensor = self.head(state)
+            return out
+
+    net = seeded(Cell).eval()
     batches = [(torch.randn(6, 4, 4), torch.randint(0, 3, (6,)))]
     graph = AxisGraph(net, batches[0][0])
+    (name,) = graph.groups
     with caplog.at_level(logging.INFO, "singe_plugin"):
-        got = costs_of_removal(graph, ["first"], batches, OPTIONS)["first"]
-    assert "scored without what reads them" in caplog.text
+        got = costs_of_removal(graph, [name], batches, OPTIONS)[name]
+    assert f"{name!r} are scored without what reads them, because own.weight is not followed" in caplog.text
     assert bool((got > 0).all())
+
+
+class Stepwise(Recurrent):
+    """The same, and the layer in front of it is read step by step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, inputs = self.cells, self.first(x).relu()
+        h = cell = x.new_zeros(len(x), 5)
+        for step in inputs.unbind(1):
+            gates = functional.linear(step, c.weight_ih_l0, c.bias_ih_l0) + h @ c.weight_hh_l0.t() + c.bias_hh_l0
+            i, f, g, o = gates.chunk(4, 1)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * cell.tanh()
+        out: Tensor = self.head(h)
+        return out
+
+
+def test_a_layer_that_is_read_in_steps_is_read_once() -> None:
+    nets = [seeded(kind).eval() for kind in (Recurrent, Stepwise)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    batches = [(torch.randn(6, 4, 4), torch.randint(0, 3, (6,))) for _ in range(2)]
+    together, stepwise = (
+        costs_of_removal(AxisGraph(net, batches[0][0]), ["first"], batches, OPTIONS)["first"] for net in nets
+    )
+    torch.testing.assert_close(stepwise, together, rtol=1e-4, atol=1e-8)
 
 
 def test_a_network_is_pruned_by_it() -> None:

@@ -49,6 +49,11 @@ class Group:
         """Return every dimension of every parameter and buffer that goes with the units."""
         return self.axes.slices(self.leaf)
 
+    def readers(self) -> set[str]:
+        """The names of the matrices that are contracted along the units."""
+        parts = (p for p in self.slices() if p.reads and p.is_parameter and p.tensor.ndim > 1)
+        return {f"{self.axes.names[part.owner]}.{part.attr}".strip(".") for part in parts}
+
     def unit_group(self) -> UnitGroup:
         """Return the rows that produce the units, for the scoring engine."""
         leaf = self.leaf.root()

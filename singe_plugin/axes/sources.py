@@ -17,6 +17,10 @@ __all__ = ["Computed", "Sources"]
 
 _OTHERS = {"bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}
 """Operators that contract two factors, but are no :data:`~.contractions.CONTRACTING`; the position of the first."""
+_FUSED = frozenset(
+    {"mkldnn_rnn_layer", "_cudnn_rnn", "_trilinear", "_grouped_mm", "deform_conv2d", "_transformer_encoder_layer_fwd"}
+)
+"""Operators that contract an activation with parameters somewhere inside."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Sources:
             plain: whether its second factor is a parameter, or a turned one.
             depends: what its arguments depend on.
         """
+        if name in _FUSED:
+            return self._fused(name, args, depends)
         first = CONTRACTING.get(name, _OTHERS.get(name))
         if first is None or (seen is not None and seen.weight is not None):
             return None
@@ -105,3 +111,15 @@ class Sources:
             why = f"its weight is computed from {', '.join(names)}"
         features = x.shape[1] // args[8] if name == "convolution" else x.shape[-1]
         return Computed(names, f"{why}; it keeps its weights", features, depends)
+
+    def _fused(self, name: str, args: Any, depends: frozenset[int]) -> Computed | None:
+        """What an operator contracts somewhere inside."""
+        operands = list(tensors_in(args))
+        first = next((t for t in operands if t in self.varying), None)
+        found = dict.fromkeys(n for t in operands if t.ndim > 1 for n in self.known.get(t, ()))
+        if first is None or not found:
+            return None
+        names = tuple(sorted(found, key=lambda n: -self.sizes[n]))
+        return Computed(
+            names, f"{name} contracts it, which is not solved; it keeps its weights", first.shape[-1], depends
+        )

@@ -21,12 +21,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from singe_plugin.nested import call_model, tensors_in
 
+from .chains import Chains, Sum
 from .contractions import CONTRACTING, Contraction, Names
 from .sources import Computed, Sources
 
-__all__ = ["Kept", "Playback", "Reached", "Strayed", "Sum", "Tape"]
+__all__ = ["Kept", "Playback", "Reached", "Strayed", "Tape"]
 
-_FORMS = frozenset({"view", "_unsafe_view", "alias"})
 _CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 Place = tuple[int, int]
@@ -41,23 +41,6 @@ class Strayed(RuntimeError):
 
 class Reached(Exception):
     """Raised to end a pass."""
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Where the result of a contraction is added to something else, alone or behind a batch-norm.
-
-    Attributes:
-        step: the operator.
-        other: which of its arguments is the other one.
-        norm: the name of the batch-norm in between, or None.
-        depends: the contractions that the other one depends on.
-    """
-
-    step: int
-    other: int
-    norm: str | None
-    depends: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -110,6 +93,8 @@ class Tape:
         sums: by number, where the results of contractions are added to something that does not depend on them; each
             sum once.
         read: parameter -> the operators that read it other than by contracting or turning it.
+        added: by number, the parameter that is added to all that contractions give right behind them, and by which
+            operator: a bias, where PyTorch does not add it in the same operator.
         why_not: why it cannot be played again, or None.
     """
 
@@ -121,7 +106,8 @@ class Tape:
     order: list[int] = field(default_factory=list)
     touched: dict[str, int] = field(default_factory=dict)
     sums: dict[int, Sum] = field(default_factory=dict)
-    read: dict[str, set[str]] = field(default_factory=dict)
+    read: dict[str, set[int]] = field(default_factory=dict)
+    added: dict[int, tuple[str, int]] = field(default_factory=dict)
     why_not: str | None = None
     _last: dict[Place, int] = field(default_factory=dict)
 
@@ -143,6 +129,10 @@ class Tape:
                 tape._last[recorder.places[tensor]] = len(tape.steps)
         return tape
 
+    def read_by(self, parameter: str, but: Collection[int] = ()) -> list[str]:
+        """The names of the operators that read a parameter other than by contracting it; but for some."""
+        return sorted({self.steps[step].name for step in self.read.get(parameter, set()) - set(but)})
+
     def live(self, start: int) -> dict[Place, _Shape]:
         """What operators before ``start`` leave to those from there on."""
         found = {}
@@ -159,16 +149,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape, self.names, self.sources = tape, Names(model), Sources(model, inputs)
         self.places: Any = WeakIdKeyDictionary()
         self.reach: Any = WeakIdKeyDictionary()
-        self.norms = {id(b): n.rpartition(".")[0] for n, b in model.named_buffers() if n.endswith("running_mean")}
-        self.chains: Any = WeakIdKeyDictionary()  # -> (contraction, norm): what is its result, or that normalised
-        self.read: Any = WeakIdKeyDictionary()
+        self.chains = Chains(model, self.names)
+        tape.sums, tape.added = self.chains.sums, self.chains.added
         self.spread: frozenset[int] = frozenset()  # reaches everything: it was written into a part of a tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name, tape, step = func._schema.name.split("::")[1], self.tape, len(self.tape.steps)
         if name == "detach":  # comes and goes with who holds a tensor, and does nothing
-            for table in (self.places, self.reach, self.names.made, self.chains, *self.sources.tables):
+            for table in (self.places, self.reach, self.names.made, self.chains.table, *self.sources.tables):
                 if args[0] in table:
                     table[out] = table[args[0]]
             return out
@@ -181,11 +170,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 origin = self.names.made[tensor][0]
                 tape.touched.setdefault(origin, step)
                 if not self.names.follows(name, tensor, args):
-                    tape.read.setdefault(origin, set()).add(name)
+                    tape.read.setdefault(origin, set()).add(step)
         results, spec = tree_flatten(out)
         in_place = bool(func._schema.is_mutable)
         self._check(func, name, args, results, in_place)
-        self._follow_chain(name, args, kwargs, results, operands)
+        if summed := self.chains.follow(step, name, args, kwargs, results, operands):
+            number, other, norm = summed
+            depends = self.spread | self.reach.get(operands[other], frozenset())
+            if not depends or max(depends) < number:
+                tape.sums[number] = Sum(step, other, norm, depends)
         seen = None
         if name in CONTRACTING:
             number = len(tape.sites)
@@ -194,7 +187,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             turned = seen.columns if seen.convolution is None else seen.convolution[3]
             tape.sites.append((seen.weight, seen.bias, 0 if turned else 1))
             tape.depends.append(found)
-            self.chains[out] = number, None
+            self.chains.start(number, out, name != "convolution")
         else:
             self.names.follow(name, args, out)
         found |= self._note_layer(name, args, operands, out, seen, found)
@@ -226,40 +219,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if computed is not None:
             tape.computed[number] = computed
         return frozenset({number})
-
-    def _follow_chain(self, name: str, args: Any, kwargs: Any, results: list[Any], operands: list[Tensor]) -> None:
-        """See whether the result of a contraction is normalised or added here."""
-        mine = [t for t in operands if t in self.chains]
-        if not mine or name in CONTRACTING:
-            for tensor in mine:
-                self._read_chain(tensor)
-            return
-        chained = max(mine, key=lambda t: self.chains[t][0])
-        number, norm = self.chains[chained]
-        firsts = {id(tensor): self._read_chain(tensor) for tensor in mine}
-        if isinstance(results[0], Tensor) and results[0] in self.chains:  # changed in place: no result any more
-            del self.chains[results[0]]
-        if not firsts[id(chained)]:
-            return
-        if name in _FORMS:
-            self.chains[results[0]] = number, norm
-        elif "batch_norm" in name and args[0] is chained and norm is None:
-            found = next((self.norms[id(t)] for t in operands if id(t) in self.norms), None)
-            if found is not None:
-                self.chains[results[0]] = number, found
-        elif name in ("add", "add_") and not kwargs and len(operands) == 2 and operands[0].shape == operands[1].shape:
-            other = 1 if operands[0] is chained else 0
-            depends = self.spread | self.reach.get(operands[other], frozenset())
-            if not depends or max(depends) < number:
-                self.tape.sums[number] = Sum(len(self.tape.steps), other, norm, depends)
-
-    def _read_chain(self, tensor: Tensor) -> bool:
-        """Whether this is the first to read it: what others read, too, must not make up for anything."""
-        first = tensor not in self.read
-        self.read[tensor] = True
-        if not first:
-            self.tape.sums.pop(self.chains[tensor][0], None)
-        return first
 
     def _check(self, func: Any, name: str, args: Any, results: list[Any], in_place: bool) -> None:
         """See whether the operator can be left out of a later pass."""

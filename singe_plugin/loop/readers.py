@@ -42,10 +42,10 @@ _POSITIONS = 32  # of an example, at most
 
 @dataclass
 class _Reader:
-    """A contraction with a parameter, and what is summed up of it.
+    """The contractions with a parameter, and what is summed up of them.
 
     Attributes:
-        number: of the contraction.
+        number: of the first of them.
         name: of the parameter.
         made_up: whether a bias, or a batch-norm behind, makes up for the mean.
         known: of the inputs; there are no targets.
@@ -75,9 +75,9 @@ def costs_of_removal(
     """Score the units of groups by what their removal costs once all that read them were solved again.
 
     See :func:`singe_plugin.method.surgeon.removal_costs` for the formula. A group that something reads which is not
-    followed (a weight that is computed, a recurrent layer), or that no layer reads (queries and keys), is scored by
-    :math:`\\tfrac12\\langle W^n,\\nabla_{W^n}F\\rangle^2` instead, the square of ``ig_abs`` with one node: a number of
-    the same kind, without the others taking over. That is logged.
+    followed (a weight that is computed, or that reads its own results, as recurrent ones do), or that no layer reads
+    (queries and keys), is scored by :math:`\\tfrac12\\langle W^n,\\nabla_{W^n}F\\rangle^2` instead, the square of
+    ``ig_abs`` with one node: a number of the same kind, without the others taking over. That is logged.
 
     Args:
         graph: of the model.
@@ -99,7 +99,7 @@ def costs_of_removal(
         >>> costs_of_removal(AxisGraph(net, batch[0]), ["0"], [batch], Scoring("obs"))["0"].shape
         torch.Size([8])
     """
-    reading = {name: _parameters_that_read(graph, graph.groups[name]) for name in names}
+    reading = {name: graph.groups[name].readers() for name in names}
     readers = _measured(graph, set().union(*reading.values()), batches, options, seed)
     found = {}
     for name, wanted in reading.items():
@@ -143,23 +143,33 @@ def _measured(
                 see = partial(_see, graph, readers, examples, seed + 7919 * index)
                 with Playback(model, tape, see):
                     graph.forward(model, map_tensors(torch.clone, inputs))
-            _differentiate(graph, list(readers.values()), inputs, targets, options, index)
+            _differentiate(graph, _each(readers), inputs, targets, options, index)
             count += 1
     if not count:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
-    return [reader for reader in readers.values() if reader.moves is not None]
+    return [reader for reader in _each(readers) if reader.moves is not None]
+
+
+def _each(readers: dict[int, _Reader]) -> list[_Reader]:
+    return list({reader.name: reader for reader in readers.values()}.values())
 
 
 def _followed(graph: AxisGraph, tape: Tape, wanted: Collection[str]) -> dict[int, _Reader]:
-    """The contractions with those parameters that nothing else reads, by number; none if the trace has others."""
+    """Who reads those parameters that nothing else reads, by contraction; none if the trace has others."""
     if len(tape.sites) != len(graph.trace.contractions):
         return {}
-    found = {}
-    for number, (weight, bias, _) in enumerate(tape.sites):
-        if weight is not None and weight in wanted and not tape.read.get(weight):
-            owner = graph.model.get_submodule(weight.rpartition(".")[0])
-            made_up = bias is not None or graph.trace.sole_reader(owner) is not None
-            found[number] = _Reader(number, weight, made_up)
+    numbers: dict[str, list[int]] = {}
+    for number, (weight, _, _) in enumerate(tape.sites):
+        if weight is not None and weight in wanted and not tape.read_by(weight):
+            numbers.setdefault(weight, []).append(number)
+    found: dict[int, _Reader] = {}
+    for weight, mine in numbers.items():
+        if any(tape.depends[number] & set(mine) for number in mine):
+            continue  # it reads its own results: it is not solved again
+        owner = graph.model.get_submodule(weight.rpartition(".")[0])
+        biased = all(tape.sites[number][1] is not None or number in tape.added for number in mine)
+        made_up = biased or graph.trace.sole_reader(owner) is not None
+        found |= dict.fromkeys(mine, _Reader(mine[0], weight, made_up))
     return found
 
 
@@ -170,7 +180,8 @@ def _see(graph: AxisGraph, readers: dict[int, _Reader], examples: int, seed: int
         return
     weight = graph.model.get_parameter(reader.name)
     if matrix_of(found, weight).shape[2] > LARGEST or not found.x.is_floating_point():
-        del readers[found.number]
+        for number in [number for number, other in readers.items() if other is reader]:
+            del readers[number]
         return
     most = _POSITIONS * (1 if found.convolution is not None else examples)
     chosen = drawn(positions_of(found), most, seed + found.number, found.x.device)
@@ -201,11 +212,6 @@ def _differentiate(
             reader.moves = squares if reader.moves is None else reader.moves + squares
 
 
-def _parameters_that_read(graph: AxisGraph, group: Group) -> set[str]:
-    """The parameters that are contracted along units of a group."""
-    return {f"{graph.names[part.owner]}.{part.attr}".strip(".") for part in group.slices() if _reads(part)}
-
-
 def _readings(
     graph: AxisGraph, group: Group, wanted: set[str], readers: list[_Reader]
 ) -> tuple[list[Reading], str | None]:
@@ -219,11 +225,6 @@ def _readings(
             readings += _of(reader, matrix_of(reader.seen, matrix), axes, leaf)
     unseen = sorted(wanted - {reader.name for reader in readers})
     return readings, unseen[0] if unseen else None
-
-
-def _reads(part: Any) -> bool:
-    """Whether a slice is of a parameter that is contracted along it."""
-    return bool(part.reads and part.is_parameter and part.tensor.ndim > 1)
 
 
 def _of(reader: _Reader, matrix: Tensor, axes: tuple[list[Axis], list[Axis]], leaf: Any) -> Iterator[Reading]:

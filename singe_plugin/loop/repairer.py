@@ -34,6 +34,7 @@ from singe_plugin.state import model_device
 __all__ = ["Repairer"]
 
 _LARGEST = 100.0  # factor of a batch-norm against its channels' median: beyond, a channel makes up for nothing
+_UNKNOWN = "it reads units that went, by an operator that is not known here; it keeps its weights"
 
 
 class Repairer:
@@ -73,12 +74,14 @@ class Repairer:
         """
         self.masks = masks or {}
         left: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+        readers: set[str] = set()
         for name, units in kept.items():
             leaf = self.graph.groups[name].leaf.root()
             mask = np.zeros(leaf.size, dtype=bool)
             mask[list(units)] = True
             if not mask.all():
                 left[leaf] = mask
+                readers |= self.graph.groups[name].readers()
         examples = max(examples_in(self.batches[0]), 1)
         self.targets = Targets(self.graph, left, self.options.positions, examples, self.seed)
         found: list[tuple[int, Solved]] = []
@@ -92,7 +95,9 @@ class Repairer:
             renew_statistics(pruned, self.batches, self.forward)
         place = {number: place for place, number in enumerate(players[1].tape.order)}
         found += [(number, solved) for number, solved in self.left.values()]
-        return [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
+        layers = [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
+        missed = sorted(readers - {solved.name for solved in layers})
+        return layers + [Solved(name, reason=_UNKNOWN) for name in missed]
 
     def _stages(self, original: Player, pruned: Player) -> Iterator[list[Site]]:
         """What to solve, in forward order, together with what does not depend on it."""
@@ -103,10 +108,12 @@ class Repairer:
             if weight is not None:
                 site = sites.setdefault(weight, Site(weight, bias))
                 site.numbers.append(number)
-                if readers := pruned.tape.read.get(weight):
-                    site.reason = f"its parameter is read by {', '.join(sorted(readers))}, too"
+                if readers := pruned.tape.read_by(weight):
+                    site.reason = f"its parameter is read by {', '.join(readers)}, too"
                 if original.tape.sites[number : number + 1] != [(weight, bias, reads)] or bias != site.bias:
                     site.reason = "the pruned network runs other operators than the unpruned one"
+        for site in sites.values():
+            site.find_bias(pruned.tape)
         self.open = {name: site.numbers for name, site in sites.items()}
         self.left: dict[str, tuple[int, Solved]] = {}
         changed: set[int] = set()
@@ -139,7 +146,7 @@ class Repairer:
                 site.reason = (
                     site.reason or "what it reads depends on its own results (it is recurrent, or called again)"
                 )
-            if site.bias is None:
+            if site.bias is None and site.added is None:
                 owner = self.original.get_submodule(weight.rpartition(".")[0])
                 norm = self.graph.trace.sole_reader(owner)
                 site.norm = None if norm is None else norms[norm]
@@ -211,6 +218,8 @@ class Repairer:
             rows = [axis for dim, axis in enumerate(axes) if dim != 1]
             if a is None or b is None or a.norm != b.norm or any(self.targets.left(axis) is not None for axis in rows):
                 return
+            if a.depends & set(site.numbers):
+                return  # what it would make up for changes with it: a recurrent layer, step by step
             scales.add(a.norm)
         if len(scales) != 1:
             return
@@ -235,7 +244,7 @@ class Repairer:
         bias, norm = None, None if site.norm is None else pruned.get_submodule(site.norm)
         if site.bias is not None:
             bias = pruned.get_parameter(site.bias).reshape(matrix.shape[:2])
-        elif norm is not None:
+        elif norm is not None or site.added is not None:
             bias = matrix.new_zeros(matrix.shape[:2])
         kept = self._solvable(site.name, weight)
         kept = None if kept is None or bool(kept.all()) else matrix_of(last, kept)
@@ -247,6 +256,9 @@ class Repairer:
             weight.data.copy_(weights_of(last, found.weight, weight.shape))
             if found.bias is not None and site.bias is not None:
                 pruned.get_parameter(site.bias).data.copy_(found.bias.flatten())
+            elif found.bias is not None and site.added is not None:
+                behind_it = pruned.get_parameter(site.added).data
+                behind_it.add_(found.bias.flatten().to(behind_it))
             elif found.bias is not None and norm is not None:
                 mean: Any = norm.running_mean
                 mean.sub_(found.bias.flatten().to(mean))

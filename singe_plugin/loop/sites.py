@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singe_plugin.axes.chains import Sum
 from singe_plugin.axes.contractions import Contraction
-from singe_plugin.axes.tape import Sum
+from singe_plugin.axes.tape import Tape
 from singe_plugin.method.dual import Rows
 from singe_plugin.method.ridge import LARGEST, Moments
 
@@ -27,6 +28,7 @@ class Site:
         name: of the parameter.
         bias: the name of what is added, or None.
         numbers: of its contractions.
+        added: the name of a bias that another operator adds right behind, if there is none here; or None.
         norm: the batch-norm that alone reads it, if there is no bias; or None.
         sums: contraction -> where its results are added to something.
         scale: what the batch-norm in between divides by, ``[O]``, or None.
@@ -38,12 +40,26 @@ class Site:
     name: str
     bias: str | None
     numbers: list[int] = field(default_factory=list)
+    added: str | None = None
     norm: str | None = None
     sums: dict[int, Sum] = field(default_factory=dict)
     scale: Tensor | None = None
     known: tuple[Any, Any] | None = None
     last: Contraction | None = None
     reason: str | None = None
+
+    def find_bias(self, tape: Tape) -> None:
+        """See what is added to the results, and whether that is read elsewhere, too."""
+        steps = [tape.contracting[number] for number in self.numbers]
+        if self.bias is not None:
+            if readers := tape.read_by(self.bias, steps):
+                self.reason = self.reason or f"its bias is read by {', '.join(readers)}, too"
+            return
+        added = [tape.added[number] for number in self.numbers if number in tape.added]
+        names = {name for name, _ in added}
+        if len(added) == len(self.numbers) and len(names) == 1:
+            (name,) = names
+            self.added = None if tape.read_by(name, [step for _, step in added]) else name
 
     def add(self, contraction: Contraction, x: Tensor, y: Tensor, batches: int) -> None:
         """Count rows ``[groups, rows, F]`` and ``[rows, O]`` of one of some batches in.
