@@ -43,6 +43,8 @@ def test_numbers(demo: tuple[Path, dict[str, Any], str]) -> None:
     assert [row["method"] for row in found["rows"]] == list(METHODS)
     for row in found["rows"]:  # one budget for all
         assert abs(1 - row["params"] / found["baseline"]["params"] - 0.5) <= 0.01
+        assert 0 <= row["accuracy_pruned"] <= 1
+        assert 0 <= row["accuracy_repaired"] <= 1
     assert found["reloaded_identically"] is True
     assert found["note"] == HONESTY
 
@@ -66,11 +68,11 @@ def test_files_and_words(demo: tuple[Path, dict[str, Any], str]) -> None:
 
 
 def test_table() -> None:
-    row = DemoRow("SInGE", 0.5, 1000, 2000, None, 0.5, None)
-    lines = Demo(DemoRow("unpruned", 0.0, 2000, 4000, 0.75, 0.75, 1.5), [row]).table().splitlines()
+    row = DemoRow("SInGE", 0.5, 1000, 2000, None, 0.25, 0.5, None)
+    lines = Demo(DemoRow("unpruned", 0.0, 2000, 4000, 0.75, 0.75, 0.75, 1.5), [row]).table().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[2] == ["unpruned", "2,000", "4,000", "75.0%", "75.0%", "1.50"]
-    assert cells[3] == ["SInGE, -50%", "1,000", "2,000", "-", "50.0%", "-"]
+    assert cells[2] == ["unpruned", "2,000", "4,000", "75.0%", "75.0%", "75.0%", "1.50"]
+    assert cells[3] == ["SInGE, -50%", "1,000", "2,000", "-", "25.0%", "50.0%", "-"]
 
 
 def test_settings_are_fixed_and_quick_is_smaller() -> None:

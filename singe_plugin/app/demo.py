@@ -26,6 +26,7 @@ from singe_plugin.errors import ArtifactError
 from singe_plugin.files import write_atomically
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.survivors import repair
 from singe_plugin.run.architecture import Builder
 from singe_plugin.run.artifact import load, save
 from singe_plugin.run.data import evaluate
@@ -36,6 +37,8 @@ from singe_plugin.state import RngState, preserved
 __all__ = ["METHODS", "Demo", "DemoSettings", "run_demo"]
 
 METHODS = {"SInGE": "ig", "l2": "l2", "Taylor (torch-pruning)": None}
+Bare = tuple[float | None, float | None]
+"""Accuracies without training: as pruned, and repaired."""
 HONESTY = "one seed: an illustration, not a comparison"
 
 
@@ -48,7 +51,7 @@ class DemoSettings:
         channels: widths of the network's four stages.
         train_steps, lr: of the training from scratch (SGD, one-cycle schedule, batches of 64).
         targets: fractions of the parameters to remove.
-        finetune_steps, finetune_lr: of the entwined fine-tuning.
+        finetune_steps, finetune_lr: of the fine-tuning, which starts from the repaired network.
     """
 
     img_size: int = 24
@@ -67,13 +70,20 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One pruned network: who chose the units, what is left, top-1 accuracy in [0, 1], time for a batch of 64."""
+    """One pruned network: who chose the units, and what is left.
+
+    Attributes:
+        accuracy_pruned, accuracy_repaired, accuracy: top-1 in [0, 1] right after pruning, with the survivors repaired,
+            and fine-tuned from there.
+        latency_ms: time for a batch of 64, of the fine-tuned network.
+    """
 
     method: str
     target: float
     params: int
     macs: int
     accuracy_pruned: float | None
+    accuracy_repaired: float | None
     accuracy: float | None
     latency_ms: float | None
 
@@ -98,7 +108,7 @@ class Demo:
 
     def table(self) -> str:
         """The before/after table, Markdown that reads as text."""
-        header = ["", "parameters", "MACs", "after pruning alone", "after fine-tuning", "ms per batch of 64"]
+        header = ["", "parameters", "MACs", "as pruned", "repaired", "fine-tuned", "ms per batch of 64"]
         return markdown_table(header, [_cells(r) for r in [self.baseline, *self.rows]])
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,17 +169,18 @@ def _run(
     say(f"training a {sum(p.numel() for p in network.parameters()):,}-parameter timm residual network on {splits.name}")
     train(network, splits, settings, seed, progress)
     say(f"trained: top-1 accuracy {evaluate(network, _validation(splits)) or 0:.1%} on the validation images")
-    results: dict[tuple[str, float], tuple[Result, Result]] = {}
+    results: dict[tuple[str, float], tuple[Bare, Result]] = {}
     for target in settings.targets:
         for method in METHODS:
             verify = not results  # the groups are the same ones every time
             results[method, target] = _prune_both(network, splits, method, target, settings, builder, seed, verify)
-            _, tuned = results[method, target]
-            say(f"{method}, {target:.0%} of the parameters removed: top-1 accuracy {tuned.after.accuracy or 0:.1%}")
+            (bare, repaired), tuned = results[method, target]
+            found = ", ".join(f"{a or 0:.1%}" for a in (bare, repaired, tuned.after.accuracy))
+            say(f"{method}, {target:.0%} of the parameters removed: as pruned, repaired and fine-tuned {found}")
     before = next(iter(results.values()))[1].before
     times = latencies([network, *(tuned.model for _, tuned in results.values())], splits)
     demo = Demo(
-        DemoRow("unpruned", 0.0, before.params, before.macs, before.accuracy, before.accuracy, times[0]),
+        DemoRow("unpruned", 0.0, before.params, before.macs, *(before.accuracy,) * 3, times[0]),
         [_row(*key, *pair, ms) for (key, pair), ms in zip(results.items(), times[1:], strict=True)],
     )
     saved = results["SInGE", 0.5][1]
@@ -236,21 +247,26 @@ def _prune_both(
     builder: Builder,
     seed: int,
     verify: bool,
-) -> tuple[Result, Result]:
-    """The same removal without and with the entwined fine-tuning."""
+) -> tuple[Bare, Result]:
+    """The accuracies without training, as pruned and repaired, and the same removal with repair and fine-tuning."""
     from singe_plugin.integrations.prune import prune
 
-    def once(steps: int, verify: bool) -> Result:
+    def once(steps: int, verify: bool, **options: Any) -> Result:
         model = copy.deepcopy(network)
         pruned: Result = prune(
             model, splits.train, target=f"params={target}", scoring=METHODS[method] or _taylor(),
             finetune=FineTune(steps=steps, lr=settings.finetune_lr), val_data=_validation(splits), seed=seed,
-            device="cpu", pace=Pace(verify=verify),
+            device="cpu", pace=Pace(verify=verify), **options,
         )  # fmt: skip
         pruned.builder = builder
         return pruned
 
-    return once(0, False), once(settings.finetune_steps, verify)
+    bare = once(0, False, repair=None)
+    generator = torch.Generator().manual_seed(seed)
+    images = DataLoader(splits.train, batch_size=64, shuffle=True, generator=generator)
+    repair(bare.model, network, images, seed=seed)
+    without = bare.after.accuracy, evaluate(bare.model, _validation(splits))
+    return without, once(settings.finetune_steps, verify)
 
 
 def _taylor() -> Any:
@@ -267,13 +283,13 @@ def latencies(networks: Sequence[nn.Module], splits: Splits, rounds: int = 3) ->
     return [min(times) for times in zip(*found, strict=True)]
 
 
-def _row(method: str, target: float, bare: Result, tuned: Result, latency_ms: float) -> DemoRow:
+def _row(method: str, target: float, bare: Bare, tuned: Result, latency_ms: float) -> DemoRow:
     after = tuned.after
-    return DemoRow(method, target, after.params, after.macs, bare.after.accuracy, after.accuracy, latency_ms)
+    return DemoRow(method, target, after.params, after.macs, *bare, after.accuracy, latency_ms)
 
 
 def _cells(row: DemoRow) -> list[str]:
-    percent = ["-" if a is None else f"{a:.1%}" for a in (row.accuracy_pruned, row.accuracy)]
+    percent = ["-" if a is None else f"{a:.1%}" for a in (row.accuracy_pruned, row.accuracy_repaired, row.accuracy)]
     latency = "-" if row.latency_ms is None else f"{row.latency_ms:.2f}"
     name = row.method if not row.target else f"{row.method}, -{row.target:.0%}"
     return [name, f"{row.params:,}", f"{row.macs:,}", *percent, latency]
