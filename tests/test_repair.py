@@ -100,9 +100,12 @@ def test_the_error_is_that_of_the_layer_and_the_ridge_the_best_held_out() -> Non
     out = x @ w.transpose(1, 2) + b[:, None] - y
     assert rows.error(w.double(), b.double()) == pytest.approx(float(out.square().sum()), rel=1e-5)
     assert rows.error(w.double(), b.double(), scale) == pytest.approx(float((out * scale).square().sum()), rel=1e-5)
-    fitted, held = Moments.of(x[:, :8], y[:, :8]), Moments.of(x[:, 8:], y[:, 8:])
-    tried = {r: solve(w, b, fitted, held, [r]).after for r in (1e-4, 1e-2, 1.0, 100.0)}
-    assert solve(w, b, fitted, held, list(tried)).after == min(tried.values())
+
+    def halves() -> tuple[Moments, Moments]:  # a solution uses them up
+        return Moments.of(x[:, :8], y[:, :8]), Moments.of(x[:, 8:], y[:, 8:])
+
+    tried = {r: solve(w, b, *halves(), [r]).after for r in (1e-4, 1e-2, 1.0, 100.0)}
+    assert solve(w, b, *halves(), list(tried)).after == min(tried.values())
 
 
 def test_a_layer_that_cannot_be_bettered_stays() -> None:

@@ -43,7 +43,7 @@ class Known(Protocol):
     """What is known of rows of inputs and targets."""
 
     def joined(self: K, other: K) -> K:
-        """What is known of the rows of both."""
+        """What is known of the rows of both; it may take the place of this one."""
 
     def squares(self) -> Tensor:
         """The sums of squares of the targets, ``[groups, O]``."""
@@ -103,9 +103,11 @@ class Moments:
         self.xy.baddbmm_(turned, y)
 
     def joined(self, other: Moments) -> Moments:
-        """Of the rows of both."""
-        names = ("x", "y", "xx", "xy", "yy")
-        return Moments(self.count + other.count, *(getattr(self, name) + getattr(other, name) for name in names))
+        """Of the rows of both; in the place of this one, as it is large."""
+        self.count += other.count
+        for name in ("x", "y", "xx", "xy", "yy"):
+            getattr(self, name).add_(getattr(other, name))
+        return self
 
     def finite(self) -> bool:
         """Whether all numbers are."""
@@ -144,12 +146,15 @@ class Moments:
         self, weight: Tensor, bias: Tensor | None, ridges: Sequence[float], kept: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the layer for one ridge after the other; see :func:`solve`."""
-        about, n = self if bias is None else self.centred(), max(self.count, 1)
-        right = about.xy - about.xx @ weight.transpose(1, 2)
-        turned = None if kept is None else kept.transpose(1, 2)
-        spread = about.xx.diagonal(dim1=1, dim2=2).mean(1)
+        n, mean = max(self.count, 1), None if bias is None else self.x / max(self.count, 1) ** 0.5
+        w = weight.transpose(1, 2)
+        right, squares = self.xy - self.xx @ w, self.xx.diagonal(dim1=1, dim2=2)
+        if mean is not None:  # about the means: less their outer product
+            right = right - mean[:, :, None] * (self.y / n**0.5 - (weight @ mean[:, :, None])[:, :, 0])[:, None, :]
+            squares = squares - mean.square()
+        spread, turned = squares.mean(1), None if kept is None else kept.transpose(1, 2)
         for ridge in ridges:
-            change = regularised(about.xx, (ridge * spread).clamp(min=1e-300), right, turned)
+            change = regularised(self.xx, (ridge * spread).clamp(min=1e-300), right, turned, mean)
             solved = weight + change.transpose(1, 2)
             yield solved, None if bias is None else self.y / n - (solved @ (self.x / n)[:, :, None])[:, :, 0]
 
@@ -186,7 +191,7 @@ def solve(
     Args:
         weight: the present weights W_0, ``[groups, O, F]``.
         bias: the present bias, ``[groups, O]``; None if there is none and none can be made.
-        fitted: of the rows to solve on; with the chosen ridge all rows are solved on.
+        fitted: of the rows to solve on; with the chosen ridge all rows are solved on, and this is used up.
         held: of the rows that are held out.
         ridges: the r to choose from, relative to the mean of the Gram matrix's diagonal.
         kept: which weights may be other than zero, ``[groups, O, F]``; None is all of them.
@@ -213,14 +218,17 @@ def solve(
     return Solution(*best, chosen, (start / size) ** 0.5, (least / size) ** 0.5)
 
 
-def regularised(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Solve ``(matrix + added I) d = right``, factorised where that is possible.
+def regularised(
+    matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None = None, mean: Tensor | None = None
+) -> Tensor:
+    """Solve ``(matrix - mean meanᵀ + added I) d = right``, factorised where that is possible.
 
     Args:
-        matrix: ``[groups, F, F]``, symmetric and not negative.
+        matrix: ``[groups, F, F]``, symmetric; what is solved with is not negative.
         added: ``[groups]``.
         right: ``[groups, F, O]``.
         kept: which of ``d`` may be other than zero, ``[groups, F, O]``; None is all.
+        mean: ``[groups, F]``; None is zero.
 
     Example:
         >>> regularised(torch.eye(2)[None], torch.ones(1), torch.tensor([[[4.0], [6.0]]])).flatten().round(decimals=4)
@@ -228,17 +236,21 @@ def regularised(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | Non
     """
     if kept is None and matrix.shape[-1] <= LARGEST:
         whole = matrix.clone()
+        if mean is not None:
+            whole.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-1)
         whole.diagonal(dim1=1, dim2=2).add_(added[:, None])
         factor, failed = torch.linalg.cholesky_ex(whole)
         del whole
         if not bool(failed.any()):
             return torch.cholesky_solve(right, factor)
     if kept is None:
-        return _conjugate_gradients(matrix, added, right, None)
+        return _conjugate_gradients(matrix, added, right, None, mean)
     found, small = torch.zeros_like(right), kept.sum(1).double() ** 3 < _SMALL * matrix.shape[-1] ** 2
     for group, column in small.nonzero().tolist():
         mine = kept[group, :, column].nonzero().flatten()
         part = matrix[group][mine][:, mine]
+        if mean is not None:
+            part.addr_(mean[group, mine], mean[group, mine], alpha=-1)
         part.diagonal().add_(added[group])
         factor, failed = torch.linalg.cholesky_ex(part)
         if bool(failed):
@@ -246,14 +258,19 @@ def regularised(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | Non
         else:
             found[group, mine, column] = torch.cholesky_solve(right[group, mine, column, None], factor)[:, 0]
     if not bool(small.all()):
-        found += _conjugate_gradients(matrix, added, right, kept & ~small[:, None])
+        found += _conjugate_gradients(matrix, added, right, kept & ~small[:, None], mean)
     return found
 
 
-def _conjugate_gradients(matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None) -> Tensor:
-    """Solve ``(matrix + added I) d = right`` for all columns, each on the features it keeps."""
+def _conjugate_gradients(
+    matrix: Tensor, added: Tensor, right: Tensor, kept: Tensor | None, mean: Tensor | None
+) -> Tensor:
+    """Solve ``(matrix - mean meanᵀ + added I) d = right`` for all columns, each on the features it keeps."""
     keep = 1.0 if kept is None else kept.to(right.dtype)
     scaling = matrix.diagonal(dim1=1, dim2=2)[:, :, None] + added[:, None, None]
+    column = None if mean is None else mean[:, :, None]
+    if column is not None:
+        scaling = scaling - column.square()
     found, residual = torch.zeros_like(right), right * keep
     direction = residual / scaling
     product = (residual * direction).sum(1, keepdim=True)
@@ -261,7 +278,10 @@ def _conjugate_gradients(matrix: Tensor, added: Tensor, right: Tensor, kept: Ten
     for _ in range(_ITERATIONS):
         if float(residual.norm()) <= enough:
             break
-        moved = (matrix @ direction + added[:, None, None] * direction) * keep
+        moved = matrix @ direction + added[:, None, None] * direction
+        if column is not None:
+            moved -= column @ (column.transpose(1, 2) @ direction)
+        moved = moved * keep
         step = product / (direction * moved).sum(1, keepdim=True).clamp(min=1e-300)
         found, residual = found + step * direction, residual - step * moved
         scaled = residual / scaling
