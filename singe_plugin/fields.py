@@ -121,6 +121,8 @@ def to_plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {key if isinstance(key, str) else describe_object(key): to_plain(held) for key, held in value.items()}
+    if isinstance(value, (tuple, list)) and value and all(isinstance(name, str) for name in value):
+        return list(value)
     text = describe_object(value)
     return text if len(text) <= 200 else f"{type(value).__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
