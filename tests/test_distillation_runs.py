@@ -368,5 +368,5 @@ def test_the_command_switches_it_on_and_off() -> None:
 def test_the_command_does_not_ignore_how_a_teacher_is_learned_from(start: list[str], more: list[str]) -> None:
     told = CliRunner().invoke(main, [*start, "--model", "resnet18", "--distill-weight", "0.5", *more])
     assert told.exit_code == 2
-    expected = "--distill-features and --distill-feature-weight say how a teacher is learned from, and there is none; give"
+    expected = "--distill-features and --distill-feature-weight say how a teacher is learned from, and there is none;"
     assert expected in " ".join(told.output.split())

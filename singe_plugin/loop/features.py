@@ -72,10 +72,11 @@ def watched(network: nn.Module, names: Sequence[str], whose: str) -> Iterator[di
     """
     calls: dict[str, list[list[Tensor]]] = {name: [] for name in names}
     found: dict[str, Tensor] = {}
+    modules = dict(network.named_modules(remove_duplicate=False)) if names else {}
     handles = []
     try:
         for name in names:
-            handles.append(network.get_submodule(name).register_forward_hook(partial(_note, calls[name])))
+            handles.append(modules[name].register_forward_hook(partial(_note, calls[name])))
         yield found
     finally:
         for handle in handles:
@@ -188,8 +189,11 @@ class Features:
 
 
 def _check_there(names: Sequence[str], network: nn.Module, whose: str) -> None:
-    known = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+    modules = dict(network.named_modules(remove_duplicate=False))
+    known = [name for name in modules if name]
     for name in names:
+        if isinstance(modules.get(name), torch.jit.ScriptModule):
+            raise _refused(name, f"in {whose} it is compiled by torch.jit, and nobody sees what it returns")
         if name not in known:
             more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
             raise ConfigError(
