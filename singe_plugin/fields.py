@@ -114,8 +114,8 @@ def to_plain(value: Any) -> Any:
     """A value as JSON keeps it, the same in every process: objects are described, long descriptions as a checksum.
 
     Example:
-        >>> to_plain({"a": 1}), to_plain(len)
-        ({'a': 1}, '<built-in function len>')
+        >>> to_plain({"a": 1}), to_plain(("b", "c")), to_plain(len)
+        ({'a': 1}, ['b', 'c'], '<built-in function len>')
     """
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
