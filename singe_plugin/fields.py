@@ -114,13 +114,15 @@ def to_plain(value: Any) -> Any:
     """A value as JSON keeps it, the same in every process: objects are described, long descriptions as a checksum.
 
     Example:
-        >>> to_plain({"a": 1}), to_plain(len)
-        ({'a': 1}, '<built-in function len>')
+        >>> to_plain({"a": 1}), to_plain(("b", "c")), to_plain(len)
+        ({'a': 1}, ['b', 'c'], '<built-in function len>')
     """
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
     if isinstance(value, Mapping):
         return {key if isinstance(key, str) else describe_object(key): to_plain(held) for key, held in value.items()}
+    if isinstance(value, (tuple, list)) and value and all(isinstance(name, str) for name in value):
+        return list(value)
     text = describe_object(value)
     return text if len(text) <= 200 else f"{type(value).__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

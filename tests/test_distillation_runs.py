@@ -228,7 +228,7 @@ def test_the_record_names_the_teacher_and_the_checkpoint_has_nothing_of_it(tmp_p
         records.append([result.options["finetune"][name] for name in ("distill", "distils")])
         with safe_open(folder / CHECKPOINT, "pt") as file:
             names.append(set(file.keys()))
-    how = {"temperature": 4.0, "weight": 0.9}
+    how = {"temperature": 4.0, "weight": 0.9, "features": None, "feature_weight": 1.0}
     assert records == [
         [None, None], [{"teacher": "unpruned", **how}, "unpruned"], [{"teacher": "auto", **how}, "unpruned"],
         [{"teacher": "Chain", **how}, "Chain"],
@@ -368,5 +368,5 @@ def test_the_command_switches_it_on_and_off() -> None:
 def test_the_command_does_not_ignore_how_a_teacher_is_learned_from(start: list[str], more: list[str]) -> None:
     told = CliRunner().invoke(main, [*start, "--model", "resnet18", "--distill-weight", "0.5", *more])
     assert told.exit_code == 2
-    expected = "--distill-temperature and --distill-weight say how a teacher is learned from, and there is none; give"
+    expected = "--distill-features and --distill-feature-weight say how a teacher is learned from, and there is none;"
     assert expected in " ".join(told.output.split())

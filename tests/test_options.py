@@ -142,11 +142,12 @@ def test_a_teacher_stands_for_the_distillation_from_it() -> None:
         short, long = FineTune(distill=teacher), FineTune(distill=Distill(teacher))
         assert short == long != FineTune()
         assert describe(short) == describe(long)
-        assert describe(short)["distill"] == {"teacher": named, "temperature": 4.0, "weight": 0.9}
+        how = {"temperature": 4.0, "weight": 0.9, "features": None, "feature_weight": 1.0}
+        assert describe(short)["distill"] == {"teacher": named, **how}
     assert FineTune(distill="auto") != FineTune(distill="unpruned")
     assert FineTune(distill=module) != FineTune(distill=nn.Linear(2, 2))
     assert FineTune(optimizer="adamw") != FineTune(optimizer="sgd")
-    assert "distill=Distill(teacher='auto', temperature=4.0, weight=0.9)" in repr(FineTune(distill="auto"))
+    assert "distill=Distill(teacher='auto', temperature=4.0, weight=0.9, feat" in repr(FineTune(distill="auto"))
     assert describe(FineTune())["distill"] is None
 
 

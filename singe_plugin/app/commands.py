@@ -136,8 +136,10 @@ def _taught(finetune: FineTune, distill: Distill) -> FineTune:
     if isinstance(finetune.distill, Distill):
         return replace(finetune, distill=replace(distill, teacher=finetune.distill.teacher))
     if distill != Distill():
-        flags = " and ".join(flag for spelling in spellings(Distill) for flag in spelling.flags)
-        raise click.UsageError(f"{flags} say how a teacher is learned from, and there is none; give --distill, too")
+        *others, last = [flag for spelling in spellings(Distill) for flag in spelling.flags]
+        raise click.UsageError(
+            f"{', '.join(others)} and {last} say how a teacher is learned from, and there is none; give --distill, too"
+        )
     return finetune
 
 

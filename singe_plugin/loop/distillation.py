@@ -7,7 +7,8 @@ With a share :math:`w` and a temperature :math:`T`, the loss of fine-tuning beco
 
 where :math:`L` is the loss without a teacher (Hinton, Vinyals and Dean 2015, *Distilling the Knowledge in a Neural
 Network*, section 2: the factor :math:`T^2` keeps the gradients of both terms comparable). A batch without targets has
-no :math:`L`: it is learned from the teacher alone.
+no :math:`L`: it is learned from the teacher alone. What layers give may be learned from, too: see
+:mod:`singe_plugin.loop.features`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,14 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
+from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.errors import ConfigError, DataError, SingeError, is_of_the_machine
 from singe_plugin.loop.distill import Distill
+from singe_plugin.loop.features import Features, watched
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.losses import name_of
 from singe_plugin.method.batches import has_targets, inputs_for, inputs_only
 from singe_plugin.method.objective import Objective, cross_entropy, own_loss
 from singe_plugin.nested import call_model, map_tensors
-from singe_plugin.state import RngState, model_device, preserved, train_mode_of
+from singe_plugin.state import RngState, model_device, preserved, train_mode_of, unfused_attention
 from singe_plugin.undo import Contents
 
 __all__ = [
@@ -189,6 +193,7 @@ class Teacher:
         given: a module, which :meth:`release` puts back as it was, or the name of the model before pruning.
         model: what learns; it is copied, if no module is given.
         temperature, share: see :func:`distillation` and the formula above.
+        features: what else is learned from; None is logits alone.
 
     Attributes:
         network: the module, or the copy.
@@ -204,8 +209,12 @@ class Teacher:
         tensor(0., grad_fn=<MulBackward0>)
     """
 
-    def __init__(self, given: nn.Module | str, model: nn.Module, temperature: float = 4.0, share: float = 0.9) -> None:
-        self.model, self.temperature, self.share = model, temperature, share
+    def __init__(
+        self, given: nn.Module | str, model: nn.Module, temperature: float = 4.0, share: float = 0.9,
+        features: Features | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.temperature, self.share, self.features = model, temperature, share, features
+        self._names = () if features is None else features.names
         self._before: tuple[torch.device, dict[nn.Module, bool], Contents] | None = None
         self._seen = self._told = False
         if not isinstance(given, nn.Module):
@@ -232,6 +241,11 @@ class Teacher:
                 self.network.to(home)
             contents.restore()
 
+    def look_up(self) -> None:
+        """See which units of the model are left, before it learns on: see :class:`Features`."""
+        if self.features is not None:
+            self.features.look_up()
+
     def loss_on(self, model: nn.Module, batch: Any, hard: Callable[[Any, Any], Tensor]) -> Tensor:
         """Compute the loss of a batch, with or without targets; see the formula above.
 
@@ -242,11 +256,13 @@ class Teacher:
 
         Raises:
             DataError: if the outputs are no logits, or of another shape than the teacher's.
+            ConfigError: if the features cannot be compared.
         """
         labelled = has_targets(batch)
-        theirs = self._logits(inputs_for(self.network, batch)[0] if labelled else inputs_only(batch))
+        theirs, shown = self._says(inputs_for(self.network, batch)[0] if labelled else inputs_only(batch))
         inputs, targets = inputs_for(model, batch) if labelled else (inputs_only(batch), None)
-        outputs = call_model(model, inputs)
+        with watched(model, self._names, "the model") as seen:
+            outputs = call_model(model, inputs)
         mine = class_logits(outputs, "the model")
         if mine.shape != theirs.shape:
             raise DataError(
@@ -256,18 +272,22 @@ class Teacher:
         soft = distillation(mine, theirs, self.temperature)
         if not labelled:
             self._tell()
-        if not labelled or self.share == 1:
-            return soft
+        if labelled and self.share < 1:
+            self._check_classes(outputs, targets)
+            soft = (1 - self.share) * hard(outputs, targets) + self.share * soft
+        return soft if self.features is None else soft + self.features.weight * self.features.loss(seen, shown)
+
+    def _check_classes(self, outputs: Any, targets: Any) -> None:
         if own_loss(outputs) is not None and isinstance(targets, Tensor) and targets.is_floating_point():
             raise DataError(
                 f"the model computes its own loss from targets of {targets.dtype}, so that its logits need not be of "
                 f"classes that exclude each other, which distillation takes them for; {_STEP}"
             )
-        return (1 - self.share) * hard(outputs, targets) + self.share * soft
 
     def check(self, batch: Any) -> None:
         """Raise :class:`DataError` if the outputs for a batch do not fit the model's, which is left as it was."""
-        with preserved(self.model), torch.no_grad():
+        self.look_up()
+        with preserved(self.model), torch.set_grad_enabled(self.features is not None):
             self.model.eval()
             try:
                 self.loss_on(self.model, batch, lambda outputs, targets: class_logits(outputs, "the model").sum())
@@ -276,15 +296,16 @@ class Teacher:
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 _logger.debug("distillation cannot be tried on a scoring batch: %s", error)
 
-    def _logits(self, inputs: Any) -> Tensor:
-        """What the teacher says; random states are left alone, and so are the inputs, which it might write into."""
+    def _says(self, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits and features; random states and inputs, which it might write into, are left alone."""
         rng = RngState.capture()
         try:
             if not self._seen and self._before is None:
                 self._prove(inputs)
                 rng.restore()
             self._seen = True
-            with torch.no_grad():
+            watch = watched(self.network, self._names, f"the teacher ({self.name})")
+            with torch.no_grad(), unfused_attention() if self._names else nullcontext(), watch as shown:
                 outputs = call_model(self.network, map_tensors(torch.clone, inputs))
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise
@@ -295,7 +316,7 @@ class Teacher:
             ) from error
         finally:
             rng.restore()
-        return class_logits(outputs, f"the teacher ({self.name})").detach()
+        return class_logits(outputs, f"the teacher ({self.name})").detach(), shown
 
     def _prove(self, inputs: Any) -> None:
         """Raise :class:`ConfigError` if the copy computes with the model's parameters, by a closure that it took over.
@@ -322,8 +343,9 @@ class Teacher:
 
 
 def find_teacher(
-    options: FineTune, loss: Objective | None, model: nn.Module, example: Any = None, begun: bool = False
-) -> Teacher | None:
+    options: FineTune, loss: Objective | None, model: nn.Module, example: Any = None, begun: bool = False,
+    graph: AxisGraph | None = None,
+) -> Teacher | None:  # fmt: skip
     """Make the teacher that the options ask for, before anything is removed; None if there is none.
 
     Args:
@@ -332,9 +354,10 @@ def find_teacher(
         model: what learns.
         example: inputs, to see whether it classifies.
         begun: whether something was removed already, so that the unpruned network is not here.
+        graph: the axes of the model, if units are removed.
 
     Raises:
-        ConfigError: for a loss that is of no logits, and see :class:`Teacher`.
+        ConfigError: for a loss that is of no logits, and see :class:`Teacher` and :class:`Features`.
 
     Example:
         >>> find_teacher(FineTune(distill="auto"), None, nn.Linear(3, 2), torch.zeros(1, 3)).name
@@ -347,8 +370,9 @@ def find_teacher(
     if given == "auto":
         if begun or example is None or not is_cross_entropy(loss) or not classifies(model, example):
             return None
+        features = _features(asked, model, graph)
         try:
-            return Teacher(given, model, asked.temperature, asked.weight)
+            return Teacher(given, model, asked.temperature, asked.weight, features)
         except ConfigError as error:
             _logger.warning("fine-tuning goes without a teacher: %s", error)
             return None
@@ -363,4 +387,12 @@ def find_teacher(
             "distill='unpruned' is the network before pruning, and this run goes on with one that was pruned; give the "
             "unpruned network as a module: FineTune(distill=...)"
         )
-    return Teacher(given, model, asked.temperature, asked.weight)
+    return Teacher(given, model, asked.temperature, asked.weight, _features(asked, model, graph))
+
+
+def _features(asked: Distill, model: nn.Module, graph: AxisGraph | None) -> Features | None:
+    """What is learned from beside logits, if anything."""
+    if asked.features is None:
+        return None
+    given = asked.teacher if isinstance(asked.teacher, nn.Module) else None
+    return Features(asked.features, model, graph, given, asked.feature_weight)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.fields import describe
 from singe_plugin.loop.distillation import Teacher, find_teacher
@@ -129,7 +130,9 @@ class Tuner:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
 
     @contextmanager
-    def taught(self, model: nn.Module, example: Any = None, begun: bool = False) -> Iterator[None]:
+    def taught(
+        self, model: nn.Module, example: Any = None, begun: bool = False, graph: AxisGraph | None = None
+    ) -> Iterator[None]:
         """Hold the teacher in here, if the options ask for one: of the model as it is now, before anything is removed.
 
         Inside of another such block for the same model, the teacher is that one's. :meth:`prepare` takes it, too, where
@@ -139,23 +142,26 @@ class Tuner:
             model: what learns.
             example: inputs, to see whether it classifies.
             begun: whether something was removed already, so that the unpruned network is not here.
+            graph: the axes of the model, if units are removed.
 
         Raises:
             ConfigError: see :func:`~singe_plugin.loop.distillation.find_teacher`.
         """
         held = self.teacher
-        self._find_teacher(model, example, begun)
+        self._find_teacher(model, example, begun, graph)
         try:
             yield
         finally:
             if self.teacher is not held:
                 self._release_teacher()
 
-    def _find_teacher(self, model: nn.Module, example: Any = None, begun: bool = False) -> None:
+    def _find_teacher(
+        self, model: nn.Module, example: Any = None, begun: bool = False, graph: AxisGraph | None = None
+    ) -> None:
         """Hold the teacher from now on, unless it is held."""
         if self.teacher is None or self.teacher.model is not model:
             self._release_teacher()
-            self.teacher = find_teacher(self.options, self._chosen_loss(), model, example, begun)
+            self.teacher = find_teacher(self.options, self._chosen_loss(), model, example, begun, graph)
             self._distils = None if self.teacher is None else self.teacher.name
 
     def _release_teacher(self) -> None:
@@ -284,6 +290,8 @@ class Tuner:
         if steps <= 0:
             return
         begun, length = phase or (0, steps)
+        if self.teacher is not None:
+            self.teacher.look_up()
         modes = train_mode_of(model)
         model.train()
         try:

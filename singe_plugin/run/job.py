@@ -117,7 +117,7 @@ def _taught(job: Job, progress: Progress | None) -> AbstractContextManager[None]
     if job.tuner is None or (progress is not None and progress.finished):
         return nullcontext()
     begun = progress is not None and bool(progress.next_layer or progress.removals or progress.end_done)
-    return job.tuner.taught(job.model, job.example_inputs, begun)
+    return job.tuner.taught(job.model, job.example_inputs, begun, job.graph)
 
 
 def make_tuner(finetune: FineTune | Tuner | None) -> Tuner | None:

@@ -41,7 +41,7 @@ def carry_through(
         ArtifactError: if the checkpoint is damaged, or of another run.
     """
     stage.tuner.objective = job.objective
-    with stage.tuner.taught(job.model, stage.example):  # first of all: what follows puts masks on, and may cut
+    with stage.tuner.taught(job.model, stage.example, graph=job.graph):  # first of all: what follows masks or cuts
         return _carried(job, stage, options, folded, resume)
 
 
