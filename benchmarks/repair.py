@@ -231,7 +231,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "*repaired* is the same network with the layers behind solved again on unlabelled training images "
         "([usage](usage.md)).\n",
         "## Without training\n",
-        *_table([r for r in rows if not r["steps"] and "pruned" in r], ("pruned", "repaired")),
+        *_table(_untrained(rows), ("pruned", "repaired")),
         "## Fine-tuned\n",
         "The same budget for all: batches of 128, one cosine, from the rate that is named. *Distilled* learns from the "
         'logits of the unpruned network (`FineTune(distill="unpruned")`), *labels* does not. *In turns* is fine-tuned '
@@ -243,6 +243,17 @@ def page(rows: list[dict[str, Any]]) -> str:
     places = dict.fromkeys(place for r in rows for place in (r.get("pruned_on"), r["device"]) if place)
     parts.append(f"Computed on: {'; '.join(places)}; commits and seconds are in the rows.\n")
     return "\n".join(parts)
+
+
+def _untrained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of the networks before any training; a row with fine-tuning has it, too."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in sorted((r for r in rows if "repaired" in r), key=lambda r: bool(r["steps"])):
+        names = ("network", "data", "split", "target", "method", "seed", "images", "batches")
+        found.setdefault(
+            json.dumps([row.get(name, 1) for name in names]), row | {"steps": 0, "lr": 0.0, "distilled": False}
+        )
+    return list(found.values())
 
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:

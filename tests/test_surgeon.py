@@ -18,7 +18,7 @@ from singe_plugin import Pace, Scoring, SInGEPruner, prune, prune_weights
 from singe_plugin.axes import AxisGraph
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.loop.readers import costs_of_removal
-from singe_plugin.method.surgeon import Reading, removal_costs
+from singe_plugin.method.surgeon import Reading, removal_costs, shrinkage
 
 from small_nets import Trace, seeded
 
@@ -31,7 +31,7 @@ def reading(units: list[int], outputs: int, given: list[int] | None = None, seed
     x = rng.normal(size=(200, len(units))) @ rng.normal(size=(len(units), len(units)))
     weight, h = rng.normal(size=(outputs, len(units))), rng.uniform(0.1, 2.0, outputs)
     parts = (torch.from_numpy(x.T @ x / len(x)), torch.from_numpy(weight), torch.from_numpy(h))
-    return Reading(*parts, torch.tensor(units), torch.tensor(given or [-1] * outputs)), (x, x @ weight.T)
+    return Reading(*parts, torch.tensor(units), torch.tensor(given or [-1] * outputs), 1e-12), (x, x @ weight.T)
 
 
 def by_least_squares(readings: list[tuple[Reading, Any]], size: int) -> list[float]:
@@ -77,7 +77,7 @@ def test_units_go_as_least_squares_says(units: list[int], outputs: int, given: l
     size = max(max(units) + 1, 3)
     made = [reading(units, outputs, given, 1), reading([u for u in units for _ in range(2)], 2, None, 2)]
     for some in (made[:1], made):
-        got = removal_costs([one for one, _ in some], size, ridge=1e-12)
+        got = removal_costs([one for one, _ in some], size)
         np.testing.assert_allclose(got.numpy(), by_least_squares(some, size), rtol=1e-4, atol=1e-7)
 
 
@@ -93,6 +93,28 @@ def test_many_units_go_several_at_once() -> None:
     costs = removal_costs([one], 300)
     assert len(costs.unique()) == 300
     assert bool((costs > 0).all())
+
+
+def literal_shrinkage(x: Any) -> float:
+    """Of examples ``[N, rows, F]``."""
+    grams = [one.T @ one / len(one) for one in x]
+    gram = sum(grams) / len(grams)
+    target = np.trace(gram) / len(gram) * np.eye(len(gram))
+    noise = sum(((one - gram) ** 2).sum() for one in grams) / len(grams) ** 2
+    share = min(noise / ((gram - target) ** 2).sum(), 0.999)
+    return float(share / (1 - share))
+
+
+def test_a_gram_matrix_of_few_examples_is_shrunk_more() -> None:
+    rng, found = np.random.default_rng(0), []
+    mixed = rng.normal(size=(6, 6))
+    for count in (3, 30, 300):
+        x = rng.normal(size=(count, 4, 6)) @ mixed
+        grams = torch.from_numpy(np.stack([one.T @ one / 4 for one in x]))
+        got = shrinkage(grams.mean(0)[None], grams.square().sum()[None], count)
+        assert float(got) == pytest.approx(literal_shrinkage(x), rel=1e-6)
+        found.append(float(got))
+    assert found[0] > found[1] > found[2] > 0
 
 
 class Grouped(nn.Module):
@@ -137,19 +159,20 @@ def test_readers_get_what_they_get_and_move_what_they_move() -> None:
         weight = net.get_parameter(f"{reader}.weight").detach().flatten(1).double()
         x = torch.cat(rows[reader])
         h = moves[reader] / x.square().mean(0).sum()
+        ridge = max(literal_shrinkage(x.numpy().reshape(12, -1, x.shape[1])), 1e-3)
         if reader != "wide":  # a bias makes up for the mean
             x = x - x.mean(0)
         size = graph.groups[name].size
         units = torch.arange(size).repeat_interleave(weight.shape[1] // size)
-        one = Reading(x.T @ x / len(x), weight, h, units, -torch.ones(len(weight), dtype=torch.int64))
+        one = Reading(x.T @ x / len(x), weight, h, units, -torch.ones(len(weight), dtype=torch.int64), ridge)
         torch.testing.assert_close(got[name].double(), removal_costs([one], size), rtol=1e-4, atol=1e-9)
 
 
 def test_a_unit_that_the_others_can_say_is_free() -> None:
     net = seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)))
-    batches = [(torch.randn(64, 5), torch.randint(0, 3, (64,)))]  # six units of a space of five dimensions
+    batches = [(torch.randn(4096, 5), torch.randint(0, 3, (4096,)))]  # six units of a space of five dimensions
     costs = costs_of_removal(AxisGraph(net, batches[0][0]), ["0"], batches, OPTIONS)["0"]
-    assert float(costs.min()) < 0.1 * float(costs.sort().values[1])  # not nothing: the matrices are regularised
+    assert float(costs.min()) < 0.1 * float(costs.sort().values[1])  # not nothing: the matrices are shrunk
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "test_vit", "test_convnext"])

@@ -30,7 +30,7 @@ from singe_plugin.method.options import Scoring
 from singe_plugin.method.reduction import normalize
 from singe_plugin.method.ridge import LARGEST, Moments, exact
 from singe_plugin.method.scoring import score_units
-from singe_plugin.method.surgeon import Reading, removal_costs
+from singe_plugin.method.surgeon import LEAST, Reading, removal_costs, shrinkage
 from singe_plugin.nested import call_model, examples_in, map_tensors, to_device
 from singe_plugin.state import forget_caches, model_device
 
@@ -49,6 +49,7 @@ class _Reader:
         name: of the parameter.
         made_up: whether a bias, or a batch-norm behind, makes up for the mean.
         known: of the inputs; there are no targets.
+        examples: how many were seen; the squares are of the Gram matrix of each, ``[groups]``.
         moves: squares of the objective's gradient for the weights of each output, ``[groups, O]``.
         seen: the last one.
     """
@@ -57,11 +58,20 @@ class _Reader:
     name: str
     made_up: bool
     known: Moments | None = None
+    examples: int = 0
+    squares: Any = 0.0
     moves: Tensor | None = None
     seen: Contraction | None = None
 
     def add(self, found: Contraction, x: Tensor) -> None:
-        """Count rows ``[groups, rows, F]`` in."""
+        """Count rows ``[groups, rows, F]`` in: of a convolution those of one image after the other.
+
+        Of a product every row is an example: which rows belong together is not seen there.
+        """
+        examples = x.shape[1] if found.convolution is None else len(found.x)
+        each = exact(x).reshape(len(x), examples, -1, x.shape[2])
+        self.squares = self.squares + (each @ each.transpose(2, 3) / each.shape[2]).square().sum((1, 2, 3))
+        self.examples += examples
         if self.known is None:
             self.known = Moments.of(x, x[:, :, :0])
         else:
@@ -238,13 +248,14 @@ def _of(reader: _Reader, matrix: Tensor, axes: tuple[list[Axis], list[Axis]], le
     assert reader.moves is not None
     gram = reader.known.xx / reader.known.count
     curvature = reader.moves / gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp(min=1e-300)
+    ridge = shrinkage(gram, reader.squares, reader.examples)
     if reader.made_up:
         gram = reader.known.centred().xx / reader.known.count
     for index in range(groups):
         own = torch.from_numpy(units[index]).to(matrix.device)
         if bool((own >= 0).any()):
             theirs = torch.from_numpy(given[index]).to(matrix.device)
-            yield Reading(gram[index], matrix[index], curvature[index], own, theirs)
+            yield Reading(gram[index], matrix[index], curvature[index], own, theirs, max(LEAST, float(ridge[index])))
 
 
 def _units(axis: Axis, leaf: Any, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -15,6 +15,13 @@ errors that all positions of an image share count together, as they do behind a 
 Units go one after the other, the cheapest first: what the last one leaves is what the next one's cost is counted from
 (the inverse and the weights follow by the Sherman-Morrison-Woodbury formula). So two units that say the same cost
 nothing and something, where each alone would cost nothing.
+
+G is known from few images, and a unit that the others can say on these may be needed on the next. So G is shrunk
+towards :math:`\mu I`, :math:`\mu=\operatorname{tr}(G)/F`, as far as it varies between images (Ledoit and Wolf 2004,
+with the :math:`G_i` of N images for their outer products):
+
+.. math:: \rho=\min\Bigl(1,\ \frac{\tfrac1{N^2}\sum_i\lVert G_i-G\rVert_F^2}{\lVert G-\mu I\rVert_F^2}\Bigr),\qquad
+          G\leftarrow G+\frac{\rho}{1-\rho}\,\mu I
 """
 
 from __future__ import annotations
@@ -25,8 +32,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Reading", "removal_costs"]
+__all__ = ["LEAST", "Reading", "removal_costs", "shrinkage"]
 
+LEAST = 1e-3  # of what is added to a diagonal, relative to its mean
+_MOST = 0.999  # rho: beyond, nothing would be left of G
 _STEPS = 128  # removals of a group; of larger ones, several units go at once
 _APART = 1e-6  # by how much a unit costs more than the one before, at least
 
@@ -41,6 +50,7 @@ class Reading:
         curvature: h, ``[O]``.
         units: ``[F]``, which unit a feature belongs to; -1 for none.
         given: ``[O]``, which unit an output belongs to: it goes together with it, and costs nothing then. -1 for none.
+        ridge: what is added to the diagonal of G, relative to its mean; see :func:`shrinkage`.
     """
 
     gram: Tensor
@@ -48,16 +58,36 @@ class Reading:
     curvature: Tensor
     units: Tensor
     given: Tensor
+    ridge: float = LEAST
+
+
+def shrinkage(gram: Tensor, squares: Tensor, examples: int) -> Tensor:
+    r"""How much is to be added to the diagonal of Gram matrices, relative to its mean: :math:`\rho/(1-\rho)`.
+
+    Args:
+        gram: G, the means over examples, ``[groups, F, F]``.
+        squares: :math:`\sum_i\lVert G_i\rVert_F^2`, ``[groups]``.
+        examples: N.
+
+    Example:
+        >>> shrinkage(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.tensor([24.0]), 2)  # 10, 14 and 10 between
+        tensor([1.])
+    """
+    whole, mean = gram.square().sum((1, 2)), gram.diagonal(dim1=1, dim2=2).mean(1)
+    within = (squares / examples - whole).clamp(min=0) / examples
+    across = (whole - gram.shape[1] * mean.square()).clamp(min=0)
+    share = torch.where(across > 0, within / across.clamp(min=1e-300), torch.ones_like(whole)).clamp(max=_MOST)
+    return share / (1 - share)
 
 
 class _State:
     """A reading while units go."""
 
-    def __init__(self, reading: Reading, size: int, ridge: float) -> None:
+    def __init__(self, reading: Reading, size: int) -> None:
         count, outputs = len(reading.units), len(reading.weight)
         where = [(reading.units == unit).nonzero().flatten() for unit in range(size)]
         self.width = max(len(mine) for mine in where)
-        gram = reading.gram + ridge * reading.gram.diagonal().mean().clamp(min=1e-300) * torch.eye(
+        gram = reading.gram + reading.ridge * reading.gram.diagonal().mean().clamp(min=1e-300) * torch.eye(
             count, dtype=reading.gram.dtype, device=reading.gram.device
         )
         # units with fewer features than others get some that nobody reads
@@ -88,7 +118,7 @@ class _State:
         self.inverse[index, index] = 1.0  # they are out: nothing is divided by zero
 
 
-def removal_costs(readings: Sequence[Reading], size: int, ridge: float = 1e-3) -> Tensor:
+def removal_costs(readings: Sequence[Reading], size: int) -> Tensor:
     r"""What each unit of a group costs when it goes in its turn.
 
     .. math:: C(n)=\sum_\text{readers}\tfrac12\sum_o h_o\,W_{on}\bigl([G^{-1}]_{nn}\bigr)^{-1}W_{on}^\top
@@ -96,7 +126,6 @@ def removal_costs(readings: Sequence[Reading], size: int, ridge: float = 1e-3) -
     Args:
         readings: by everything that reads the group.
         size: how many units it has.
-        ridge: what is added to the diagonals of the Gram matrices, relative to their mean.
 
     Returns:
         ``[size]`` float64, in the order in which they go; the last unit costs more than any other.
@@ -108,7 +137,7 @@ def removal_costs(readings: Sequence[Reading], size: int, ridge: float = 1e-3) -
         >>> removal_costs([reading], 3).round(decimals=2).tolist()
         [0.0, 2.0, 0.5]
     """
-    states = [_State(reading, size, ridge) for reading in readings]
+    states = [_State(reading, size) for reading in readings]
     device = readings[0].gram.device
     left, found = torch.arange(size, device=device), torch.zeros(size, dtype=torch.float64, device=device)
     chunk, last = -(-size // _STEPS), 0.0
