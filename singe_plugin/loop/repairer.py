@@ -143,17 +143,18 @@ class Repairer:
                 continue
             site = sites[weight]
             reach = frozenset().union(*(pruned.tape.depends[n] for n in site.numbers))
-            if not (differs or reach & changed):
+            if site.bias is None and site.added is None:
+                owner = self.original.get_submodule(weight.rpartition(".")[0])
+                norm = self.graph.trace.sole_reader(owner)
+                site.norm = None if norm is None else norms[norm]
+            loses = differs and self._loses(site, mine[weight], theirs[weight], reads)
+            if not (loses or reach & changed):
                 continue
             changed |= set(site.numbers)
             if reach & set(site.numbers):
                 site.reason = (
                     site.reason or "what it reads depends on its own results (it is recurrent, or called again)"
                 )
-            if site.bias is None and site.added is None:
-                owner = self.original.get_submodule(weight.rpartition(".")[0])
-                norm = self.graph.trace.sole_reader(owner)
-                site.norm = None if norm is None else norms[norm]
             self._find_sums(site, original, pruned)
             reach = reach.union(*(found.depends for found in site.sums.values()))
             if any(set(other.numbers) & reach for other in stage):
@@ -236,11 +237,27 @@ class Repairer:
             dead = ~(factor.abs() < _LARGEST * factor.abs().median())
             site.scale = torch.where(dead, 0.0, factor)
 
+    def _constant(self, site: Site) -> tuple[bool, Tensor | None]:
+        """Whether an output without weights can give something, a constant; the mask of that, if only some can."""
+        name = site.bias or site.added or (None if site.norm is None else f"{site.norm}.weight")
+        stays = None if name is None else self.masks.get(name)
+        return name is not None and stays is None, stays
+
+    def _loses(self, site: Site, mine: Tensor, theirs: Tensor, reads: int) -> bool:
+        """Whether a layer that differs does so at outputs that are not masked with all that they are made of."""
+        (gives, stays), mask = self._constant(site), self.masks.get(site.name)
+        if mask is None or gives or mine.shape != theirs.shape:
+            return True
+        live = mask.movedim(1 - reads, 0).flatten(1).any(1)
+        if stays is not None and stays.shape != live.shape:
+            return True
+        live = live if stays is None else live | stays
+        return not torch.equal(*(t.to(mask.device).movedim(1 - reads, 0)[live] for t in (mine, theirs)))
+
     def _find_silent(self, site: Site, found: Contraction) -> None:
         """See which outputs have neither weights nor a bias that could be other than zero: they give nothing."""
-        constant = site.bias or site.added or (None if site.norm is None else f"{site.norm}.weight")
-        mask, stays = self.masks.get(site.name), None if constant is None else self.masks.get(constant)
-        if constant is not None and stays is None:
+        (gives, stays), mask = self._constant(site), self.masks.get(site.name)
+        if gives:
             return
         live = None if mask is None else matrix_of(found, mask).any(2).flatten()
         if stays is not None and site.norm is None and bool((~stays if live is None else live & ~stays).any()):
