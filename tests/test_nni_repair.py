@@ -432,6 +432,21 @@ def test_twice_the_same() -> None:
     assert found[0][1] == found[1][1]
 
 
+def test_masks_that_somebody_sets_first_are_made_up_for_too() -> None:
+    net, found, chosen = seeded(mlp), {}, (torch.arange(16) > 7).float()
+    data = [(torch.randn(64, 4), torch.zeros(64))]
+    for repair in (None, Repair(64, ridge=1e-3)):
+        model = copy.deepcopy(net)
+        config = [{"op_names": ["0"], "sparse_ratio": 0.5}]
+        pruner = SInGEPruner(model, config, batches=data, scoring="l2", repair=repair)
+        pruner.update_masks({"0": {"weight": chosen[:, None].expand(16, 4), "bias": chosen}})
+        _, masks = pruner.compress()
+        assert torch.equal(masks["0"]["bias"], chosen)
+        found[repair is not None] = error(model, net, data[0][0])
+    assert list(last(pruner)["layers"]) == ["2.weight", "4.weight"]
+    assert found[True] < 0.5 * found[False]
+
+
 # -- what cannot work is refused --------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,6 @@ class Entwined:
     def _start(self) -> None:
         pruner = self.pruner
         assert pruner.pace is not None
-        pruner.hold()
         loop = Loop(MaskHost(pruner), Progress(self._plan()), self.schedule, pruner.callback)
         self.pauses = loop.pauses(in_layers(loop, pruner.pace))
 

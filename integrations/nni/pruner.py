@@ -13,6 +13,7 @@ from nni.compression.utils.evaluator import LightningEvaluator
 from torch import nn
 
 from singe_plugin.axes import AxisGraph, verify_groups
+from singe_plugin.checks import check_choice
 from singe_plugin.errors import ConfigError, ScoringError
 from singe_plugin.fields import as_options
 from singe_plugin.loop.events import Callback, Callbacks, History
@@ -78,11 +79,11 @@ class SInGEPruner(RepairingPruner):
         batches: data for scoring in the place of the evaluator's; nothing is trained then.
         example_inputs: to find the groups with; None takes the evaluator's ``dummy_input``, or the first batch.
         coupled: False ranks every layer by itself, as NNI does; such masks often cannot be removed physically.
+            ``"unverified"`` masks layers alike whose groups have not passed the oracles.
         mask_norms: mask the norms behind masked channels along.
         min_width: how many units of every layer stay at least.
         default_granularity: what ``granularity="default"`` means for parameters: ``"out_channel"``, ``"in_channel"``, a
             block, or None for single weights.
-        verify: put the groups through the oracles.
         repair: a :class:`~singe_plugin.Repair`, or a number of images: what is left takes over behind the last masks
             (or those of every interval, ``every="round"``), on ``batches``, or what the training loop has shown; the
             unpruned network is that before the first mask. None does not.
@@ -121,11 +122,10 @@ class SInGEPruner(RepairingPruner):
         every: str = "layer",
         batches: Iterable[Any] | None = None,
         example_inputs: Any = None,
-        coupled: bool = True,
+        coupled: bool | str = True,
         mask_norms: bool = True,
         min_width: int = 1,
         default_granularity: str | list[int] | None = "out_channel",
-        verify: bool = True,
         repair: Repair | int | None = None,
         callbacks: Iterable[Callback] = (),
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
@@ -145,6 +145,7 @@ class SInGEPruner(RepairingPruner):
         self.pace = None if pace is None else settle_entwined(as_options(Pace, pace, "pace", "order"))
         self.scoring, steps = asked.settle(), training_steps
         check_amounts(every, min_width, training_steps)
+        check_choice("coupled", coupled, (True, False, "unverified"))
         _ = self.scoring.rule  # an importance of torch-pruning is none
         self.batches = batches_of(batches)
         if evaluator is None:
@@ -153,7 +154,7 @@ class SInGEPruner(RepairingPruner):
             step_of(evaluator)  # says now if it cannot be used
         self.training_steps, self.every = training_steps, every
         self.scoring_batches = asked.batches or (1 if self.pace is not None else steps)
-        self.min_width, self.default_granularity, self.coupled = min_width, default_granularity, coupled
+        self.min_width, self.default_granularity, self.coupled = min_width, default_granularity, bool(coupled)
         self.history = History()
         self.callback = Callbacks([self.history, *callbacks])
         self._interval_steps = training_steps
@@ -166,14 +167,14 @@ class SInGEPruner(RepairingPruner):
         existed = existed_wrappers or {}
         check_free(model, entries, existed)
         check_optimizers(model, evaluator)
-        self.graph = self._grouped(model, evaluator, example_inputs, verify)
+        self.graph = self._grouped(model, evaluator, example_inputs, coupled is True)
         if self.graph is not None:
             check_called(self.graph, entries)
         followers = self._follower_entries(model, entries, existed) if mask_norms else []
         with undone_on_error(model, existed.values()):
             super().__init__(model, [*entries, *followers], evaluator, existed_wrappers)
             with plain_view(model):
-                self.pieces: list[MaskedGroup] = build_pieces(model, self._target_spaces, self.graph, coupled)
+                self.pieces: list[MaskedGroup] = build_pieces(model, self._target_spaces, self.graph, self.coupled)
             for piece in self.pieces:
                 rule_of(piece, self._target_spaces)  # says now what does not fit together
             if not self.pieces:
@@ -261,7 +262,7 @@ class SInGEPruner(RepairingPruner):
                 )
             return None
         graph = AxisGraph(model, to_device(example, model_device(model)))
-        for name, reason in (verify_groups(graph) if verify and self.coupled else {}).items():
+        for name, reason in (verify_groups(graph) if verify else {}).items():
             graph.drop(name, reason)
         return graph
 

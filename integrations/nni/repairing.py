@@ -108,16 +108,19 @@ class Survivors:
         self.model, self.options = model, options
         self.images = None if batches is None else [as_call(x) for x in images_of(batches, options.images, model)]
         self._unpruned = Unpruned(model, (), options, forward=call, plain=_plain)
-
-    def hold(self) -> None:
-        """Copy the network as it is now, as long as nothing of it is masked: it may have been trained until then."""
-        if not any(bool((mask == 0).any()) for mask in _masks(self.model)):
-            with plain_view(self.model):
-                self._unpruned.hold(anew=True)
+        self._held = False
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """See whether more is masked after the block than before."""
+        """See whether more is masked after the block than before.
+
+        The network is copied as it is in front of the block, as long as nothing of it is masked (it may have been
+        trained until then), or another compressor had masked it before.
+        """
+        if not self._held or not any(bool((mask == 0).any()) for mask in _masks(self.model)):
+            with plain_view(self.model):
+                self._unpruned.hold(anew=True)
+            self._held = True
         before = [mask.clone() for mask in _masks(self.model)]
         yield
         after = list(_masks(self.model))
@@ -207,15 +210,9 @@ class RepairingPruner(ScoringPruner):
             last: whether nothing else will be masked.
         """
         with self.all_or_nothing():
-            self.hold()
             self.update_masks(self.generate_masks())
             self.repair_and_tell(last)
         self._generated += 1
-
-    def hold(self) -> None:
-        """Keep the network as it is for the repair, if there is one and nothing is masked yet."""
-        if self.survivors is not None:
-            self.survivors.hold()
 
     def update_masks(self, masks: Any) -> None:
         """Set masks, as NNI's pruners do."""
