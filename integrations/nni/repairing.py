@@ -38,7 +38,7 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 def check_solvable(wrappers: Iterable[ModuleWrapper]) -> None:
     """Raise :class:`ConfigError` if wrappers do more to a layer than to multiply masks, so that it cannot be solved."""
-    for wrapper in wrappers:
+    for wrapper in sorted(wrappers, key=lambda wrapper: wrapper.name):
         if wrapper.quantization_target_spaces or wrapper.fused_modules:
             raise ConfigError(
                 f"repair: {wrapper.name!r} is quantised by a compressor that is fused with the pruner, and would round "
