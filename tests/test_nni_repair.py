@@ -453,9 +453,7 @@ def test_masks_that_somebody_sets_first_are_made_up_for_too() -> None:
 def test_quantizers_are_refused_whoever_comes_first() -> None:
     model = make_net("chain")
     quantizer = QATQuantizer(model, INT8, evaluator_of(model))
-    with pytest.raises(
-        ConfigError, match=r"repair: 'conv1' is quantised .* make the quantizer; or give repair=None"
-    ):
+    with pytest.raises(ConfigError, match=r"repair: 'conv1' is quantised .* make the quantizer; or give repair=None"):
         SInGEPruner.from_compressor(quantizer, CONVS, 2, scoring="l2", repair=8)
     model = make_net("chain")
     outer = QATQuantizer.from_compressor(pruner_of(model, repair=8), INT8)
