@@ -155,6 +155,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "long block": ({"config": entry(granularity=[1] * 5)}, r"granularity \[1, 1, 1, 1, 1\] does not fit its shape"),
     "criterion": ({"criterion": "igg"}, "unknown criterion 'igg'"),
     "pace": ({"pace": "agp"}, "unknown order 'agp'; choose one of rounds, layers"),
+    "coupled": ({"coupled": "unverfied"}, "unknown coupled 'unverfied' .did you mean 'unverified'"),
     "every": ({"every": "epoch"}, "unknown every 'epoch'; choose one of"),
     "units": ({"units_per_step": 1.5}, "units_per_step=1.5 is not a number of units"),
     "steps": ({"training_steps": 0}, "training_steps=0 is not a number of steps"),

@@ -242,6 +242,16 @@ def test_lightning_that_ends_too_early() -> None:
         SInGEPruner(model, HALF, evaluator, **asked(training_steps=20, nodes=1)).compress()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_repairs_on_what_its_step_gives_the_model() -> None:
+    model, evaluator = lightning(max_epochs=4)
+    pruner = SInGEPruner(model, HALF, evaluator, **asked(training_steps=6, nodes=1), repair=48)
+    pruner.compress()
+    (repaired,) = pruner.history.select("repaired")
+    assert list(repaired["layers"]) == ["net.2.weight"]
+    assert model.steps == len(model.logged) == 6  # what the repair computes is neither counted nor logged
+
+
 # --- Transformers -------------------------------------------------------------------------------------------------
 
 DENSE = [{"op_names_re": [r"bert\.encoder\.layer\..*\.intermediate\.dense"], "sparse_ratio": 0.5}]
@@ -347,3 +357,15 @@ def test_transformers_wants_labels(tmp_path: Path) -> None:
     assert step(model, {"input_ids": IDS[:2], "labels": torch.tensor([0, 1])}).ndim == 0
     with pytest.raises(DataError, match=r"a batch with labels, got dict with input_ids"):
         step(model, {"input_ids": IDS[:2]})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_repairs_on_what_the_model_was_called_with(tmp_path: Path) -> None:
+    model, evaluator = bert(tmp_path)
+    pruner = SInGEPruner(model, DENSE, evaluator, **asked(training_steps=3, nodes=1), repair=24)
+    pruner.compress()
+    (repaired,) = pruner.history.select("repaired")
+    first = next(iter(repaired["layers"]))
+    assert first == "bert.encoder.layer.0.output.dense.weight"
+    assert repaired["layers"][first]["after"] < 0.7 * repaired["layers"][first]["before"]
+    assert repaired["unsolved"] == {}

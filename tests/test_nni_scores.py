@@ -62,7 +62,7 @@ def test_metrics_are_eq_5_to_the_letter(name: str, path: str) -> None:
     config = [{"op_names": [p.name for p in writers], "sparse_ratio": 0.25}]
     pruner = SInGEPruner(
         model, config, **asked(batches=case.batches, quadrature="geometric", mu=0.6, steps=3, path=path, unit_batch=1),
-        verify=name != "subset",  # its model splits at a fixed position: nothing could be removed
+        coupled="unverified" if name == "subset" else True,  # it splits at a fixed position: nothing could be removed
     )  # fmt: skip
     literal = literal_reduction(case, literal_scores(literal_walk(case, 0.6, 3, path), "ig", 2), "sum")
     metrics = metrics_of(pruner)
@@ -268,7 +268,7 @@ def test_channels_of_one_layer_that_are_ranked_apart_have_names_of_their_own() -
     batch = torch.randn(6, 4), torch.randint(0, 3, (6,))
     options: dict[str, Any] = {"objective": lambda out, y: nn.functional.cross_entropy(out[0] + out[1][:, :3], y)}
     config = [{"op_names": ["fc"], "sparse_ratio": 0.5}]
-    pruner = SInGEPruner(Forked(), config, verify=False, **asked(batches=[batch], **options))
+    pruner = SInGEPruner(Forked(), config, coupled="unverified", **asked(batches=[batch], **options))
     parts = {piece.name: piece.members["fc", "weight"].tolist() for piece in pruner.pieces}
     assert parts == {"fc": [0, 1, 2, 3, -1, -1, -1, -1], "fc#2": [-1, -1, -1, -1, 0, 1, 2, 3]}
     kept = channel_masks(pruner.compress()[1])["fc"]

@@ -332,7 +332,7 @@ def test_embeddings_that_nni_cannot_mask_are_named() -> None:
     model = timm.create_model("test_vit", num_classes=3, init_values=1e-3, depth=1)
     config = [{"op_types": ["Linear", "Conv2d"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
     pruner = SInGEPruner(
-        model, config, verify=False, **asked(example_inputs=torch.zeros(1, 3, 160, 160), criterion="l2")
+        model, config, coupled="unverified", **asked(example_inputs=torch.zeros(1, 3, 160, 160), criterion="l2")
     )
     assert list(pruner.partial) == ["patch_embed.proj"]
     assert "pos_embed" in pruner.partial["patch_embed.proj"][0]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import count_params
-from singe_plugin.loop.events import FinetuneStep
+from singe_plugin.loop.events import FinetuneStep, Repaired
 from singe_plugin.loop.loop import Loop, Pause, in_layers
 from singe_plugin.loop.progress import Progress
 
-from .metrics import ScoringPruner
 from .pieces import MaskedGroup
+from .repairing import RepairingPruner
 from .sparsity import kept_units, rule_of
 
 __all__ = ["Entwined", "MaskHost"]
@@ -28,7 +28,7 @@ _logger = logging.getLogger("singe_plugin")
 class MaskHost:
     """A host for :mod:`singe_plugin.loop.loop` that masks units in the place of removing them."""
 
-    def __init__(self, pruner: ScoringPruner) -> None:
+    def __init__(self, pruner: RepairingPruner) -> None:
         self.pruner = pruner
         self.model: nn.Module = pruner.bound_model
         self.pieces: dict[str, MaskedGroup] = {piece.name: piece for piece in pruner.pieces}
@@ -51,6 +51,9 @@ class MaskHost:
             keep.append(mine)
         self.pruner.update_masks(self.pruner.masks_of(keep))
 
+    def repair(self, last: bool) -> Repaired | None:
+        return self.pruner.repair(last)
+
     def params(self) -> int:
         return count_params(self.model)
 
@@ -69,7 +72,7 @@ class Entwined:
     The first step gives the first batch to score on; the others are shared between the layers.
     """
 
-    def __init__(self, pruner: ScoringPruner, evaluator: Any) -> None:
+    def __init__(self, pruner: RepairingPruner, evaluator: Any) -> None:
         self.pruner, self.evaluator = pruner, evaluator
         self.pauses: Iterator[Pause] | None = None
         self.left = self.step = 0
@@ -112,7 +115,8 @@ class Entwined:
 
     def _advance(self) -> None:
         assert self.pauses is not None
-        pause = next(self.pauses, None)
+        with self.pruner.all_or_nothing():
+            pause = next(self.pauses, None)
         self.left, self.finished = (0, True) if pause is None else (pause.steps, False)
 
     def finish(self) -> None:
@@ -126,9 +130,8 @@ class Entwined:
             "the training loop ended after %d of %d steps: what was not yet masked is masked without fine-tuning",
             self.step, self.schedule.steps,
         )  # fmt: skip
-        for _ in self.pauses:
-            pass
-        self.finished = True
+        while not self.finished:
+            self._advance()
 
     def _rate(self) -> float:
         optimizers = getattr(self.evaluator, "_optimizers", None)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from singe_plugin.errors import ConfigError, DataError, ScoringError
 from singe_plugin.method.batches import TARGET_KEYS
+from singe_plugin.nested import examples_in
 
 __all__ = [
     "BatchCollector",
@@ -223,16 +224,30 @@ class BatchCollector:
 
     Attributes:
         batches: the latest batches, at most ``count`` of them; the last one is the latest.
+        images: the latest batches that have ``examples`` examples together.
         loss: the loss of the latest training step, as a number.
     """
 
-    def __init__(self, evaluator: Any, count: int) -> None:
+    def __init__(self, evaluator: Any, count: int, examples: int = 0) -> None:
         self.batches: deque[Any] = deque(maxlen=count)
+        self.images: deque[Any] = deque()
+        self._examples = examples
         self.loss = float("nan")
         evaluator.patch_loss(self._see)
 
     def _see(self, loss: Tensor, batch: Any) -> Tensor:
         if loss.requires_grad:  # Transformers evaluates through the same function
             self.batches.append(batch)
+            self._keep(batch)
             self.loss = float(loss.detach().mean())
         return loss
+
+    def _keep(self, batch: Any) -> None:
+        """Keep a batch, and of those before no more than are needed."""
+        if not self._examples:
+            return
+        self.images.append(batch)
+        sizes = [max(examples_in(held), 1) for held in self.images]
+        while sum(sizes) - sizes[0] >= self._examples:
+            self.images.popleft()
+            sizes.pop(0)

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from nni.compression.base.compressor import Pruner
+from nni.compression.base.target_space import TargetType
 from nni.compression.pruning.tools import active_sparse_targets_filter
 from torch import Tensor, nn
 
+from singe_plugin.axes import AxisGraph
 from singe_plugin.errors import DataError
 from singe_plugin.loop.events import Callbacks, LayerScored
 from singe_plugin.loop.pace import Pace
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import score_units
 from singe_plugin.method.units import UnitGroup, subgroup
-from singe_plugin.nested import to_device
+from singe_plugin.nested import call_model, to_device
 from singe_plugin.run.guards import check_here
-from singe_plugin.state import model_device
+from singe_plugin.state import model_device, preserved
 
 from .evaluators import BatchCollector, step_of
 from .pieces import MaskedGroup, metric_shape
@@ -42,6 +44,7 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
         batches: what is scored on, in the place of the batches of the evaluator's loop.
         min_width: how many units of every layer stay at least.
         callback: sees every event.
+        graph: its groups, if they are known.
         training_steps, every, pace: when pruning is entwined with training, see the pruner.
     """
 
@@ -53,8 +56,22 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
     training_steps: int
     every: str
     pace: Pace | None
+    graph: AxisGraph | None
     _own_objective: bool
     _collector: BatchCollector | None
+
+    def _track_shapes(self) -> None:
+        """Inputs and outputs that are masked along have no shape until something runs through the wrapped model."""
+        open_spaces = [
+            s for ts in self._target_spaces.values() for s in ts.values() if s.type is not TargetType.PARAMETER
+        ]
+        if open_spaces and self.graph is not None:
+            with preserved(self.bound_model):
+                self.bound_model.eval()
+                call_model(self.track_forward, self.graph.inputs)
+                shapes = [space.shape for space in open_spaces]
+            for space, shape in zip(open_spaces, shapes, strict=True):
+                space.shape = shape  # the one thing that is to be kept of that pass
 
     def _collect_data(self) -> dict[str, dict[str, Tensor]]:
         held = {m: {t: s for t, s in ts.items() if s.target is not None} for m, ts in self._target_spaces.items()}

@@ -13,21 +13,23 @@ from nni.compression.utils.evaluator import LightningEvaluator
 from torch import nn
 
 from singe_plugin.axes import AxisGraph, verify_groups
+from singe_plugin.checks import check_choice
 from singe_plugin.errors import ConfigError, ScoringError
 from singe_plugin.fields import as_options
 from singe_plugin.loop.events import Callback, Callbacks, History
 from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.repair import Repair
 from singe_plugin.method.batches import split_batch
 from singe_plugin.method.options import Scoring
-from singe_plugin.nested import call_model, to_device
+from singe_plugin.nested import to_device
 from singe_plugin.run.guards import check_here
-from singe_plugin.state import model_device, preserved
+from singe_plugin.state import model_device
 
 from .arguments import batches_of, check_amounts, check_without_evaluator, settle_entwined
 from .entwined import Entwined
 from .evaluators import BatchCollector, check_evaluator, step_of
-from .metrics import ScoringPruner
 from .pieces import MaskedGroup, build_pieces, followers_of
+from .repairing import RepairingPruner
 from .settings import (
     check_called,
     check_config,
@@ -47,7 +49,7 @@ __all__ = ["SInGEPruner"]
 _logger = logging.getLogger("singe_plugin")
 
 
-class SInGEPruner(ScoringPruner):
+class SInGEPruner(RepairingPruner):
     r"""Prune by integrating the gradient along the path that walks a unit's weights to zero (Eq. 5).
 
     .. math:: C_{IG^p}(n)=\sum_{s=0}^{S}\|\mu^sW^n\|_p\,\|\nabla_{\mu^sW^n}F(X)\|_p
@@ -77,11 +79,14 @@ class SInGEPruner(ScoringPruner):
         batches: data for scoring in the place of the evaluator's; nothing is trained then.
         example_inputs: to find the groups with; None takes the evaluator's ``dummy_input``, or the first batch.
         coupled: False ranks every layer by itself, as NNI does; such masks often cannot be removed physically.
+            ``"unverified"`` masks layers alike whose groups have not passed the oracles.
         mask_norms: mask the norms behind masked channels along.
         min_width: how many units of every layer stay at least.
         default_granularity: what ``granularity="default"`` means for parameters: ``"out_channel"``, ``"in_channel"``, a
             block, or None for single weights.
-        verify: put the groups through the oracles.
+        repair: a :class:`~singe_plugin.Repair`, or a number of images: what is left takes over behind the last masks
+            (or those of every interval, ``every="round"``), on ``batches``, or what the training loop has shown; the
+            unpruned network is that before the first mask. None does not.
         callbacks: see :mod:`singe_plugin.loop.events`.
         existed_wrappers: NNI's, for :meth:`from_compressor`.
 
@@ -117,11 +122,11 @@ class SInGEPruner(ScoringPruner):
         every: str = "layer",
         batches: Iterable[Any] | None = None,
         example_inputs: Any = None,
-        coupled: bool = True,
+        coupled: bool | str = True,
         mask_norms: bool = True,
         min_width: int = 1,
         default_granularity: str | list[int] | None = "out_channel",
-        verify: bool = True,
+        repair: Repair | int | None = None,
         callbacks: Iterable[Callback] = (),
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
     ) -> None:
@@ -136,9 +141,11 @@ class SInGEPruner(ScoringPruner):
         check_evaluator(evaluator)
         asked = as_options(Scoring, scoring, "scoring", "criterion")
         self._own_objective = asked.objective is not None
+        chosen = None if repair is None else as_options(Repair, repair, "repair", "images")
         self.pace = None if pace is None else settle_entwined(as_options(Pace, pace, "pace", "order"))
         self.scoring, steps = asked.settle(), training_steps
         check_amounts(every, min_width, training_steps)
+        check_choice("coupled", coupled, (True, False, "unverified"))
         _ = self.scoring.rule  # an importance of torch-pruning is none
         self.batches = batches_of(batches)
         if evaluator is None:
@@ -147,7 +154,7 @@ class SInGEPruner(ScoringPruner):
             step_of(evaluator)  # says now if it cannot be used
         self.training_steps, self.every = training_steps, every
         self.scoring_batches = asked.batches or (1 if self.pace is not None else steps)
-        self.min_width, self.default_granularity, self.coupled = min_width, default_granularity, coupled
+        self.min_width, self.default_granularity, self.coupled = min_width, default_granularity, bool(coupled)
         self.history = History()
         self.callback = Callbacks([self.history, *callbacks])
         self._interval_steps = training_steps
@@ -160,20 +167,22 @@ class SInGEPruner(ScoringPruner):
         existed = existed_wrappers or {}
         check_free(model, entries, existed)
         check_optimizers(model, evaluator)
-        self.graph = self._grouped(model, evaluator, example_inputs, verify)
+        self.graph = self._grouped(model, evaluator, example_inputs, coupled is True)
         if self.graph is not None:
             check_called(self.graph, entries)
         followers = self._follower_entries(model, entries, existed) if mask_norms else []
         with undone_on_error(model, existed.values()):
             super().__init__(model, [*entries, *followers], evaluator, existed_wrappers)
             with plain_view(model):
-                self.pieces: list[MaskedGroup] = build_pieces(model, self._target_spaces, self.graph, coupled)
+                self.pieces: list[MaskedGroup] = build_pieces(model, self._target_spaces, self.graph, self.coupled)
             for piece in self.pieces:
                 rule_of(piece, self._target_spaces)  # says now what does not fit together
             if not self.pieces:
                 raise ConfigError(
                     "nothing in config_list has a sparse_ratio or sparse_threshold, so there is nothing to prune"
                 )
+            if chosen is not None:
+                self.repair_with(chosen)
         self.partial = {p.name: list(p.missing) for p in self.pieces if p.missing}
         for name, missing in self.partial.items():
             _logger.warning(
@@ -253,7 +262,7 @@ class SInGEPruner(ScoringPruner):
                 )
             return None
         graph = AxisGraph(model, to_device(example, model_device(model)))
-        for name, reason in (verify_groups(graph) if verify and self.coupled else {}).items():
+        for name, reason in (verify_groups(graph) if verify else {}).items():
             graph.drop(name, reason)
         return graph
 
@@ -299,20 +308,18 @@ class SInGEPruner(ScoringPruner):
         def optimizer_task() -> None:
             self._current_step += 1
             if self._current_step == self.interval_steps:
-                self._generate()
                 if isinstance(self._remaining_times, int):
                     self._remaining_times -= 1
+                self.mask(last=self._remaining_times == 0)
                 if self._remaining_times == "unlimited" or self._remaining_times > 0:  # type: ignore[operator]
                     self._current_step = 0
 
         evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[optimizer_task])
 
-    def _generate(self) -> None:
-        self.update_masks(self.generate_masks())
-        self._generated += 1
-
     def _fuse_preprocess(self, evaluator: Any) -> None:
-        self._collector = BatchCollector(evaluator, self.scoring_batches)
+        self.check_repair(trains=True)
+        images = 0 if self.survivors is None or self.batches else self.survivors.options.images
+        self._collector = BatchCollector(evaluator, self.scoring_batches, images)
         self._generated = 0
         if self.pace is not None:
             self._entwined = Entwined(self, evaluator)
@@ -334,6 +341,7 @@ class SInGEPruner(ScoringPruner):
                 "not reached; let it run for total_times * interval_steps = %d steps",
                 self._generated, self.total_times, self.total_times * self.interval_steps,
             )  # fmt: skip
+        self.repair_and_tell(last=True)
         self._collector = self._entwined = None
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
@@ -353,23 +361,11 @@ class SInGEPruner(ScoringPruner):
                 "max_epochs, or give pace='layers', which entwines it with the training"
             )
         if self.batches is not None or not self.scoring.rule.needs_gradient:
+            self.check_repair(trains=False)
             self._track_shapes()
-            self._generate()
+            self.mask(last=True)
             return
         self._fusion_compress(self.training_steps, None)
-
-    def _track_shapes(self) -> None:
-        """Inputs and outputs that are masked along have no shape until something runs through the wrapped model."""
-        open_spaces = [
-            s for ts in self._target_spaces.values() for s in ts.values() if s.type is not TargetType.PARAMETER
-        ]
-        if open_spaces and self.graph is not None:
-            with preserved(self.bound_model):
-                self.bound_model.eval()
-                call_model(self.track_forward, self.graph.inputs)
-                shapes = [space.shape for space in open_spaces]
-            for space, shape in zip(open_spaces, shapes, strict=True):
-                space.shape = shape  # the one thing that is to be kept of that pass
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         try:

@@ -7,7 +7,7 @@ wants parameters that it can put on the path, batch-norm that it can fold, and m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from singe_plugin.undo import Contents
 
-__all__ = ["Batch", "StepModel", "masked_target", "plain_view", "undone_on_error"]
+__all__ = ["Batch", "StepModel", "masked_target", "plain_view", "solved_view", "undone_on_error", "wrappers_in"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _MISSING = object()
@@ -73,6 +73,76 @@ def plain_view(model: nn.Module) -> Iterator[None]:
     finally:
         for held in reversed(saved):
             held.restore()
+
+
+def wrappers_in(model: nn.Module) -> dict[str, ModuleWrapper]:
+    """NNI's wrappers by the name of the module that each is of, whoever put them in."""
+    found = {name: module._modules.get("_nni_wrapper") for name, module in model.named_modules()}
+    return {name: wrapper for name, wrapper in found.items() if isinstance(wrapper, ModuleWrapper)}
+
+
+@contextmanager
+def solved_view(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The plain view of a model whose masked weights are solved in here: what its parameters become is kept.
+
+    The same wrappers, parameters and masks are back afterwards. A weight that is masked is what it was behind its mask;
+    and if the block fails, all of those that NNI wraps are. Masks of inputs and outputs are applied in here; each is a
+    parameter of its layer (``"fc._input_0"``) meanwhile, so that what comes after it is known to get other inputs.
+
+    Yields:
+        the masks: parameter -> ``bool`` of its shape.
+    """
+    wrappers = wrappers_in(model)
+    masks: dict[str, Tensor] = {}
+    wrapped: list[tuple[str, PruningTargetSpace]] = []
+    for name, wrapper in wrappers.items():
+        for target, space in wrapper.pruning_target_spaces.items():
+            mask, key = space.mask, f"{name}.{target}".lstrip(".")
+            if mask is None:
+                continue
+            masks[key] = mask.detach() != 0
+            if isinstance(space.target, nn.Parameter):
+                masks[key] = masks[key].expand_as(space.target).clone()
+                wrapped.append((key, space))
+    with plain_view(model), ExitStack() as stack:
+        for wrapper in wrappers.values():
+            stack.enter_context(_masked_calls(wrapper))
+        yield masks
+        for key, space in wrapped:
+            solved, behind, mask = model.get_parameter(key).detach(), space.target, space.mask
+            assert behind is not None
+            assert mask is not None
+            behind.data.copy_(torch.where(masks[key], solved / mask, behind.detach()))
+
+
+@contextmanager
+def _masked_calls(wrapper: ModuleWrapper) -> Iterator[None]:
+    """Let the plain layer of a wrapper mask its inputs and outputs."""
+    module: Any = wrapper.module
+    spaces = {
+        target: space
+        for target, space in wrapper.pruning_target_spaces.items()
+        if space.type is not TargetType.PARAMETER and space.mask is not None
+    }
+    if not spaces:
+        yield
+        return
+    factors = {target: nn.Parameter(space.mask.detach().clone()) for target, space in spaces.items()}
+    module._parameters.update(factors)
+
+    def patch(target: str, value: Any) -> Any:
+        return value * factors[target] if target in factors else value
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = wrapper.patch_inputs(*args, **kwargs)
+        return wrapper.patch_outputs(wrapper.module_forward(*args, **kwargs))
+
+    wrapper.__dict__["patch_helper"] = patch
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del wrapper.__dict__["patch_helper"]
 
 
 def _parameters_of(wrapper: ModuleWrapper) -> dict[str, nn.Parameter]:

@@ -25,10 +25,12 @@ from .chains import Chains, Sum
 from .contractions import CONTRACTING, Contraction, Names
 from .sources import Computed, Sources
 
-__all__ = ["Kept", "Playback", "Reached", "Strayed", "Tape"]
+__all__ = ["MARKED", "Kept", "Playback", "Reached", "Strayed", "Tape"]
 
 _CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
+MARKED = -(2**62)
+"""Stands for the marked parameters among the contractions that something depends on."""
 Place = tuple[int, int]
 """``(operator, which of its results)``."""
 Kept = dict[Place, Tensor]
@@ -86,7 +88,8 @@ class Tape:
         contracting: by number, which operator every contraction is.
         sites: ``(weight, bias, which dimension of the weight reads)`` of every contraction, by number; the names are
             None where there is none.
-        depends: by number, the contractions that it depends on.
+        depends: by number, the contractions that it depends on, and :data:`MARKED` if what it reads depends on a marked
+            parameter other than as the weight of a contraction.
         computed: by number, those whose weight is no parameter of their own; negative numbers are of other operators.
         order: the numbers, negative ones included, as they ran.
         touched: parameter -> the first operator that takes it, or what is made of it by turning it.
@@ -112,8 +115,17 @@ class Tape:
     _last: dict[Place, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call_model) -> Tape:
+    def of(
+        cls, model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call_model,
+        marked: Collection[str] = (),
+    ) -> Tape:  # fmt: skip
         """Record one pass of a model, which is in the mode to be recorded.
+
+        Args:
+            model: the model.
+            inputs: what is put into it.
+            forward: how it is called with them.
+            marked: parameters; what depends on them is noted.
 
         Example:
             >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 1))
@@ -122,7 +134,7 @@ class Tape:
             ([('0.weight', '0.bias', 1), ('2.weight', '2.bias', 1)], [frozenset(), frozenset({0})])
         """
         tape = cls()
-        with torch.no_grad(), _Recorder(model, tape, inputs) as recorder:
+        with torch.no_grad(), _Recorder(model, tape, inputs, marked) as recorder:
             outputs = forward(model, inputs)
         for tensor in tensors_in(outputs):
             if tensor in recorder.places:
@@ -144,8 +156,9 @@ class Tape:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: nn.Module, tape: Tape, inputs: Any) -> None:
+    def __init__(self, model: nn.Module, tape: Tape, inputs: Any, marked: Collection[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.marked = frozenset(marked)
         self.tape, self.names, self.sources = tape, Names(model), Sources(model, inputs)
         self.places: Any = WeakIdKeyDictionary()
         self.reach: Any = WeakIdKeyDictionary()
@@ -163,6 +176,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         operands = list(tensors_in((args, kwargs)))
         found = self.spread.union(*(self.reach.get(t, frozenset()) for t in operands))
+        marks: frozenset[int] = frozenset()
         for tensor in operands:
             if tensor in self.places:
                 tape._last[self.places[tensor]] = step
@@ -171,6 +185,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tape.touched.setdefault(origin, step)
                 if not self.names.follows(name, tensor, args):
                     tape.read.setdefault(origin, set()).add(step)
+                    marks = frozenset({MARKED}) if origin in self.marked else marks
         results, spec = tree_flatten(out)
         in_place = bool(func._schema.is_mutable)
         self._check(func, name, args, results, in_place)
@@ -190,7 +205,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.chains.start(number, out, name != "convolution")
         else:
             self.names.follow(name, args, out)
-        found |= self._note_layer(name, args, operands, out, seen, found)
+        found |= self._note_layer(name, args, operands, out, seen, found) | marks  # the bias of a layer is behind it
         for slot, result in enumerate(results):
             if isinstance(result, Tensor):
                 self.reach[result] = found

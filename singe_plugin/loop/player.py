@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -50,14 +50,18 @@ class Player:
         model: the network.
         forward: how it is called with a batch.
         batches: inputs.
+        marked: parameters of which the tape notes what depends on them.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Sequence[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Sequence[Any],
+        marked: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.model, self.forward, self.batches = model, forward, batches
         with ready(model):
             self._caches = computed_tables(model, lambda: forward(model, map_tensors(torch.clone, batches[0])))
             forget_tables(self._caches)  # a pass that finds something there runs other operators
-            self.tape = Tape.of(model, map_tensors(torch.clone, batches[0]), forward)
+            self.tape = Tape.of(model, map_tensors(torch.clone, batches[0]), forward, marked)
         self.starts = [0] * len(batches)
         self.kept: list[Kept] = [{} for _ in batches]
         shapes = [[t.shape for t in tensors_in(batch)] for batch in batches]

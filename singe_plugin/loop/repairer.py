@@ -21,12 +21,13 @@ from singe_plugin.axes.algebra import Atom
 from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.rows import inputs_at, matrix_of, positions_of, weights_of
-from singe_plugin.axes.tape import Reached
+from singe_plugin.axes.tape import MARKED, Reached
 from singe_plugin.loop.player import Player
 from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.sites import Site
 from singe_plugin.loop.statistics import renew_statistics
 from singe_plugin.loop.targets import Target, Targets
+from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.method.ridge import solve
 from singe_plugin.nested import examples_in
 from singe_plugin.state import model_device
@@ -67,7 +68,8 @@ class Repairer:
             pruned: the network; its weights change in place.
             kept: group -> the units that are left, in the numbering of the unpruned network; by default all.
             masks: parameter -> which weights may be other than zero; of others, those that are not, or never were. The
-                layers themselves are plain ones (:func:`singe_plugin.masks.plain_weights`).
+                layers themselves are plain ones (:func:`singe_plugin.masks.plain_weights`). Biases, norms, embeddings
+                and other parameters can have masks, too: what comes after them gets other inputs.
 
         Returns:
             every layer whose inputs are others than in the unpruned network, with its error before and after.
@@ -86,13 +88,15 @@ class Repairer:
         self.targets = Targets(self.graph, left, self.options.positions, examples, self.seed)
         found: list[tuple[int, Solved]] = []
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
-            players = [Player(model, self.forward, self.batches) for model in (self.original, pruned)]
+            masked = [name for name, mask in self.masks.items() if not bool(mask.all())]
+            players = [Player(self.original, self.forward, self.batches)]
+            players.append(Player(pruned, self.forward, self.batches, masked))
             for window in self.targets.windows(players[0], list(self._stages(*players))):
                 targets = self.targets.collect(players[0], [site for stage in window for site in stage])
                 for stage in window:
                     self._collect(players[1], stage, targets)
                     found += [(site.numbers[0], self._solved(pruned, site)) for site in stage]
-            renew_statistics(pruned, self.batches, self.forward)
+            renew_statistics(pruned, self.batches, self.forward, self._held_norms())
         place = {number: place for place, number in enumerate(players[1].tape.order)}
         found += [(number, solved) for number, solved in self.left.values()]
         layers = [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
@@ -116,7 +120,7 @@ class Repairer:
             site.find_bias(pruned.tape)
         self.open = {name: site.numbers for name, site in sites.items()}
         self.left: dict[str, tuple[int, Solved]] = {}
-        changed: set[int] = set()
+        changed = {MARKED}
         stage: list[Site] = []
         for number in pruned.tape.order:
             computed = pruned.tape.computed.get(number)
@@ -139,17 +143,18 @@ class Repairer:
                 continue
             site = sites[weight]
             reach = frozenset().union(*(pruned.tape.depends[n] for n in site.numbers))
-            if not (differs or reach & changed):
+            if site.bias is None and site.added is None:
+                owner = self.original.get_submodule(weight.rpartition(".")[0])
+                norm = self.graph.trace.sole_reader(owner)
+                site.norm = None if norm is None else norms[norm]
+            loses = differs and self._loses(site, mine[weight], theirs[weight], reads)
+            if not (loses or reach & changed):
                 continue
             changed |= set(site.numbers)
             if reach & set(site.numbers):
                 site.reason = (
                     site.reason or "what it reads depends on its own results (it is recurrent, or called again)"
                 )
-            if site.bias is None and site.added is None:
-                owner = self.original.get_submodule(weight.rpartition(".")[0])
-                norm = self.graph.trace.sole_reader(owner)
-                site.norm = None if norm is None else norms[norm]
             self._find_sums(site, original, pruned)
             reach = reach.union(*(found.depends for found in site.sums.values()))
             if any(set(other.numbers) & reach for other in stage):
@@ -181,6 +186,7 @@ class Repairer:
                 elif target is None or not _fits(found, target):
                     site.reason = "its results in the pruned network are no part of those in the unpruned one"
                 else:
+                    self._find_silent(site, found)
                     x = inputs_at(found, weight.shape[2:], target.chosen)
                     if found.number in sums:
                         waiting[found.number] = found, x, target
@@ -230,6 +236,44 @@ class Repairer:
             factor = (norm.running_var + norm.eps).sqrt() / (1.0 if norm.weight is None else norm.weight)
             dead = ~(factor.abs() < _LARGEST * factor.abs().median())
             site.scale = torch.where(dead, 0.0, factor)
+
+    def _constant(self, site: Site) -> tuple[bool, Tensor | None]:
+        """Whether an output without weights can give something, a constant; the mask of that, if only some can."""
+        name = site.bias or site.added or (None if site.norm is None else f"{site.norm}.weight")
+        stays = None if name is None else self.masks.get(name)
+        return name is not None and stays is None, stays
+
+    def _loses(self, site: Site, mine: Tensor, theirs: Tensor, reads: int) -> bool:
+        """Whether a layer that differs does so at outputs that are not masked with all that they are made of."""
+        (gives, stays), mask = self._constant(site), self.masks.get(site.name)
+        if mask is None or gives or mine.shape != theirs.shape:
+            return True
+        live = mask.movedim(1 - reads, 0).flatten(1).any(1)
+        if stays is not None and stays.shape != live.shape:
+            return True
+        live = live if stays is None else live | stays
+        return not torch.equal(*(t.to(mask.device).movedim(1 - reads, 0)[live] for t in (mine, theirs)))
+
+    def _find_silent(self, site: Site, found: Contraction) -> None:
+        """See which outputs have neither weights nor a bias that could be other than zero: they give nothing."""
+        (gives, stays), mask = self._constant(site), self.masks.get(site.name)
+        if gives:
+            return
+        live = None if mask is None else matrix_of(found, mask).any(2).flatten()
+        if stays is not None and site.norm is None and bool((~stays if live is None else live & ~stays).any()):
+            site.reason = "its bias is masked at outputs whose weights are not"
+        elif live is not None:
+            site.live = live if stays is None else live | stays
+
+    def _held_norms(self) -> set[str]:
+        """The batch-norms that cannot be brought along: a shift would have to change that is masked."""
+        found = set()
+        for name, module in self.original.named_modules():
+            shift, scale = self.masks.get(f"{name}.bias"), self.masks.get(f"{name}.weight")
+            if is_batchnorm(module) and shift is not None:
+                held = ~shift if scale is None else ~shift & scale
+                found |= {name} if bool(held.any()) else set()
+        return found
 
     def _solved(self, pruned: nn.Module, site: Site) -> Solved:
         """Solve a layer from what is known of its rows; it keeps its weights if that is not better."""

@@ -34,6 +34,7 @@ class Site:
         scale: what the batch-norm in between divides by, ``[O]``, or None.
         known: of the rows to solve on, and of those that are held out.
         last: the contraction that ran last.
+        live: which outputs it gives, ``[O]``: the others are masked, with all that they are made of; None is all.
         reason: why it cannot be solved, or None.
     """
 
@@ -46,6 +47,7 @@ class Site:
     scale: Tensor | None = None
     known: tuple[Any, Any] | None = None
     last: Contraction | None = None
+    live: Tensor | None = None
     reason: str | None = None
 
     def find_bias(self, tape: Tape) -> None:
@@ -67,6 +69,7 @@ class Site:
         The first are to solve on, the last ones are held out. Of a layer that reads too many features for a matrix of
         them, the rows themselves are kept, as many of every batch.
         """
+        y = y if self.live is None else y * self.live
         y = y.reshape(len(y), len(x), -1).transpose(0, 1)
         kind: Any = Moments
         if x.shape[2] > LARGEST:

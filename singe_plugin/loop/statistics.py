@@ -13,7 +13,7 @@ In eval mode the network is the same to rounding, and train mode starts from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,10 @@ class _Sums:
 
 @torch.no_grad()
 def renew_statistics(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] = call_model
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] = call_model,
+    but: Collection[str] = (),
 ) -> list[str]:
     """Give batch-norms the mean and variance of what they get now, without changing what the model computes.
 
@@ -55,6 +58,7 @@ def renew_statistics(
         model: the model; the modes of its modules stay.
         batches: inputs.
         forward: how the model is called with them.
+        but: the names of those that stay as they are.
 
     Returns:
         the names of those that changed.
@@ -72,6 +76,7 @@ def renew_statistics(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and name not in but
         and all(isinstance(getattr(module, n), Tensor) for n in ("weight", "bias", "running_mean", "running_var"))
     }
     sums: dict[nn.Module, _Sums] = {}

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -75,15 +76,17 @@ class Unpruned:
         forward: how the model is called with the batches.
         seed: of the choice of positions.
         needed: whether it is an error if the model cannot be copied; else that is said, and nothing is repaired.
+        plain: lets layers be plain ones while they are solved, and gives their masks.
     """
 
     def __init__(
         self, model: nn.Module, batches: Sequence[Any], options: Repair, graph: AxisGraph | None = None,
         ignored: Collection[Any] = (), forward: Forward = call_model, seed: int = 0, needed: bool = True,
+        plain: Callable[[nn.Module], AbstractContextManager[Mapping[str, Tensor]]] = plain_weights,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.options, self.forward, self.seed = model, batches, options, forward, seed
         self._groups = {} if graph is None else graph.groups
-        self._ignored, self._needed = ignored, needed
+        self._ignored, self._needed, self._plain = ignored, needed, plain
         self._copy: nn.Module | None = None
         self._masks: dict[str, Tensor] = {}  # of the model when it was copied
         self._repairer: Repairer | None = None
@@ -139,6 +142,14 @@ class Unpruned:
         """Note that something was removed."""
         self._dirty = True
 
+    def is_due(self, last: bool) -> bool:
+        """Whether :meth:`repair` would do something now."""
+        return self._copy is not None and self._dirty and (self.options.every == "round" or last)
+
+    def on(self, batches: Sequence[Any]) -> None:
+        """Repair on other inputs from now on."""
+        self.batches, self._repairer = batches, None
+
     def repair(self, last: bool, emas: Sequence[nn.Module]) -> Repaired | None:
         """Repair the model if it is time.
 
@@ -146,7 +157,7 @@ class Unpruned:
             last: whether nothing else will be removed.
             emas: averaged copies, which get the solved weights, too.
         """
-        if self._copy is None or not self._dirty or (self.options.every == "end" and not last):
+        if self._copy is None or not self.is_due(last):
             return None
         if self._repairer is None:
             self._repairer = self._made(self._copy)
@@ -154,7 +165,7 @@ class Unpruned:
         model = self.model
         values = {name: tensor.clone() for name, tensor in _tensors(model).items()} if emas else {}
         kept = {name: group.left for name, group in self._groups.items()}
-        with plain_weights(model) as masks:
+        with self._plain(model) as masks:
             found = self._repairer.repair(model, kept, masks)
         for ema in emas:
             twins = _tensors(ema)
