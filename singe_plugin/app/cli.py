@@ -17,7 +17,7 @@ from singe_plugin.version import __version__
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "demo": "Train a small network on real digits and prune it three ways; a minute or two, offline.",
+    "demo": "Train a small network on real digits and prune it four ways; a minute or two, offline.",
     "inspect": "Show what can be pruned, what is left whole and why, and what scoring costs.",
     "prune": "Prune a timm model and fine-tune it on the way; save it with a report.",
     "report": "Write the report of the result saved in DIRECTORY again, and print its summary.",

@@ -175,7 +175,7 @@ def _teller(as_json: bool, quiet: bool) -> Callable[[str], None]:
 @click.option("--quick", is_flag=True, help="A few seconds' worth; the accuracies mean nothing.")
 @_output
 def demo(output: str, seed: int, quick: bool, as_json: bool, quiet: bool) -> None:
-    """Train a small network on real digits and prune it three ways; a minute or two, offline."""
+    """Train a small network on real digits and prune it four ways; a minute or two, offline."""
     from singe_plugin.app.demo import HONESTY, run_demo
 
     with _stdout_for_json(as_json):

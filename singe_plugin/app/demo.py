@@ -1,4 +1,4 @@
-"""``singe demo``: train a small residual network on real digits, prune it three ways, show what is left.
+"""``singe demo``: train a small residual network on real digits, prune it four ways, show what is left.
 
 Settings are fixed: nothing is chosen by looking at the validation images.
 """
@@ -36,7 +36,7 @@ from singe_plugin.state import RngState, preserved
 
 __all__ = ["METHODS", "Demo", "DemoSettings", "run_demo"]
 
-METHODS = {"SInGE": "ig", "l2": "l2", "Taylor (torch-pruning)": None}
+METHODS = {"SInGE": "ig", "obs (default)": "obs", "l2": "l2", "Taylor (torch-pruning)": None}
 Bare = tuple[float | None, float | None]
 """Accuracies without training: as pruned, and repaired."""
 HONESTY = "one seed: an illustration, not a comparison"

@@ -51,8 +51,9 @@ class RunCost:
 
     Attributes:
         units_removed: of all layers.
-        scorings: how often a layer is scored.
-        passes_per_scoring: for one layer and one batch; with ``path="neuron"``, for one unit.
+        scorings: how often a layer is scored; of ``obs``, which scores all layers together, how often that is
+            done; a forward pass alone comes to each of its passes.
+        passes_per_scoring: for one batch; with ``path="neuron"``, for one unit.
         scoring_passes: of the whole run.
         probing_passes: one for each layer where layers go one after the other: whether F depends on it.
         finetune_passes: one per fine-tuning step.
@@ -167,10 +168,13 @@ def inspect_model(
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 31)
     """
+    from singe_plugin.integrations.prune import usual_every, what_repairs
+
     pace = as_options(Pace, pace, "pace", "order").settle()
     assert pace.order is not None
-    scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order)
-    steps = as_options(FineTune, finetune, "finetune", "steps").steps
+    tuning = as_options(FineTune, finetune, "finetune", "steps").settle(usual_every(pace))
+    steps, repaired = tuning.steps, what_repairs("auto", tuning) is not None
+    scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order, repaired=repaired)
     by_score = isinstance(pace.ratios, str) and pace.ratios in BY_SCORE
     counted = replace(pace, ratios="uniform") if by_score else pace
     pruner = pruner_of(model, example_inputs, target=target, pace=counted, **options)
@@ -189,7 +193,7 @@ def inspect_model(
         plan = pruner.plan()
         alive = _units_at_scorings({spec.name: spec.units for spec in specs}, plan, pruner, by_score)
         probing = len(specs) if pace.order == "layers" and scoring.rule.needs_gradient else 0
-        cost = _cost(alive, sum(plan.values()), scoring, probing, steps)
+        cost = _cost(alive, sum(plan.values()), scoring, pace, probing, steps)
     except BudgetError as error:
         problem = str(error)
     shown: dict[str, Any] = {"target": target, "pace": describe(pace.named(model)), "scoring": describe(scoring)}
@@ -232,9 +236,12 @@ def _units_at_scorings(units: dict[str, int], plan: dict[str, int], pruner: Any,
     return found
 
 
-def _cost(alive: list[int], removed: int, scoring: Scoring, probing: int, finetune_steps: int) -> RunCost:
+def _cost(alive: list[int], removed: int, scoring: Scoring, pace: Pace, probing: int, finetune_steps: int) -> RunCost:
     """Count the passes of all scorings."""
     assert scoring.batches is not None
+    if scoring.rule.of_readers:  # of all layers of a turn at once, behind a forward pass that sees what they read
+        turns = (pace.rounds or 1) if pace.order == "rounds" else len(alive)
+        return RunCost(removed, turns, 1, turns * scoring.batches, probing, finetune_steps)
     evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
     passes = evaluations * scoring.passes * scoring.batches
     return RunCost(removed, len(alive), scoring.passes, passes, probing, finetune_steps)
