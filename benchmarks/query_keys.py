@@ -228,7 +228,9 @@ def measured(model: Any, original: Any, images: Tensor, labels: Tensor) -> dict[
 
 
 @torch.no_grad()
-def compute(case: tuple[str, str, float], network: Any, splits: Any, seed: int, count: int) -> Iterator[dict[str, Any]]:
+def compute(
+    case: tuple[str, str, float], network: Any, splits: Any, seed: int, count: int, chains: list[str]
+) -> Iterator[dict[str, Any]]:
     attention, kind, amount = case
     original = copy.deepcopy(network)
     for block in original.blocks:
@@ -246,7 +248,7 @@ def compute(case: tuple[str, str, float], network: Any, splits: Any, seed: int, 
     layers = {id(layer) for block in original.blocks for layer in query_and_key(block.attn)}
     held = {f"{name}.weight" for name, layer in original.named_modules() if id(layer) in layers}
     wanted = seen(original, batches)
-    for chain in CHAINS:
+    for chain in chains:
         if chain == "N" and kind != "qk":
             continue
         start = time.perf_counter()
@@ -292,17 +294,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of the training")
     parser.add_argument("--images", type=int, default=512, help="to repair on")
+    usual = list(CHAINS)
+    parser.add_argument("--chains", nargs="+", default=usual, help="what is done; each with all that it begins with")
     parser.add_argument("--networks", type=Path, default=Path("networks"), help="a folder for the trained networks")
     parser.add_argument("--rows", type=Path, default=ROWS)
     args = parser.parse_args()
     if args.what == "table":
         return table(read(args.rows))
     torch.set_num_threads(1)
+    args.chains = sorted({chain[:n] for chain in args.chains for n in range(len(chain) + 1)}, key=usual.index)
     for seed in args.seeds:
         network, splits = trained(seed, args.steps, args.networks)
         about = {"data": splits.name, "steps": args.steps, **environment()}
         for case in CASES:
-            for row in compute(case, network, splits, seed, args.images):
+            for row in compute(case, network, splits, seed, args.images, args.chains):
                 append(args.rows, row | about)
                 print({k: v for k, v in row.items() if k != "images"}, flush=True)
     return None
