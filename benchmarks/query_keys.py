@@ -48,8 +48,8 @@ CHAINS = {
     "RH": "repaired, again with q and k held", "RLH": "repaired, logits, again with q and k held",
 }  # fmt: skip
 CASES = (
-    ("separate", "qk", 0.5), ("separate", "qk", 0.75), ("separate", "params", 0.5), ("packed", "params", 0.5),
-    ("fused", "params", 0.5),
+    ("separate", "qk", 0.5), ("separate", "qk", 0.75), ("separate", "params", 0.5), ("separate", "params", 0.8),
+    ("packed", "params", 0.8), ("fused", "params", 0.8),
 )  # fmt: skip
 
 
@@ -243,6 +243,7 @@ def compute(
     batches = list(torch.stack([splits.train[int(i)][0] for i in chosen]).split(64))
     images, labels = (torch.stack([torch.as_tensor(pair[n]) for pair in splits.val]) for n in (0, 1))
     about = {"attention": attention, "kind": kind, "amount": amount, "seed": seed, "images": len(chosen)}
+    about["left"] = {name: len(units) for name, units in kept.items()}
     yield about | {"chain": "unpruned", **measured(original, original, images, labels)}
     networks = {"": pruned}
     layers = {id(layer) for block in original.blocks for layer in query_and_key(block.attn)}
@@ -306,10 +307,11 @@ def main() -> None:
     for seed in args.seeds:
         network, splits = trained(seed, args.steps, args.networks)
         about = {"data": splits.name, "steps": args.steps, **environment()}
-        for case in CASES:
+        stored = {(row["attention"], row["kind"], row["amount"], row["seed"]) for row in read(args.rows)}
+        for case in (case for case in CASES if (*case, seed) not in stored):
             for row in compute(case, network, splits, seed, args.images, args.chains):
                 append(args.rows, row | about)
-                print({k: v for k, v in row.items() if k != "images"}, flush=True)
+                print({k: v for k, v in row.items() if k not in ("images", "left")}, flush=True)
     return None
 
 
