@@ -49,7 +49,7 @@ CHAINS = {
 }  # fmt: skip
 CASES = (
     ("separate", "qk", 0.5), ("separate", "qk", 0.75), ("separate", "params", 0.5), ("separate", "params", 0.8),
-    ("packed", "params", 0.8), ("fused", "params", 0.8),
+    ("packed", "params", 0.5), ("packed", "params", 0.8), ("fused", "params", 0.5), ("fused", "params", 0.8),
 )  # fmt: skip
 
 
