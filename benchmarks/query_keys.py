@@ -279,14 +279,14 @@ def table(rows: list[dict[str, Any]]) -> None:
 
     for case in CASES:
         attention, kind, amount = case
-        print(f"\n| {attention} {kind} -{amount:.0%} | top-1 | outputs | logits of each block | s |")
+        print(f"\n| {attention} {kind} -{amount:.0%} | top-1 | outputs | logits of each block | s | seeds |")
         for chain, name in {"unpruned": "unpruned", **CHAINS}.items():
             mine = [r for r in rows if (r["attention"], r["kind"], r["amount"], r["chain"]) == (*case, chain)]
             if mine:
                 logits = ", ".join(f"{100 * mean(v):.1f}" for v in zip(*(r["logits"] for r in mine), strict=True))
                 numbers = [cell([r[what] for r in mine]) for what in ("top1", "outputs")]
                 seconds = mean(r.get("seconds", 0.0) for r in mine)
-                print(f"| {name} | {' | '.join(numbers)} | {logits} | {seconds:.1f} |")
+                print(f"| {name} | {' | '.join(numbers)} | {logits} | {seconds:.1f} | {len(mine)} |")
 
 
 def main() -> None:
