@@ -280,3 +280,29 @@ def test_what_reads_units_by_an_unknown_operator_is_named(monkeypatch: pytest.Mo
     (layer,) = repair(without(net, x), net, [x]).layers
     assert layer.name == "2.tables"
     assert layer.reason == "it reads units that went, by an operator that is not known here; it keeps its weights"
+
+
+class Attention(nn.Module):
+    """One head, with queries, keys and values of layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.values = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 5)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.queries(x) @ self.keys(x).transpose(1, 2) / 3).softmax(-1)
+        return self.last(weights @ self.values(x))
+
+
+def test_what_comes_after_queries_and_keys_that_went_is_solved() -> None:
+    """No layer reads them, but what they were multiplied for is another number."""
+    torch.manual_seed(0)
+    net, x = Attention().eval(), 2 * torch.randn(64, 7, 6)
+    smaller = without(net, x, "queries", (0, 1, 2, 3, 4, 5))
+    assert (smaller.queries.out_features, smaller.keys.out_features) == (2, 2)
+    before = copy.deepcopy(smaller.state_dict())
+    (layer,) = repair(smaller, net, [x]).layers
+    assert layer.name == "last.weight"
+    assert layer.after < layer.before
+    assert all(torch.equal(before[key], value) for key, value in smaller.state_dict().items() if "last" not in key)

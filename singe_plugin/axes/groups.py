@@ -51,7 +51,11 @@ class Group:
 
     def readers(self) -> set[str]:
         """The names of the matrices that are contracted along the units."""
-        parts = (p for p in self.slices() if p.reads and p.is_parameter and p.tensor.ndim > 1)
+        return self.matrices(reading=True)
+
+    def matrices(self, reading: bool = False) -> set[str]:
+        """The names of the matrices that produce the units, or that are contracted along them."""
+        parts = (p for p in self.slices() if p.reads == reading and p.is_parameter and p.tensor.ndim > 1)
         return {f"{self.axes.names[part.owner]}.{part.attr}".strip(".") for part in parts}
 
     def unit_group(self) -> UnitGroup:

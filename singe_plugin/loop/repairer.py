@@ -77,6 +77,7 @@ class Repairer:
         self.masks = masks or {}
         left: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
         readers: set[str] = set()
+        self.unread: set[str] = set()
         for name, units in kept.items():
             leaf = self.graph.groups[name].leaf.root()
             mask = np.zeros(leaf.size, dtype=bool)
@@ -84,6 +85,8 @@ class Repairer:
             if not mask.all():
                 left[leaf] = mask
                 readers |= self.graph.groups[name].readers()
+                if not self.graph.groups[name].readers():  # queries and keys: what goes is missing in their products
+                    self.unread |= self.graph.groups[name].matrices()
         examples = max(examples_in(self.batches[0]), 1)
         self.targets = Targets(self.graph, left, self.options.positions, examples, self.seed)
         found: list[tuple[int, Solved]] = []
@@ -137,7 +140,7 @@ class Repairer:
                 continue
             weight, _, reads = pruned.tape.sites[number]
             differs = weight is not None and _differs(mine[weight], theirs[weight], reads)
-            if differs or pruned.tape.depends[number] & changed:
+            if differs or weight in self.unread or pruned.tape.depends[number] & changed:
                 changed.add(number)
             if weight is None or sites[weight].numbers[0] != number:
                 continue
