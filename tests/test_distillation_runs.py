@@ -340,13 +340,18 @@ def test_teachers_that_cannot_be(make: Any, error: type[SingeError], message: st
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-def test_the_command_switches_it_on_and_off() -> None:
+def teaching() -> tuple[click.Command, list[FineTune]]:
+    """A command with the options of fine-tuning and distillation, and what was asked for with it."""
     seen: list[FineTune] = []
     command = click.Command(
         "try", params=[],
         callback=lambda **options: seen.append(commands._taught(*commands._objects(options, FineTune, Distill))),
     )  # fmt: skip
-    command = commands._generated(FineTune, Distill)(command)
+    return commands._generated(FineTune, Distill)(command), seen
+
+
+def test_the_command_switches_it_on_and_off() -> None:
+    command, seen = teaching()
     how = ["--distill-temperature", "2", "--distill-weight", "0.5"]
     for arguments, expected in (
         ([], None), (["--distill", "none"], None), (["--distill", "unpruned"], Distill("unpruned")),

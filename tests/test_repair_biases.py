@@ -1,9 +1,8 @@
-"""Biases that another operator adds are solved along; what shares one is not; and what contracts inside is named."""
+"""Biases that another operator adds are solved along, and what shares one is not."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import DeformConv2d
 
 from singe_plugin import Repair, SInGEPruner, hold_masks, repair
 from singe_plugin.axes.tape import Tape
-from singe_plugin.loop.repair import Solved
 from singe_plugin.state import plain_layers
 
 from cuda_cells import gru_cell, lstm_cell
@@ -208,78 +205,7 @@ def test_a_bias_of_two_layers_stays(behind: bool) -> None:
         assert {layer.reason for layer in done.values()} == {"its bias is read by addmm, too"}
 
 
-# -- operators that contract somewhere inside -------------------------
-
-
-class Fused(nn.Module):
-    """A recurrent layer by the function that layers call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = nn.LSTM(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = x.new_zeros(1, 1, 4)
-        weights = [p for _, p in self.cells.named_parameters()]
-        return torch.lstm(x[:, None], (state, state), weights, True, 1, 0.0, False, False, False)[0][:, 0]
-
-
-class Pairs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.pairs = nn.Bilinear(8, 8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pairs(x, x)
-
-
-class Deformed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift, self.layer = nn.Conv2d(8, 18, 3), DeformConv2d(8, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        image = x[:, :, None, None].expand(-1, -1, 3, 3)
-        return self.layer(image, self.shift(image)).flatten(1)
-
-
-INSIDE: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
-    "lstm": (Fused, ["cells.weight_ih_l0"], "mkldnn_rnn_layer contracts it, which is not solved"),
-    "bilinear": (Pairs, ["pairs.weight"], "_trilinear contracts it, which is not solved"),
-    "deformable": (Deformed, ["shift.weight", "layer.weight"], "deform_conv2d contracts it, which is not solved"),
-}
-
-
-@pytest.mark.parametrize("kind", INSIDE)
-def test_what_contracts_inside_is_named(kind: str) -> None:
-    make, names, why = INSIDE[kind]
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), make(), nn.Tanh(), nn.Linear(4, 3)).eval()
-    masked, x = copied(net), torch.randn(96, 6)
-    hold_masks(masked, {"0.weight": torch.rand(8, 6) > 0.6})
-    done: dict[str, Solved] = {layer.name: layer for layer in repair(masked, net, [x]).layers}
-    assert list(done) == ["0.weight", *(f"2.{name}" for name in names), "4.weight"]
-    assert done[f"2.{names[-1]}"].reason == f"{why}; it keeps its weights"
-    assert done["4.weight"].reason is None
-
-
-def test_what_reads_units_by_an_unknown_operator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the record of operators misses, the axes know who reads the units that went."""
-    monkeypatch.setattr("singe_plugin.axes.sources._OTHERS", {})
-    torch.manual_seed(0)
-
-    class Tables(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tables = nn.Parameter(torch.randn(2, 8, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.bmm(x.expand(2, -1, -1), self.tables).sum(0)
-
-    net, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Tables()).eval(), torch.randn(64, 6)
-    (layer,) = repair(without(net, x), net, [x]).layers
-    assert layer.name == "2.tables"
-    assert layer.reason == "it reads units that went, by an operator that is not known here; it keeps its weights"
+# -- what no layer reads -------------------------
 
 
 class Attention(nn.Module):

@@ -14,6 +14,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
+from torchvision.ops import DeformConv2d
 
 from singe_plugin import Pace, SInGEPruner, hold_masks, prune, prune_weights, repair
 from singe_plugin.loop.repair import Solved
@@ -92,6 +93,38 @@ class Turned(nn.Module):
         return self.layer((x @ x.t()).softmax(1) @ x)
 
 
+class Fused(nn.Module):
+    """A recurrent layer by the function that layers call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.LSTM(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(1, 1, 4)
+        weights = [p for _, p in self.cells.named_parameters()]
+        return torch.lstm(x[:, None], (state, state), weights, True, 1, 0.0, False, False, False)[0][:, 0]
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.Bilinear(8, 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pairs(x, x)
+
+
+class Deformed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.layer = nn.Conv2d(8, 18, 3), DeformConv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x[:, :, None, None].expand(-1, -1, 3, 3)
+        return self.layer(image, self.shift(image)).flatten(1)
+
+
 COMPUTED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(8, 4)), "parametrizations.weight.original1",
@@ -113,6 +146,8 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "experts": (Experts, "tables", "bmm contracts it, which is not solved"),
     "from the left": (FromLeft, "table", "mm contracts it, which is not solved"),
     "a part": (Split, "table", "its weight is computed from 2.table"),
+    "lstm": (Fused, "cells.weight_ih_l0", "mkldnn_rnn_layer contracts it, which is not solved"),
+    "bilinear": (Pairs, "pairs.weight", "_trilinear contracts it, which is not solved"),
 }  # fmt: skip
 
 
@@ -139,6 +174,25 @@ def test_it_keeps_its_weights_and_is_named_where_it_runs(kind: str) -> None:
     assert (done[0].reason, done[2].reason, done[1].ridge) == (None, None, None)
     assert done[2].after <= done[2].before
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_a_deformable_convolution_is_named_beside_the_layer_of_its_shifts() -> None:
+    _, _, done = other_inputs(Deformed)
+    assert [layer.name for layer in done] == ["0.weight", "2.shift.weight", "2.layer.weight", "4.weight"]
+    assert done[2].reason == "deform_conv2d contracts it, which is not solved; it keeps its weights"
+    assert done[3].reason is None
+
+
+def test_what_reads_units_by_an_unknown_operator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the record of operators misses, the axes know who reads the units that went."""
+    monkeypatch.setattr("singe_plugin.axes.sources._OTHERS", {})
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Experts()).eval(), torch.randn(64, 6)
+    smaller = copy.deepcopy(net)
+    SInGEPruner(smaller, x, tp.importance.MagnitudeImportance()).host().remove("0", [1, 4])
+    (layer,) = repair(smaller, net, [x]).layers
+    assert layer.name == "2.tables"
+    assert layer.reason == "it reads units that went, by an operator that is not known here; it keeps its weights"
 
 
 def test_a_product_of_activations_is_no_layer() -> None:

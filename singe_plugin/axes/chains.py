@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,26 +72,34 @@ class Chains:
         """Follow the result of a contraction."""
         self.table[out] = _Link(number, product)
 
-    def follow(self, step: int, name: str, args: Any, kwargs: Any, results: list[Any], operands: list[Tensor]) -> Any:
+    def follow(
+        self, step: int, name: str, args: Any, kwargs: Any, results: list[Any], operands: list[Tensor],
+        reach: Callable[[Tensor], frozenset[int]],
+    ) -> None:  # fmt: skip
         """See whether results of contractions are biased, normalised or added here.
 
-        Returns:
-            ``(number, which operand is the other one, norm)`` of a result that is added to something; or None.
+        Args:
+            step: the operator.
+            name: its name.
+            args, kwargs: what it is called with.
+            results: what it gives.
+            operands: the tensors that it takes.
+            reach: tells the contractions that a tensor depends on.
         """
         mine = [t for t in operands if t in self.table]
         if not mine or name in CONTRACTING:
             for tensor in mine:
                 self._is_first(tensor)
-            return None
+            return
         if self._is_biased(step, name, args, kwargs, results):
-            return None
+            return
         chained = max(mine, key=lambda t: self.table[t].number)
         link: _Link = self.table[chained]
         firsts = {id(tensor): self._is_first(tensor) for tensor in mine}
         if isinstance(results[0], Tensor) and results[0] in self.table:  # changed in place: no result any more
             del self.table[results[0]]
         if not firsts[id(chained)]:
-            return None
+            return
         if name in _FORMS:
             self.table[results[0]] = link
         elif "batch_norm" in name and args[0] is chained and link.norm is None:
@@ -98,8 +107,10 @@ class Chains:
             if found is not None:
                 self.table[results[0]] = replace(link, norm=found)
         elif name in _ADDING and not kwargs and len(operands) == 2 and operands[0].shape == operands[1].shape:
-            return link.number, 1 if operands[0] is chained else 0, link.norm
-        return None
+            other = 1 if operands[0] is chained else 0
+            depends = reach(operands[other])
+            if not depends or max(depends) < link.number:
+                self.sums[link.number] = Sum(step, other, link.norm, depends)
 
     def _is_biased(self, step: int, name: str, args: Any, kwargs: Any, results: list[Any]) -> bool:
         """See whether a parameter is added to what products give, number for number; and follow the sum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +103,9 @@ class Sources:
         sources = [self.known.get(t, ()) for t in (x, weight)]
         if bool(sources[0]) == bool(sources[1]) or (weight if sources[0] else x) not in self.varying:
             return None  # two activations, or the computing of a weight
-        names = tuple(sorted(sources[0] or sources[1], key=lambda n: -self.sizes[n]))
+        names = self._largest_first(sources[0] or sources[1])
         if sources[0] or seen is None:
-            why = f"{name} contracts it, which is not solved"
+            why = _inside(name)
         elif plain:
             why = "what it adds is computed"
         else:
@@ -119,7 +120,12 @@ class Sources:
         found = dict.fromkeys(n for t in operands if t.ndim > 1 for n in self.known.get(t, ()))
         if first is None or not found:
             return None
-        names = tuple(sorted(found, key=lambda n: -self.sizes[n]))
-        return Computed(
-            names, f"{name} contracts it, which is not solved; it keeps its weights", first.shape[-1], depends
-        )
+        names = self._largest_first(found)
+        return Computed(names, f"{_inside(name)}; it keeps its weights", first.shape[-1], depends)
+
+    def _largest_first(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(names, key=lambda name: -self.sizes[name]))
+
+
+def _inside(name: str) -> str:
+    return f"{name} contracts it, which is not solved"

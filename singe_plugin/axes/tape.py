@@ -175,7 +175,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     table[out] = table[args[0]]
             return out
         operands = list(tensors_in((args, kwargs)))
-        found = self.spread.union(*(self.reach.get(t, frozenset()) for t in operands))
+        found = self.spread.union(*map(self._reaching, operands))
         marks: frozenset[int] = frozenset()
         for tensor in operands:
             if tensor in self.places:
@@ -189,11 +189,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results, spec = tree_flatten(out)
         in_place = bool(func._schema.is_mutable)
         self._check(func, name, args, results, in_place)
-        if summed := self.chains.follow(step, name, args, kwargs, results, operands):
-            number, other, norm = summed
-            depends = self.spread | self.reach.get(operands[other], frozenset())
-            if not depends or max(depends) < number:
-                tape.sums[number] = Sum(step, other, norm, depends)
+        self.chains.follow(step, name, args, kwargs, results, operands, self._reaching)
         seen = None
         if name in CONTRACTING:
             number = len(tape.sites)
@@ -216,6 +212,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shapes = [_Shape(r.size(), r.stride(), r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
         tape.steps.append(_Step(name, shapes, spec, in_place))
         return out
+
+    def _reaching(self, tensor: Tensor) -> frozenset[int]:
+        """The contractions that a tensor depends on."""
+        found: frozenset[int] = self.reach.get(tensor, frozenset())
+        return self.spread | found
 
     def _note_layer(
         self, name: str, args: Any, operands: list[Tensor], out: Any, seen: Contraction | None, depends: frozenset[int]

@@ -84,8 +84,9 @@ class Repairer:
             mask[list(units)] = True
             if not mask.all():
                 left[leaf] = mask
-                readers |= self.graph.groups[name].readers()
-                if not self.graph.groups[name].readers():  # queries and keys: what goes is missing in their products
+                mine = self.graph.groups[name].readers()
+                readers |= mine
+                if not mine:  # queries and keys: what goes is missing in their products
                     self.unread |= self.graph.groups[name].matrices()
         examples = max(examples_in(self.batches[0]), 1)
         self.targets = Targets(self.graph, left, self.options.positions, examples, self.seed)
