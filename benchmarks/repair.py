@@ -234,7 +234,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "## Without training\n",
         *_table([r for r in _untrained(rows) if r["split"] == "test"], ("pruned", "repaired")),
         "## Choices\n",
-        "The same on 5,000 training images that neither scoring nor repair "
+        "What the default criterion was chosen by: the same on 5,000 training images that neither scoring nor repair "
         f"saw (the networks were trained on them). `{FORMER}` is `obs` with a fixed ridge in the place of a shrunk "
         "matrix; its rows were computed before.\n",
         *_table([r for r in _untrained(rows) if r["split"] != "test"], ("pruned", "repaired")),

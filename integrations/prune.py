@@ -96,7 +96,7 @@ def prune(
     pace = as_options(Pace, pace, "pace", "order").settle()
     finetune = as_options(FineTune, finetune, "finetune", "steps").settle(usual_every(pace))
     mended = what_repairs(repair, finetune)
-    scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace)
+    scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
     if isinstance(target, Target):
         target = str(target)
     options = {
@@ -138,14 +138,14 @@ def what_repairs(repair: Repair | int | str | None, finetune: FineTune) -> Repai
     return None if repair is None else as_options(Repair, repair, "repair", "images")
 
 
-def _what_scores(scoring: Scoring, pace: Pace) -> tuple[Scoring, Callable[..., Any]]:
+def _what_scores(scoring: Scoring, pace: Pace, repaired: bool) -> tuple[Scoring, Callable[..., Any]]:
     """What is recorded of the scoring, with everything decided, and the importance that does it.
 
     Raises:
         ConfigError: for options of a criterion beside an importance, which has its own.
     """
     assert pace.order is not None
-    usual = scoring.settle(pace.order)
+    usual = scoring.settle(pace.order, repaired=repaired)
     if isinstance(scoring.criterion, str):
         return usual, SInGEImportance(**vars(usual))
     importance, kind = scoring.criterion, type(scoring.criterion).__name__

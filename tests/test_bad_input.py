@@ -289,9 +289,19 @@ CASES = [
     Case("prune batch form", pruning([(X, Y, Y)]), DataError, ("tuple of 3", "pair")),
     Case("prune batch shape", pruning(WRONG_SHAPE), GroupError, ("Chain", "check that")),
     Case("prune fold shape", pruning(WRONG_SHAPE, fold=True), FoldingError, ("Chain", "inputs that it runs on")),
-    Case("prune labels", pruning(WRONG_LABELS), ScoringError, ("conv1", "7 is out of bounds")),
-    Case("prune folded labels", pruning(WRONG_LABELS, fold=True), ScoringError, ("conv1", "7 is out of bounds")),
-    Case("prune nan", pruning(NAN), ScoringError, ("conv1", "check the batch")),
+    Case("prune labels", pruning(WRONG_LABELS), ScoringError, ("'obs'", r"0 .*\(2, 2, 6, 6\)", "7 is out of bounds")),
+    Case("prune labels by Eq. 5", pruning(WRONG_LABELS, scoring="ig"), ScoringError, ("conv1", "7 is out of bounds")),
+    Case("prune folded labels", pruning(WRONG_LABELS, fold=True), ScoringError, ("'obs'", "7 is out of bounds")),
+    Case("prune nan", pruning(NAN), ScoringError, ("'obs'", "batch 0", "check the batch")),
+    Case("prune nan by Eq. 5", pruning(NAN, scoring="ig"), ScoringError, ("conv1", "check the batch")),
+    Case(
+        "prune by no number", pruning(finetune_steps=0, objective=lambda y, t: y),
+        ScoringError, ("one number", "mean"),
+    ),
+    Case(
+        "prune by what is detached", pruning(finetune_steps=0, objective=lambda y, t: y.detach().sum()),
+        ScoringError, ("'obs'", "through autograd", "'l2'"),
+    ),
     Case("prune val", pruning(val_data=WRONG_SHAPE), DataError, ("val_data", "expected input", "form it was made for")),
     Case("prune target", pruning(target="half"), ConfigError, ("half", "'params=0.5'")),
     Case(

@@ -324,8 +324,8 @@ def test_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "nodes", "count"),
-    [({}, 1, 4), ({"order": "layers"}, 5, 1), ({"units_per_step": 2}, 5, 1), ({"nodes": 3}, 3, 4),
-     ({"batches": 2}, 1, 2)],
+    [({"criterion": "ig"}, 1, 4), ({"order": "layers"}, 5, 1), ({"units_per_step": 2}, 5, 1),
+     ({"criterion": "ig", "nodes": 3}, 3, 4), ({"criterion": "ig", "batches": 2}, 1, 2)],
 )  # fmt: skip
 def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count: int) -> None:
     """By the passes that are made: one for every node, batch and scoring of a layer.
@@ -345,8 +345,23 @@ def test_what_scoring_reads_by_default(given: dict[str, Any], nodes: int, count:
     assert found.cost.scoring_passes == nodes * count * found.cost.scorings
 
 
+@pytest.mark.parametrize(("given", "count"), [({}, 4), ({"batches": 2}, 2), ({"criterion": "obs", "batches": 1}, 1)])
+def test_where_survivors_take_over_all_layers_are_scored_together(given: dict[str, Any], count: int) -> None:
+    """One pass with gradients for every batch and round."""
+    batches = images(6)
+    model, passes = Chain(), []
+    model.conv3.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
+    result = prune(model, batches, **asked(target="params=0.3", finetune_steps=0, verify=False, min_width=1, **given))
+    assert result.options["scoring"]["criterion"] == "obs"
+    rounds = len(result.history.select("layer_scored")) / len(result.layers)
+    assert sum(passes) == count * rounds == count * result.options["pace"]["rounds"]
+    found = inspect_model(Chain(), batches[0][0], **asked(target="params=0.3", finetune_steps=0, **given))
+    assert found.cost is not None
+    assert (found.cost.scorings, found.cost.scoring_passes) == (rounds, sum(passes))
+
+
 def test_the_command_scores_as_the_library_does() -> None:
-    for words, per_scoring in (([], 4), (["--order", "layers"], 5), (["--nodes", "2"], 8),
+    for words, per_scoring in (([], 4), (["--order", "layers"], 5), (["--criterion", "ig", "--nodes", "2"], 8),
                                (["--scoring-batches", "3"], 3)):  # fmt: skip
         found = CliRunner().invoke(main, ["inspect", "--model", "resnet10t", "--img-size", "32", "--json", *words])
         assert found.exit_code == 0, found.output

@@ -132,7 +132,7 @@ def test_an_importance_with_another_objective_is_refused() -> None:
         units(model, scoring=Scoring(importance, objective=squared))
     result = units(model, scoring=importance)
     assert "binary" in result.options["scoring"]["objective"]
-    assert losses(result) == losses(units(made(), objective=binary, nodes=5))
+    assert losses(result) == losses(units(made(), objective=binary, criterion="ig", nodes=5))
 
 
 # --- importances of torch-pruning --------------------------------------------------------------------------------

@@ -124,7 +124,11 @@ class Rounds:
         point = POINT if share < 1 else POINT * first[kind] / now[kind]  # of the whole, in terms of what is left
         left = Target(kind, fraction)
         try:
-            return _nearest(self.host, left, self.ratios, self.round_to, scores, specs, costs, now[kind], point)
+            counts = _nearest(self.host, left, self.ratios, self.round_to, scores, specs, costs, now[kind], point)
+            if share == 1:
+                return counts
+            end = Target(kind, 1 - (1 - whole) * first[kind] / now[kind])
+            return self._with_a_way_on(counts, left, end, scores, specs, costs, POINT * first[kind] / now[kind])
         except BudgetError as error:
             if share < 1:
                 return {}  # too small a step for whole units; a later round makes up for it
@@ -138,10 +142,51 @@ class Rounds:
                 "max_pruning_ratio and min_width"
             ) from error
 
+    def _with_a_way_on(
+        self,
+        counts: Counts,
+        left: Target,
+        end: Target,
+        scores: Scores,
+        specs: list[GroupSpec],
+        costs: CostModel,
+        point: float,
+    ) -> Counts:
+        """The counts of a round; others near them where these lead to where no whole units meet the target any more.
+
+        These others are no more, in any layer, than what the whole target would take now.
+
+        Args:
+            left, end: the targets of this round and of the last one, of what is there now.
+            point: how far off the end may be.
+        """
+
+        def goal(specs: list[GroupSpec], costs: CostModel, target: Target, ratios: str) -> Counts | None:
+            try:
+                return plan_removals(specs, costs, target, ratios, self.round_to, scores, point=point)
+            except BudgetError:
+                return None
+
+        after, base = [_after(spec, counts[spec.name]) for spec in specs], costs.cost(end.kind, {})
+        further = 1 - (1 - end.fraction) * base / costs.cost(end.kind, counts)
+        if further <= 0 or goal(after, costs.after(counts), Target(end.kind, further), "uniform") is not None:
+            return counts
+        whole = goal(specs, costs, end, self.ratios)
+        if whole is None:
+            return counts
+        within = [replace(spec, min_units=max(spec.min_units, spec.units - whole[spec.name])) for spec in specs]
+        return plan_removals(within, costs, left, self.ratios, self.round_to, scores, point=1.0)
+
     def _spec(self, spec: GroupSpec) -> GroupSpec:
         """The layer with its largest ratio in terms of the units that it has now."""
         first = spec.units + self.progress.plan.get(spec.name, 0)
-        return replace(spec, max_ratio=max(0.0, 1 - (1 - spec.max_ratio) * first / spec.units))
+        return _after(replace(spec, units=first), first - spec.units)
+
+
+def _after(spec: GroupSpec, count: int) -> GroupSpec:
+    """A layer when some of its units are gone; what it keeps at least stays the same."""
+    kept = spec.units - count
+    return replace(spec, units=kept, max_ratio=max(0.0, 1 - (1 - spec.max_ratio) * spec.units / kept))
 
 
 def few_units(specs: list[GroupSpec], costs: CostModel, kind: str) -> float:

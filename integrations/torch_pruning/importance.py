@@ -53,8 +53,8 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.scoring = Scoring(*args, **kwargs)
-        _ = self.scoring.rule
+        scoring = Scoring(*args, **kwargs)
+        self.scoring = replace(scoring, criterion=scoring.rule.name)
         self.model: nn.Module | None = None
         self.batches: Iterable[Any] | None = None
 

@@ -36,7 +36,7 @@ from singe_plugin.state import RngState, preserved
 
 __all__ = ["METHODS", "Demo", "DemoSettings", "run_demo"]
 
-METHODS = {"SInGE": "ig", "obs": "obs", "l2": "l2", "Taylor (torch-pruning)": None}
+METHODS = {"SInGE": "ig", "obs (default)": "obs", "l2": "l2", "Taylor (torch-pruning)": None}
 Bare = tuple[float | None, float | None]
 """Accuracies without training: as pruned, and repaired."""
 HONESTY = "one seed: an illustration, not a comparison"

@@ -168,10 +168,13 @@ def inspect_model(
         >>> [(g.name, g.units, g.params) for g in found.groups], found.cost.total_passes
         ([('0', 8, 56)], 31)
     """
+    from singe_plugin.integrations.prune import usual_every, what_repairs
+
     pace = as_options(Pace, pace, "pace", "order").settle()
     assert pace.order is not None
-    scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order)
-    steps = as_options(FineTune, finetune, "finetune", "steps").steps
+    tuning = as_options(FineTune, finetune, "finetune", "steps").settle(usual_every(pace))
+    steps, repaired = tuning.steps, what_repairs("auto", tuning) is not None
+    scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order, repaired=repaired)
     by_score = isinstance(pace.ratios, str) and pace.ratios in BY_SCORE
     counted = replace(pace, ratios="uniform") if by_score else pace
     pruner = pruner_of(model, example_inputs, target=target, pace=counted, **options)

@@ -140,10 +140,10 @@ def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, 
 
     weights = granularity == "weight"
     pace = settle_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settle()
-    scoring = options["scoring"].settle(pace.order, weights)
     settled = options["finetune"].settle("layer" if weights else usual_every(pace))
     finetune = {k: v for k, v in describe(settled).items() if k not in ("loader", "loss")}
     repair = what_repairs(options["repair"], settled)
+    scoring = options["scoring"].settle(pace.order, weights, repair is not None)
     parts: dict[str, Any] = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
     parts["repair"] = None if repair is None else describe(repair)
     known = {k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded}

@@ -7,6 +7,7 @@ that feed it, so the ratios are found by bisection on the exact cost of the whol
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = ["GroupSpec", "Target", "plan_removals"]
 
 POINT = 0.01
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
+_EVERY = 4096  # allocations, if there are no more: all of them are tried
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def plan_removals(
         else:
             high = middle
     # with coarse steps the way from below and the way from above end in different places
-    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
+    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to, point)
     _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
     return best
 
@@ -250,12 +252,19 @@ def _by_score(layers: Sequence[GroupSpec], scores: Scores, round_to: int | None)
 
 
 def _refine(
-    layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts], round_to: int | None
+    layers: Sequence[GroupSpec],
+    cost: CostModel,
+    kind: str,
+    wanted: float,
+    starts: list[Counts],
+    round_to: int | None,
+    point: float = POINT,
 ) -> Counts:
     """Move layers by one rounding step while that brings the cost nearer to what is wanted.
 
     Where the best single move leads into a dead end more than a point away (coarse steps, a small network), the best
-    few are followed instead, for a while also where they lead away.
+    few are followed instead, for a while also where they lead away. Where these end there, too, every allocation is
+    looked at, if there are not too many: of those that meet the target, the one nearest to the first start.
     """
 
     def miss(counts: Counts) -> float:
@@ -279,7 +288,23 @@ def _refine(
     best = min((search(start, 1, 1) for start in starts), key=miss)
     if miss(best) > POINT:
         best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
+    if miss(best) > min(point, POINT):
+        met = [counts for counts in _every(layers, round_to) if miss(counts) <= min(point, POINT)]
+        best = min(met, key=lambda counts: _apart(layers, counts, starts[0]), default=best)
     return dict(best)
+
+
+def _every(layers: Sequence[GroupSpec], round_to: int | None) -> Iterator[Counts]:
+    """Every allocation; none if there are too many."""
+    steps = [sorted({layer.units - layer.kept_for(k, round_to) for k in range(layer.units + 1)}) for layer in layers]
+    if math.prod(len(mine) for mine in steps) <= _EVERY:
+        for counts in itertools.product(*steps):
+            yield dict(zip((layer.name for layer in layers), counts, strict=True))
+
+
+def _apart(layers: Sequence[GroupSpec], one: Counts, other: Counts) -> float:
+    """By how much of each layer's units two allocations differ, in all."""
+    return sum(abs(one[layer.name] - other[layer.name]) / layer.units for layer in layers)
 
 
 def _moves(layers: Sequence[GroupSpec], counts: Counts, round_to: int | None) -> Iterator[Counts]:

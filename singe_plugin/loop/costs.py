@@ -84,16 +84,20 @@ class TensorCost:
         macs: multiply-adds that scale with its number of elements.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[float, ...]
     links: tuple[tuple[int, str, float], ...] = ()
     macs: float = 0.0
 
-    def elements(self, removed: Mapping[str, int]) -> float:
-        """Its number of elements after ``removed[layer]`` units are gone."""
+    def left(self, removed: Mapping[str, int]) -> tuple[float, ...]:
+        """Its shape after ``removed[layer]`` units are gone."""
         sizes = [float(s) for s in self.shape]
         for dim, layer, per_unit in self.links:
             sizes[dim] -= per_unit * removed.get(layer, 0)
-        return math.prod(max(s, 0.0) for s in sizes)
+        return tuple(max(s, 0.0) for s in sizes)
+
+    def elements(self, removed: Mapping[str, int]) -> float:
+        """Its number of elements after ``removed[layer]`` units are gone."""
+        return math.prod(self.left(removed))
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,16 @@ class CostModel:
 
     tensors: tuple[TensorCost, ...]
     fixed_params: int = 0
-    total_macs: int = 0
+    total_macs: float = 0
     _base: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def after(self, removed: Mapping[str, int]) -> CostModel:
+        """The model of what is left after some removals: it counts further ones on top of these."""
+        left = []
+        for tensor in self.tensors:
+            share = tensor.elements(removed) / math.prod(tensor.shape) if tensor.macs else 0.0
+            left.append(TensorCost(tensor.left(removed), tensor.links, tensor.macs * share))
+        return CostModel(tuple(left), self.fixed_params, self.macs(removed))
 
     def params(self, removed: Mapping[str, int]) -> float:
         """The parameters after the removals."""

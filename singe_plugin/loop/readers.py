@@ -24,12 +24,14 @@ from singe_plugin.axes.rows import drawn, inputs_at, matrix_of, positions_of
 from singe_plugin.axes.tape import Playback, Tape
 from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.loop.player import ready
-from singe_plugin.method.batches import check_batch, inputs_for, read
+from singe_plugin.method.batches import check_batch, inputs_for, materialise, read
+from singe_plugin.method.dependence import check_zeros
+from singe_plugin.method.evaluation import detached, evaluate, evaluation_failed
 from singe_plugin.method.objective import check_head
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.reduction import normalize
 from singe_plugin.method.ridge import LARGEST, Moments, exact
-from singe_plugin.method.scoring import score_units
+from singe_plugin.method.scoring import measuring, score_units
 from singe_plugin.method.surgeon import LEAST, Reading, removal_costs, shrinkage
 from singe_plugin.nested import call_model, examples_in, map_tensors, to_device
 from singe_plugin.state import forget_caches, model_device
@@ -101,7 +103,7 @@ def costs_of_removal(
 
     Raises:
         DataError: if there are no batches.
-        ScoringError: if F is not finite, or cannot be evaluated.
+        ScoringError: if F is not finite, cannot be evaluated, or does not depend on a group.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -110,7 +112,9 @@ def costs_of_removal(
         torch.Size([8])
     """
     reading = {name: graph.groups[name].readers() for name in names}
+    batches = materialise(batches)
     readers = _measured(graph, set().union(*reading.values()), batches, options, seed)
+    product = replace(options, criterion="ig_abs", mu=None, quadrature="gauss", nodes=1, normalizer=None)
     found = {}
     for name, wanted in reading.items():
         group = graph.groups[name]
@@ -120,10 +124,12 @@ def costs_of_removal(
                 "the units of %r are scored without what reads them, %s", name,
                 f"because {unseen} is not followed" if unseen else "because no layer does",
             )  # fmt: skip
-            product = replace(options, criterion="ig_abs", mu=None, quadrature="gauss", nodes=1, normalizer=None)
             scores = 0.5 * score_units(graph.model, group.unit_group(), batches, product).double().square()
         else:
             scores = removal_costs(readings, group.size)
+            if not bool(scores.any()):
+                with measuring(graph.model):
+                    check_zeros(graph.model, group.unit_group(), batches, product)
         if not bool(torch.isfinite(scores).all()):
             raise ScoringError(f"group {name!r}: the scores are not finite; check the batches for inf/NaN")
         found[name] = normalize(scores, options.normalizer).float().to(model_device(graph.model))
@@ -205,16 +211,20 @@ def _differentiate(
     weights = {reader.name: graph.model.get_parameter(reader.name) for reader in readers if reader.seen is not None}
     if not weights:
         return
+    who = f"criterion {options.criterion!r}"
     try:
         with torch.enable_grad():
-            value = options.function(graph.forward(graph.model, inputs), targets)
-            if not bool(torch.isfinite(value)):
-                raise ScoringError(f"F is not finite on batch {index}; check the batch for inf/NaN")
+            run = partial(graph.forward, graph.model, inputs)
+            value = evaluate(run, targets, replace(options, amp=None), model_device(graph.model))
+            if not value.requires_grad:
+                raise detached(who)
             found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ScoringError(f"evaluating F on batch {index} failed with {type(error).__name__}: {error}") from error
+        raise evaluation_failed(who, index, inputs, error) from error
+    if not all(bool(torch.isfinite(one).all()) for one in (value, *found) if one is not None):
+        raise ScoringError(f"{who}: F or its gradient is not finite on batch {index}; check the batch for inf/NaN")
     gradients = dict(zip(weights, found, strict=True))
     for reader in readers:
         if reader.seen is not None and (gradient := gradients[reader.name]) is not None:

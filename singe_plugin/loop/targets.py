@@ -54,6 +54,25 @@ class Targets:
         examples: int, seed: int,
     ) -> None:  # fmt: skip
         self.graph, self.kept, self.positions, self.examples, self.seed = graph, kept, positions, examples, seed
+        self.factors = self._factors()
+
+    def _factors(self) -> dict[str, Tensor]:
+        """Parameter -> what each of its outputs is multiplied by: where attention divides by the root of its width.
+
+        The softmax is as sharp as it was if the queries of a width that went from d to d' are sqrt(d'/d) of what they
+        were (:mod:`singe_plugin.axes.scales`).
+        """
+        found: dict[str, Tensor] = {}
+        for scale in self.graph.scales:
+            left = self.left(scale.width)
+            if left is None:
+                continue
+            factor = math.sqrt(len(left[0]) / left[1])
+            for owner, attr, rows in scale.rows:
+                name = f"{self.graph.names[owner]}.{attr}".lstrip(".")
+                before = found.get(name, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
+                found[name] = torch.where(rows, before * factor, before)
+        return found
 
     def windows(self, player: Player, stages: Sequence[list[Site]]) -> Iterator[list[list[Site]]]:
         """Cut stages into runs whose targets can be kept together."""
@@ -98,7 +117,8 @@ class Targets:
 
         def see(contraction: Contraction) -> None:
             if contraction.number in wanted:
-                found[batch][contraction.number] = self._of(contraction, batch)
+                factor = self.factors.get(wanted[contraction.number].name)
+                found[batch][contraction.number] = self._of(contraction, batch, factor)
             if tape.contracting[contraction.number] == end:
                 raise Reached
 
@@ -115,15 +135,23 @@ class Targets:
                 player.play(batch, tape.contracting[min(wanted)], see, watches)
         return found
 
-    def _of(self, found: Contraction, batch: int) -> Target | None:
+    def _of(self, found: Contraction, batch: int, factor: Tensor | None = None) -> Target | None:
         """What a layer gives in the unpruned network where the pruned one has it, at some positions; and which.
 
         None, if the trace has no such operator.
+
+        Args:
+            found: the contraction.
+            batch: which one it is of.
+            factor: what its outputs are to be multiplied by, ``[O]``.
         """
         out, traced = found.out, self.graph.trace.contractions
         axes = traced[found.number][1] if found.number < len(traced) else []
         if len(axes) != out.ndim:
             return None
+        if factor is not None:
+            own = factor if len(factor) == out.shape[1] else factor[:1]  # along the inputs it is the same for all
+            out = out * own.to(out).view(-1, *[1] * (out.ndim - 2))
         for dim, axis in enumerate(axes):
             left = self.left(axis)
             if left is not None and len(left[0]) and left[1] == out.shape[dim]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,17 @@ __all__ = ["AMP_DTYPES", "PATHS", "Scoring"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PATHS = ("layer", "neuron")
+AUTO, _PAPER, _REPAIRED = "auto", "ig", "obs"  # the criterion: to be decided, and as what
 _FOR_WEIGHTS = {"mu": 0.8, "nodes": 5, "batches": 1}
 _IN_ROUNDS = {"mu": 0.9, "nodes": 1, "batches": 4}
 _IN_LAYERS = {"mu": 0.9, "nodes": 5, "batches": 1}
+
+
+class _Criteria:
+    """The names of a criterion; more may be registered."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((AUTO, *CRITERIA))
 
 
 @documented
@@ -38,10 +46,11 @@ class Scoring:
     """
 
     criterion: str | Callable[..., Any] = option(
-        default="ig",
+        default=AUTO,
         text="The criterion, see :mod:`singe_plugin.method.criteria`; :func:`singe_plugin.prune` also takes any "
-        "torch-pruning importance.",
-        choices=CRITERIA,
+        "torch-pruning importance. ``auto`` is ``obs`` where units go in rounds and the survivors are repaired, as "
+        "`prune` does if nothing is said (docs/repair.md), and ``ig``, the paper's, everywhere else.",
+        choices=_Criteria(),
     )
     p: float = option(
         default=2, text="The degree of the norms, at least 1; ``l1`` and ``l2`` have their own.", flag=("-p", "--norm")
@@ -96,7 +105,7 @@ class Scoring:
     amp: str | None = option(
         default=None,
         text="Mixed precision. By default none in scoring, unless a surrounding ``torch.autocast`` says so, and "
-        "bf16 in fine-tuning on CUDA.",
+        "bf16 in fine-tuning on CUDA; ``obs`` has none.",
         choices=AMP_DTYPES,
     )
     channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
@@ -115,7 +124,7 @@ class Scoring:
     def __post_init__(self) -> None:
         if isinstance(self.criterion, type):
             raise ConfigError(f"criterion={self.criterion.__name__} is a class; call it: {self.criterion.__name__}()")
-        if not callable(self.criterion):
+        if not callable(self.criterion) and self.criterion != AUTO:
             get_criterion(self.criterion)
         check_degree(self.p)
         check_reduction(self.group_reduction)
@@ -132,8 +141,13 @@ class Scoring:
         if not callable(self.criterion):
             _ = self.decay_path
 
-    def settle(self, order: str = "layers", weights: bool = False) -> Scoring:
+    def settle(self, order: str = "layers", weights: bool = False, repaired: bool = False) -> Scoring:
         """These options with everything decided, for a pruning in some order, of units or of single weights.
+
+        Args:
+            order: in which units or weights go.
+            weights: whether it is of single weights.
+            repaired: whether what is left is solved again.
 
         Example:
             >>> settled = Scoring(mu=0.95).settle("rounds")
@@ -142,7 +156,10 @@ class Scoring:
         """
         usual = _FOR_WEIGHTS if weights else _IN_ROUNDS if order == "rounds" else _IN_LAYERS
         usual_: dict[str, Any] = {**usual, "objective": "loss"}
-        return replace(self, **{name: value for name, value in usual_.items() if getattr(self, name) is None})
+        found = {name: value for name, value in usual_.items() if getattr(self, name) is None}
+        if self.criterion == AUTO:
+            found["criterion"] = _REPAIRED if repaired and order == "rounds" and not weights else _PAPER
+        return replace(self, **found)
 
     @property
     def function(self) -> Objective:
@@ -161,7 +178,7 @@ class Scoring:
                 f"{type(self.criterion).__name__} is no criterion but an importance of its own; give one of "
                 f"{', '.join(CRITERIA)}, or give it to singe_plugin.prune or SInGEPruner"
             )
-        return get_criterion(self.criterion)
+        return get_criterion(_PAPER if self.criterion == AUTO else self.criterion)
 
     @property
     def degree(self) -> float:

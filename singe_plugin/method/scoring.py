@@ -30,7 +30,7 @@ from singe_plugin.method.walk import Walker
 from singe_plugin.nested import call_model, to_device
 from singe_plugin.state import forget_caches, model_device, plain_layers, preserved
 
-__all__ = ["path_gradient_norms", "score_error", "score_units"]
+__all__ = ["measuring", "path_gradient_norms", "score_error", "score_units"]
 
 Norms = tuple[list[Tensor], list[Tensor]]  # per producer: the norms at the start, and which units it has
 Found = TypeVar("Found")
@@ -109,7 +109,7 @@ def path_gradient_norms(
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """The model as F is evaluated on it, with gradients; it is restored afterwards."""
     with preserved(model), plain_layers(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
@@ -136,7 +136,7 @@ def _score(
     covered = list(_per_batch(model, group, batches, options, path, add_up, rule.inner))
     means = [total / len(covered) for total in totals]
     if batches is not None and rule.needs_gradient and not any(bool(mean.any()) for mean in means):
-        with _measuring(model):
+        with measuring(model):
             check_zeros(model, group, batches, options)
     scores = normalize(reduce_layers(means, covered[0], options.group_reduction), options.normalizer)
     if scores.shape != (group.size,):
@@ -191,7 +191,7 @@ def _per_batch(
     check_head(model, options.objective)
     results = []
     device = model_device(model)
-    with _measuring(model), decaying(model, group) as rows:
+    with measuring(model), decaying(model, group) as rows:
         start = weight_norms(group, rows, options.degree)
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
             check_batch(batch)

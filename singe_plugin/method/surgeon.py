@@ -37,6 +37,7 @@ __all__ = ["LEAST", "Reading", "removal_costs", "shrinkage"]
 LEAST = 1e-3  # of what is added to a diagonal, relative to its mean
 _MOST = 0.999  # rho: beyond, nothing would be left of G
 _STEPS = 128  # removals of a group; of larger ones, several units go at once
+_GONE = 0.25  # of the features: then they are left out of the matrices
 _APART = 1e-6  # by how much a unit costs more than the one before, at least
 
 
@@ -92,19 +93,21 @@ class _State:
         )
         # units with fewer features than others get some that nobody reads
         self.inverse = torch.eye(count + self.width, dtype=gram.dtype, device=gram.device)
-        self.inverse[:count, :count] = torch.linalg.inv(gram)
-        self.weight = torch.cat([reading.weight, reading.weight.new_zeros(outputs, self.width)], 1).to(gram)
+        self.inverse[:count, :count] = _inverse(gram)
+        self.weight = torch.cat([reading.weight.t(), reading.weight.new_zeros(self.width, outputs)]).to(gram)
         self.curvature, self.given = reading.curvature.to(gram), reading.given
         added = torch.arange(count, count + self.width, device=gram.device)
         self.where = torch.stack([torch.cat([mine, added[len(mine) :]]) for mine in where])
+        self.gone = torch.zeros(count + self.width, dtype=torch.bool, device=gram.device)
 
     def costs(self, left: Tensor) -> Tensor:
         """What each unit that is left costs now."""
         index = self.where[left]
-        weight = self.weight[:, index].permute(1, 2, 0)  # [units, features, O]
+        weight = self.weight[index]  # [units, features, O]
+        curvature = torch.where(self.given == left[:, None], 0.0, self.curvature)
+        weighed = (weight * curvature[:, None]) @ weight.transpose(1, 2)
         blocks = self.inverse[index[:, :, None], index[:, None, :]]
-        errors = (weight * torch.linalg.solve(blocks, weight)).sum(1)  # [units, O]
-        total: Tensor = (errors * torch.where(self.given == left[:, None], 0.0, self.curvature)).sum(1)
+        total: Tensor = torch.linalg.solve(blocks, weighed).diagonal(dim1=1, dim2=2).sum(1)
         return 0.5 * total
 
     def remove(self, units: Tensor) -> None:
@@ -113,9 +116,28 @@ class _State:
         index = torch.unique(self.where[units])
         rows = self.inverse[index]
         share = torch.linalg.solve(rows[:, index], rows)
-        self.weight -= self.weight[:, index] @ share
-        self.inverse -= rows.t() @ share
+        self.weight.addmm_(share.t(), self.weight[index], alpha=-1)
+        self.inverse.addmm_(rows.t(), share, alpha=-1)
         self.inverse[index, index] = 1.0  # they are out: nothing is divided by zero
+        self.gone[index] = True
+        if int(self.gone.sum()) > _GONE * len(self.gone):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Leave out the features of the units that are gone."""
+        self.gone[-self.width :] = False  # what nobody reads, others may still have
+        stays = (~self.gone).nonzero().flatten()
+        place = torch.zeros(len(self.gone), dtype=torch.int64, device=stays.device)
+        place[stays] = torch.arange(len(stays), device=stays.device)
+        self.where = place[self.where]
+        self.inverse, self.weight = self.inverse[stays][:, stays], self.weight[stays]
+        self.gone = self.gone[stays]
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """The inverse of a positive definite matrix, at half the cost of any matrix's."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.inv(gram) if bool(failed) else torch.cholesky_inverse(factor)
 
 
 def removal_costs(readings: Sequence[Reading], size: int) -> Tensor:

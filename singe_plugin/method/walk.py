@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ScoringError, SingeError
 from singe_plugin.method.decay import Measured, Row, inner_products, join, root, unit_norms
-from singe_plugin.method.objective import Objective
-from singe_plugin.method.options import AMP_DTYPES, Scoring
+from singe_plugin.method.evaluation import detached, evaluate, evaluation_failed
+from singe_plugin.method.options import Scoring
 from singe_plugin.method.path import DecayPath
 from singe_plugin.method.prefix import PrefixCache
 from singe_plugin.method.units import UnitGroup
@@ -47,7 +46,7 @@ class Walker:
     ) -> None:
         self.model, self.group, self.rows, self.options, self.path = model, group, rows, options, path
         self.index, self.inputs, self.targets, self.inner = index, inputs, targets, inner
-        self.objective: Objective = options.function
+        self.who = f"group {group.name!r}"
         self.device = model_device(model)
         self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
 
@@ -136,7 +135,7 @@ class Walker:
             def evaluate(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
                 value = self._value(lambda *a, **k: torch.func.functional_call(self.model, weights, a, k))
                 if not value.requires_grad:
-                    raise self._detached()
+                    raise detached(self.who)
                 return value * self.loss_scale, value
 
             found, value = torch.func.grad(evaluate, has_aux=True)(tensors)
@@ -165,16 +164,7 @@ class Walker:
 
     def _value(self, call: Any) -> Tensor:
         """Compute F on this batch, as a scalar."""
-        amp = self.options.amp
-        context = torch.autocast(self.device.type, dtype=AMP_DTYPES[amp]) if amp else nullcontext()
-        with context:
-            value = self.objective(call_model(call, self.inputs), self.targets)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ScoringError(
-                f"the objective must return one number (a scalar tensor), got {shape}; reduce it, e.g. with .mean()"
-            )
-        return value.reshape(())
+        return evaluate(lambda: call_model(call, self.inputs), self.targets, self.options, self.device)
 
     def _gradients(self, leaves: list[Tensor], scale: float) -> list[Tensor]:
         while True:
@@ -183,12 +173,12 @@ class Walker:
                 if not bool(torch.isfinite(value)):
                     raise self._not_finite("F", scale)
                 if not value.requires_grad:
-                    raise self._detached()
+                    raise detached(self.who)
                 found = torch.autograd.grad(value * self.loss_scale, leaves, allow_unused=True)
             except (SingeError, MemoryError, torch.cuda.OutOfMemoryError):
                 raise
             except Exception as error:
-                raise self._failed(error) from error
+                raise evaluation_failed(self.who, self.index, self.inputs, error) from error
             unscaled = [g if g is None or self.loss_scale == 1.0 else g / self.loss_scale for g in found]
             grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, unscaled, strict=True)]
             if all(bool(torch.isfinite(g).all()) for g in grads):
@@ -201,32 +191,8 @@ class Walker:
             raise self._not_finite("a gradient", scale)
         self.loss_scale /= 4.0
 
-    def _failed(self, error: Exception) -> ScoringError:
-        return ScoringError(
-            f"group {self.group.name!r}: evaluating F on batch {self.index} (inputs {_describe(self.inputs)}) "
-            f"failed with {type(error).__name__}: {error}"
-        )
-
-    def _detached(self) -> ScoringError:
-        return ScoringError(
-            f"group {self.group.name!r}: F does not depend on its weights through autograd (an objective that is "
-            "constant or leaves a part of the output out, a detached output, or torch.no_grad() inside the forward); "
-            "it cannot be scored by gradients: give an objective that depends on it, put its layer in ignored_layers, "
-            "or use the criterion 'l2'"
-        )
-
     def _not_finite(self, what: str, scale: float) -> ScoringError:
         return ScoringError(
             f"group {self.group.name!r}: {what} is not finite on batch {self.index} with the weights at {scale:.4g} of "
             "their size; check the batch for inf/NaN, or use amp='bf16' or no amp"
         )
-
-
-def _describe(inputs: Any) -> str:
-    if isinstance(inputs, Tensor):
-        return str(tuple(inputs.shape))
-    if isinstance(inputs, dict):
-        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in inputs.items()) + "}"
-    if isinstance(inputs, (tuple, list)):
-        return "(" + ", ".join(_describe(v) for v in inputs) + ")"
-    return type(inputs).__name__
