@@ -235,14 +235,16 @@ def regularised(
         tensor([2., 3.])
     """
     if kept is None and matrix.shape[-1] <= LARGEST:
-        whole = matrix.clone()
+        whole = matrix.clone().mT  # as LAPACK has it, so that it is factorised in place: no second one is made
         if mean is not None:
             whole.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-1)
         whole.diagonal(dim1=1, dim2=2).add_(added[:, None])
-        factor, failed = torch.linalg.cholesky_ex(whole)
-        del whole
+        info = torch.empty(len(whole), dtype=torch.int32, device=whole.device)
+        factor, failed = torch.linalg.cholesky_ex(whole, out=(whole, info))
         if not bool(failed.any()):
-            return torch.cholesky_solve(right, factor)
+            half = torch.linalg.solve_triangular(factor, right, upper=False)
+            return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        del whole, factor
     if kept is None:
         return _conjugate_gradients(matrix, added, right, None, mean)
     found, small = torch.zeros_like(right), kept.sum(1).double() ** 3 < _SMALL * matrix.shape[-1] ** 2
