@@ -154,6 +154,8 @@ def scoring_of(method: str, options: dict[str, Any], classes: int) -> Scoring:
     different layers are compared, or the widths come from that, this is the sum instead, not divided (it helps all of
     them; LAMP's own normalisation is made for comparing, and stays).
     """
+    if method == "fast":
+        return replace(Scoring.fast(), **taken(options, OF_DATA))
     if method not in PEERS:
         return Scoring(method, **taken(options, OF_CRITERION, OF_DATA))
     known = inspect.signature(PEERS[method]).parameters

@@ -200,7 +200,7 @@ def test_the_error_estimate_tracks_the_true_error(quadrature: str, criterion: st
     path = options.decay_path
     for _ in range(2 if quadrature == "geometric" else 3):
         path = path.refined()
-    truth = scoring._score(case.model, case.group, case.batches, options, path)
+    (truth,) = scoring._score(case.model, {"it": case.group}, case.batches, options, path).values()
     error = (scores - truth).abs()
     # halving the step of the sum halves its error, so the estimate is about half of it; gauss gains far more
     low, high = (0.3, 1.0) if quadrature == "geometric" else (0.7, 1.3)

@@ -16,7 +16,7 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.loop.readers import costs_of_removal
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.options import Scoring
-from singe_plugin.method.scoring import score_error, score_units
+from singe_plugin.method.scoring import score_error, score_groups, score_units
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.run.guards import check_alone
 
@@ -108,26 +108,32 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
             return score_units(self._model_of(group), self._rows(group, units), self.batches, options)
 
     def score_groups(self, groups: Mapping[str, GroupView]) -> dict[str, Tensor]:
-        """Score the units of several groups: at once, if the criterion looks at what reads them."""
+        """Score the units of several groups at once: what they have in common is done once."""
         options = self.scoring
         training = {name: group for name, group in groups.items() if group.axis_group.only_training}
-        rest = [group for name, group in groups.items() if name not in training]
-        if not options.rule.of_readers or not rest:
-            return {name: self.score_units(group, None) for name, group in groups.items()}
+        rest = {name: group for name, group in groups.items() if name not in training}
+        found = {name: self.score_units(group, None) for name, group in training.items()}
+        if not rest:
+            return found
         check_alone()
-        if self.batches is None:
+        if options.rule.needs_gradient and self.batches is None:
             raise DataError(
                 f"criterion {options.criterion!r} needs data: call importance.bind(model, batches), or give "
                 "SInGEPruner(batches=...)"
             )
-        self._model_of(rest[0])
-        graph = rest[0].axis_group.axes
-        assert isinstance(graph, AxisGraph)
-        found = costs_of_removal(graph, [group.axis_group.name for group in rest], self.batches, options)
-        scores = {name: self.score_units(group, None) for name, group in training.items()}
-        return {
-            name: scores[name] if name in scores else found[group.axis_group.name] for name, group in groups.items()
-        }
+        model = self._model_of(next(iter(rest.values())))
+        if options.rule.of_readers:
+            graph = next(iter(rest.values())).axis_group.axes
+            assert isinstance(graph, AxisGraph)
+            own = {name: group.axis_group.name for name, group in rest.items()}
+            scores = costs_of_removal(graph, list(own.values()), self.batches or (), options)
+            found |= {name: scores[group] for name, group in own.items()}
+        else:
+            with torch.no_grad():
+                found |= score_groups(
+                    model, {name: group.unit_group() for name, group in rest.items()}, self.batches, options
+                )
+        return {name: found[name] for name in groups}
 
     @staticmethod
     def _rows(group: Any, units: Sequence[Sequence[int]] | None) -> UnitGroup:

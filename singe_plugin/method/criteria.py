@@ -198,7 +198,7 @@ class Criterion:
         degree: a fixed norm degree (``l1``, ``l2``), or None to use the user's ``p``.
         combine: ``(weight_norms, gradient_norms, inner_products, node_weights) -> scores``; the first
             three are ``[K, N]``. A criterion with a path is a sum over the nodes: its terms can be taken one by one.
-        inner: whether it reads the inner products (they are zeros if not).
+        norms, inner: whether it reads the norms of the gradients, and the inner products (what is not read is zeros).
         of_readers: whether it is no function of the layers that produce a unit, but of those that read it
             (:mod:`singe_plugin.loop.readers`); ``combine`` is not called then.
     """
@@ -211,6 +211,7 @@ class Criterion:
     combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     inner: bool = False
     of_readers: bool = False
+    norms: bool = True
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -223,7 +224,9 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("norm_grad", True, False, "product", None, lambda w, g, d, q: norm_times_gradient(w[0], g[0])),
         Criterion("sg", True, True, "gradient", None, lambda w, g, d, q: summed_gradient_norms(g, q)),
         Criterion("ig", True, True, "product", None, lambda w, g, d, q: integrated_norm_gradient(w, g, q)),
-        Criterion("ig_abs", True, True, "product", None, lambda w, g, d, q: integrated_inner_product(d, q), True),
+        Criterion(
+            "ig_abs", True, True, "product", None, lambda w, g, d, q: integrated_inner_product(d, q), True, norms=False
+        ),
         Criterion("obs", True, False, "product", None, lambda w, g, d, q: _unavailable(), of_readers=True),
     )
 }

@@ -17,8 +17,8 @@ from singe_plugin.method.folding import norm_scale_shift
 from singe_plugin.method.units import Producer, RowLayout, UnitGroup
 
 __all__ = [
-    "LayerStats", "Measured", "Row", "decaying", "inner_products", "join", "root", "row_power", "to_units",
-    "unit_norms", "weight_norms",
+    "LayerStats", "Measured", "Row", "decaying", "inner_products", "join", "root", "row_power", "substituted",
+    "to_units", "touched", "unit_norms", "weight_norms",
 ]  # fmt: skip
 
 Measured: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -78,9 +78,37 @@ class Row:
 
 @contextmanager
 def decaying(model: nn.Module, group: UnitGroup) -> Iterator[list[Row]]:
-    """Put folded substitutes in the place of the group's parameters; the caller restores through ``preserved``."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    """Put folded substitutes in the place of the group's parameters; nothing else of the model wants a gradient.
+
+    That is put back by the caller, through ``preserved``.
+    """
+    model.requires_grad_(False)
+    with substituted(group) as rows:
+        yield rows
+
+
+def touched(group: UnitGroup) -> list[nn.Module]:
+    """The modules of which tensors are substituted: those of the producers' parameters, norms and biases."""
+    found: list[nn.Module] = []
+    for producer in group.producers:
+        slots = [*producer.slots, *([] if producer.bias is None else [producer.bias])]
+        found += [slot.owner for slot in slots] + ([] if producer.norm is None else [producer.norm])
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def substituted(group: UnitGroup) -> Iterator[list[Row]]:
+    """Put folded substitutes in the place of the group's parameters, and take them out again."""
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in touched(group)]
+    try:
+        yield _substitutes(group)
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def _substitutes(group: UnitGroup) -> list[Row]:
     rows: list[Row] = []
     for number, producer in enumerate(group.producers):
         if not producer.is_norm and all(slot.tensor is None for slot in producer.slots):
@@ -99,7 +127,7 @@ def decaying(model: nn.Module, group: UnitGroup) -> Iterator[list[Row]]:
                 )
             owner._parameters[attr] = nn.Parameter(base.clone(memory_format=torch.preserve_format))
             rows.append(row)
-    yield rows
+    return rows
 
 
 def _elements(producer: Producer, layout: RowLayout, base: Tensor, size: int) -> Tensor | slice | None:
@@ -181,10 +209,11 @@ def _make_identity(norm: nn.Module) -> None:
 
 def row_power(rows: Tensor, p: float) -> Tensor:
     """Sum |x|^p over every row, in float64 (take the largest |x| for p = inf)."""
+    if rows.dtype in (torch.float32, torch.float64):  # in one go: the values in double precision are never kept
+        norms: Tensor = torch.linalg.vector_norm(rows.detach(), p, dim=1, dtype=torch.float64)
+        return norms if math.isinf(p) else norms.pow(p)
     values = rows.detach().double().abs()
-    if math.isinf(p):
-        return values.amax(1)
-    return values.pow(p).sum(1)
+    return values.amax(1) if math.isinf(p) else values.pow(p).sum(1)
 
 
 def to_units(per_row: Tensor, unit_of: Tensor, size: int, p: float = 1) -> Tensor:
@@ -219,10 +248,16 @@ def inner_products(rows: list[tuple[Row, Tensor, Tensor]], size: int) -> Tensor:
     if row.element_of is not None:
         return row.elements(one) * row.elements(other)
     parts = [
-        to_units((r.layout.rows(a.detach()).double() * r.layout.rows(b.detach()).double()).sum(1), r.unit_of, size)
-        for r, a, b in rows
+        to_units(_products(r.layout.rows(a.detach()), r.layout.rows(b.detach())), r.unit_of, size) for r, a, b in rows
     ]
     return torch.stack(parts).sum(0)
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of each row with its other, summed up in float64."""
+    if one.dtype == other.dtype == torch.float32:
+        return (one * other).sum(1, dtype=torch.float64)
+    return (one.double() * other.double()).sum(1)
 
 
 def weight_norms(group: UnitGroup, rows: list[Row], p: float) -> tuple[list[Tensor], list[Tensor]]:

@@ -141,6 +141,20 @@ class Scoring:
         if not callable(self.criterion):
             _ = self.decay_path
 
+    @classmethod
+    def fast(cls) -> Scoring:
+        r"""The cheapest scoring by gradients: :math:`|\langle W^n,\nabla_{W^n}F\rangle|`, where the path begins.
+
+        It is ``ig_abs`` with its one node at u = 1, so that one pass of each of 16 batches gives the scores of all
+        layers. [performance.md](performance.md) has what it costs.
+
+        Example:
+            >>> fast = Scoring.fast()
+            >>> fast.criterion, fast.decay_path.scales.tolist(), fast.batches
+            ('ig_abs', [1.0], 16)
+        """
+        return cls("ig_abs", steps=0, quadrature="geometric", batches=16)
+
     def settle(self, order: str = "layers", weights: bool = False, repaired: bool = False) -> Scoring:
         """These options with everything decided, for a pruning in some order, of units or of single weights.
 

@@ -8,7 +8,7 @@ or when anybody else takes its values (``F.linear(x, self.fc.weight)`` in anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from singe_plugin.nested import map_tensors, tensors_in
 
-__all__ = ["PrefixCache"]
+__all__ = ["Constant", "PrefixCache", "Readings", "is_new", "is_plain"]
 
 _MISSING = object()
 _NO_VALUES = frozenset(
@@ -28,10 +28,10 @@ _NO_VALUES = frozenset(
 )  # fmt: skip
 
 
-class _Readings(TorchFunctionMode):
-    """Notices when the values of some parameters are used, wherever that is."""
+class Readings(TorchFunctionMode):
+    """Notices when the values of some parameters are used, wherever that is, and tells which, by ``id``."""
 
-    def __init__(self, parameters: set[int], read: Callable[[], None]) -> None:
+    def __init__(self, parameters: set[int], read: Callable[[set[int]], None]) -> None:
         super().__init__()
         self.parameters, self.read = parameters, read
 
@@ -39,8 +39,9 @@ class _Readings(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         values = next(tensors_in(out), None) is not None if name == "__get__" else name not in _NO_VALUES
-        if values and any(id(t) in self.parameters for t in tensors_in((args, kwargs))):
-            self.read()
+        found = self.parameters.intersection(id(t) for t in tensors_in((args, kwargs))) if values else None
+        if found:
+            self.read(found)
         return out
 
 
@@ -76,10 +77,10 @@ class PrefixCache:
         self._handles: list[Any] = []
         self._forwards: list[tuple[nn.Module, Any]] = []
         own = {id(p) for layer in self.layers for p in layer._parameters.values() if p is not None}
-        self._readings: _Readings | None = _Readings(own, self._read)
+        self._readings: Readings | None = Readings(own, self._read)
         self._inside = False  # the model's forward: who moves the weights along the path reads them, too
 
-    def _read(self) -> None:
+    def _read(self, _: set[int]) -> None:
         self._started = self._started or self._inside
 
     def _enter(self, *_: Any) -> None:
@@ -108,13 +109,10 @@ class PrefixCache:
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs = self._inputs.pop(module, [])
-        if self._started or not _is_plain(output) or any(t.requires_grad for t in tensors_in(output)):
+        if self._started or not is_plain(output) or any(t.requires_grad for t in tensors_in(output)):
             return  # an output with a gradient depends on what decays
-        if any(t._version != version for t, version in inputs):
-            return  # it works in place: what else holds its input must see that in every pass
-        memory = {t.untyped_storage().data_ptr() for t, _ in inputs}
-        if any(t.untyped_storage().data_ptr() in memory for t in tensors_in(output)):
-            return  # a view or the input itself: what follows in place would have to reach the input
+        if not is_new(output, inputs):
+            return
         for inner in module.modules():
             self._outputs.pop(inner, None)
         self._outputs[module] = _copy(output)
@@ -134,7 +132,7 @@ class PrefixCache:
         for module, output in self._outputs.items():
             if self._calls[module] == 1:
                 self._forwards.append((module, module.__dict__.get("forward", _MISSING)))
-                module.__dict__["forward"] = _Constant(output)
+                module.__dict__["forward"] = Constant(output)
                 self.kept.append(module)
         self._outputs.clear()
 
@@ -158,7 +156,7 @@ class PrefixCache:
         self._outputs.clear()
 
 
-class _Constant:
+class Constant:
     """A forward that returns a copy of a kept output (what follows may work in place)."""
 
     def __init__(self, output: Any) -> None:
@@ -168,7 +166,17 @@ class _Constant:
         return _copy(self.output)
 
 
-def _is_plain(output: Any) -> bool:
+def is_new(output: Any, inputs: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether a module left its inputs alone, each with the version it had, and gives new memory."""
+    if any(t._version != version for t, version in inputs):
+        return False  # it works in place: what else holds its input must see that in every pass
+    memory = {t.untyped_storage().data_ptr() for t, _ in inputs}
+    # a view or the input itself: what follows in place would have to reach the input
+    return not any(t.untyped_storage().data_ptr() in memory for t in tensors_in(output))
+
+
+def is_plain(output: Any) -> bool:
+    """Whether something is a tensor, or a flat list or tuple of tensors."""
     if isinstance(output, (tuple, list)):
         return type(output) in (tuple, list) and all(isinstance(t, Tensor) for t in output)
     return isinstance(output, Tensor)

@@ -243,7 +243,8 @@ def regularised(
         factor, failed = torch.linalg.cholesky_ex(whole, out=(whole, info))
         if not bool(failed.any()):
             half = torch.linalg.solve_triangular(factor, right, upper=False)
-            return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            return solved
         del whole, factor
     if kept is None:
         return _conjugate_gradients(matrix, added, right, None, mean)

@@ -7,33 +7,33 @@ own parameters are never written to: substitutes take their place and are taken 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.errors import ConfigError, DataError, ScoringError
+from singe_plugin.errors import ConfigError, DataError, ScoringError, SingeError, is_of_the_machine
 from singe_plugin.method.batches import check_batch, inputs_for, materialise, read
-from singe_plugin.method.decay import LayerStats, Measured, decaying, weight_norms
+from singe_plugin.method.decay import LayerStats, Measured, Row, substituted, touched, weight_norms
 from singe_plugin.method.dependence import check_zeros
 from singe_plugin.method.objective import check_head
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.path import DecayPath
 from singe_plugin.method.prefix import PrefixCache
 from singe_plugin.method.reduction import normalize, reduce_layers
+from singe_plugin.method.timeline import Prefix, Timeline
 from singe_plugin.method.units import UnitGroup, refuse_tied, tied_parameters
 from singe_plugin.method.walk import Walker
 from singe_plugin.nested import call_model, to_device
 from singe_plugin.state import forget_caches, model_device, plain_layers, preserved
 
-__all__ = ["measuring", "path_gradient_norms", "score_error", "score_units"]
+__all__ = ["measuring", "path_gradient_norms", "score_error", "score_groups", "score_units"]
 
 Norms = tuple[list[Tensor], list[Tensor]]  # per producer: the norms at the start, and which units it has
-Found = TypeVar("Found")
 
 
 def score_units(
@@ -67,8 +67,35 @@ def score_units(
         >>> torch.allclose(scores, net.weight.detach().norm(dim=1))
         True
     """
+    return score_groups(model, {group.name: group}, batches, options)[group.name]
+
+
+def score_groups(
+    model: nn.Module,
+    groups: Mapping[str, UnitGroup],
+    batches: Iterable[Any] | None = None,
+    options: Scoring | None = None,
+) -> dict[str, Tensor]:
+    r"""Score every unit of several groups, as :func:`score_units` does one after the other.
+
+    What they share is done once. Where the path is its start, u = 1, alone, as of ``grad`` and ``norm_grad``, one pass
+    of each batch gives the gradients of all of them (of those that have no layer in common); elsewhere each batch takes
+    the groups in the order of the network, and what is in front of a group is computed no more than once.
+
+    Returns:
+        name -> ``[N]`` float32 on the model's device.
+
+    Example:
+        >>> import torch
+        >>> from singe_plugin.method.units import Producer, Slot, UnitGroup
+        >>> net = torch.nn.Linear(2, 3, bias=False)
+        >>> group = UnitGroup("net", 3, (Producer("net", (Slot(net, "weight"),), torch.arange(3), torch.arange(3)),))
+        >>> batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
+        >>> score_groups(net, {"net": group}, [batch], Scoring(criterion="grad"))["net"].shape
+        torch.Size([3])
+    """
     options = (options or Scoring()).settle()
-    return _score(model, group, batches, options, options.decay_path)
+    return _score(model, groups, batches, options, options.decay_path)
 
 
 def score_error(
@@ -85,10 +112,11 @@ def score_error(
     options = replace((options or Scoring()).settle(), normalizer=None)
     path = options.decay_path
     batches = materialise(batches)  # they are read twice
-    scores = _score(model, group, batches, options, path)
+    (scores,) = _score(model, {group.name: group}, batches, options, path).values()
     if not options.rule.needs_path:
         return scores, torch.zeros_like(scores)
-    return scores, (scores - _score(model, group, batches, options, path.refined())).abs()
+    (refined,) = _score(model, {group.name: group}, batches, options, path.refined()).values()
+    return scores, (scores - refined).abs()
 
 
 def path_gradient_norms(
@@ -102,10 +130,28 @@ def path_gradient_norms(
     """
     options = (options or Scoring()).settle()
     path = options.decay_path
-    walks = list(_walk(model, group, batches, options, path))
-    root = [walk[0] for walk in walks]
+    root = [layers[0] for layers in _walk(model, group, batches, options, path)]
     scales = path.scales.to(root[0].norms.device)
     return scales[:, None] * root[0].norms, torch.stack([r.grads for r in root]).mean(0)
+
+
+def _walk(
+    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: Scoring, path: DecayPath
+) -> list[list[LayerStats]]:
+    """Per batch, everything that was measured in each layer, node by node."""
+    found: list[list[LayerStats]] = []
+
+    def keep(_: str, start: Norms, nodes: Iterator[Measured]) -> None:
+        layers = zip(*nodes, strict=True)  # [layer][node] from [node][layer]
+        found.append(
+            [
+                LayerStats(norm, covered, torch.stack([g for g, _ in layer]), torch.stack([d for _, d in layer]))
+                for norm, covered, layer in zip(*start, layers, strict=True)
+            ]
+        )
+
+    _measure(model, {group.name: group}, batches, options, path, keep, True, True)
+    return found
 
 
 @contextmanager
@@ -117,28 +163,40 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 def _score(
-    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: Scoring, path: DecayPath
-) -> Tensor:
+    model: nn.Module,
+    groups: Mapping[str, UnitGroup],
+    batches: Iterable[Any] | None,
+    options: Scoring,
+    path: DecayPath,
+) -> dict[str, Tensor]:
     rule = options.rule
     batches = None if batches is None else materialise(batches)
-    totals: list[Tensor] = []
+    totals: dict[str, list[Tensor]] = {}
+    covered: dict[str, list[Tensor]] = {}
+    counts = dict.fromkeys(groups, 0)
 
-    def add_up(start: Norms, nodes: Iterator[Measured]) -> list[Tensor]:
+    def add_up(name: str, start: Norms, nodes: Iterator[Measured]) -> None:
         """Every criterion is a sum over the nodes: they are added one by one, and none is kept."""
-        norms, covered = start
-        if not totals:
-            totals.extend(torch.zeros_like(n) for n in norms)
+        norms, covered[name] = start
+        mine = totals.setdefault(name, [torch.zeros_like(n) for n in norms])
         for scale, weight, node in zip(path.scales.tolist(), path.weights.unsqueeze(1), nodes, strict=True):
-            for total, norm, (grads, inner) in zip(totals, norms, node, strict=True):
+            for total, norm, (grads, inner) in zip(mine, norms, node, strict=True):
                 total += rule.combine(norm[None] * scale, grads[None], inner[None], weight.to(norm.device))
-        return covered
+        counts[name] += 1
 
-    covered = list(_per_batch(model, group, batches, options, path, add_up, rule.inner))
-    means = [total / len(covered) for total in totals]
-    if batches is not None and rule.needs_gradient and not any(bool(mean.any()) for mean in means):
+    _measure(model, groups, batches, options, path, add_up, rule.norms, rule.inner)
+    means = {name: [total / counts[name] for total in totals[name]] for name in groups}
+    zeros = [name for name in groups if not any(bool(mean.any()) for mean in means[name])]
+    if batches is not None and rule.needs_gradient and zeros:
         with measuring(model):
-            check_zeros(model, group, batches, options)
-    scores = normalize(reduce_layers(means, covered[0], options.group_reduction), options.normalizer)
+            for name in zeros:
+                check_zeros(model, groups[name], batches, options)
+    return {name: _scores(group, means[name], covered[name], options) for name, group in groups.items()}
+
+
+def _scores(group: UnitGroup, means: list[Tensor], covered: list[Tensor], options: Scoring) -> Tensor:
+    """The scores of a group, from those of each of its layers."""
+    scores = normalize(reduce_layers(means, covered, options.group_reduction), options.normalizer)
     if scores.shape != (group.size,):
         raise ConfigError(
             f"normalizer {options.normalizer!r} returned shape {tuple(scores.shape)} for {group.size} units of group "
@@ -149,39 +207,29 @@ def _score(
     return scores.as_subclass(Tensor).float()
 
 
-def _walk(
-    model: nn.Module, group: UnitGroup, batches: Iterable[Any] | None, options: Scoring, path: DecayPath
-) -> Iterator[list[LayerStats]]:
-    """Per batch, everything that was measured in each layer, node by node."""
-
-    def keep(start: Norms, nodes: Iterator[Measured]) -> list[LayerStats]:
-        layers = zip(*nodes, strict=True)  # [layer][node] from [node][layer]
-        return [
-            LayerStats(norm, covered, torch.stack([g for g, _ in layer]), torch.stack([d for _, d in layer]))
-            for norm, covered, layer in zip(*start, layers, strict=True)
-        ]
-
-    return _per_batch(model, group, batches, options, path, keep, True)
-
-
-def _per_batch(
+def _measure(
     model: nn.Module,
-    group: UnitGroup,
+    groups: Mapping[str, UnitGroup],
     batches: Iterable[Any] | None,
     options: Scoring,
     path: DecayPath,
-    reduce: Callable[[Norms, Iterator[Measured]], Found],
+    take: Callable[[str, Norms, Iterator[Measured]], None],
+    norms: bool,
     inner: bool,
-) -> Iterator[Found]:
-    """Per batch, what ``reduce`` makes of the walk. The model is restored before the first is given out."""
-    refuse_tied(group, tied_parameters(model))
-    if not group.producers:
-        raise ConfigError(f"group {group.name!r} has no layer that produces its units; nothing to score")
+) -> None:
+    """Hand the norms of every group, and what is measured along its path on every batch, to ``take``."""
+    ties = tied_parameters(model)
+    for group in groups.values():
+        refuse_tied(group, ties)
+        if not group.producers:
+            raise ConfigError(f"group {group.name!r} has no layer that produces its units; nothing to score")
     if not options.rule.needs_gradient:
-        with preserved(model), decaying(model, group) as rows:
-            start = weight_norms(group, rows, options.degree)
-        nothing = [(n.new_zeros(()).expand_as(n),) * 2 for n in start[0]]
-        yield reduce(start, iter([nothing]))
+        with preserved(model):
+            for name, group in groups.items():
+                with substituted(group) as rows:
+                    start = weight_norms(group, rows, options.degree)
+                nothing = [(n.new_zeros(()).expand_as(n),) * 2 for n in start[0]]
+                take(name, start, iter([nothing]))
         return
     if batches is None:
         raise DataError(
@@ -189,19 +237,73 @@ def _per_batch(
             "importance.bind(model, batches) with batches of (inputs, targets) first, or use the criterion 'l2'"
         )
     check_head(model, options.objective)
-    results = []
-    device = model_device(model)
-    with measuring(model), decaying(model, group) as rows:
-        start = weight_norms(group, rows, options.degree)
+    device, count, starts = model_device(model), 0, dict[str, Norms]()
+    alone = options.path == "layer" and path.scales.tolist() == [1.0]
+    with measuring(model):
+        model.requires_grad_(False)
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
             check_batch(batch)
             inputs, targets = inputs_for(model, batch)
             moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
+            run = partial(call_model, model, moved[0])
             if not index:
-                forget_caches(model, partial(call_model, model, moved[0]))
-            walker = Walker(model, group, rows, options, path, index, *moved, inner)
-            with PrefixCache(model, {row.owner for row in rows}) as prefix:
-                results.append(reduce(start, walker.nodes(prefix)))
-    if not results:
+                forget_caches(model, run)
+
+            def walker(name: str, rows: list[Row], index: int = index, moved: tuple[Any, Any] = moved) -> Walker:
+                if name not in starts:
+                    starts[name] = weight_norms(groups[name], rows, options.degree)
+                return Walker(model, groups[name], rows, options, path, index, *moved, norms, inner)
+
+            for names in _apart(groups) if alone else ():
+                with ExitStack() as stack:
+                    walkers = [walker(name, stack.enter_context(substituted(groups[name]))) for name in names]
+                    found = Walker.together(walkers)
+                for name, measured in zip(names, found, strict=True):
+                    take(name, starts[name], iter([measured]))
+            for name, prefix in () if alone else _in_turn(model, groups, run, path.nodes):
+                with substituted(groups[name]) as rows, prefix({row.owner for row in rows}) as cache:
+                    mine = walker(name, rows)
+                    take(name, starts[name], mine.nodes(cache))
+            count += 1
+    if not count:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
-    yield from results
+
+
+def _apart(groups: Mapping[str, UnitGroup]) -> Iterator[list[str]]:
+    """Yield names of groups that have no module in common, until all were there."""
+    left = {name: set(touched(group)) for name, group in groups.items()}
+    while left:
+        taken: set[nn.Module] = set()
+        names = []
+        for name, modules in left.items():
+            if taken.isdisjoint(modules):
+                taken |= modules
+                names.append(name)
+        for name in names:
+            del left[name]
+        yield names
+
+
+def _in_turn(
+    model: nn.Module, groups: Mapping[str, UnitGroup], run: Callable[[], Any], nodes: int
+) -> Iterator[tuple[str, Callable[[set[nn.Module]], AbstractContextManager[Any]]]]:
+    """Yield groups in the order in which they are needed, each with what keeps the results in front of its layers."""
+    if len(groups) == 1:
+        yield from ((name, _nothing if nodes == 1 else partial(PrefixCache, model)) for name in groups)
+        return
+    try:
+        line = Timeline(model, run)
+    except Exception as error:
+        if isinstance(error, SingeError) or is_of_the_machine(error):
+            raise
+        yield from ((name, _nothing) for name in groups)  # what is wrong is said of the first of them
+        return
+    needed = {name: line.start(touched(group)) for name, group in groups.items()}
+    prefix = Prefix(line)
+    for name in sorted(groups, key=lambda name: needed[name]):
+        yield name, lambda _, name=name: prefix.before(touched(groups[name]))  # type: ignore[misc]
+
+
+def _nothing(_: set[nn.Module]) -> AbstractContextManager[None]:
+    """Nothing is kept."""
+    return nullcontext()

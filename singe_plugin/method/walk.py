@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from singe_plugin.method.evaluation import detached, evaluate, evaluation_failed
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.path import DecayPath
 from singe_plugin.method.prefix import PrefixCache
+from singe_plugin.method.timeline import Prefix
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.nested import call_model
 from singe_plugin.state import model_device
@@ -29,7 +31,8 @@ class Walker:
         model, group, rows, options, path: see :mod:`singe_plugin.method.scoring`.
         index: the number of the batch, for messages.
         inputs, targets: the batch.
-        inner: whether the inner products are wanted; if not, they are zeros along ``path="layer"``.
+        norms, inner: whether the gradients' norms and the inner products are wanted; if not, they are zeros along
+            ``path="layer"``.
     """
 
     def __init__(
@@ -42,34 +45,41 @@ class Walker:
         index: int,
         inputs: Any,
         targets: Any,
+        norms: bool = True,
         inner: bool = True,
     ) -> None:
         self.model, self.group, self.rows, self.options, self.path = model, group, rows, options, path
-        self.index, self.inputs, self.targets, self.inner = index, inputs, targets, inner
+        self.index, self.inputs, self.targets = index, inputs, targets
+        self.norms, self.inner = norms, inner
         self.who = f"group {group.name!r}"
         self.device = model_device(model)
         self.loss_scale = 2.0**14 if options.amp == "fp16" else 1.0
 
-    def nodes(self, prefix: PrefixCache) -> Iterator[Measured]:
+    def nodes(self, prefix: PrefixCache | Prefix | None) -> Iterator[Measured]:
         """Yield what is measured at every node of the path, in order: nothing of earlier nodes is kept."""
         return self._layer_path(prefix) if self.options.path == "layer" else self._neuron_path(prefix)
 
-    def _layer_path(self, prefix: PrefixCache) -> Iterator[Measured]:
+    def _layer_path(self, prefix: PrefixCache | Prefix | None) -> Iterator[Measured]:
         """Let all units of the group decay together, with one pass per node."""
         for scale in self.path.scales.tolist():
             yield self._decayed(scale)
-            prefix.seal()
+            if prefix is not None:
+                prefix.seal()
 
     def _decayed(self, scale: float, unit: Tensor | None = None) -> Measured:
         """Measure gradient norms and inner products [N] per producer, with all units (or one alone) at ``scale``."""
-        p, size = self.options.degree, self.group.size
         leaves = self._scaled_leaves(scale, unit)
-        found = self._gradients(leaves, scale)
+        return self._norms(leaves, self._gradients(leaves, scale))
+
+    def _norms(self, leaves: list[Tensor], found: list[Tensor]) -> Measured:
+        """Gradient norms and inner products [N] per producer, of gradients."""
+        p, size = self.options.degree, self.group.size
         result = []
         for number in range(len(self.group.producers)):
             mine = [(r, leaf, g) for r, leaf, g in zip(self.rows, leaves, found, strict=True) if r.producer == number]
-            norms = unit_norms([(r, g) for r, _, g in mine], size, p)
-            dots = inner_products(mine, size) if self.inner else norms.new_zeros(()).expand_as(norms)
+            none = torch.zeros((), dtype=torch.float64, device=self.device).expand(size)
+            norms = unit_norms([(r, g) for r, _, g in mine], size, p) if self.norms else none
+            dots = inner_products(mine, size) if self.inner else none
             result.append((norms, dots))
         return result
 
@@ -91,12 +101,13 @@ class Walker:
         with torch.no_grad():
             return self._value(self.model)
 
-    def _neuron_path(self, prefix: PrefixCache) -> Iterator[Measured]:
+    def _neuron_path(self, prefix: PrefixCache | Prefix | None) -> Iterator[Measured]:
         """Let each unit decay alone (Eq. 4); units are evaluated in batches with ``torch.func.vmap``."""
         if self.options.unit_batch == 1:
             yield from self._unit_by_unit(prefix)
             return
-        prefix.cancel()  # within a batch of units, what is in front is computed once anyway
+        if prefix is not None:
+            prefix.cancel()  # within a batch of units, what is in front is computed once anyway
         names = {module: name for name, module in self.model.named_modules()}
         keys = [f"{names[r.owner]}.{r.attr}".lstrip(".") for r in self.rows]
         for scale in self.path.scales.tolist():
@@ -109,14 +120,15 @@ class Walker:
                 self._lower_loss_scale(scale)
             yield list(zip(norms, dots, strict=True))
 
-    def _unit_by_unit(self, prefix: PrefixCache) -> Iterator[Measured]:
+    def _unit_by_unit(self, prefix: PrefixCache | Prefix | None) -> Iterator[Measured]:
         """Walk the neuron path without ``torch.func``, for models that it cannot follow."""
         units = torch.arange(self.group.size, device=self.device)
         for scale in self.path.scales.tolist():
             found = []
             for unit in units:
                 found.append(self._decayed(scale, unit))
-                prefix.seal()
+                if prefix is not None:
+                    prefix.seal()
             yield [
                 (
                     torch.stack([layers[number][0][n] for n, layers in enumerate(found)]),
@@ -166,6 +178,19 @@ class Walker:
         """Compute F on this batch, as a scalar."""
         return evaluate(lambda: call_model(call, self.inputs), self.targets, self.options, self.device)
 
+    @staticmethod
+    def together(walkers: Sequence[Walker]) -> list[Measured]:
+        """Measure what :meth:`nodes` yields first of several groups, whose weights all are where the path begins.
+
+        One pass gives all their gradients, at u = 1.
+        """
+        leaves = [walker._scaled_leaves(1.0, None) for walker in walkers]
+        first = copy(walkers[0])
+        if len(walkers) > 1:
+            first.who = f"{first.who} and {len(walkers) - 1} more"
+        found = iter(first._gradients([leaf for mine in leaves for leaf in mine], 1.0))
+        return [w._norms(mine, [next(found) for _ in mine]) for w, mine in zip(walkers, leaves, strict=True)]
+
     def _gradients(self, leaves: list[Tensor], scale: float) -> list[Tensor]:
         while True:
             try:
@@ -181,7 +206,7 @@ class Walker:
                 raise evaluation_failed(self.who, self.index, self.inputs, error) from error
             unscaled = [g if g is None or self.loss_scale == 1.0 else g / self.loss_scale for g in found]
             grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, unscaled, strict=True)]
-            if all(bool(torch.isfinite(g).all()) for g in grads):
+            if _all_finite(grads):
                 return grads
             self._lower_loss_scale(scale)
 
@@ -193,6 +218,14 @@ class Walker:
 
     def _not_finite(self, what: str, scale: float) -> ScoringError:
         return ScoringError(
-            f"group {self.group.name!r}: {what} is not finite on batch {self.index} with the weights at {scale:.4g} of "
+            f"{self.who}: {what} is not finite on batch {self.index} with the weights at {scale:.4g} of "
             "their size; check the batch for inf/NaN, or use amp='bf16' or no amp"
         )
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Whether all values are, at the cost of one number that is asked for."""
+    some = [t.detach() for t in tensors if t.numel()]
+    return not some or bool(
+        torch.isfinite(torch.stack([n.double() for n in torch._foreach_norm(some, math.inf)])).all()
+    )
