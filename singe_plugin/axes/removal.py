@@ -75,6 +75,7 @@ def remove_units(
         raise RemovalError(
             f"group {group.name!r}: removing {len(gone)} of {group.size} units would leave {left}; lower the ratio"
         )
+    graph.before_removal()
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)
     places = {place: graph.trace.links[place][0] for place in graph.index.places(leaf)}
