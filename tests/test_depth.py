@@ -100,7 +100,7 @@ def drop_all(graph: AxisGraph) -> None:
 
 def remove_one_each(graph: AxisGraph) -> None:
     for group in graph.groups.values():
-        remove_units(graph, group, [0], undone=False)
+        remove_units(graph, group, [0], undo=False)
 
 
 WORK: dict[str, Callable[[int], Callable[[], Any]]] = {

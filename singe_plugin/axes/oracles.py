@@ -146,7 +146,7 @@ class Trials:
         try:
             for chosen in rounds:
                 for group, units in chosen.items():
-                    remove_units(self.bench.graph, group, _renumbered(units, gone.get(group, [])), undone=False)
+                    remove_units(self.bench.graph, group, _renumbered(units, gone.get(group, [])), undo=False)
                     gone[group] = list(units)
             removed = self.bench.run()
         except SingeError as error:

@@ -46,7 +46,7 @@ class _Cut:
 
 
 def remove_units(
-    graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None, undone: bool = True
+    graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None, undo: bool = True
 ) -> None:
     """Remove units from every tensor that has a slice of them.
 
@@ -55,7 +55,7 @@ def remove_units(
         group: one of its groups.
         units: their present numbers, each once.
         trackers: what is cut along.
-        undone: whether a failure puts everything back; False if the caller does.
+        undo: whether a failure is undone here; else by whoever tries this out, who goes back in any case.
 
     Raises:
         RemovalError: for units that are not there, if none would be left, or if something fails on the way; the
@@ -81,7 +81,7 @@ def remove_units(
     places = {place: graph.trace.links[place][0] for place in graph.index.places(leaf)}
     caches = [module for module, attr in graph.trace.caches if module.__dict__[attr]]
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
-    undo = Snapshot(graph.model, group, changed, trackers) if undone else None
+    before = Snapshot(graph.model, group, changed, trackers) if undo else None
     try:
         widths = [(scale, size_of(scale.width)) for scale in graph.index.widths(leaf)]
         for cut in cuts:
@@ -96,11 +96,11 @@ def remove_units(
             refresh_widths(owner)
         graph.trace.forget()
         _cut_emas(graph, cuts, changed, trackers)
-        for scale, before in widths:
-            _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
+        for scale, width in widths:
+            _rescale(graph, scale, math.sqrt(size_of(scale.width) / width), trackers)
     except BaseException as error:
-        if undo is not None:
-            undo.restore()
+        if before is not None:
+            before.restore()
         if isinstance(error, Exception) and not isinstance(error, SingeError) and not is_of_the_machine(error):
             raise RemovalError(
                 f"group {group.name!r}: removing units failed with {type(error).__name__}: {error}; the model is as "
