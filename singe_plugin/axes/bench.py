@@ -6,20 +6,22 @@ So nothing passes because it is all ones and zeros, and a change of the function
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, is_of_the_machine
 from singe_plugin.nested import map_tensors, tensors_in
+from singe_plugin.rollback import Snapshot
 from singe_plugin.state import containers_training, plain_layers, preserved
 
 from .graph import AxisGraph
+from .groups import Group
 from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, randomised
 
 __all__ = ["EXACT", "TOLERANCE", "Bench", "bench_elsewhere", "opened_bench", "same_start"]
@@ -57,17 +59,30 @@ def _is_single(tensor: Tensor) -> bool:
 
 @dataclass
 class Bench:
-    """A randomised model on random inputs, and how exactly it computes."""
+    """A randomised model on random inputs, and how exactly it computes.
+
+    Attributes:
+        graph: of the model.
+        inputs: that it is run on.
+        base: what it computes.
+        tolerance: how much of a change of that is rounding, relative to it.
+        before: how often operators ran before, where only a part of the model runs.
+    """
 
     graph: AxisGraph
     inputs: Any
     base: list[Tensor]
     tolerance: float
+    before: Mapping[str, int] = field(default_factory=dict)
 
     def run(self) -> list[Tensor]:
         """Compute the outputs: every run starts from the same state of the model and the same random numbers."""
         with same_start(self.graph), torch.no_grad():
             return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
+
+    def snapshot(self, groups: Sequence[Group]) -> Snapshot:
+        """Return what puts everything back that removing units of these groups changes."""
+        return Snapshot(self.graph.model, self.graph)
 
     def explained(self, error: Exception, done: str) -> str:
         """Say a failure of the forward pass after a change to the model as a reason; one with another cause goes on.
@@ -176,9 +191,10 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
 
 
 @contextmanager
-def same_start(graph: AxisGraph) -> Iterator[None]:
-    """Let a run of the model keep nothing for the next one, and draw the same random numbers for all units."""
-    with preserved(graph.model), plain_layers(graph.model):
+def same_start(graph: AxisGraph, part: nn.Module | None = None) -> Iterator[None]:
+    """Let a run of the model, or a part, keep nothing for the next one, and draw the same numbers for all units."""
+    model = graph.model if part is None else part
+    with preserved(model), plain_layers(model):
         graph.trace.forget()
         with SharedNoise():
             yield

@@ -65,7 +65,18 @@ class AxisGraph(ModelAxes):
         self.groups: dict[str, Group] = {}
         self._dropped: dict[str, str] = {}
         self._find_groups()
-        self.left_whole = dict(why_whole(self, self.groups.values()))
+        self._whole: dict[str, str] | None = dict(why_whole(self, self.groups.values()))
+
+    @property
+    def left_whole(self) -> dict[str, str]:
+        """Why layers, and parameters alone, are left whole, by name: found when it is asked, not for every drop."""
+        if self._whole is None:
+            self._whole = dict(why_whole(self, self.groups.values())) | self._dropped
+        return self._whole
+
+    def before_removal(self) -> None:
+        """Say what is said of the sizes as they are: units are about to go."""
+        self._whole = self.left_whole
 
     def _fix_what_cannot_go(self, ignored: Collection[nn.Module], parameters: set[int]) -> None:
         for held in self.held:
@@ -109,7 +120,8 @@ class AxisGraph(ModelAxes):
                 leaf.fixed = str(error)
                 continue
             self.groups[name] = group
-        self.rank()
+        self._meet()
+        self._rank(self.groups.values())
 
     def _outer(self) -> set[Atom]:
         """Find the leaves whose units contain units of others; of two groups of one layer they are named second."""
@@ -125,27 +137,43 @@ class AxisGraph(ModelAxes):
         yield from list(writers)[:1]
         yield from (f"{next(iter(writers))}#{number}" for number in itertools.count(2))
 
-    def rank(self) -> None:
-        """Of groups that share channels, choose those with the smallest units; the others are secondary."""
+    def _meet(self) -> None:
+        """Note which groups share channels: the units of one contain units of the other."""
         free = {group.leaf: group for group in self.groups.values()}
         heads = {leaf for axis in self.trace.heads for leaf in leaves(axis)}
         for group in self.groups.values():
-            group.is_heads, group.in_heads, group.secondary = group.leaf in heads, False, False
-        outer: set[Group] = set()
-        meets: dict[Group, set[Group]] = {group: set() for group in self.groups.values()}
+            group.is_heads = group.leaf in heads
+        self._number = {group: number for number, group in enumerate(self.groups.values())}
+        self._above, self._below = ({group: set[Group]() for group in self.groups.values()} for _ in range(2))
         for held in self.held:
             for axis in held.axes:
                 for chain in _chains(axis):
                     for above, below in itertools.combinations([free[atom] for atom in chain if atom in free], 2):
-                        outer.add(above)
-                        meets[above].add(below)
-                        meets[below].add(above)
-                        below.in_heads = below.in_heads or above.is_heads
+                        self._below[above].add(below)
+                        self._above[below].add(above)
+
+    def _rank(self, groups: Collection[Group]) -> None:
+        """Of groups that share channels, choose those with the smallest units; the others are secondary."""
         first: set[Group] = set()
-        for group in sorted(self.groups.values(), key=lambda g: (g in outer, -g.size)):
-            group.secondary = bool(meets[group] & first)
+        for group in sorted(groups, key=lambda g: (bool(self._below[g]), -g.size)):
+            group.in_heads = any(above.is_heads for above in self._above[group])
+            group.secondary = bool((self._above[group] | self._below[group]) & first)
             if not group.secondary:
                 first.add(group)
+
+    def _separate(self, group: Group) -> list[Group]:
+        """Forget a group that shares channels with others; return these, and all that share some with them."""
+        above, below = self._above.pop(group), self._below.pop(group)
+        for others, table in ((above, self._below), (below, self._above)):
+            for other in others:
+                table[other].discard(group)
+        found, todo = set[Group](), [*above, *below]
+        while todo:
+            other = todo.pop()
+            if other not in found:
+                found.add(other)
+                todo += [*self._above[other], *self._below[other]]
+        return sorted(found, key=self._number.__getitem__)
 
     def rewinder(self) -> Callable[[], None]:
         """Return a function that gives all groups the sizes that they have now, and forgets later removals."""
@@ -171,8 +199,8 @@ class AxisGraph(ModelAxes):
         group = self.groups.pop(name)
         group.leaf.root().fixed = reason
         self._dropped[name] = reason
-        self.rank()
-        self.left_whole = dict(why_whole(self, self.groups.values())) | self._dropped
+        self._rank(self._separate(group))
+        self._whole = None
 
 
 def _chains(axis: Axis) -> Iterator[list[Atom]]:

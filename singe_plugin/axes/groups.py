@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 from torch import nn
 
 from singe_plugin.method.units import UnitGroup
@@ -10,7 +13,7 @@ from .algebra import Atom
 from .parameters import ModelAxes, UnitSlice
 from .producers import unit_group
 
-__all__ = ["Group"]
+__all__ = ["Group", "Together"]
 
 
 class Group:
@@ -65,5 +68,36 @@ class Group:
             self.axes.unit_groups[leaf] = unit_group(self.axes, self.name, leaf)
         return self.axes.unit_groups[leaf]
 
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that gives the group the size that it has now, and forgets later removals from it."""
+        leaf, size, left = self.leaf.root(), self.size, list(self.left)
+        scales = [(scale, list(scale.rows)) for scale in self.axes.index.rows(part.owner for part in self.slices())]
+
+        def rewind() -> None:
+            leaf.resize(size)
+            self.left = list(left)
+            for scale, rows in scales:
+                scale.rows = list(rows)
+            self.axes.changed()
+
+        return rewind
+
     def __repr__(self) -> str:
         return f"Group({self.name!r}, {self.size} units)"
+
+
+@dataclass(frozen=True)
+class Together:
+    """Some groups, which go back together."""
+
+    groups: Iterable[Group]
+
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that gives the groups the sizes that they have now."""
+        rewinders = [group.rewinder() for group in self.groups]
+
+        def rewind() -> None:
+            for back in reversed(rewinders):  # two may have changed the same scale
+                back()
+
+        return rewind

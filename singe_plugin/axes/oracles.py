@@ -13,20 +13,22 @@ together are they taken apart.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from singe_plugin.errors import SingeError, is_of_the_machine
 from singe_plugin.nested import relative_change, tensors_in
-from singe_plugin.rollback import Snapshot
 
 from .algebra import contains
 from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_start
 from .graph import AxisGraph
 from .groups import Group
+from .homes import parts_of
 from .removal import remove_units
 from .sorting import sorted_out, taken_apart
 from .substitutes import NormsOfTheRest, Values, derangement, exchanged, masked
@@ -37,18 +39,27 @@ _FELT = 10.0  # what a group does to the output, in units of the tolerance, for 
 _UNFELT = "its units do not change the output on random data, so it cannot be verified"
 _FAILS = "the forward pass fails when its units are removed"
 _NOT_FINITE = "the output is not finite when its units are removed"
+_Trial: TypeAlias = "Callable[[Trials, Sequence[Group]], str | None]"
 
 
 class Trials:
     """What groups are put through on a bench; each trial answers why they are wrong, or None.
 
     Args:
-        bench: the model, and how exactly it computes.
+        bench: the model, or a part of it, and how exactly it computes.
+        number: of every group, by name; None numbers those of the graph.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, number: Mapping[str, int] | None = None) -> None:
         self.bench = bench
-        self.number = {name: number for number, name in enumerate(bench.graph.groups)}
+        self.number = number or {name: number for number, name in enumerate(bench.graph.groups)}
+
+    def at_home(self, trial: _Trial, groups: Sequence[Group]) -> list[tuple[Group, str]]:
+        """Find groups that are wrong in the part of the model that holds everything of them, without all the rest."""
+        wrong: list[tuple[Group, str]] = []
+        for part, inside in parts_of(self.bench, groups):
+            wrong += sorted_out(partial(trial, Trials(part, self.number)), inside)[1]
+        return wrong
 
     def permuted(self, groups: Sequence[Group]) -> str | None:
         """Why permuting the units of these groups changes the function; None if it does not."""
@@ -124,18 +135,18 @@ class Trials:
     def _removed(self, rounds: Sequence[Mapping[Group, list[int]]]) -> str | None:
         expected = []
         try:
-            with masked(rounds[-1]), NormsOfTheRest(self.bench.graph, rounds[-1]):
+            with masked(rounds[-1]), NormsOfTheRest(self.bench.graph, rounds[-1], self.bench.before):
                 expected = self.bench.run()
         except SingeError as error:
             return str(error)
         except Exception as error:
             return self.bench.explained(error, "masked")
-        undo = Snapshot(self.bench.graph.model, self.bench.graph)
+        undo = self.bench.snapshot(list(rounds[-1]))
         gone: dict[Group, list[int]] = {}
         try:
             for chosen in rounds:
                 for group, units in chosen.items():
-                    remove_units(self.bench.graph, group, _renumbered(units, gone.get(group, [])))
+                    remove_units(self.bench.graph, group, _renumbered(units, gone.get(group, [])), undo=False)
                     gone[group] = list(units)
             removed = self.bench.run()
         except SingeError as error:
@@ -178,7 +189,9 @@ def _one_part_each(groups: Sequence[Group]) -> list[dict[Group, list[int]]]:
 
 def _renumbered(units: Sequence[int], gone: Sequence[int]) -> list[int]:
     """Return the present numbers of units, after those in ``gone`` were removed."""
-    return [u - sum(g < u for g in gone) for u in units if u not in set(gone)]
+    before = sorted(gone)
+    left = set(gone)
+    return [u - bisect_left(before, u) for u in units if u not in left]
 
 
 def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]:
@@ -209,38 +222,39 @@ def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]
         right = [g for g in groups if g.name not in reasons]
         trials = Trials(bench)
         tests = (
-            trials.permuted, trials.unevenly_removed, trials.removed_twice, trials.every_second_removed,
-            trials.each_part_removed,
+            Trials.permuted, Trials.unevenly_removed, Trials.removed_twice, Trials.every_second_removed,
+            Trials.each_part_removed,
         )  # fmt: skip
         settled = False
         while not settled:  # in the end, all that are left have passed every test together
             before = len(right)
             for test in tests:
-                right, wrong = _sorted_out_to_two(test, right)
+                right, wrong = _sorted_out_to_two(trials, test, right)
                 reasons |= {g.name: reason for g, reason in wrong}
             for seed in range(1, 8) if _one_part_each(right) else (1,):
                 with bench_elsewhere(bench, graph.inputs if inputs is None else inputs, seed) as other:
-                    again = [] if other is None else [Trials(other).each_part_removed]
-                    if other is not None and seed == 1:
-                        again = [Trials(other).unevenly_removed, *again]
-                    for test in again:
-                        right, wrong = _sorted_out_to_two(test, right)
+                    if other is None:
+                        continue
+                    again = (Trials.unevenly_removed, Trials.each_part_removed)
+                    for test in again if seed == 1 else again[1:]:
+                        right, wrong = _sorted_out_to_two(Trials(other), test, right)
                         reasons |= {g.name: reason for g, reason in wrong}
             settled = len(right) == before
     return reasons
 
 
 def _sorted_out_to_two(
-    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
+    trials: Trials, trial: _Trial, groups: list[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """Sort groups out; where the model fails with a layer of one unit, two units of every group have to stay."""
+    test, look = partial(trial, trials), partial(trials.at_home, trial)
     reason = test(groups) if groups else None
     if reason is None:
         return groups, []
     single = [g for g in groups if g.least == 1 and g.size > 2] if reason.startswith((_FAILS, _NOT_FINITE)) else []
     for group in single:
         group.least = 2
-    right, wrong = sorted_out(test, groups) if single else taken_apart(test, groups)
+    right, wrong = sorted_out(test, groups, look) if single else taken_apart(test, groups, look)
     if single and wrong:  # then it may have failed for another reason
         for group in single:
             group.least = 1

@@ -18,6 +18,7 @@ from singe_plugin.state import containers_training
 
 from .algebra import Atom, Axis, fix_all, labels, leaves, size_of, split
 from .forward import trace
+from .index import Index
 from .scales import ImpliedScale, implied_scales
 from .trace import Forward, Trace
 from .widths import tensor_of
@@ -80,8 +81,10 @@ class ModelAxes:
     Attributes:
         trace: what the forward pass showed.
         held: every parameter and buffer with its axes.
+        weights: what is held under the name ``weight``, by the module that holds it.
         names: of the modules.
         scales: the attention layers whose scale follows a width.
+        index: what follows a leaf, besides parameters and buffers.
         only_training: ids of the parameters that are read in training mode only.
         places: leaf -> the dimensions that contain it; see :meth:`find_places`.
         unit_groups: what was made of leaves since the last change.
@@ -108,7 +111,9 @@ class ModelAxes:
             self._read_more()
         self.names = {module: name for name, module in model.named_modules()}
         self.held = list(self._held())
+        self.weights = {held.owner: held for held in self.held if held.attr == "weight"}
         self.scales: list[ImpliedScale] = implied_scales(model, self.inputs, self.trace, self.forward)
+        self.index = Index(self.trace, self.scales)
 
     def _traced(self) -> Trace:
         """Trace the example, or a smaller image if the example is large and the model takes one."""

@@ -48,7 +48,7 @@ def _producers(
     name = axes.names[owner]
     if isinstance(owner, LAYERS):
         for held, _ in places[:1]:
-            weight = next((h for h in axes.held if h.owner is owner and h.attr == "weight"), held)
+            weight = axes.weights.get(owner, held)
             transposed = isinstance(owner, CONV) and owner.transposed
             layout = RowLayout(1, groups=getattr(owner, "groups", 1)) if transposed else RowLayout(0)
             rows, units = _rows(labels(out_axis(weight), leaf))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from singe_plugin.errors import RemovalError, SingeError, is_of_the_machine
 from singe_plugin.rollback import Snapshot, Trackers, swap_data
 
-from .algebra import contains, size_of
+from .algebra import size_of
 from .graph import AxisGraph
 from .groups import Group
 from .scales import ImpliedScale
@@ -45,7 +45,9 @@ class _Cut:
         return tensor
 
 
-def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None) -> None:
+def remove_units(
+    graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None, undo: bool = True
+) -> None:
     """Remove units from every tensor that has a slice of them.
 
     Args:
@@ -53,6 +55,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
         group: one of its groups.
         units: their present numbers, each once.
         trackers: what is cut along.
+        undo: whether a failure is undone here; else by whoever tries this out, who goes back in any case.
 
     Raises:
         RemovalError: for units that are not there, if none would be left, or if something fails on the way; the
@@ -72,14 +75,15 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
         raise RemovalError(
             f"group {group.name!r}: removing {len(gone)} of {group.size} units would leave {left}; lower the ratio"
         )
+    graph.before_removal()
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)
-    places = {place: found[0] for place, found in graph.trace.links.items() if contains(found[0][1], leaf)}
-    caches = [module for module, _ in graph.trace.caches]
+    places = {place: graph.trace.links[place][0] for place in graph.index.places(leaf)}
+    caches = [module for module, attr in graph.trace.caches if module.__dict__[attr]]
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
-    undo = Snapshot(graph.model, graph, changed, trackers)
+    before = Snapshot(graph.model, group, changed, trackers) if undo else None
     try:
-        widths = [(scale, size_of(scale.width)) for scale in graph.scales if contains(scale.width, leaf)]
+        widths = [(scale, size_of(scale.width)) for scale in graph.index.widths(leaf)]
         for cut in cuts:
             _apply(cut, trackers)
         _cut_scale_rows(graph, cuts)
@@ -92,10 +96,11 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
             refresh_widths(owner)
         graph.trace.forget()
         _cut_emas(graph, cuts, changed, trackers)
-        for scale, before in widths:
-            _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
+        for scale, width in widths:
+            _rescale(graph, scale, math.sqrt(size_of(scale.width) / width), trackers)
     except BaseException as error:
-        undo.restore()
+        if before is not None:
+            before.restore()
         if isinstance(error, Exception) and not isinstance(error, SingeError) and not is_of_the_machine(error):
             raise RemovalError(
                 f"group {group.name!r}: removing units failed with {type(error).__name__}: {error}; the model is as "
@@ -134,7 +139,7 @@ def _apply(cut: _Cut, trackers: Trackers) -> None:
 
 def _cut_scale_rows(graph: AxisGraph, cuts: list[_Cut]) -> None:
     rows_of = {(c.owner, c.attr): dict(c.keep)[0] for c in cuts if 0 in dict(c.keep)}
-    for scale in graph.scales:
+    for scale in graph.index.rows(cut.owner for cut in cuts):
         scale.rows = [
             (m, a, rows.index_select(0, rows_of[m, a].to(rows.device)) if (m, a) in rows_of else rows)
             for m, a, rows in scale.rows

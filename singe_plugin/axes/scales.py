@@ -74,12 +74,12 @@ class _Search:
                 self.found[key] = rows
                 return
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.stack.append(module)
         if module in self.callers:  # nothing in front of it needs a graph
             self.plain.enter_context(_saved_plainly())
             self.open += 1
-            return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+            return tuple(map(_detached, args)), {key: _detached(value) for key, value in kwargs.items()}
         return None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -88,6 +88,10 @@ class _Search:
             self.open -= 1
             if not self.open:
                 self.plain.close()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _saved_plainly() -> torch.autograd.graph.saved_tensors_hooks:
@@ -160,7 +164,7 @@ def implied_scales(model: nn.Module, inputs: Any, trace: Trace, forward: Forward
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in own and parameter.is_floating_point())
         for module in model.modules():
-            module.register_forward_pre_hook(search.enter)
+            module.register_forward_pre_hook(search.enter, with_kwargs=True)
             module.register_forward_hook(search.leave)
         trace.forget()
         with _Attention(search):

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from .groups import Group
 
-__all__ = ["sorted_out", "taken_apart"]
+__all__ = ["Look", "Test", "sorted_out", "taken_apart"]
+
+Test: TypeAlias = Callable[[Sequence[Group]], str | None]
+Look: TypeAlias = Callable[[Sequence[Group]], list[tuple[Group, str]]]
+_FEW = 4  # groups, which are halved twice in hardly more tests than a look takes
 
 
 def sorted_out(
-    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
+    test: Test, groups: list[Group], look: Look | None = None
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """Tell the groups that pass a test together from the others, which come with the reason."""
-    return (groups, []) if not groups or test(groups) is None else taken_apart(test, groups)
+    """Tell the groups that pass a test together from the others, which come with the reason.
+
+    Args:
+        test: says why groups are wrong, or None.
+        groups: that are tested.
+        look: finds wrong ones among many that fail together, faster than the test does.
+    """
+    return (groups, []) if not groups or test(groups) is None else taken_apart(test, groups, look)
 
 
 def taken_apart(
-    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
+    test: Test, groups: list[Group], look: Look | None = None
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """Tell them apart, as :func:`sorted_out` does, where it is known that they fail together."""
+    if look is not None and len(groups) > _FEW and (seen := look(groups)):
+        known = {group for group, _ in seen}
+        right, wrong = sorted_out(test, [group for group in groups if group not in known])
+        return right, [*seen, *wrong]
     right, wrong = _halve(test, groups)
     if len(right) < 2 or (wrong and test(right) is None):
         return right, wrong
@@ -33,9 +48,7 @@ def taken_apart(
     return together, wrong
 
 
-def _halve(
-    test: Callable[[Sequence[Group]], str | None], groups: list[Group]
-) -> tuple[list[Group], list[tuple[Group, str]]]:
+def _halve(test: Test, groups: list[Group]) -> tuple[list[Group], list[tuple[Group, str]]]:
     """Halve groups that fail together until those that fail alone are found."""
     wrong: list[tuple[Group, str]] = []
     if len(groups) == 1:

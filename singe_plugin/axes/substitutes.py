@@ -16,7 +16,7 @@ from singe_plugin.errors import GroupError
 from singe_plugin.nested import map_tensors
 from singe_plugin.state import preserved
 
-from .algebra import Axis, contains, labels
+from .algebra import Atom, Axis, labels, leaves
 from .graph import AxisGraph
 from .groups import Group
 
@@ -205,19 +205,22 @@ class NormsOfTheRest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         graph: the graph; the positions are computed here, before anything is removed.
         chosen: the units that are treated as removed.
+        before: how often operators of the model ran before, if only a part of it runs.
 
     Raises:
         GroupError: if a group norm would not lose as many channels in each of its groups.
     """
 
-    def __init__(self, graph: AxisGraph, chosen: Mapping[Group, Sequence[int]]) -> None:
+    def __init__(
+        self, graph: AxisGraph, chosen: Mapping[Group, Sequence[int]], before: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(before)
         self.kept: dict[tuple[str, int], dict[int, Tensor]] = {}
-        for key, dims in graph.trace.mixing.items():
-            found = {dim: index for dim, axis in dims if (index := _kept(axis, chosen)) is not None}
-            if found:
-                self.kept[key] = found
+        gone = {group.leaf.root(): units for group, units in chosen.items()}
+        for key in graph.index.mixing(gone):
+            dims = graph.trace.mixing[key]
+            self.kept[key] = {dim: index for dim, axis in dims if (index := _kept(axis, gone)) is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
@@ -228,12 +231,12 @@ class NormsOfTheRest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _of_the_rest(func, name, args, kwargs or {}, kept)
 
 
-def _kept(axis: Axis, chosen: Mapping[Group, Sequence[int]]) -> Tensor | None:
+def _kept(axis: Axis, chosen: Mapping[Atom, Sequence[int]]) -> Tensor | None:
     """Return the positions that stay, or None if all do."""
     stay: Tensor | None = None
-    for group, units in chosen.items():
-        if contains(axis, group.leaf.root()):
-            mine = ~torch.isin(torch.from_numpy(labels(axis, group.leaf.root())), torch.tensor(sorted(units)))
+    for leaf in dict.fromkeys(leaves(axis)):
+        if leaf in chosen:
+            mine = ~torch.isin(torch.from_numpy(labels(axis, leaf)), torch.tensor(sorted(chosen[leaf])))
             stay = mine if stay is None else stay & mine
     return None if stay is None else stay.nonzero().flatten()
 
@@ -300,13 +303,15 @@ class SharedNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws = 0
+        # without an accelerator, torch.manual_seed queues the seed for one that may come, with a stack trace
+        self.seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
             return func(*args, **kwargs)  # what has a generator of its own may be a constant of the model
         self.draws += 1
-        torch.manual_seed(self.draws)  # what was drawn before may have been of another shape
+        self.seed(self.draws)  # what was drawn before may have been of another shape
         name = func._schema.name.split("::")[1]
         x: Any = args[0] if args else None
         if name == "native_dropout":
