@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test gpu slow backbones tables lint types doctest examples coverage clean
+.PHONY: demo test gpu slow backbones tables perf lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ backbones: $(STAMP)
 # docs/results.md and its plots again, from the stored rows
 tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py write
+
+# ratios of speed against the stored ones; fails where one is 20 % worse
+perf: $(STAMP)
+	$(BIN)/python benchmarks/speed.py check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -82,8 +82,8 @@ def test_what_is_in_front_is_computed_once(criterion: str, nodes: int) -> None:
     assert calls == [1 + nodes * (i + 1) + (i + 1 < depth) for i in range(depth)]
 
 
-@pytest.mark.parametrize("criterion", ["grad", "norm_grad"])
-def test_one_pass_for_all_layers(criterion: str) -> None:
+@pytest.mark.parametrize("options", [Scoring("grad"), Scoring("norm_grad"), Scoring.fast()])
+def test_one_pass_for_all_layers(options: Scoring) -> None:
     batch = (torch.randn(3, 4), torch.tensor([0, 1, 0]))
     model = Deep(6).eval()
     groups = {name: group.unit_group() for name, group in AxisGraph(model, batch[0]).groups.items()}
@@ -96,7 +96,7 @@ def test_one_pass_for_all_layers(criterion: str) -> None:
             return func(*args, **(kwargs or {}))
 
     with Count():
-        score_groups(model, groups, [batch, batch], Scoring(criterion))
+        score_groups(model, groups, [batch, batch], options)
     assert len(groups) == 6
     assert len(passes) == 2
 
