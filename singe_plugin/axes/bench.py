@@ -5,10 +5,10 @@ So nothing passes because it is all ones and zeros, and a change of the function
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, is_of_the_machine
 from singe_plugin.nested import map_tensors, tensors_in
-from singe_plugin.state import containers_training, plain_layers, preserved
+from singe_plugin.state import RngState, casts_forgotten, containers_training, plain_layers, preserved
+from singe_plugin.undo import Contents
 
 from .graph import AxisGraph
+from .groups import Group
+from .removal import remove_units
 from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, randomised
+from .values import Copies, Values
 
 __all__ = ["EXACT", "TOLERANCE", "Bench", "bench_elsewhere", "opened_bench", "same_start"]
 
@@ -55,19 +59,72 @@ def _is_single(tensor: Tensor) -> bool:
     return tensor.ndim > 0 and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass
 class Bench:
-    """A randomised model on random inputs, and how exactly it computes."""
+    """A randomised model on random inputs, and how exactly it computes.
 
-    graph: AxisGraph
-    inputs: Any
-    base: list[Tensor]
-    tolerance: float
+    What the model is now is what every trial starts from.
+
+    Args:
+        graph: the graph of the model.
+        inputs: the inputs.
+        base: its outputs.
+        tolerance: how far outputs that should be the same may differ.
+        sources: what the data of parameters are copies of, where they are; by the id of the parameter.
+    """
+
+    def __init__(
+        self, graph: AxisGraph, inputs: Any, base: list[Tensor], tolerance: float, sources: Mapping[int, Tensor]
+    ) -> None:
+        self.graph, self.inputs, self.base, self.tolerance, self.sources = graph, inputs, base, tolerance, sources
+        self._start, self._rng, self._rewind = Contents([graph.model]), RngState.capture(), graph.rewinder()
 
     def run(self) -> list[Tensor]:
         """Compute the outputs: every run starts from the same state of the model and the same random numbers."""
-        with same_start(self.graph), torch.no_grad():
+        try:
+            return self._outputs()
+        finally:
+            self._back()
+
+    def run_without(self, rounds: Sequence[Mapping[Group, Sequence[int]]]) -> list[Tensor]:
+        """Compute the outputs when units were really removed, and put them back.
+
+        Args:
+            rounds: the units of each group that are gone after the first round of removals, after the second, and so
+                on.
+        """
+        values, gone = self.values(), dict[Group, Sequence[int]]()
+        try:
+            for tensor in self._tensors_of(rounds[-1]):
+                values.keep(tensor)
+            for chosen in rounds:
+                for group, units in chosen.items():
+                    remove_units(self.graph, group, _renumbered(units, gone.get(group, ())), undo=False)
+                    gone[group] = units
+            return self._outputs()
+        finally:
+            values.restore()
+            self._rewind()
+            self._back()
+
+    def values(self) -> Values:
+        """What replaces the data of tensors for a trial."""
+        return Copies(self.sources)
+
+    def _tensors_of(self, groups: Iterable[Group]) -> Iterator[Tensor]:
+        """What a removal changes: everything that units are part of, and what makes up for a smaller width."""
+        for group in groups:
+            yield from (part.tensor for part in group.slices())
+        for scale in self.graph.scales:
+            yield from (owner._parameters[attr] for owner, attr, _ in scale.rows)  # type: ignore[misc]
+
+    def _outputs(self) -> list[Tensor]:
+        with casts_forgotten(), own_start(self.graph), torch.no_grad():
             return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
+
+    def _back(self) -> None:
+        self._start.restore()
+        self._rng.restore()
+        self._start.check()
 
     def explained(self, error: Exception, done: str) -> str:
         """Say a failure of the forward pass after a change to the model as a reason; one with another cause goes on.
@@ -96,7 +153,7 @@ def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
     with ExitStack() as stack:
         stack.enter_context(randomised(model))
         with ExitStack() as precise:
-            precise.enter_context(in_double(model))
+            sources = precise.enter_context(in_double(model))
             for candidate in _candidates(inputs):
                 noise = double_inputs(random_inputs(candidate))
                 outcome = _attempt(graph, noise)
@@ -105,13 +162,13 @@ def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
                     if watch.single:
                         break  # parts of the model compute in single precision: so do the oracles
                     stack.push(precise.pop_all())
-                    yield Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT)
+                    yield Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT, sources)
                     return
         noise = random_inputs(inputs)
         outcome = _attempt(graph, noise)
         if not isinstance(outcome, tuple):
             raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
-        yield Bench(graph, noise, _finite(outcome[0]), TOLERANCE)
+        yield Bench(graph, noise, _finite(outcome[0]), TOLERANCE, {})
 
 
 @contextmanager
@@ -122,6 +179,7 @@ def bench_elsewhere(bench: Bench, inputs: Any, seed: int = 1) -> Iterator[Bench 
     comes from the seed; beyond the first, rows of the weights change their sign.
     """
     graph = bench.graph
+    before = {id(p): p.data_ptr() for p in graph.model.parameters()}
     for mode in (containers_training, nullcontext):
         with randomised(graph.model, seed, bias=0.1, turned=seed > 1), mode(graph.model):
             for candidate in _other_inputs(inputs, bench.inputs):
@@ -131,7 +189,9 @@ def bench_elsewhere(bench: Bench, inputs: Any, seed: int = 1) -> Iterator[Bench 
                 if isinstance(outcome, str) or not _same_path(graph, outcome[1]):
                     continue
                 if all(bool(torch.isfinite(t).all()) for t in outcome[0] if t.is_floating_point()):
-                    yield Bench(graph, noise, outcome[0], bench.tolerance)
+                    now = {id(p) for p in graph.model.parameters() if p.data_ptr() == before[id(p)]}
+                    sources = {key: source for key, source in bench.sources.items() if key in now}
+                    yield Bench(graph, noise, outcome[0], bench.tolerance, sources)
                     return
     yield None
 
@@ -145,6 +205,12 @@ def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
     for count in (3, 4):
         yield _repeated(used, count)
     yield used
+
+
+def _renumbered(units: Sequence[int], gone: Sequence[int]) -> list[int]:
+    """Return the present numbers of units, after those in ``gone`` were removed."""
+    before, known = sorted(gone), set(gone)
+    return [unit - bisect_left(before, unit) for unit in units if unit not in known]
 
 
 def _repeated(inputs: Any, count: int) -> Any:
@@ -178,7 +244,14 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
 @contextmanager
 def same_start(graph: AxisGraph) -> Iterator[None]:
     """Let a run of the model keep nothing for the next one, and draw the same random numbers for all units."""
-    with preserved(graph.model), plain_layers(graph.model):
+    with preserved(graph.model), own_start(graph):
+        yield
+
+
+@contextmanager
+def own_start(graph: AxisGraph) -> Iterator[None]:
+    """As :func:`same_start`, where the state of the model is put back by whoever enters this."""
+    with plain_layers(graph.model):
         graph.trace.forget()
         with SharedNoise():
             yield

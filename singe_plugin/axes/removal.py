@@ -45,7 +45,9 @@ class _Cut:
         return tensor
 
 
-def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None) -> None:
+def remove_units(
+    graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None, undo: bool = True
+) -> None:
     """Remove units from every tensor that has a slice of them.
 
     Args:
@@ -53,6 +55,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
         group: one of its groups.
         units: their present numbers, each once.
         trackers: what is cut along.
+        undo: whether a failure is undone here; else by whoever tries this out, who goes back in any case.
 
     Raises:
         RemovalError: for units that are not there, if none would be left, or if something fails on the way; the
@@ -77,7 +80,7 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
     places = {place: found[0] for place, found in graph.trace.links.items() if contains(found[0][1], leaf)}
     caches = [module for module, _ in graph.trace.caches]
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
-    undo = Snapshot(graph.model, graph, changed, trackers)
+    before = Snapshot(graph.model, graph, changed, trackers) if undo else None
     try:
         widths = [(scale, size_of(scale.width)) for scale in graph.scales if contains(scale.width, leaf)]
         for cut in cuts:
@@ -92,10 +95,11 @@ def remove_units(graph: AxisGraph, group: Group, units: Sequence[int], trackers:
             refresh_widths(owner)
         graph.trace.forget()
         _cut_emas(graph, cuts, changed, trackers)
-        for scale, before in widths:
-            _rescale(graph, scale, math.sqrt(size_of(scale.width) / before), trackers)
+        for scale, width in widths:
+            _rescale(graph, scale, math.sqrt(size_of(scale.width) / width), trackers)
     except BaseException as error:
-        undo.restore()
+        if before is not None:
+            before.restore()
         if isinstance(error, Exception) and not isinstance(error, SingeError) and not is_of_the_machine(error):
             raise RemovalError(
                 f"group {group.name!r}: removing units failed with {type(error).__name__}: {error}; the model is as "
