@@ -71,7 +71,7 @@ def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0, turned: bool 
                 if parameter.ndim <= 1 or data.numel() == max(data.shape):
                     sign = uniform(data, generator) * torch.where(normal(data, generator) > -1.0, 1.0, -1.0)
                     values.put(parameter, (sign * bias if id(parameter) in small else sign).to(data.dtype))
-                elif float(data.abs().max()) < 1e-3:
+                elif max(-float(data.min()), float(data.max())) < 1e-3:
                     values.put(parameter, normal(data, generator) / max(data[0].numel(), 1) ** 0.5)
                 elif turned:
                     rows = data.new_ones((len(data),) + (1,) * (data.ndim - 1))
