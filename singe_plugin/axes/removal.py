@@ -77,7 +77,7 @@ def remove_units(
         )
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)
-    places = {place: found[0] for place, found in graph.trace.links.items() if contains(found[0][1], leaf)}
+    places = graph.linked(leaf)
     caches = [module for module, _ in graph.trace.caches]
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
     before = Snapshot(graph.model, graph, changed, trackers) if undo else None
@@ -110,8 +110,10 @@ def remove_units(
 
 def _cuts(group: Group, gone: set[int]) -> list[_Cut]:
     cuts: dict[int, _Cut] = {}
+    stays = np.ones(group.size + 1, dtype=bool)  # the last one is for positions of no unit, which are -1
+    stays[list(gone)] = False
     for part in group.slices():
-        kept = torch.from_numpy(np.flatnonzero(~np.isin(part.units, list(gone))))
+        kept = torch.from_numpy(np.flatnonzero(stays[part.units]))
         tensor = part.tensor
         cut = cuts.setdefault(id(tensor), _Cut(part.owner, part.attr, tensor, tensor.shape, []))
         if all(dim != part.dim for dim, _ in cut.keep):
