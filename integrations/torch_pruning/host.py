@@ -136,7 +136,7 @@ class TorchPruningHost:
         undo = Snapshot(self.model, self.graph.axis_graph)
         try:
             for name, count in plan.items():
-                remove_units(self.graph.axis_graph, self._groups[name], range(count))
+                remove_units(self.graph.axis_graph, self._groups[name], range(count), undo=False)
             return self._measured(kind)
         finally:
             undo.restore()
