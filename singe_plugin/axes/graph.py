@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator
-from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -13,13 +12,12 @@ from singe_plugin.errors import SingeError
 from singe_plugin.method.units import refuse_tied, tied_parameters
 from singe_plugin.nested import call_model
 
-from .algebra import Atom, Axis, contains, expand, fix, fix_all, labels, leaves
+from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves
 from .groups import Group
 from .layers import adapt
 from .parameters import LAYERS, ModelAxes
 from .reasons import why_whole
 from .trace import Forward
-from .tracked import Place
 
 __all__ = ["AxisGraph"]
 
@@ -61,7 +59,6 @@ class AxisGraph(ModelAxes):
     ) -> None:
         super().__init__(model, inputs, forward)
         self.history: list[Any] = []
-        self._linked: tuple[int, dict[Atom, dict[Place, tuple[Fraction, Axis]]]] = (-1, {})
         adapt(self)
         self._fix_what_cannot_go(ignored, {id(p) for p in ignored_parameters})
         self.find_places()
@@ -149,15 +146,6 @@ class AxisGraph(ModelAxes):
             group.secondary = bool(meets[group] & first)
             if not group.secondary:
                 first.add(group)
-
-    def linked(self, leaf: Atom) -> dict[Place, tuple[Fraction, Axis]]:
-        """The integer attributes whose sizes a leaf is part of, and the axes that they are the sizes of."""
-        if self._linked[0] != Atom.changes:
-            self._linked = (Atom.changes, {})
-        known = self._linked[1]
-        if leaf not in known:
-            known[leaf] = {place: found[0] for place, found in self.trace.links.items() if contains(found[0][1], leaf)}
-        return known[leaf]
 
     def rewinder(self) -> Callable[[], None]:
         """Return a function that gives all groups the sizes that they have now, and forgets later removals."""

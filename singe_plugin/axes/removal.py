@@ -77,7 +77,7 @@ def remove_units(
         )
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)
-    places = graph.linked(leaf)
+    places = {place: found[0] for place, found in graph.trace.links.items() if contains(found[0][1], leaf)}
     caches = [module for module, _ in graph.trace.caches]
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
     before = Snapshot(graph.model, graph, changed, trackers) if undo else None
