@@ -85,10 +85,10 @@ class Counted:
         example_inputs: what it is counted with.
 
     Example:
-        >>> net = torch.nn.Linear(3, 2)
+        >>> net = torch.nn.Linear(3, 2, bias=False)
         >>> counted = Counted(net, torch.zeros(1, 3))
-        >>> with torch.no_grad():
-        ...     net.weight.data, first = net.weight[:1], counted.macs
+        >>> first = counted.macs
+        >>> net.weight.data = net.weight.data[:1]
         >>> first, counted.macs
         (6, 3)
     """
