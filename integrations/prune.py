@@ -115,6 +115,7 @@ def prune(
             model, stage.example, importance, target=target, pace=pace, finetune=stage.tuner,
             callbacks=with_log(callbacks), batches=stage.batches, ignored_layers=ignored_layers,
         )  # fmt: skip
+        pruner.counted = stage.counted
         if mended is not None:
             pruner.repair_with(mended, stage.images, seed, needed=repair != "auto")
         pruner.objective = scoring.objective or "loss"

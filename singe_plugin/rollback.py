@@ -68,7 +68,7 @@ class Snapshot:
         roots: list[Any] = [model, *trackers.emas]
         if modules is not None:
             averaged = trackers.ema_models()
-            names = [name for name, module in model.named_modules() if averaged and module in modules]
+            names = [name for name, module in model.named_modules() if module in modules] if averaged else []
             chosen = [*modules, *(ema.get_submodule(name) for ema in averaged for name in names)]
             roots = list(chosen)
         roots += [vars(optimizer) for optimizer in trackers.optimizers]

@@ -27,7 +27,7 @@ class Numbers:
     def layers(self) -> list[GroupSpec]:
         return [GroupSpec(name, width, name, 1, 0.95, self.least) for name, width in self.widths.items()]
 
-    def costs(self) -> CostModel:
+    def costs(self, _: str = "macs") -> CostModel:
         names: list[str | None] = [None, *self.widths, None]
         sizes = [self.ends[0], *self.widths.values(), self.ends[1]]
         tensors = []

@@ -19,7 +19,7 @@ from nni.compression.pruning.tools import is_active_target
 from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph
-from singe_plugin.axes.substitutes import Values
+from singe_plugin.axes.values import Values
 from singe_plugin.errors import ConfigError
 from singe_plugin.masks import LAYERS
 from singe_plugin.method.folding import is_batchnorm

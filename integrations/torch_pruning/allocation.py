@@ -39,7 +39,7 @@ def counts_for(
         BudgetError: if the target cannot be met within one point, with the nearest that can.
     """
     before = host.sizes(target.kind)[target.kind]
-    return _nearest(host, target, ratios, round_to, scores, host.layers(), host.costs(), before, POINT)
+    return _nearest(host, target, ratios, round_to, scores, host.layers(), host.costs(target.kind), before, POINT)
 
 
 def _nearest(
@@ -111,7 +111,7 @@ class Rounds:
         removed = self.progress.plan
         if self.progress.goal:
             return {name: round(count * share) - removed.get(name, 0) for name, count in self.progress.goal.items()}
-        specs, costs = [self._spec(spec) for spec in self.host.layers()], self.host.costs()
+        specs, costs = self._now()
         first = self.progress.before
         now = self.host.sizes() if self.target is None else self.host.sizes(self.target.kind)
         if self.target is None:
@@ -141,6 +141,21 @@ class Rounds:
                 "whole units of what is left lead closer; choose that, prune more layers, or relax round_to, "
                 "max_pruning_ratio and min_width"
             ) from error
+
+    def expected(self, scores: Scores) -> Counts:
+        """What one round would do before any other: as the cost model says, without trying it out.
+
+        Raises:
+            BudgetError: if the target cannot be met.
+        """
+        if self.progress.goal:
+            return dict(self.progress.goal)
+        return plan_removals(*self._now(), self.target, self.ratios, self.round_to, scores, self.pruning_ratio)
+
+    def _now(self) -> tuple[list[GroupSpec], CostModel]:
+        """The layers as they are, and what their units cost."""
+        specs = [self._spec(spec) for spec in self.host.layers()]
+        return specs, self.host.costs("params" if self.target is None else self.target.kind)
 
     def _with_a_way_on(
         self,

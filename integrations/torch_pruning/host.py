@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
 from singe_plugin.loop.budget import GroupSpec
-from singe_plugin.loop.costs import KINDS, CostModel, TensorCost, count_macs_by_module, count_params
+from singe_plugin.loop.costs import KINDS, CostModel, Counted, TensorCost, count_params
 from singe_plugin.loop.events import Repaired
 from singe_plugin.loop.survivors import Unpruned
 
@@ -40,7 +40,7 @@ class TorchPruningHost:
         graph: the dependency graph.
         groups: the names of its groups that may be pruned, in forward order.
         trackers: optimizers and EMA copies to cut along.
-        example_inputs: for counting MACs.
+        counted: its MACs.
         ranking: what scores the groups.
         max_ratio: the largest fraction of a layer's units that may go.
         min_width: how many units of a layer stay at least.
@@ -52,13 +52,13 @@ class TorchPruningHost:
         graph: AxisDependencyGraph,
         groups: Sequence[str],
         trackers: Trackers,
-        example_inputs: Any,
+        counted: Counted,
         ranking: Ranking,
         max_ratio: float = 1.0,
         min_width: int = 1,
         unpruned: Unpruned | None = None,
     ) -> None:
-        self.graph, self.trackers, self.example_inputs, self.ranking = graph, trackers, example_inputs, ranking
+        self.graph, self.trackers, self.counted, self.ranking = graph, trackers, counted, ranking
         self.max_ratio, self.min_width, self.unpruned = max_ratio, min_width, unpruned
         self.model: nn.Module = graph.model
         self._groups: dict[str, Group] = {name: graph.axis_graph.groups[name] for name in groups}
@@ -97,19 +97,26 @@ class TorchPruningHost:
         return count_params(self.model)
 
     def sizes(self, *kinds: str) -> dict[str, Any]:
-        """The units of the prunable layers, and what some kinds of targets count: parameters and MACs in any case."""
-        names = dict.fromkeys(("params", "macs", *kinds))
-        found = {kind: KINDS[kind].measure(self.model, self.example_inputs) for kind in names}
+        """The units of the prunable layers, and what some kinds of targets count."""
+        found = {kind: self._measured(kind) for kind in kinds}
         return found | {"units": sum(group.size for group in self._groups.values())}
 
-    def costs(self) -> CostModel:
+    def _measured(self, kind: str) -> float:
+        return self.counted.macs if kind == "macs" else KINDS[kind].measure(self.model, self.counted.example_inputs)
+
+    def costs(self, kind: str = "macs") -> CostModel:
+        """What removals cost.
+
+        Args:
+            kind: what is to be predicted; MACs are not counted for one that does not ask for them.
+        """
         links: dict[int, list[tuple[int, str, float]]] = {}
         for name, group in self._groups.items():
             for part in group.slices():
                 if part.is_parameter:
                     per_unit = int((part.units >= 0).sum()) / group.size
                     links.setdefault(id(part.tensor), []).append((part.dim, name, per_unit))
-        by_module = count_macs_by_module(self.model, self.example_inputs)
+        by_module = self.counted.by_module if KINDS[kind].of_macs else {}
         tensors, fixed, seen = [], 0, set()
         for module_name, module in self.model.named_modules():
             for attr, parameter in module._parameters.items():
@@ -122,15 +129,15 @@ class TorchPruningHost:
                     continue
                 macs = by_module.get(module_name, 0) if attr == "weight" else 0
                 tensors.append(TensorCost(tuple(parameter.shape), tuple(found), float(macs)))
-        return CostModel(tuple(tensors), fixed, by_module[""])
+        return CostModel(tuple(tensors), fixed, by_module.get("", 0))
 
     def trial(self, plan: dict[str, int], kind: str) -> float:
         """What a kind of target counts after really removing that many (arbitrary) units; everything is put back."""
         undo = Snapshot(self.model, self.graph.axis_graph)
         try:
             for name, count in plan.items():
-                remove_units(self.graph.axis_graph, self._groups[name], range(count))
-            return KINDS[kind].measure(self.model, self.example_inputs)
+                remove_units(self.graph.axis_graph, self._groups[name], range(count), undo=False)
+            return self._measured(kind)
         finally:
             undo.restore()
 

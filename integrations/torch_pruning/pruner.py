@@ -16,7 +16,7 @@ from singe_plugin.axes import AxisGraph, Trackers, verify_groups
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.fields import as_options
 from singe_plugin.loop.budget import Target, plan_removals
-from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.loop.costs import Counted, count_params
 from singe_plugin.loop.events import Callback, History
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
@@ -143,6 +143,7 @@ class SInGEPruner(SteppingPruner):
         self.tuner, self.callbacks = make_tuner(finetune), callbacks
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
+        self.counted = Counted(model, example_inputs)
         self._objective: ObjectiveLike = "loss"
         self._cut_along = Trackers(
             [o for o in (optimizer,) if o is not None],
@@ -207,8 +208,8 @@ class SInGEPruner(SteppingPruner):
             return counts_for(host, self.target, ratios, round_to, scores)
         if self.pruning_ratio_dict:
             own = {spec.name: self._ratio_of(spec.name) for spec in specs}
-            return plan_removals(specs, host.costs(), None, own, round_to)
-        return plan_removals(specs, host.costs(), None, ratios, round_to, scores, self.pruning_ratio)
+            return plan_removals(specs, host.costs("params"), None, own, round_to)
+        return plan_removals(specs, host.costs("params"), None, ratios, round_to, scores, self.pruning_ratio)
 
     def _ratio_of(self, layer: str) -> float:
         """The ratio that ``pruning_ratio_dict`` gives to a layer of the group, else ``pruning_ratio``."""
@@ -249,7 +250,7 @@ class SInGEPruner(SteppingPruner):
         allocation = Rounds(
             host, loop.progress, self.target, float(self.pruning_ratio), str(self.pace.ratios), self.pace.round_to
         )
-        return in_rounds(loop, self.pace, allocation)
+        return in_rounds(loop, self.pace, allocation, allocation.expected)
 
     def run(
         self,
@@ -270,9 +271,9 @@ class SInGEPruner(SteppingPruner):
         """
         check_here()
         history = history or History()
-        before = count_params(self.model), count_macs(self.model, self.example_inputs)
+        before = count_params(self.model), self.counted.macs
         with carry_out(self, progress, checkpoint, history) as (host, done):
-            after = host.sizes()
+            after = host.sizes("params", "macs")
         return PruningOutcome(
             self.model, (before[0], after["params"]), (before[1], after["macs"]), dict(done.plan), history,
             dict(self.left_whole),

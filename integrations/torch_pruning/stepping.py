@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers
 from singe_plugin.errors import BudgetError, ConfigError
+from singe_plugin.loop.costs import Counted
 from singe_plugin.loop.loop import Loop, Turn
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import Progress
@@ -39,6 +40,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         pace: how far a layer may go.
         tuner: the fine-tuning, or None.
         DG: the dependency graph.
+        counted: the MACs of the model.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     pace: Pace
     tuner: Tuner | None
     DG: AxisDependencyGraph
+    counted: Counted
     current_step: int
     _objective: ObjectiveLike
     _cut_along: Trackers
@@ -250,4 +253,4 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         assert self.pace.min_width is not None
         limits = min(self.max_pruning_ratio, 1.0), self.pace.min_width
         ranking = self._ranking(own_gradients)
-        return TorchPruningHost(self.DG, names, self.trackers(), self.example_inputs, ranking, *limits, self._unpruned)
+        return TorchPruningHost(self.DG, names, self.trackers(), self.counted, ranking, *limits, self._unpruned)

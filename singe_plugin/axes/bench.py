@@ -5,10 +5,10 @@ So nothing passes because it is all ones and zeros, and a change of the function
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, is_of_the_machine
 from singe_plugin.nested import map_tensors, tensors_in
-from singe_plugin.rollback import Snapshot
-from singe_plugin.state import containers_training, plain_layers, preserved
+from singe_plugin.state import RngState, casts_forgotten, containers_training, plain_layers, preserved
+from singe_plugin.undo import Contents
 
 from .graph import AxisGraph
-from .groups import Group
+from .groups import Group, Together
+from .removal import remove_units
 from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, randomised
+from .values import Copies, Values
 
 __all__ = ["EXACT", "TOLERANCE", "Bench", "bench_elsewhere", "opened_bench", "same_start"]
 
@@ -57,32 +59,89 @@ def _is_single(tensor: Tensor) -> bool:
     return tensor.ndim > 0 and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass
 class Bench:
     """A randomised model on random inputs, and how exactly it computes.
 
-    Attributes:
-        graph: of the model.
-        inputs: that it is run on.
-        base: what it computes.
-        tolerance: how much of a change of that is rounding, relative to it.
-        before: how often operators ran before, where only a part of the model runs.
+    What the model is now is what every trial starts from.
+
+    Args:
+        graph: the graph of the model.
+        inputs: the inputs.
+        base: its outputs.
+        tolerance: how far outputs that should be the same may differ.
+        sources: what the data of parameters are copies of, where they are; by the id of the parameter.
+        part: the module that runs, where only a part of the model does; None is all of it.
+        groups: that are tried out, where only a part runs; None is all of the graph.
+        before: how often operators ran before that part.
     """
 
-    graph: AxisGraph
-    inputs: Any
-    base: list[Tensor]
-    tolerance: float
-    before: Mapping[str, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        graph: AxisGraph,
+        inputs: Any,
+        base: list[Tensor],
+        tolerance: float,
+        sources: Mapping[int, Tensor],
+        part: nn.Module | None = None,
+        groups: Sequence[Group] | None = None,
+        before: Mapping[str, int] | None = None,
+    ) -> None:
+        self.graph, self.inputs, self.base, self.tolerance, self.sources = graph, inputs, base, tolerance, sources
+        self.module, self.before = graph.model if part is None else part, before or {}
+        self._start, self._rng = Contents([self.module]), RngState.capture()
+        self._rewind = (graph if groups is None else Together(groups)).rewinder()
 
     def run(self) -> list[Tensor]:
         """Compute the outputs: every run starts from the same state of the model and the same random numbers."""
-        with same_start(self.graph), torch.no_grad():
-            return list(tensors_in(self.graph.forward(self.graph.model, self.inputs)))
+        try:
+            return self._outputs()
+        finally:
+            self._back()
 
-    def snapshot(self, groups: Sequence[Group]) -> Snapshot:
-        """Return what puts everything back that removing units of these groups changes."""
-        return Snapshot(self.graph.model, self.graph)
+    def run_without(self, rounds: Sequence[Mapping[Group, Sequence[int]]]) -> list[Tensor]:
+        """Compute the outputs when units were really removed, and put them back.
+
+        Args:
+            rounds: the units of each group that are gone after the first round of removals, after the second, and so
+                on.
+        """
+        values, gone = self.values(), dict[Group, Sequence[int]]()
+        try:
+            for tensor in self._tensors_of(rounds[-1]):
+                values.keep(tensor)
+            for chosen in rounds:
+                for group, units in chosen.items():
+                    remove_units(self.graph, group, _renumbered(units, gone.get(group, ())), undo=False)
+                    gone[group] = units
+            return self._outputs()
+        finally:
+            values.restore()
+            self._rewind()
+            self._back()
+
+    def values(self) -> Values:
+        """What replaces the data of tensors for a trial."""
+        return Copies(self.sources)
+
+    def _tensors_of(self, groups: Iterable[Group]) -> Iterator[Tensor]:
+        """What a removal changes: everything that units are part of, and what makes up for a smaller width."""
+        for group in groups:
+            yield from (part.tensor for part in group.slices())
+            for scale in self.graph.index.widths(group.leaf.root()):
+                yield from (owner._parameters[attr] for owner, attr, _ in scale.rows)  # type: ignore[misc]
+
+    def _outputs(self) -> list[Tensor]:
+        with casts_forgotten(), own_start(self.graph, self.module), torch.no_grad():
+            return list(tensors_in(self._called()))
+
+    def _called(self) -> Any:
+        """What the model returns."""
+        return self.graph.forward(self.graph.model, self.inputs)
+
+    def _back(self) -> None:
+        self._start.restore()
+        self._rng.restore()
+        self._start.check()
 
     def explained(self, error: Exception, done: str) -> str:
         """Say a failure of the forward pass after a change to the model as a reason; one with another cause goes on.
@@ -111,7 +170,7 @@ def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
     with ExitStack() as stack:
         stack.enter_context(randomised(model))
         with ExitStack() as precise:
-            precise.enter_context(in_double(model))
+            sources = precise.enter_context(in_double(model))
             for candidate in _candidates(inputs):
                 noise = double_inputs(random_inputs(candidate))
                 outcome = _attempt(graph, noise)
@@ -120,13 +179,13 @@ def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
                     if watch.single:
                         break  # parts of the model compute in single precision: so do the oracles
                     stack.push(precise.pop_all())
-                    yield Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT)
+                    yield Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT, sources)
                     return
         noise = random_inputs(inputs)
         outcome = _attempt(graph, noise)
         if not isinstance(outcome, tuple):
             raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
-        yield Bench(graph, noise, _finite(outcome[0]), TOLERANCE)
+        yield Bench(graph, noise, _finite(outcome[0]), TOLERANCE, {})
 
 
 @contextmanager
@@ -137,6 +196,7 @@ def bench_elsewhere(bench: Bench, inputs: Any, seed: int = 1) -> Iterator[Bench 
     comes from the seed; beyond the first, rows of the weights change their sign.
     """
     graph = bench.graph
+    before = {id(p): p.data_ptr() for p in graph.model.parameters()}
     for mode in (containers_training, nullcontext):
         with randomised(graph.model, seed, bias=0.1, turned=seed > 1), mode(graph.model):
             for candidate in _other_inputs(inputs, bench.inputs):
@@ -146,7 +206,9 @@ def bench_elsewhere(bench: Bench, inputs: Any, seed: int = 1) -> Iterator[Bench 
                 if isinstance(outcome, str) or not _same_path(graph, outcome[1]):
                     continue
                 if all(bool(torch.isfinite(t).all()) for t in outcome[0] if t.is_floating_point()):
-                    yield Bench(graph, noise, outcome[0], bench.tolerance)
+                    now = {id(p) for p in graph.model.parameters() if p.data_ptr() == before[id(p)]}
+                    sources = {key: source for key, source in bench.sources.items() if key in now}
+                    yield Bench(graph, noise, outcome[0], bench.tolerance, sources)
                     return
     yield None
 
@@ -160,6 +222,12 @@ def _other_inputs(inputs: Any, used: Any) -> Iterator[Any]:
     for count in (3, 4):
         yield _repeated(used, count)
     yield used
+
+
+def _renumbered(units: Sequence[int], gone: Sequence[int]) -> list[int]:
+    """Return the present numbers of units, after those in ``gone`` were removed."""
+    before, known = sorted(gone), set(gone)
+    return [unit - bisect_left(before, unit) for unit in units if unit not in known]
 
 
 def _repeated(inputs: Any, count: int) -> Any:
@@ -191,10 +259,16 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
 
 
 @contextmanager
-def same_start(graph: AxisGraph, part: nn.Module | None = None) -> Iterator[None]:
-    """Let a run of the model, or a part, keep nothing for the next one, and draw the same numbers for all units."""
-    model = graph.model if part is None else part
-    with preserved(model), plain_layers(model):
+def same_start(graph: AxisGraph) -> Iterator[None]:
+    """Let a run of the model keep nothing for the next one, and draw the same random numbers for all units."""
+    with preserved(graph.model), own_start(graph, graph.model):
+        yield
+
+
+@contextmanager
+def own_start(graph: AxisGraph, module: nn.Module) -> Iterator[None]:
+    """As :func:`same_start` of a model or a part, where its state is put back by whoever enters this."""
+    with plain_layers(module):
         graph.trace.forget()
         with SharedNoise():
             yield

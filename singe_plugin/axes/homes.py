@@ -12,18 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.nested import map_tensors, relative_change, tensors_in
-from singe_plugin.rollback import Snapshot
 
 from .algebra import contains
-from .bench import Bench, same_start
+from .bench import Bench
 from .graph import AxisGraph
-from .groups import Group, Together
+from .groups import Group
 
 __all__ = ["Part", "home_of", "parts_of"]
 
@@ -41,19 +39,15 @@ class _Call:
 class Part(Bench):
     """A module of a model, as a bench of its own: it is called as the model calls it."""
 
-    def __init__(self, bench: Bench, module: nn.Module, call: _Call) -> None:
-        super().__init__(bench.graph, bench.inputs, call.outputs, bench.tolerance, call.before)
-        self.module, self.call = module, call
+    def __init__(self, bench: Bench, module: nn.Module, call: _Call, groups: Sequence[Group]) -> None:
+        super().__init__(
+            bench.graph, bench.inputs, call.outputs, bench.tolerance, bench.sources, module, groups, call.before
+        )
+        self.call = call
 
-    def run(self) -> list[Tensor]:
-        """Compute what the module returns."""
-        with same_start(self.graph, self.module), torch.no_grad():
-            args, kwargs = _copied(self.call.args), _copied(self.call.kwargs)
-            return list(tensors_in(self.module(*args, **kwargs)))
-
-    def snapshot(self, groups: Sequence[Group]) -> Snapshot:
-        """Return what puts the module and these groups of it back."""
-        return Snapshot(self.module, Together(groups))
+    def _called(self) -> Any:
+        """What the module returns."""
+        return self.module(*_copied(self.call.args), **_copied(self.call.kwargs))
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -76,7 +70,7 @@ def parts_of(bench: Bench, groups: Sequence[Group]) -> Iterator[tuple[Part, list
         if (home := home_of(bench.graph, group)) is not None:
             homes.setdefault(home, []).append(group)
     for module, call in _calls(bench, homes).items() if homes else ():
-        part = Part(bench, module, call)
+        part = Part(bench, module, call, homes[module])
         try:
             change = relative_change(call.outputs, part.run())
         except Exception as error:  # it needs what the model sets up around it

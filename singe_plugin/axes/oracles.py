@@ -13,8 +13,8 @@ together are they taken apart.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -29,12 +29,13 @@ from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_
 from .graph import AxisGraph
 from .groups import Group
 from .homes import parts_of
-from .removal import remove_units
 from .sorting import sorted_out, taken_apart
-from .substitutes import NormsOfTheRest, Values, derangement, exchanged, masked
+from .substitutes import NormsOfTheRest, derangement, exchanged, masked
 
 __all__ = ["Trials", "verify_groups"]
 
+_NOISE = 65_537  # different factors, over and over: no two rows of a weight begin with the same
+_BLOCK = 1 << 22  # elements of a product that are there at a time
 _FELT = 10.0  # what a group does to the output, in units of the tolerance, for a mistake in it to be seen
 _UNFELT = "its units do not change the output on random data, so it cannot be verified"
 _FAILS = "the forward pass fails when its units are removed"
@@ -65,7 +66,7 @@ class Trials:
         """Why permuting the units of these groups changes the function; None if it does not."""
         generator = torch.Generator().manual_seed(len(groups))
         try:
-            with exchanged({g: derangement(g.size, generator) for g in groups}):
+            with exchanged({g: derangement(g.size, generator) for g in groups}, self.bench.values()):
                 moved = self.bench.run()
         except SingeError as error:
             return str(error)
@@ -135,27 +136,21 @@ class Trials:
     def _removed(self, rounds: Sequence[Mapping[Group, list[int]]]) -> str | None:
         expected = []
         try:
-            with masked(rounds[-1]), NormsOfTheRest(self.bench.graph, rounds[-1], self.bench.before):
+            with (
+                masked(rounds[-1], values=self.bench.values()),
+                NormsOfTheRest(self.bench.graph, rounds[-1], self.bench.before),
+            ):
                 expected = self.bench.run()
         except SingeError as error:
             return str(error)
         except Exception as error:
             return self.bench.explained(error, "masked")
-        undo = self.bench.snapshot(list(rounds[-1]))
-        gone: dict[Group, list[int]] = {}
         try:
-            for chosen in rounds:
-                for group, units in chosen.items():
-                    remove_units(self.bench.graph, group, _renumbered(units, gone.get(group, [])), undo=False)
-                    gone[group] = list(units)
-            removed = self.bench.run()
+            removed = self.bench.run_without(rounds)
         except SingeError as error:
             return str(error)
         except Exception as error:
-            undo.restore()
             return self.bench.explained(error, "removed")
-        finally:
-            undo.restore()
         if [t.shape for t in removed] != [t.shape for t in expected]:
             return "removing its units changes the shape of the model's output"
         change = relative_change(expected, removed)
@@ -185,13 +180,6 @@ def _one_part_each(groups: Sequence[Group]) -> list[dict[Group, list[int]]]:
             turns += [{} for _ in range(number + 1 - len(turns))]
             turns[number][group] = _order(group)[: max(group.size - group.least, 0)]
     return [chosen for chosen in turns if any(chosen.values())]
-
-
-def _renumbered(units: Sequence[int], gone: Sequence[int]) -> list[int]:
-    """Return the present numbers of units, after those in ``gone`` were removed."""
-    before = sorted(gone)
-    left = set(gone)
-    return [u - bisect_left(before, u) for u in units if u not in left]
 
 
 def verify_groups(graph: AxisGraph, inputs: Any | None = None) -> dict[str, str]:
@@ -268,13 +256,12 @@ def _amplified(bench: Bench) -> float:
     """Measure what a change of 1e-14 in every parameter does to the outputs: some networks amplify rounding."""
     if bench.tolerance > EXACT:
         return 0.0
-    generator = torch.Generator().manual_seed(1)
-    values = Values()
+    noise = 1 + 1e-14 * (2 * torch.rand(_NOISE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1)
+    values = bench.values()
     try:
         for parameter in bench.graph.model.parameters():
-            if parameter.is_floating_point():
-                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
-                values.put(parameter, parameter.data * (1 + 1e-14 * (2 * noise - 1)))
+            if parameter.is_floating_point() and parameter.numel():
+                values.scale(parameter, noise.to(parameter.device))
         return relative_change(bench.base, bench.run())
     except Exception as error:
         values.restore()
@@ -296,35 +283,59 @@ def _unfelt(bench: Bench, groups: Sequence[Group]) -> list[Group]:
     for group in groups:
         felt = 0.0
         for part in group.slices():
-            if part.is_parameter and id(part.tensor) in effect:
-                index = torch.from_numpy(part.units >= 0).nonzero().flatten()
-                mine = effect[id(part.tensor)]
-                felt += float(mine.index_select(part.dim, index.to(mine.device)).sum())
+            if part.is_parameter and (id(part.tensor), part.dim) in effect:
+                felt += float(effect[id(part.tensor), part.dim][torch.from_numpy(part.units >= 0)].sum())
         least = _FELT * bench.tolerance
         if felt < least and _masked_effect(bench, group) < least:  # what comes before a rounding has no gradient
             silent.append(group)
     return silent
 
 
-def _effects(bench: Bench) -> dict[int, Tensor]:
-    """Compute ``|gradient x parameter|`` of a random projection of the outputs, relative to it, by parameter id."""
-    model = bench.graph.model
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    with same_start(bench.graph), torch.enable_grad():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+def _effects(bench: Bench) -> dict[tuple[int, int], Tensor]:
+    """Compute ``|gradient x parameter|`` of a random projection of the outputs, relative to it, of all positions.
+
+    Gradients are dropped one by one.
+
+    Returns:
+        ``(id of the parameter, dimension) -> effects``; parameters that no output depends on are left out.
+    """
+    model, found = bench.graph.model, dict[tuple[int, int], Tensor]()
+
+    def summed(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if not parameter.ndim:
+            return
+        rows = max(_BLOCK * len(parameter) // max(parameter.numel(), 1), 1)
+        sums: list[list[Tensor]] = [[] for _ in parameter.shape]
+        whole, values = gradient.to_dense(), parameter.detach()
+        for start in range(0, len(parameter), rows):
+            moved = (whole[start : start + rows] * values[start : start + rows]).abs_()
+            for dim, mine in enumerate(sums):
+                rest = [d for d in range(moved.ndim) if d != dim]
+                mine.append((moved.sum(rest) if rest else moved).cpu())
+        for dim, mine in enumerate(sums):
+            found[id(parameter), dim] = torch.stack(mine).sum(0) if dim else torch.cat(mine)
+
+    with same_start(bench.graph), torch.enable_grad(), ExitStack() as hooks:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+                handle = parameter.register_post_accumulate_grad_hook(summed)  # type: ignore[no-untyped-call]
+                hooks.callback(handle.remove)
         outputs = [t for t in tensors_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
         total: Any = 0.0
         for output in outputs:
             probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
             total = total + (output * probe).sum() / (output.detach() * probe).norm().clamp(min=1e-12)
-        found = torch.autograd.grad(total, parameters, allow_unused=True) if outputs else [None] * len(parameters)
-    return {id(p): (g * p.detach()).abs() for p, g in zip(parameters, found, strict=True) if g is not None}
+        if outputs:
+            total.backward()
+    return found
 
 
 def _masked_effect(bench: Bench, group: Group) -> float:
     try:
-        with masked({group: _order(group)[: max(group.size // 2, 1)]}):
+        with masked({group: _order(group)[: max(group.size // 2, 1)]}, values=bench.values()):
             return relative_change(bench.base, bench.run())
     except Exception as error:
         bench.explained(error, "masked")

@@ -111,8 +111,10 @@ def remove_units(
 
 def _cuts(group: Group, gone: set[int]) -> list[_Cut]:
     cuts: dict[int, _Cut] = {}
+    stays = np.ones(group.size + 1, dtype=bool)  # the last one is for positions of no unit, which are -1
+    stays[list(gone)] = False
     for part in group.slices():
-        kept = torch.from_numpy(np.flatnonzero(~np.isin(part.units, list(gone))))
+        kept = torch.from_numpy(np.flatnonzero(stays[part.units]))
         tensor = part.tensor
         cut = cuts.setdefault(id(tensor), _Cut(part.owner, part.attr, tensor, tensor.shape, []))
         if all(dim != part.dim for dim, _ in cut.keep):

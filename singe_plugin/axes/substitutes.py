@@ -19,11 +19,11 @@ from singe_plugin.state import preserved
 from .algebra import Atom, Axis, labels, leaves
 from .graph import AxisGraph
 from .groups import Group
+from .values import Values
 
 __all__ = [
     "NormsOfTheRest",
     "SharedNoise",
-    "Values",
     "derangement",
     "double_inputs",
     "exchanged",
@@ -51,10 +51,10 @@ def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0, turned: bool 
             else stay on one side in every draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    originals = [(p, p.data) for p in model.parameters()]
+    values = Values()
     small = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
     with preserved(model), torch.no_grad():
-        for parameter, _ in originals:
+        for parameter in model.parameters():
             parameter.grad = None  # put back by preserved; a gradient would pin the type
         try:
             for name, buffer in model.named_buffers():
@@ -64,22 +64,22 @@ def randomised(model: nn.Module, seed: int = 0, bias: float = 1.0, turned: bool 
                     buffer.copy_(uniform(buffer, generator))
                 elif name.endswith("running_mean"):
                     buffer.copy_(normal(buffer, generator) * 0.2)
-            for parameter, data in originals:
+            for parameter in model.parameters():
+                data = parameter.data
                 if not parameter.is_floating_point() or not data.numel():
                     continue
                 if parameter.ndim <= 1 or data.numel() == max(data.shape):
                     sign = uniform(data, generator) * torch.where(normal(data, generator) > -1.0, 1.0, -1.0)
-                    parameter.data = (sign * bias if id(parameter) in small else sign).to(data.dtype)
-                elif float(data.abs().max()) < 1e-3:
-                    parameter.data = normal(data, generator) / max(data[0].numel(), 1) ** 0.5
+                    values.put(parameter, (sign * bias if id(parameter) in small else sign).to(data.dtype))
+                elif max(-float(data.min()), float(data.max())) < 1e-3:
+                    values.put(parameter, normal(data, generator) / max(data[0].numel(), 1) ** 0.5)
                 elif turned:
                     rows = data.new_ones((len(data),) + (1,) * (data.ndim - 1))
-                    parameter.data = data * normal(rows, generator).sign()
+                    values.put(parameter, data * normal(rows, generator).sign())
             model.eval()
             yield
         finally:
-            for parameter, data in originals:
-                parameter.data = data
+            values.restore()
 
 
 def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,14 +116,19 @@ def double_inputs(inputs: Any) -> Any:
 
 
 @contextmanager
-def in_double(model: nn.Module) -> Iterator[None]:
-    """Turn all floating parameters and buffers to double precision; call inside :func:`randomised`."""
+def in_double(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Turn all floating parameters and buffers to double precision; call inside :func:`randomised`.
+
+    Yields:
+        by the id of a parameter, what its data is a copy of.
+    """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     originals = [(t, t.data) for t in tensors]
+    own = {id(p) for p in model.parameters()}
     try:
         for tensor, data in originals:
-            tensor.data = data.double()
-        yield
+            tensor.data = data.to(torch.float64, copy=True)
+        yield {id(tensor): data for tensor, data in originals if id(tensor) in own}
     finally:
         for tensor, data in originals:
             tensor.data = data
@@ -138,29 +143,18 @@ def derangement(count: int, generator: torch.Generator) -> list[int]:
     return target
 
 
-class Values:
-    """Temporary values for tensors; the objects stay the same, only their data changes."""
-
-    def __init__(self) -> None:
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def put(self, tensor: Tensor, value: Tensor) -> None:
-        self._saved.setdefault(id(tensor), (tensor, tensor.data))
-        tensor.data = value.detach()
-
-    def restore(self) -> None:
-        for tensor, data in self._saved.values():
-            tensor.data = data
-
-
 @contextmanager
-def exchanged(targets: Mapping[Group, Sequence[int]]) -> Iterator[None]:
+def exchanged(targets: Mapping[Group, Sequence[int]], values: Values | None = None) -> Iterator[None]:
     """Move unit ``u`` of each group to unit ``targets[group][u]``'s places, in every tensor at once.
+
+    Args:
+        targets: the places.
+        values: what replaces the data of tensors.
 
     Raises:
         GroupError: if the units of a group are not made up alike.
     """
-    values = Values()
+    values = Values() if values is None else values
     try:
         for group, target in targets.items():
             goal = torch.tensor(target)
@@ -183,17 +177,18 @@ def exchanged(targets: Mapping[Group, Sequence[int]]) -> Iterator[None]:
 
 
 @contextmanager
-def masked(chosen: Mapping[Group, Sequence[int]], producers_only: bool = False) -> Iterator[None]:
+def masked(
+    chosen: Mapping[Group, Sequence[int]], producers_only: bool = False, values: Values | None = None
+) -> Iterator[None]:
     """Zero every position of the chosen units, in all parameters."""
-    values = Values()
+    values = Values() if values is None else values
     try:
         for group, units in chosen.items():
             gone = torch.tensor(sorted(units))
             for part in group.slices():
                 if part.is_parameter and not (producers_only and part.reads):
-                    tensor = part.tensor
                     index = torch.isin(torch.from_numpy(part.units), gone).nonzero().flatten()
-                    values.put(tensor, tensor.data.index_fill(part.dim, index.to(tensor.device), 0.0))
+                    values.zero(part.tensor, part.dim, index)
         yield
     finally:
         values.restore()

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from singe_plugin.errors import BudgetError, ConfigError
@@ -239,10 +240,10 @@ def _by_score(layers: Sequence[GroupSpec], scores: Scores, round_to: int | None)
         for position, score in enumerate(scores[layer.name].double().sort().values.tolist())
     )
 
+    owners = np.array([number for _, _, number in ordered], dtype=np.int64)
+
     def spread(level: float) -> Counts:
-        below = [0] * len(layers)
-        for _, _, number in ordered[: round(min(level, 1.0) * len(ordered))]:
-            below[number] += 1
+        below = np.bincount(owners[: round(min(level, 1.0) * len(owners))], minlength=len(layers)).tolist()
         return {
             layer.name: layer.units - layer.kept_for(layer.units - gone, round_to)
             for layer, gone in zip(layers, below, strict=True)

@@ -19,7 +19,8 @@ from singe_plugin.nested import call_model
 from singe_plugin.state import preserved, unfused_attention
 
 __all__ = [
-    "KINDS", "CostModel", "Kind", "TensorCost", "check_kind", "count_macs", "count_macs_by_module", "count_params",
+    "KINDS", "CostModel", "Counted", "Kind", "TensorCost", "check_kind", "count_macs", "count_macs_by_module",
+    "count_params",
 ]  # fmt: skip
 
 
@@ -29,6 +30,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 # PyTorch counts what CUDA runs for attention, but not what a CPU does
 _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+_SETTINGS = (bool, int, float, str, tuple)
 
 
 def count_params(model: nn.Module) -> int:
@@ -72,6 +75,51 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         6
     """
     return count_macs_by_module(model, example_inputs)[""]
+
+
+class Counted:
+    """The MACs of a model while units go: every structure that it has is counted once.
+
+    Args:
+        model: the model, as it is whenever something is asked.
+        example_inputs: what it is counted with.
+
+    Example:
+        >>> net = torch.nn.Linear(3, 2, bias=False)
+        >>> counted = Counted(net, torch.zeros(1, 3))
+        >>> first = counted.macs
+        >>> net.weight.data = net.weight.data[:1]
+        >>> first, counted.macs
+        (6, 3)
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.model, self.example_inputs = model, example_inputs
+        self._found: dict[tuple[Any, ...], dict[str, int]] = {}
+
+    @property
+    def by_module(self) -> dict[str, int]:
+        """As :func:`count_macs_by_module` counts."""
+        structure = _structure_of(self.model)
+        if structure not in self._found:
+            self._found[structure] = count_macs_by_module(self.model, self.example_inputs)
+        return self._found[structure]
+
+    @property
+    def macs(self) -> int:
+        """As :func:`count_macs` counts."""
+        return self.by_module[""]
+
+
+def _structure_of(model: nn.Module) -> tuple[Any, ...]:
+    """The shapes of all tensors and the settings of all modules, on which depends what is counted."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        shapes = tuple((attr, None if tensor is None else tuple(tensor.shape)) for attr, tensor in tensors)
+        plain = tuple((k, repr(v)) for k, v in vars(module).items() if isinstance(v, _SETTINGS) and k != "training")
+        found.append((name, type(module), shapes, plain))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -150,14 +198,16 @@ class Kind:
         measure: ``(model, example inputs) -> number``: what the model has.
         predict: ``(cost model, units removed by layer) -> number``: what it would have. Where that is not exact, the
             plan is corrected by what is measured.
+        of_macs: whether ``predict`` asks for MACs; if not, the cost model need not know them.
     """
 
     measure: Callable[[nn.Module, Any], float]
     predict: Callable[[CostModel, Mapping[str, int]], float]
+    of_macs: bool = True
 
 
 KINDS = {
-    "params": Kind(lambda model, _: count_params(model), CostModel.params),
+    "params": Kind(lambda model, _: count_params(model), CostModel.params, of_macs=False),
     "macs": Kind(count_macs, CostModel.macs),
 }
 """Name -> what is counted; one MAC is one multiply-add."""

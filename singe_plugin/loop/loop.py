@@ -311,7 +311,9 @@ def in_layers(loop: Loop, pace: Pace) -> Iterator[Turn]:
         loop.save(progress)
 
 
-def in_rounds(loop: Loop, pace: Pace, allocate: Allocation) -> Iterator[Turn]:
+def in_rounds(
+    loop: Loop, pace: Pace, allocate: Allocation, expect: Callable[[Scores], Mapping[str, int]] | None = None
+) -> Iterator[Turn]:
     """All layers together, several times: units of different layers can be compared, and each loses a few every time.
 
     The progress counts the rounds that are done in ``next_layer``, and in ``plan`` what they removed.
@@ -320,6 +322,7 @@ def in_rounds(loop: Loop, pace: Pace, allocate: Allocation) -> Iterator[Turn]:
         loop: whose turns these are.
         pace: how many rounds there are, and how far each goes.
         allocate: how many units go now, given all scores and how far the rounds are.
+        expect: what one round would do, for those who watch, where that is found with less than ``allocate``.
     """
     progress, host, callback = loop.progress, loop.host, loop.callback
     assert pace.rounds is not None
@@ -332,7 +335,10 @@ def in_rounds(loop: Loop, pace: Pace, allocate: Allocation) -> Iterator[Turn]:
             counts.update({name: count for name, count in allocate(scores, share).items() if count > 0})
             if number == 0 and not progress.end_done:
                 # what one round would do; later scores may spread it otherwise
-                expected = dict(counts) if pace.rounds == 1 else dict(allocate(scores, 1.0))
+                if pace.rounds == 1:
+                    expected = dict(counts)
+                else:
+                    expected = dict(allocate(scores, 1.0) if expect is None else expect(scores))
                 callback.on_run_start(RunStarted(expected, loop.steps))
             return counts
 

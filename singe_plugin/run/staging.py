@@ -16,7 +16,7 @@ from singe_plugin.axes import Trackers
 from singe_plugin.checks import check_count
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.files import digest, locked, sweep
-from singe_plugin.loop.costs import count_macs, count_params
+from singe_plugin.loop.costs import Counted, count_params
 from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.events import Callback, LogCallback
 from singe_plugin.loop.finetune import FineTune
@@ -59,6 +59,7 @@ class Stage:
         batches: fixed batches to score on.
         images: inputs to repair on.
         example: inputs for tracing and counting.
+        counted: the MACs of the model.
         validation: batches for the accuracy, or None.
         builder: how to build the unpruned architecture, or None.
         structure: the plain attributes of the unpruned model.
@@ -68,6 +69,7 @@ class Stage:
     tuner: Tuner
     batches: list[Any]
     example: Any
+    counted: Counted
     validation: Iterable[Any] | None
     builder: Builder | None
     structure: Structure
@@ -132,7 +134,10 @@ def set_stage(
             if isinstance(validation, Sized) and not len(validation):
                 raise DataError("val_data is empty; give at least one batch, or leave it out")
             checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
-            stage = Stage(tuner, batches, example, validation, Builder.infer(model), Structure.of(model), checkpoint)
+            stage = Stage(
+                tuner, batches, example, Counted(model, example), validation, Builder.infer(model), Structure.of(model),
+                checkpoint,
+            )  # fmt: skip
             if images:
                 size = count_examples(split_batch(batches[0])[0])
                 drawn = scoring_batches(data, loader, size, -(-images // size), seed)
@@ -210,7 +215,7 @@ def measure(model: nn.Module, stage: Stage) -> Metrics:
     found = latency_of(model, stage.example)
     return Metrics(
         count_params(model),
-        count_macs(model, stage.example) // count_examples(stage.example),
+        stage.counted.macs // count_examples(stage.example),
         None if stage.validation is None else evaluate(model, stage.validation),
         found.median_ms,
         found.iqr_ms,

@@ -14,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.substitutes import (
     NormsOfTheRest,
-    Values,
     double_inputs,
     in_double,
     normal,
     random_inputs,
     uniform,
 )
+from singe_plugin.axes.values import Values
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.nested import tensors_in
 from singe_plugin.run.data import few

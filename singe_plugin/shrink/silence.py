@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import Group
 from singe_plugin.axes.algebra import labels
-from singe_plugin.axes.substitutes import Values, normal, uniform
+from singe_plugin.axes.substitutes import normal, uniform
+from singe_plugin.axes.values import Values
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.masks import LAYERS
 from singe_plugin.nested import map_tensors, tensors_in

@@ -109,7 +109,7 @@ class Trials:
         undo = Snapshot(self.lab.graph.model, self.lab.graph)
         try:
             for group, units in gone.items():
-                remove_units(self.lab.graph, group, units)
+                remove_units(self.lab.graph, group, units, undo=False)
             return self._run(functions, own)
         finally:
             undo.restore()
