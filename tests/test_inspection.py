@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from singe_plugin import prune
@@ -40,11 +39,14 @@ def test_macs_are_those_of_one_example(form: str, examples: int) -> None:
     assert found.macs == count_macs(Chain(), X[:1])
 
 
-@pytest.mark.parametrize("options", [{}, {"order": "layers"}, {"batches": 2}, {"rounds": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": "layers"}, {"batches": 2}, {"rounds": 2}, {"criterion": "grad"}, {"criterion": "ig", "rounds": 3}],
+)
 def test_the_passes_that_are_printed_multiply_to_their_sum(options: dict[str, Any]) -> None:
     """And they are those that a run makes: a hook on the last layer, which every pass goes through, counts them."""
     model, passes = Chain(), []
-    model.conv3.register_forward_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
+    model.conv3.register_forward_hook(lambda _, __, output: passes.append(1) if output.requires_grad else None)
     prune(model, images(6), **asked(target="params=0.3", finetune_steps=0, verify=False, min_width=1, **options))
     text = inspect_model(Chain(), X, **asked(target="params=0.3", finetune_steps=7, **options)).text()
     numbers = re.search(r"(\d+) scorings of (\d+) passes on each of (\d+) batches = (\d+) forward", text)

@@ -184,13 +184,29 @@ class Rounds:
 
         after, base = [_after(spec, counts[spec.name]) for spec in specs], costs.cost(end.kind, {})
         further = 1 - (1 - end.fraction) * base / costs.cost(end.kind, counts)
-        if further <= 0 or goal(after, costs.after(counts), Target(end.kind, further), "uniform") is not None:
+        if further <= 0 or self._steps_are_small(after, costs.after(counts), end.kind, further, point):
+            return counts
+        if goal(after, costs.after(counts), Target(end.kind, further), "uniform") is not None:
             return counts
         whole = goal(specs, costs, end, self.ratios)
         if whole is None:
             return counts
         within = [replace(spec, min_units=max(spec.min_units, spec.units - whole[spec.name])) for spec in specs]
         return plan_removals(within, costs, left, self.ratios, self.round_to, scores, point=1.0)
+
+    def _steps_are_small(
+        self, specs: list[GroupSpec], costs: CostModel, kind: str, fraction: float, point: float
+    ) -> bool:
+        """Whether a fraction is met by taking units one after the other: every step is less than two points.
+
+        That is more than is needed, and quickly seen.
+        """
+        fewest = {spec.name: spec.units - spec.kept_for(0, self.round_to) for spec in specs}
+        if costs.removed_fraction(kind, fewest) < fraction:
+            return False
+        able = [spec for spec in specs if fewest[spec.name]]
+        steps = (costs.removed_fraction(kind, {s.name: min(s.quantum(self.round_to), fewest[s.name])}) for s in able)
+        return all(step <= 2 * point for step in steps)
 
     def _spec(self, spec: GroupSpec) -> GroupSpec:
         """The layer with its largest ratio in terms of the units that it has now."""

@@ -16,6 +16,7 @@ from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import BY_SCORE, Pace, units_per_turn
 from singe_plugin.method.options import Scoring
+from singe_plugin.method.scoring import passes_together
 from singe_plugin.nested import to_device
 from singe_plugin.run.data import scoring_batches
 from singe_plugin.run.staging import count_examples
@@ -51,11 +52,12 @@ class RunCost:
 
     Attributes:
         units_removed: of all layers.
-        scorings: how often a layer is scored; of ``obs``, which scores all layers together, how often that is
-            done; a forward pass alone comes to each of its passes.
+        scorings: how often a layer is scored; where all are scored together (by ``obs``, or with a path that is its
+            start alone), how often that is done. To a pass of ``obs`` comes a forward pass alone, and so it does to
+            every batch and round of what is scored along a path.
         passes_per_scoring: for one batch; with ``path="neuron"``, for one unit.
         scoring_passes: of the whole run.
-        probing_passes: one for each layer where layers go one after the other: whether F depends on it.
+        probing_passes: where layers go one after the other: whether F depends on every one.
         finetune_passes: one per fine-tuning step.
     """
 
@@ -184,16 +186,18 @@ def inspect_model(
         host = pruner.host()
         specs, costs = host.layers(), host.costs()
         whole = costs.cost("params", {})
+        groups = {spec.name: pruner.graph.groups[spec.name].unit_group() for spec in specs}
         for spec in specs:
-            producers = tuple(producer.name for producer in pruner.graph.groups[spec.name].unit_group().producers)
+            producers = tuple(producer.name for producer in groups[spec.name].producers)
             params = round(whole - costs.cost("params", {spec.name: spec.units}))
             rows.append(InspectedGroup(spec.name, spec.block, spec.units, spec.channels_per_unit, params, producers))
         if not isinstance(scoring.criterion, str):
             raise BudgetError(f"what a {type(scoring.criterion).__name__} costs is not known here")
         plan = pruner.plan()
         alive = _units_at_scorings({spec.name: spec.units for spec in specs}, plan, pruner, by_score)
-        probing = len(specs) if pace.order == "layers" and scoring.rule.needs_gradient else 0
-        cost = _cost(alive, sum(plan.values()), scoring, pace, probing, steps)
+        together = passes_together(groups)
+        probing = together if pace.order == "layers" and scoring.rule.needs_gradient else 0
+        cost = _cost(alive, sum(plan.values()), scoring, pace, together, probing, steps)
     except BudgetError as error:
         problem = str(error)
     shown: dict[str, Any] = {"target": target, "pace": describe(pace.named(model)), "scoring": describe(scoring)}
@@ -236,12 +240,17 @@ def _units_at_scorings(units: dict[str, int], plan: dict[str, int], pruner: Any,
     return found
 
 
-def _cost(alive: list[int], removed: int, scoring: Scoring, pace: Pace, probing: int, finetune_steps: int) -> RunCost:
-    """Count the passes of all scorings."""
+def _cost(
+    alive: list[int], removed: int, scoring: Scoring, pace: Pace, together: int, probing: int, finetune_steps: int
+) -> RunCost:
+    """Count the passes of all scorings; ``together`` are those that give the gradients of all layers."""
     assert scoring.batches is not None
     if scoring.rule.of_readers:  # of all layers of a turn at once, behind a forward pass that sees what they read
         turns = (pace.rounds or 1) if pace.order == "rounds" else len(alive)
         return RunCost(removed, turns, 1, turns * scoring.batches, probing, finetune_steps)
+    if scoring.at_start and pace.order == "rounds":
+        turns = pace.rounds or 1
+        return RunCost(removed, turns, together, turns * together * scoring.batches, probing, finetune_steps)
     evaluations = sum(alive) if scoring.path == "neuron" else len(alive)
     passes = evaluations * scoring.passes * scoring.batches
     return RunCost(removed, len(alive), scoring.passes, passes, probing, finetune_steps)

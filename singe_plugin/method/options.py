@@ -209,6 +209,14 @@ class Scoring:
         return found if rule.needs_path else decay_path(mu, 0, "geometric")
 
     @property
+    def at_start(self) -> bool:
+        """Whether all that is measured is measured where the path begins, so that a pass gives it for many layers."""
+        rule = self.rule
+        if not rule.needs_gradient or rule.of_readers or self.path != "layer":
+            return False
+        return self.decay_path.scales.tolist() == [1.0]
+
+    @property
     def passes(self) -> int:
         """Forward-and-backward passes per batch and group (per unit, for ``path="neuron"``)."""
         return self.decay_path.nodes if self.rule.needs_gradient else 0

@@ -31,7 +31,7 @@ from singe_plugin.method.walk import Walker
 from singe_plugin.nested import call_model, to_device
 from singe_plugin.state import forget_caches, model_device, plain_layers, preserved
 
-__all__ = ["measuring", "path_gradient_norms", "score_error", "score_groups", "score_units"]
+__all__ = ["measuring", "passes_together", "path_gradient_norms", "score_error", "score_groups", "score_units"]
 
 Norms = tuple[list[Tensor], list[Tensor]]  # per producer: the norms at the start, and which units it has
 
@@ -238,7 +238,7 @@ def _measure(
         )
     check_head(model, options.objective)
     device, count, starts = model_device(model), 0, dict[str, Norms]()
-    alone = options.path == "layer" and path.scales.tolist() == [1.0]
+    alone = options.at_start and path.scales.tolist() == [1.0]
     with measuring(model):
         model.requires_grad_(False)
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
@@ -267,6 +267,11 @@ def _measure(
             count += 1
     if not count:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+
+
+def passes_together(groups: Mapping[str, UnitGroup]) -> int:
+    """How many passes of a batch give the gradients of all groups, where the path is its start: often one."""
+    return len(list(_apart(groups)))
 
 
 def _apart(groups: Mapping[str, UnitGroup]) -> Iterator[list[str]]:
