@@ -91,7 +91,8 @@ def floor_of(model: nn.Module, groups: dict[str, UnitGroup], batch: Batch, nodes
         line = Timeline(model, lambda: model(batch[0]))
         for group in groups.values():
             prefix = Prefix(line)
-            with substituted(group) as rows, prefix.before(touched(group)):
+            prefix.before(line.start(touched(group)))
+            with substituted(group) as rows, prefix:
                 leaves = [row.owner._parameters[row.attr] for row in rows]
 
                 def one(leaves: list[Any] = leaves) -> None:

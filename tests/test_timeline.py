@@ -113,11 +113,34 @@ class Early(nn.Module):
         return self.out(torch.relu(self.late(torch.relu(shifted))))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("make", [Early, InPlaceStem, Reused])
+class Borrowed(nn.Module):
+    """Adds up the bias of another layer, which runs later."""
+
+    def __init__(self, lender: nn.Module) -> None:
+        super().__init__()
+        self.lender = [lender]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lender[0].bias.square().sum()  # type: ignore[operator,union-attr]
+
+
+class Lending(nn.Module):
+    """A module ends before a layer begins, and has read of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.between = Borrowed(self.late)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.late(torch.relu(self.between(self.first(x))))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [Early, Lending, InPlaceStem, Reused])
 def test_layers_that_others_read_early_or_late(make: Any) -> None:
     torch.manual_seed(0)
     model = make().eval()
-    x = torch.randn({Early: (2, 4), InPlaceStem: (2, 3, 6, 6), Reused: (2, 6)}[make])
+    x = torch.randn({Early: (2, 4), Lending: (2, 4), InPlaceStem: (2, 3, 6, 6), Reused: (2, 6)}[make])
     groups = {name: group.unit_group() for name, group in AxisGraph(model, x).groups.items()}
     options = Scoring("ig", nodes=2, objective=squared)
     together = score_groups(model, groups, batches_of(x), options)

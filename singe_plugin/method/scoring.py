@@ -306,7 +306,8 @@ def _in_turn(
     needed = {name: line.start(touched(group)) for name, group in groups.items()}
     prefix = Prefix(line)
     for name in sorted(groups, key=lambda name: needed[name]):
-        yield name, lambda _, name=name: prefix.before(touched(groups[name]))  # type: ignore[misc]
+        prefix.before(needed[name])
+        yield name, lambda _: prefix
 
 
 def _nothing(_: set[nn.Module]) -> AbstractContextManager[None]:

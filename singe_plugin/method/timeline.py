@@ -76,7 +76,10 @@ class Timeline:
             self.read.setdefault(parameter, self.clock)
 
     def start(self, modules: Collection[nn.Module]) -> int:
-        """When something of some modules was needed for the first time; after the end, if nothing was."""
+        """When something of some modules was needed for the first time; after the end, if nothing was.
+
+        Parameters are known by what they were then: this is asked before others take their place.
+        """
         read = (self.read.get(id(p)) for module in modules for p in module._parameters.values() if p is not None)
         times = [*read, *(self.began.get(module) for module in modules)]
         return min((time for time in times if time is not None), default=self.clock + 1)
@@ -110,9 +113,9 @@ class Prefix:
         self._handles: dict[nn.Module, Any] = {}
         self._replaced: list[tuple[nn.Module, Any]] = []
 
-    def before(self, modules: Collection[nn.Module]) -> Prefix:
-        """The results in front of some modules, which begin no earlier than those that were asked for last."""
-        self._wanted = self.line.kept(self.line.start(modules))
+    def before(self, start: int) -> Prefix:
+        """The results that are there at some time, which is no earlier than what was asked for last."""
+        self._wanted = self.line.kept(start)
         return self
 
     def __enter__(self) -> Prefix:
