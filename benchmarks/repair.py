@@ -39,7 +39,7 @@ from settings import Setting, load_setting
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "results" / "repair.jsonl", HERE.parent / "docs" / "repair.md"
-METHODS = ("obs", "ig_abs", "ig", "taylor", "magnitude_l2")
+METHODS = ("obs", "ig_abs", "ig", "fast", "taylor", "magnitude_l2")
 FORMER = "obs_fixed"  # rows of obs before its Gram matrices were shrunk: with a ridge of 1e-3
 
 
