@@ -230,7 +230,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`benchmarks/repair.py` wrote this page from `benchmarks/results/repair.jsonl`. Top-1 in percent, the mean and "
         "deviation over seeds; four rounds, ranks per cost. *As pruned* is the network right after the last removal; "
         "*repaired* is the same network with the layers behind solved again on unlabelled training images "
-        "([usage](usage.md)).\n",
+        "([usage](usage.md)). `fast` is `Scoring.fast()`.\n",
         "## Without training\n",
         *_table([r for r in _untrained(rows) if r["split"] == "test"], ("pruned", "repaired")),
         "## Choices\n",
