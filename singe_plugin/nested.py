@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["call_model", "examples_in", "leaves_in", "map_tensors", "relative_change", "tensors_in", "to_device"]
+__all__ = [
+    "call_model", "copied", "examples_in", "leaves_in", "map_tensors", "relative_change", "tensors_in", "to_device",
+]  # fmt: skip
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -103,6 +105,17 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any, others: Callable[
             object.__setattr__(made, name, map_tensors(function, getattr(value, name), others))
         return made
     return value
+
+
+def copied(value: Any) -> Any:
+    """Copy all tensors in a nested value, without their graph: who is given it may write into it.
+
+    Example:
+        >>> import torch
+        >>> [t.requires_grad for t in copied([torch.ones(1, requires_grad=True)])]
+        [False]
+    """
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
 
 
 def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

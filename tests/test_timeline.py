@@ -39,7 +39,8 @@ def batches_of(inputs: Any) -> list[Any]:
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("seed", [1, 4, 6, 9, 12, 17])
 def test_scored_together_and_alone(seed: int, criterion: str) -> None:
-    model, inputs, _ = (lambda n: (n.model, n.inputs, n.description))(random_network(seed))
+    network = random_network(seed)
+    model, inputs = network.model, network.inputs
     groups = {name: group.unit_group() for name, group in AxisGraph(model, inputs).groups.items()}
     options = Scoring(criterion, objective=squared, **CRITERIA[criterion])
     before = copied(model)

@@ -21,7 +21,7 @@ from singe_plugin.loop.events import Repaired
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.survivors import Unpruned, images_of
 from singe_plugin.masks import plain_weights
-from singe_plugin.nested import examples_in, map_tensors, to_device
+from singe_plugin.nested import copied, examples_in, to_device
 from singe_plugin.rollback import Trackers, all_or_nothing
 from singe_plugin.state import model_device, preserved
 
@@ -80,7 +80,7 @@ def calls_in(model: nn.Module, step: Step, batches: Iterable[Any]) -> list[Call]
     found: list[Call] = []
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(map_tensors(lambda t: t.detach().clone(), (args, kwargs)))
+        found.append(copied((args, kwargs)))
 
     with preserved(model), torch.enable_grad():
         handle = model.eval().register_forward_pre_hook(see, with_kwargs=True)

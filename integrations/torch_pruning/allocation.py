@@ -121,14 +121,15 @@ class Rounds:
         reached, fraction = 1 - now[kind] / first[kind], 1 - (1 - whole * share) * first[kind] / now[kind]
         if fraction <= 0 or (share < 1 and whole * (1 - share) * first[kind] < few_units(specs, costs, kind)):
             return {}
-        point = POINT if share < 1 else POINT * first[kind] / now[kind]  # of the whole, in terms of what is left
+        last = POINT * first[kind] / now[kind]  # a point of the whole, in terms of what is left
+        point = POINT if share < 1 else last
         left = Target(kind, fraction)
         try:
             counts = _nearest(self.host, left, self.ratios, self.round_to, scores, specs, costs, now[kind], point)
             if share == 1:
                 return counts
             end = Target(kind, 1 - (1 - whole) * first[kind] / now[kind])
-            return self._with_a_way_on(counts, left, end, scores, specs, costs, POINT * first[kind] / now[kind])
+            return self._with_a_way_on(counts, left, end, scores, specs, costs, last)
         except BudgetError as error:
             if share < 1:
                 return {}  # too small a step for whole units; a later round makes up for it
@@ -182,11 +183,11 @@ class Rounds:
             except BudgetError:
                 return None
 
-        after, base = [_after(spec, counts[spec.name]) for spec in specs], costs.cost(end.kind, {})
-        further = 1 - (1 - end.fraction) * base / costs.cost(end.kind, counts)
-        if further <= 0 or self._steps_are_small(after, costs.after(counts), end.kind, further, point):
+        after, behind = [_after(spec, counts[spec.name]) for spec in specs], costs.after(counts)
+        further = 1 - (1 - end.fraction) * costs.cost(end.kind, {}) / behind.cost(end.kind, {})
+        if further <= 0 or self._steps_are_small(after, behind, end.kind, further, point):
             return counts
-        if goal(after, costs.after(counts), Target(end.kind, further), "uniform") is not None:
+        if goal(after, behind, Target(end.kind, further), "uniform") is not None:
             return counts
         whole = goal(specs, costs, end, self.ratios)
         if whole is None:

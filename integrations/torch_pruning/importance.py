@@ -116,17 +116,17 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
         if not rest:
             return found
         check_alone()
-        if options.rule.needs_gradient and self.batches is None:
-            raise DataError(
-                f"criterion {options.criterion!r} needs data: call importance.bind(model, batches), or give "
-                "SInGEPruner(batches=...)"
-            )
         model = self._model_of(next(iter(rest.values())))
         if options.rule.of_readers:
+            if self.batches is None:
+                raise DataError(
+                    f"criterion {options.criterion!r} needs data: call importance.bind(model, batches), or give "
+                    "SInGEPruner(batches=...)"
+                )
             graph = next(iter(rest.values())).axis_group.axes
             assert isinstance(graph, AxisGraph)
             own = {name: group.axis_group.name for name, group in rest.items()}
-            scores = costs_of_removal(graph, list(own.values()), self.batches or (), options)
+            scores = costs_of_removal(graph, list(own.values()), self.batches, options)
             found |= {name: scores[group] for name, group in own.items()}
         else:
             with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import is_of_the_machine
-from singe_plugin.nested import map_tensors, relative_change, tensors_in
+from singe_plugin.nested import copied, relative_change, tensors_in
 
 from .algebra import contains
 from .bench import Bench
@@ -47,7 +47,7 @@ class Part(Bench):
 
     def _called(self) -> Any:
         """What the module returns."""
-        return self.module(*_copied(self.call.args), **_copied(self.call.kwargs))
+        return self.module(*copied(self.call.args), **copied(self.call.kwargs))
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -109,10 +109,10 @@ def _calls(bench: Bench, modules: Mapping[nn.Module, Any]) -> dict[nn.Module, _C
     counting = _Counting()
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls[module] = _Call(_copied(args), _copied(kwargs), Counter(counting.counts))
+        calls[module] = _Call(copied(args), copied(kwargs), Counter(counting.counts))
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[module].outputs = _copied(list(tensors_in(output)))
+        calls[module].outputs = copied(list(tensors_in(output)))
 
     handles = []
     try:
@@ -125,8 +125,3 @@ def _calls(bench: Bench, modules: Mapping[nn.Module, Any]) -> dict[nn.Module, _C
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _copied(values: Any) -> Any:
-    """Copy all tensors: a model may write into what it was given."""
-    return map_tensors(lambda tensor: tensor.detach().clone(), values)

@@ -171,7 +171,7 @@ def plan_removals(
         else:
             high = middle
     # with coarse steps the way from below and the way from above end in different places
-    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to, point)
+    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
     _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
     return best
 
@@ -253,13 +253,7 @@ def _by_score(layers: Sequence[GroupSpec], scores: Scores, round_to: int | None)
 
 
 def _refine(
-    layers: Sequence[GroupSpec],
-    cost: CostModel,
-    kind: str,
-    wanted: float,
-    starts: list[Counts],
-    round_to: int | None,
-    point: float = POINT,
+    layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts], round_to: int | None
 ) -> Counts:
     """Move layers by one rounding step while that brings the cost nearer to what is wanted.
 
@@ -289,8 +283,8 @@ def _refine(
     best = min((search(start, 1, 1) for start in starts), key=miss)
     if miss(best) > POINT:
         best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
-    if miss(best) > min(point, POINT):
-        met = [counts for counts in _every(layers, round_to) if miss(counts) <= min(point, POINT)]
+    if miss(best) > POINT:
+        met = [counts for counts in _every(layers, round_to) if miss(counts) <= POINT]
         best = min(met, key=lambda counts: _apart(layers, counts, starts[0]), default=best)
     return dict(best)
 

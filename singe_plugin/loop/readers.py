@@ -26,12 +26,12 @@ from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.loop.player import ready
 from singe_plugin.method.batches import check_batch, inputs_for, materialise, read
 from singe_plugin.method.dependence import check_zeros
-from singe_plugin.method.evaluation import detached, evaluate, evaluation_failed
+from singe_plugin.method.evaluation import all_finite, detached, evaluate, evaluation_failed
 from singe_plugin.method.objective import check_head
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.reduction import normalize
 from singe_plugin.method.ridge import LARGEST, Moments, exact
-from singe_plugin.method.scoring import measuring, score_units
+from singe_plugin.method.scoring import measuring, score_groups
 from singe_plugin.method.surgeon import LEAST, Reading, removal_costs, shrinkage
 from singe_plugin.nested import call_model, examples_in, map_tensors, to_device
 from singe_plugin.state import forget_caches, model_device
@@ -115,24 +115,31 @@ def costs_of_removal(
     batches = materialise(batches)
     readers = _measured(graph, set().union(*reading.values()), batches, options, seed)
     product = replace(options, criterion="ig_abs", mu=None, quadrature="gauss", nodes=1, normalizer=None)
-    found = {}
+    costs: dict[str, Tensor] = {}
+    alone: list[str] = []
     for name, wanted in reading.items():
         group = graph.groups[name]
         readings, unseen = _readings(graph, group, wanted, readers)
         if unseen or not readings:
+            alone.append(name)
             _logger.info(
                 "the units of %r are scored without what reads them, %s", name,
                 f"because {unseen} is not followed" if unseen else "because no layer does",
             )  # fmt: skip
-            scores = 0.5 * score_units(graph.model, group.unit_group(), batches, product).double().square()
-        else:
-            scores = removal_costs(readings, group.size)
-            if not bool(scores.any()):
-                with measuring(graph.model):
-                    check_zeros(graph.model, group.unit_group(), batches, product)
-        if not bool(torch.isfinite(scores).all()):
+            continue
+        costs[name] = removal_costs(readings, group.size)
+        if not bool(costs[name].any()):
+            with measuring(graph.model):
+                check_zeros(graph.model, group.unit_group(), batches, product)
+    if alone:
+        groups = {name: graph.groups[name].unit_group() for name in alone}
+        products = score_groups(graph.model, groups, batches, product)
+        costs |= {name: 0.5 * scores.double().square() for name, scores in products.items()}
+    found = {}
+    for name in reading:
+        if not bool(torch.isfinite(costs[name]).all()):
             raise ScoringError(f"group {name!r}: the scores are not finite; check the batches for inf/NaN")
-        found[name] = normalize(scores, options.normalizer).float().to(model_device(graph.model))
+        found[name] = normalize(costs[name], options.normalizer).float().to(model_device(graph.model))
     return found
 
 
@@ -223,7 +230,7 @@ def _differentiate(
         raise
     except Exception as error:
         raise evaluation_failed(who, index, inputs, error) from error
-    if not all(bool(torch.isfinite(one).all()) for one in (value, *found) if one is not None):
+    if not all_finite([value, *(one for one in found if one is not None)]):
         raise ScoringError(f"{who}: F or its gradient is not finite on batch {index}; check the batch for inf/NaN")
     gradients = dict(zip(weights, found, strict=True))
     for reader in readers:

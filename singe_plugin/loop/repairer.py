@@ -218,6 +218,8 @@ class Repairer:
 
     def _find_sums(self, site: Site, original: Player, pruned: Player) -> None:
         """See where the results of a layer are added to what went wrong before: it can make up for that."""
+        if site.name in self.targets.factors:
+            return  # it is to give something else than it gave
         mine, theirs = ({n: p.tape.sums.get(n) for n in site.numbers} for p in (pruned, original))
         scales = set()
         for number in site.numbers:
@@ -228,8 +230,6 @@ class Repairer:
             rows = [axis for dim, axis in enumerate(axes) if dim != 1]
             if a is None or b is None or a.norm != b.norm or any(self.targets.left(axis) is not None for axis in rows):
                 return
-            if site.name in self.targets.factors:
-                return  # it is to give something else than it gave
             if a.depends & set(site.numbers):
                 return  # what it would make up for changes with it: a recurrent layer, step by step
             scales.add(a.norm)

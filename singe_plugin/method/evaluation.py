@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from singe_plugin.errors import ScoringError
 from singe_plugin.method.options import AMP_DTYPES, Scoring
 
-__all__ = ["detached", "evaluate", "evaluation_failed"]
+__all__ = ["all_finite", "detached", "evaluate", "evaluation_failed"]
 
 
 def evaluate(run: Callable[[], Any], targets: Any, options: Scoring, device: torch.device) -> Tensor:
@@ -34,6 +35,20 @@ def evaluate(run: Callable[[], Any], targets: Any, options: Scoring, device: tor
             f"the objective must return one number (a scalar tensor), got {shape}; reduce it, e.g. with .mean()"
         )
     return value.reshape(())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are, at the cost of one number that is asked for.
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor([1.0, math.nan])])
+        False
+    """
+    some = [t.detach() for t in tensors if t.numel()]
+    if not some:
+        return True
+    largest = [norm.to(some[0].device, torch.float64) for norm in torch._foreach_norm(some, math.inf)]
+    return bool(torch.isfinite(torch.stack(largest)).all())
 
 
 def evaluation_failed(who: str, index: int, inputs: Any, error: Exception) -> ScoringError:

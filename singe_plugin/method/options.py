@@ -212,9 +212,7 @@ class Scoring:
     def at_start(self) -> bool:
         """Whether all that is measured is measured where the path begins, so that a pass gives it for many layers."""
         rule = self.rule
-        if not rule.needs_gradient or rule.of_readers or self.path != "layer":
-            return False
-        return self.decay_path.scales.tolist() == [1.0]
+        return rule.needs_gradient and not rule.of_readers and self.path == "layer" and self.decay_path.is_start
 
     @property
     def passes(self) -> int:

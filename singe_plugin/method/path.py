@@ -95,6 +95,11 @@ class DecayPath:
     end: float = 0.0
 
     @property
+    def is_start(self) -> bool:
+        """Whether the path is its start, u = 1, alone."""
+        return self.scales.tolist() == [1.0]
+
+    @property
     def nodes(self) -> int:
         """The number of nodes, each one forward and backward pass per batch."""
         return len(self.scales)

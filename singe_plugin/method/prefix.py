@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from singe_plugin.nested import map_tensors, tensors_in
+from singe_plugin.nested import copied, tensors_in
 
-__all__ = ["Constant", "PrefixCache", "Readings", "is_new", "is_plain"]
+__all__ = ["Given", "PrefixCache", "Readings", "is_new", "is_plain", "may_be_given"]
 
 _MISSING = object()
 _NO_VALUES = frozenset(
@@ -75,7 +75,7 @@ class PrefixCache:
         self._outputs: dict[nn.Module, Any] = {}
         self._inputs: dict[nn.Module, list[tuple[Tensor, int]]] = {}
         self._handles: list[Any] = []
-        self._forwards: list[tuple[nn.Module, Any]] = []
+        self._given = Given()
         own = {id(p) for layer in self.layers for p in layer._parameters.values() if p is not None}
         self._readings: Readings | None = Readings(own, self._read)
         self._inside = False  # the model's forward: who moves the weights along the path reads them, too
@@ -93,9 +93,9 @@ class PrefixCache:
         self._handles.append(self.model.register_forward_pre_hook(self._enter))
         self._handles.append(self.model.register_forward_hook(self._leave, always_call=True))
         for module in self.model.modules():
-            hooked = bool(module._forward_hooks or module._forward_pre_hooks)  # a user's hook may change the output
+            kept = may_be_given(module)
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            if not hooked and not isinstance(module, torch.jit.ScriptModule):
+            if kept:
                 self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
         if self._readings is not None:
             self._readings.__enter__()  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ class PrefixCache:
             return
         for inner in module.modules():
             self._outputs.pop(inner, None)
-        self._outputs[module] = _copy(output)
+        self._outputs[module] = copied(output)
 
     def cancel(self) -> None:
         """Stop recording and keep nothing."""
@@ -131,8 +131,7 @@ class PrefixCache:
             self._outputs.clear()
         for module, output in self._outputs.items():
             if self._calls[module] == 1:
-                self._forwards.append((module, module.__dict__.get("forward", _MISSING)))
-                module.__dict__["forward"] = Constant(output)
+                self._given.give(module, output)
                 self.kept.append(module)
         self._outputs.clear()
 
@@ -147,23 +146,34 @@ class PrefixCache:
 
     def __exit__(self, *_: object) -> None:
         self._unhook()
-        for module, forward in self._forwards:
+        self._given.back()
+        self._outputs.clear()
+
+
+class Given:
+    """Modules that give out what was kept of them instead of running."""
+
+    def __init__(self) -> None:
+        self._forwards: list[tuple[nn.Module, Any]] = []
+
+    def give(self, module: nn.Module, output: Any) -> None:
+        """Let a module return copies of an output (what follows may work in place)."""
+        self._forwards.append((module, module.__dict__.get("forward", _MISSING)))
+        module.__dict__["forward"] = lambda *_, **__: copied(output)
+
+    def back(self) -> None:
+        """Let all of them run again."""
+        for module, forward in reversed(self._forwards):
             if forward is _MISSING:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
         self._forwards.clear()
-        self._outputs.clear()
 
 
-class Constant:
-    """A forward that returns a copy of a kept output (what follows may work in place)."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return _copy(self.output)
+def may_be_given(module: nn.Module) -> bool:
+    """Whether a module can return what was kept: no user's hook changes its output, and it is not scripted."""
+    return not (module._forward_hooks or module._forward_pre_hooks or isinstance(module, torch.jit.ScriptModule))
 
 
 def is_new(output: Any, inputs: Sequence[tuple[Tensor, int]]) -> bool:
@@ -180,7 +190,3 @@ def is_plain(output: Any) -> bool:
     if isinstance(output, (tuple, list)):
         return type(output) in (tuple, list) and all(isinstance(t, Tensor) for t in output)
     return isinstance(output, Tensor)
-
-
-def _copy(output: Any) -> Any:
-    return map_tensors(lambda tensor: tensor.detach().clone(), output)

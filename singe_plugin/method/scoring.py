@@ -173,7 +173,6 @@ def _score(
     batches = None if batches is None else materialise(batches)
     totals: dict[str, list[Tensor]] = {}
     covered: dict[str, list[Tensor]] = {}
-    counts = dict.fromkeys(groups, 0)
 
     def add_up(name: str, start: Norms, nodes: Iterator[Measured]) -> None:
         """Every criterion is a sum over the nodes: they are added one by one, and none is kept."""
@@ -182,10 +181,9 @@ def _score(
         for scale, weight, node in zip(path.scales.tolist(), path.weights.unsqueeze(1), nodes, strict=True):
             for total, norm, (grads, inner) in zip(mine, norms, node, strict=True):
                 total += rule.combine(norm[None] * scale, grads[None], inner[None], weight.to(norm.device))
-        counts[name] += 1
 
-    _measure(model, groups, batches, options, path, add_up, rule.norms, rule.inner)
-    means = {name: [total / counts[name] for total in totals[name]] for name in groups}
+    count = _measure(model, groups, batches, options, path, add_up, rule.norms, rule.inner)
+    means = {name: [total / count for total in totals[name]] for name in groups}
     zeros = [name for name in groups if not any(bool(mean.any()) for mean in means[name])]
     if batches is not None and rule.needs_gradient and zeros:
         with measuring(model):
@@ -216,8 +214,12 @@ def _measure(
     take: Callable[[str, Norms, Iterator[Measured]], None],
     norms: bool,
     inner: bool,
-) -> None:
-    """Hand the norms of every group, and what is measured along its path on every batch, to ``take``."""
+) -> int:
+    """Hand the norms of every group, and what is measured along its path on every batch, to ``take``.
+
+    Returns:
+        how often that was done: the number of batches.
+    """
     ties = tied_parameters(model)
     for group in groups.values():
         refuse_tied(group, ties)
@@ -230,7 +232,7 @@ def _measure(
                     start = weight_norms(group, rows, options.degree)
                 nothing = [(n.new_zeros(()).expand_as(n),) * 2 for n in start[0]]
                 take(name, start, iter([nothing]))
-        return
+        return 1
     if batches is None:
         raise DataError(
             f"criterion {options.criterion!r} differentiates F on data, and none is bound; call "
@@ -238,7 +240,8 @@ def _measure(
         )
     check_head(model, options.objective)
     device, count, starts = model_device(model), 0, dict[str, Norms]()
-    alone = options.at_start and path.scales.tolist() == [1.0]
+    alone = options.path == "layer" and path.is_start
+    together = list(_apart(groups)) if alone else []
     with measuring(model):
         model.requires_grad_(False)
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
@@ -254,19 +257,20 @@ def _measure(
                     starts[name] = weight_norms(groups[name], rows, options.degree)
                 return Walker(model, groups[name], rows, options, path, index, *moved, norms, inner)
 
-            for names in _apart(groups) if alone else ():
+            for names in together:
                 with ExitStack() as stack:
                     walkers = [walker(name, stack.enter_context(substituted(groups[name]))) for name in names]
                     found = Walker.together(walkers)
                 for name, measured in zip(names, found, strict=True):
                     take(name, starts[name], iter([measured]))
             for name, prefix in () if alone else _in_turn(model, groups, run, path.nodes):
-                with substituted(groups[name]) as rows, prefix({row.owner for row in rows}) as cache:
+                with substituted(groups[name]) as rows, prefix() as cache:
                     mine = walker(name, rows)
                     take(name, starts[name], mine.nodes(cache))
             count += 1
     if not count:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+    return count
 
 
 def passes_together(groups: Mapping[str, UnitGroup]) -> int:
@@ -291,25 +295,21 @@ def _apart(groups: Mapping[str, UnitGroup]) -> Iterator[list[str]]:
 
 def _in_turn(
     model: nn.Module, groups: Mapping[str, UnitGroup], run: Callable[[], Any], nodes: int
-) -> Iterator[tuple[str, Callable[[set[nn.Module]], AbstractContextManager[Any]]]]:
+) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
     """Yield groups in the order in which they are needed, each with what keeps the results in front of its layers."""
     if len(groups) == 1:
-        yield from ((name, _nothing if nodes == 1 else partial(PrefixCache, model)) for name in groups)
+        for name, group in groups.items():
+            yield name, nullcontext if nodes == 1 else partial(PrefixCache, model, touched(group))
         return
     try:
         line = Timeline(model, run)
     except Exception as error:
         if isinstance(error, SingeError) or is_of_the_machine(error):
             raise
-        yield from ((name, _nothing) for name in groups)  # what is wrong is said of the first of them
+        yield from ((name, nullcontext) for name in groups)  # what is wrong is said of the first of them
         return
     needed = {name: line.start(touched(group)) for name, group in groups.items()}
     prefix = Prefix(line)
     for name in sorted(groups, key=lambda name: needed[name]):
         prefix.before(needed[name])
-        yield name, lambda _: prefix
-
-
-def _nothing(_: set[nn.Module]) -> AbstractContextManager[None]:
-    """Nothing is kept."""
-    return nullcontext()
+        yield name, lambda: prefix

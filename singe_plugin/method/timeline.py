@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from singe_plugin.method.prefix import Constant, Readings, is_new, is_plain
-from singe_plugin.nested import map_tensors, tensors_in
+from singe_plugin.method.prefix import Given, Readings, is_new, is_plain, may_be_given
+from singe_plugin.nested import copied, tensors_in
 
 __all__ = ["Prefix", "Timeline"]
 
@@ -46,9 +46,9 @@ class Timeline:
         own = {id(parameter) for parameter in model.parameters()}
         handles = []
         for module in model.modules():
-            hooked = bool(module._forward_hooks or module._forward_pre_hooks)  # a user's hook may change the output
+            kept = may_be_given(module)
             handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            if not hooked and not hasattr(module, "_c"):  # a scripted module gives itself no other forward
+            if kept:
                 handles.append(module.register_forward_hook(self._end, with_kwargs=True))
         try:
             with Readings(own, self._see):
@@ -111,7 +111,7 @@ class Prefix:
         self.results: dict[nn.Module, Any] = {}
         self._wanted: list[nn.Module] = []
         self._handles: dict[nn.Module, Any] = {}
-        self._replaced: list[tuple[nn.Module, Any]] = []
+        self._given = Given()
 
     def before(self, start: int) -> Prefix:
         """The results that are there at some time, which is no earlier than what was asked for last."""
@@ -119,26 +119,22 @@ class Prefix:
         return self
 
     def __enter__(self) -> Prefix:
-        for module in self.results:  # also inside of one that is to be kept now
-            self._give(module)
+        for module, output in self.results.items():  # also inside of one that is to be kept now
+            self._given.give(module, output)
         for module in self._wanted:
             if module not in self.results:
                 self._handles[module] = module.register_forward_hook(self._keep)
         return self
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.results[module] = map_tensors(lambda tensor: tensor.detach().clone(), output)
-
-    def _give(self, module: nn.Module) -> None:
-        self._replaced.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = Constant(self.results[module])
+        self.results[module] = copied(output)
 
     def seal(self) -> None:
         """End the first pass: from now on what it has found is given out."""
         for module, handle in self._handles.items():
             handle.remove()
             if module in self.results:
-                self._give(module)
+                self._given.give(module, self.results[module])
         self._handles.clear()
 
     def cancel(self) -> None:
@@ -149,10 +145,5 @@ class Prefix:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        for module, forward in reversed(self._replaced):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-        self._replaced.clear()
+        self._given.back()
         self.results = {module: self.results[module] for module in self._wanted if module in self.results}

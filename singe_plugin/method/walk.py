@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ScoringError, SingeError
 from singe_plugin.method.decay import Measured, Row, inner_products, join, root, unit_norms
-from singe_plugin.method.evaluation import detached, evaluate, evaluation_failed
+from singe_plugin.method.evaluation import all_finite, detached, evaluate, evaluation_failed
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.path import DecayPath
 from singe_plugin.method.prefix import PrefixCache
@@ -206,7 +206,7 @@ class Walker:
                 raise evaluation_failed(self.who, self.index, self.inputs, error) from error
             unscaled = [g if g is None or self.loss_scale == 1.0 else g / self.loss_scale for g in found]
             grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, unscaled, strict=True)]
-            if _all_finite(grads):
+            if all_finite(grads):
                 return grads
             self._lower_loss_scale(scale)
 
@@ -221,11 +221,3 @@ class Walker:
             f"{self.who}: {what} is not finite on batch {self.index} with the weights at {scale:.4g} of "
             "their size; check the batch for inf/NaN, or use amp='bf16' or no amp"
         )
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    """Whether all values are, at the cost of one number that is asked for."""
-    some = [t.detach() for t in tensors if t.numel()]
-    return not some or bool(
-        torch.isfinite(torch.stack([n.double() for n in torch._foreach_norm(some, math.inf)])).all()
-    )
