@@ -38,7 +38,8 @@ class MaskHost:
         return [GroupSpec(name, len(self.kept[name]), name) for name in self.pieces]
 
     def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self.pruner.score(self.pieces[name], self.kept[name]) for name in layers}
+        found = self.pruner.score([self.pieces[name] for name in layers], [self.kept[name] for name in layers])
+        return dict(zip(layers, found, strict=True))
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
         stays = torch.ones(len(self.kept[layer]), dtype=torch.bool)
@@ -106,7 +107,7 @@ class Entwined:
         if all(rule.threshold is None and rule.family is None for rule in rules):
             scores = [torch.zeros(piece.size) for piece in pruner.pieces]
         else:
-            scores = [pruner.scores_of(piece) for piece in pruner.pieces]
+            scores = pruner.scores_of(pruner.pieces)
         kept = kept_units(pruner.pieces, scores, spaces, pruner.min_width)
         return {
             piece.name: max(len(pruner.alive(piece)) - int(mine.sum()), 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from singe_plugin.errors import DataError
 from singe_plugin.loop.events import Callbacks, LayerScored
 from singe_plugin.loop.pace import Pace
 from singe_plugin.method.options import Scoring
-from singe_plugin.method.scoring import score_units
-from singe_plugin.method.units import UnitGroup, subgroup
+from singe_plugin.method.scoring import score_groups
+from singe_plugin.method.units import subgroup
 from singe_plugin.nested import call_model, to_device
 from singe_plugin.run.guards import check_here
 from singe_plugin.state import model_device, preserved
@@ -82,15 +82,15 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
         """One metric per block of every target, ``[C, 1, 1, 1]`` for output channels; what is masked already has -1."""
         check_here()
         metrics: dict[str, dict[str, Tensor]] = {}
-        for piece in self.pieces:
+        wanted = [piece for piece in self.pieces if any(target in data.get(name, {}) for name, target in piece.members)]
+        start = time.perf_counter()
+        found = self.scores_of(wanted)
+        took = (time.perf_counter() - start) / max(len(wanted), 1)
+        for piece, scores in zip(wanted, found, strict=True):
             keys = [key for key in piece.members if key[1] in data.get(key[0], {})]
-            if not keys:
-                continue
-            start = time.perf_counter()
-            scores = self.scores_of(piece)
             alive = scores[scores != _GONE].cpu()
             if len(alive):
-                self.callback.on_layer_scored(LayerScored(piece.name, alive, time.perf_counter() - start))
+                self.callback.on_layer_scored(LayerScored(piece.name, alive, took))
             for module, target in keys:
                 space = self._target_spaces[module][target]
                 flat = piece.spread((module, target), scores, 0.0)
@@ -124,23 +124,36 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
             left[labels[(labels >= 0) & flat]] = True
         return left.nonzero().flatten()
 
-    def scores_of(self, piece: MaskedGroup) -> Tensor:
-        """One score per unit of a piece, -1 for units that are masked already."""
-        alive = self.alive(piece)
-        found = self.score(piece, alive)
-        scores = torch.full((piece.size,), _GONE, dtype=found.dtype, device=found.device)
-        scores[alive.to(found.device)] = found
-        return scores
+    def scores_of(self, pieces: Sequence[MaskedGroup]) -> list[Tensor]:
+        """One score per unit of every piece, -1 for units that are masked already."""
+        alive = [self.alive(piece) for piece in pieces]
+        result = []
+        for piece, units, found in zip(pieces, alive, self.score(pieces, alive), strict=True):
+            scores = torch.full((piece.size,), _GONE, dtype=found.dtype, device=found.device)
+            scores[units.to(found.device)] = found
+            result.append(scores)
+        return result
 
-    def score(self, piece: MaskedGroup, units: Tensor) -> Tensor:
-        """One score for each of some units of a piece."""
-        if not len(units):
-            return torch.zeros(0)
-        with self._scored_model() as (model, batches, options):
-            if piece.by_weights:
-                options = replace(options, criterion="l2")  # F does not depend on an auxiliary head
-            groups: list[UnitGroup] = [subgroup(source, units) for source in piece.sources]
-            return torch.stack([score_units(model, group, batches, options) for group in groups]).mean(0)
+    def score(self, pieces: Sequence[MaskedGroup], units: Sequence[Tensor]) -> list[Tensor]:
+        """One score for each of some units of every piece: all of them together, in as few passes as that takes."""
+        found = [list[Tensor]() for _ in pieces]
+        with ExitStack() as stack:
+            seen: Any = None
+            for by_weights in (False, True):  # F does not depend on an auxiliary head
+                groups = {
+                    f"{number}.{place}": source if len(mine) == piece.size else subgroup(source, mine)
+                    for number, (piece, mine) in enumerate(zip(pieces, units, strict=True))
+                    if piece.by_weights == by_weights and len(mine)
+                    for place, source in enumerate(piece.sources)
+                }
+                if not groups:
+                    continue
+                seen = seen or stack.enter_context(self._scored_model())
+                model, batches, options = seen
+                usual = replace(options, criterion="l2") if by_weights else options
+                for name, scores in score_groups(model, groups, batches, usual).items():
+                    found[int(name.partition(".")[0])].append(scores)
+        return [torch.stack(mine).mean(0) if mine else torch.zeros(0) for mine in found]
 
     @contextmanager
     def _scored_model(self) -> Iterator[tuple[nn.Module, Any, Scoring]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import ConfigError, DataError, ScoringError, SingeError, is_of_the_machine
 from singe_plugin.method.batches import check_batch, inputs_for, materialise, read
-from singe_plugin.method.decay import LayerStats, Measured, Row, substituted, touched, weight_norms
+from singe_plugin.method.decay import LayerStats, Measured, Row, on_norms, substituted, touched, weight_norms
 from singe_plugin.method.dependence import check_zeros
 from singe_plugin.method.objective import check_head
 from singe_plugin.method.options import Scoring
@@ -226,12 +226,11 @@ def _measure(
         if not group.producers:
             raise ConfigError(f"group {group.name!r} has no layer that produces its units; nothing to score")
     if not options.rule.needs_gradient:
-        with preserved(model):
-            for name, group in groups.items():
-                with substituted(group) as rows:
-                    start = weight_norms(group, rows, options.degree)
-                nothing = [(n.new_zeros(()).expand_as(n),) * 2 for n in start[0]]
-                take(name, start, iter([nothing]))
+        for name, group in groups.items():
+            with substituted(group, runs=False) as rows:
+                start = weight_norms(group, rows, options.degree)
+            nothing = [(n.new_zeros(()).expand_as(n),) * 2 for n in start[0]]
+            take(name, start, iter([nothing]))
         return 1
     if batches is None:
         raise DataError(
@@ -239,6 +238,8 @@ def _measure(
             "importance.bind(model, batches) with batches of (inputs, targets) first, or use the criterion 'l2'"
         )
     check_head(model, options.objective)
+    if not norms:
+        groups = {name: on_norms(group) for name, group in groups.items()}
     device, count, starts = model_device(model), 0, dict[str, Norms]()
     alone = options.path == "layer" and path.is_start
     together = list(_apart(groups)) if alone else []

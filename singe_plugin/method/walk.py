@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,7 @@ class Walker:
 
     def _scaled_leaves(self, scale: float, unit: Tensor | None) -> list[Tensor]:
         """Write the parameters of the group in the model for this place of the path, and return them."""
-        leaves = [cast(Tensor, row.owner._parameters[row.attr]) for row in self.rows]
-        with torch.no_grad():
-            for row, leaf in zip(self.rows, leaves, strict=True):
-                leaf.copy_(row.scaled(scale, unit))
-        return leaves
+        return [row.write(scale, unit) for row in self.rows]
 
     def moves(self) -> bool:
         """Whether the gradient at the start of the path is anything but zero."""
