@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from singe_plugin.method.folding import fold_batchnorm
     from singe_plugin.method.options import Scoring
     from singe_plugin.method.scoring import score_error, score_units
+    from singe_plugin.method.step import BatchObjective
     from singe_plugin.run.architecture import Builder
     from singe_plugin.run.artifact import load, save
     from singe_plugin.run.result import Result
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArtifactError",
+    "BatchObjective",
     "BudgetError",
     "Builder",
     "Callback",
@@ -97,6 +99,7 @@ _LAZY = {
     "loop.repair": ("Repair",),
     "loop.survivors": ("repair",),
     "method.scoring": ("score_error", "score_units"),
+    "method.step": ("BatchObjective",),
 }
 
 

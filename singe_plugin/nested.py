@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "call_model", "copied", "examples_in", "leaves_in", "map_tensors", "relative_change", "tensors_in", "to_device",
+    "are_images", "call_model", "copied", "examples_in", "leaves_in", "map_tensors", "relative_change",
+    "tensors_in", "to_device",
 ]  # fmt: skip
 
 
@@ -64,14 +65,36 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def examples_in(inputs: Any) -> int:
-    """The length of the first tensor in a model's inputs that has one; 0 if there is none.
+    """How many examples a model's inputs are of: the length of the first tensor that has one; 0 if there is none.
+
+    A list of tensors of three dimensions *in* the inputs is a list of images, as detectors take them: it is counted.
 
     Example:
         >>> import torch
         >>> examples_in({"scale": torch.tensor(2.0), "pixels": torch.zeros(4, 3)}), examples_in(None)
         (4, 0)
+        >>> examples_in(([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)],))
+        2
     """
-    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 0)
+    for value in _arguments(inputs):
+        if are_images(value):
+            return len(value)
+        for tensor in tensors_in(value):
+            if tensor.ndim:
+                return len(tensor)
+    return 0
+
+
+def _arguments(inputs: Any) -> list[Any]:
+    """The arguments that a model is called with."""
+    if isinstance(inputs, Mapping):
+        return list(inputs.values())
+    return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+
+
+def are_images(argument: Any) -> bool:
+    """Whether an argument is a list of images, one for each example: tensors of three dimensions."""
+    return type(argument) is list and bool(argument) and all(isinstance(t, Tensor) and t.ndim == 3 for t in argument)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any, others: Callable[[Any], Any] | None = None) -> Any:

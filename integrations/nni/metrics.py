@@ -20,6 +20,7 @@ from singe_plugin.loop.events import Callbacks, LayerScored
 from singe_plugin.loop.pace import Pace
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import score_groups
+from singe_plugin.method.step import Batch, StepModel, as_it_is
 from singe_plugin.method.units import subgroup
 from singe_plugin.nested import call_model, to_device
 from singe_plugin.run.guards import check_here
@@ -28,7 +29,7 @@ from singe_plugin.state import model_device, preserved
 from .evaluators import BatchCollector, step_of
 from .pieces import MaskedGroup, metric_shape
 from .sparsity import Masks, kept_units, masks_from
-from .view import Batch, StepModel, plain_view
+from .view import plain_view
 
 __all__ = ["ScoringPruner"]
 
@@ -173,8 +174,4 @@ class ScoringPruner(Pruner):  # type: ignore[misc]
             as_in_training = self.batches is None and not last
             moved = (b if as_in_training else to_device(b, device, last) for b in batches or ())
             wrapped = [((Batch(batch),), None) for batch in moved]
-            yield StepModel(self.bound_model, step), wrapped, replace(self.scoring, objective=_as_it_is)
-
-
-def _as_it_is(outputs: Any, targets: Any) -> Tensor:
-    return outputs  # type: ignore[no-any-return]
+            yield StepModel(self.bound_model, step), wrapped, replace(self.scoring, objective=as_it_is)

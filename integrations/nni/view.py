@@ -6,7 +6,7 @@ wants parameters that it can put on the path, batch-norm that it can fold, and m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from singe_plugin.undo import Contents
 
-__all__ = ["Batch", "StepModel", "masked_target", "plain_view", "solved_view", "undone_on_error", "wrappers_in"]
+__all__ = ["masked_target", "plain_view", "solved_view", "undone_on_error", "wrappers_in"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _MISSING = object()
@@ -171,30 +171,3 @@ def undone_on_error(model: nn.Module, wrappers: Iterable[ModuleWrapper]) -> Iter
     except BaseException:
         before.restore()
         raise
-
-
-class Batch:
-    """A batch on its way to somebody's training step: nothing looks into it, so it arrives as it is.
-
-    Args:
-        value: the batch, of whatever type.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class StepModel(nn.Module):
-    """A model together with somebody's training step, as a module that maps a batch to the loss.
-
-    Args:
-        model: the model that is trained.
-        step: the training step, ``(model, batch) -> loss``.
-    """
-
-    def __init__(self, model: nn.Module, step: Callable[[nn.Module, Any], Tensor]) -> None:
-        super().__init__()
-        self.model, self.step = model, step
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.step(self.model, batch.value)

@@ -186,7 +186,7 @@ class SInGEPruner(SteppingPruner):
             batches = self.importance.batches
         if batches is None:
             raise DataError("repair needs images: give SInGEPruner(batches=...), whose targets are not read")
-        return images_of(batches, repair.images, self.model)
+        return images_of(batches, repair.images, self.model, self.objective)
 
     # -- Algorithm 1 and rounds -----------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe_plugin.errors import DataError, GroupError, ScoringError, SingeError
-from singe_plugin.method.batches import check_batch, inputs_for, read
+from singe_plugin.method.batches import inputs_for, read
 from singe_plugin.method.objective import ObjectiveLike, check_head, check_logits, get_objective
+from singe_plugin.method.step import Batch, BatchObjective, StepModel, as_it_is, check_form
 from singe_plugin.nested import call_model, to_device
 from singe_plugin.state import model_device, plain_layers, preserved
 
@@ -123,17 +124,17 @@ class Ranking:
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
                 parameter.grad = None
-            ready = [to_device(batch, model_device(model)) for batch in checked(self.batches)]
+            ready = [to_device(batch, model_device(model)) for batch in checked(self.batches, self.objective)]
             if not ready:
                 raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
             _PREPARE[next(kind for kind in _PREPARE if isinstance(self.importance, kind))](self, ready)
             yield
 
 
-def checked(batches: Iterable[Any]) -> Iterator[Any]:
+def checked(batches: Iterable[Any], objective: ObjectiveLike) -> Iterator[Any]:
     """The batches, each of a form that can be scored on."""
     for batch in read(batches, "reading the batches to score on"):
-        check_batch(batch)
+        check_form(batch, objective)
         yield batch
 
 
@@ -141,7 +142,13 @@ def _loss(ranking: Ranking, batch: Any, per_example: bool = False) -> Any:
     """F on a batch; one for each example, on request."""
     model, objective = ranking.model, ranking.objective
     check_head(model, objective)
-    inputs, targets = inputs_for(model, batch)
+    inputs: Any
+    targets: Any
+    if isinstance(objective, BatchObjective):
+        model, inputs, targets = StepModel(model, objective, objective.train).eval(), (Batch(batch, 0),), None
+        objective = as_it_is
+    else:
+        inputs, targets = inputs_for(model, batch)
     try:
         outputs = call_model(model, inputs)
         if not per_example:

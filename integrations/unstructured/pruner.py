@@ -21,10 +21,11 @@ from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.survivors import Unpruned, images_of
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import fold_masks, masks_of
-from singe_plugin.method.batches import check_batch, in_memory, materialise
+from singe_plugin.method.batches import in_memory, materialise
 from singe_plugin.method.objective import ObjectiveLike
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import score_units
+from singe_plugin.method.step import check_form
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.run.data import example_from
 from singe_plugin.run.guards import check_model, check_parts
@@ -165,9 +166,9 @@ class UnstructuredPruner:
                 "(inputs, targets), or use scoring='l1'"
             )
         for batch in self.batches or ():
-            check_batch(batch)
+            check_form(batch, self.objective)
         if example_inputs is None and self.batches:
-            example_inputs = example_from(self.batches[0], model_device(model))
+            example_inputs = example_from(self.batches[0], model_device(model), objective=self.objective)
         self.example_inputs = example_inputs
         found, self.left_whole = find_layers(model, layers, ignored_layers, example_inputs)
         self.ratios: str | dict[str, float] = str(self.pace.ratios)  # or, of the layers that are pruned, one for each
@@ -178,7 +179,7 @@ class UnstructuredPruner:
             chosen = as_options(Repair, repair, "repair", "images")
             if not self.batches:
                 raise DataError("repair needs images: give UnstructuredPruner batches, whose targets are not read")
-            self.repair_with(chosen, images_of(self.batches, chosen.images, model))
+            self.repair_with(chosen, images_of(self.batches, chosen.images, model, self.objective))
 
     def repair_with(self, repair: Repair, images: Sequence[Any], seed: int = 0, needed: bool = True) -> None:
         """Let the weights that are left take over after :meth:`run`; see :meth:`SInGEPruner.repair_with`."""

@@ -25,7 +25,7 @@ from singe_plugin.fields import documented, option
 from singe_plugin.loop.distill import TEACHERS, Distill
 from singe_plugin.method.objective import Objective
 
-__all__ = ["EVERY", "FineTune", "OptimizerLike", "phase_share"]
+__all__ = ["EVERY", "FineTune", "OptimizerLike", "make_optimizer", "phase_share"]
 
 EVERY = ("removal", "layer", "end")
 OptimizerLike = (
@@ -178,3 +178,33 @@ def _check_optimizer(given: Any) -> None:
             f"optimizer={given!r} is neither an optimizer, nor its scheduler, nor its name, nor a function that makes "
             "one from parameters"
         )
+
+
+def make_optimizer(options: FineTune, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that the options ask for, where they name or make it.
+
+    Raises:
+        ConfigError: if what was given makes something else.
+
+    Example:
+        >>> make_optimizer(FineTune(lr=0.1), [nn.Parameter(torch.ones(1))]).param_groups[0]["lr"]
+        0.1
+    """
+    given, o = options.optimizer, options
+    if isinstance(given, str):
+        from timm.optim import create_optimizer_v2
+
+        named: torch.optim.Optimizer = create_optimizer_v2(
+            parameters, given, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum
+        )
+        return named
+    if given is None:
+        return torch.optim.SGD(parameters, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    assert not isinstance(given, (torch.optim.Optimizer, LRScheduler))  # these were there from the start
+    made = given(parameters)
+    if not hasattr(made, "param_groups"):
+        raise ConfigError(
+            f"the function that was given as optimizer made a {type(made).__name__}, and is to make an optimizer; "
+            "a scheduler is given itself: FineTune(optimizer=scheduler)"
+        )
+    return made

@@ -7,7 +7,7 @@ one with gradients how much the objective moves with what it gives. :mod:`singe_
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from singe_plugin.axes.rows import drawn, inputs_at, matrix_of, positions_of
 from singe_plugin.axes.tape import Playback, Tape
 from singe_plugin.errors import DataError, ScoringError, SingeError
 from singe_plugin.loop.player import ready
-from singe_plugin.method.batches import check_batch, inputs_for, materialise, read
+from singe_plugin.method.batches import inputs_for, materialise, read
 from singe_plugin.method.dependence import check_zeros
 from singe_plugin.method.evaluation import all_finite, detached, evaluate, evaluation_failed
 from singe_plugin.method.objective import check_head
@@ -32,6 +32,7 @@ from singe_plugin.method.options import Scoring
 from singe_plugin.method.reduction import normalize
 from singe_plugin.method.ridge import LARGEST, Moments, exact
 from singe_plugin.method.scoring import measuring, score_groups
+from singe_plugin.method.step import BatchObjective, as_step, check_form, model_inputs
 from singe_plugin.method.surgeon import LEAST, Reading, removal_costs, shrinkage
 from singe_plugin.nested import call_model, examples_in, map_tensors, to_device
 from singe_plugin.state import forget_caches, model_device
@@ -129,8 +130,9 @@ def costs_of_removal(
             continue
         costs[name] = removal_costs(readings, group.size)
         if not bool(costs[name].any()):
-            with measuring(graph.model):
-                check_zeros(graph.model, group.unit_group(), batches, product)
+            step, steps, plain = as_step(graph.model, batches, product)
+            with measuring(step):
+                check_zeros(step, group.unit_group(), steps or (), plain)
     if alone:
         groups = {name: graph.groups[name].unit_group() for name in alone}
         products = score_groups(graph.model, groups, batches, product)
@@ -153,20 +155,20 @@ def _measured(
     count = 0
     with ready(model), torch.autocast(device.type, enabled=False), torch.inference_mode(False):
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
-            check_batch(batch)
-            inputs, targets = inputs_for(model, batch)
-            inputs, targets = to_device(inputs, device, options.channels_last), to_device(targets, device)
+            check_form(batch, options.objective)
+            inputs = to_device(model_inputs(model, batch, options.objective), device, options.channels_last)
             if not index:
                 forget_caches(model, partial(call_model, model, inputs))
                 with torch.no_grad():
                     tape = Tape.of(model, map_tensors(torch.clone, inputs), graph.forward)
                 readers = _followed(graph, tape, wanted)
             examples = max(examples_in(inputs), 1)
+            model.eval()  # a step may have evaluated F in another mode
             with torch.no_grad():
                 see = partial(_see, graph, readers, examples, seed + 7919 * index)
                 with Playback(model, tape, see):
                     graph.forward(model, map_tensors(torch.clone, inputs))
-            _differentiate(graph, _each(readers), inputs, targets, options, index)
+            _differentiate(graph, _each(readers), inputs, batch, options, index)
             count += 1
     if not count:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
@@ -212,17 +214,16 @@ def _see(graph: AxisGraph, readers: dict[int, _Reader], examples: int, seed: int
 
 
 def _differentiate(
-    graph: AxisGraph, readers: list[_Reader], inputs: Any, targets: Any, options: Scoring, index: int
+    graph: AxisGraph, readers: list[_Reader], inputs: Any, batch: Any, options: Scoring, index: int
 ) -> None:
     """Count in how much the objective moves with what every contraction gives, on a batch."""
     weights = {reader.name: graph.model.get_parameter(reader.name) for reader in readers if reader.seen is not None}
     if not weights:
         return
-    who = f"criterion {options.criterion!r}"
+    who, device = f"criterion {options.criterion!r}", model_device(graph.model)
     try:
         with torch.enable_grad():
-            run = partial(graph.forward, graph.model, inputs)
-            value = evaluate(run, targets, replace(options, amp=None), model_device(graph.model))
+            value = evaluate(*_run_of(graph, inputs, batch, index, options), device)
             if not value.requires_grad:
                 raise detached(who)
             found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
@@ -237,6 +238,21 @@ def _differentiate(
         if reader.seen is not None and (gradient := gradients[reader.name]) is not None:
             squares = exact(matrix_of(reader.seen, gradient)).square().sum(2)
             reader.moves = squares if reader.moves is None else reader.moves + squares
+
+
+def _run_of(
+    graph: AxisGraph, inputs: Any, batch: Any, index: int, options: Scoring
+) -> tuple[Callable[[], Any], Any, Scoring]:
+    """What evaluates F on a batch, the targets, and the options for it."""
+    options, model = replace(options, amp=None), graph.model
+    if not isinstance(options.objective, BatchObjective):
+        targets = to_device(inputs_for(model, batch)[1], model_device(model))
+        return partial(graph.forward, model, inputs), targets, options
+    step, steps, options = as_step(model, [batch], options)
+    assert steps is not None
+    [((only,), _)] = steps
+    only.seed = index
+    return partial(step.eval(), only), None, options
 
 
 def _readings(

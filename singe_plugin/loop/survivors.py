@@ -24,6 +24,7 @@ from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.repairer import Repairer
 from singe_plugin.masks import fold_masks, masks_of, plain_weights
 from singe_plugin.method.batches import has_targets, inputs_for, inputs_only, read
+from singe_plugin.method.step import BatchObjective
 from singe_plugin.nested import call_model, examples_in, to_device
 from singe_plugin.rollback import Trackers, all_or_nothing
 from singe_plugin.state import model_device
@@ -34,11 +35,11 @@ _logger = logging.getLogger("singe_plugin")
 Forward = Callable[[nn.Module, Any], Any]
 
 
-def images_of(batches: Iterable[Any], count: int, model: nn.Module | None = None) -> list[Any]:
+def images_of(batches: Iterable[Any], count: int, model: nn.Module | None = None, objective: Any = None) -> list[Any]:
     """Return the inputs of batches, up to a number of examples; batches may have targets or not.
 
     The last batch is left out if it is smaller than the others, unless it is the only one. Of a mapping, targets that
-    the model's forward pass takes stay.
+    the model's forward pass takes stay. A :class:`~singe_plugin.BatchObjective` says what the inputs of a batch are.
 
     Raises:
         DataError: if there is none.
@@ -50,6 +51,8 @@ def images_of(batches: Iterable[Any], count: int, model: nn.Module | None = None
     found: list[Any] = []
     examples = 0
     for batch in read(batches, "reading the images for the repair"):
+        if isinstance(objective, BatchObjective):
+            batch = (objective.inputs_of(batch), None)
         takes = model is not None and isinstance(batch, Mapping) and has_targets(batch)
         inputs = inputs_for(model, batch)[0] if model is not None and takes else inputs_only(batch)
         size = examples_in(inputs)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.fields import describe
 from singe_plugin.loop.distillation import Teacher, find_teacher
 from singe_plugin.loop.events import Callback, FinetuneStep
-from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.finetune import FineTune, make_optimizer
 from singe_plugin.loop.losses import check_loss, loss_of, loss_on, name_of, unmoved
 from singe_plugin.loop.stream import BatchStream
 from singe_plugin.method.batches import inputs_for
 from singe_plugin.method.objective import Objective, ObjectiveLike, get_objective
+from singe_plugin.method.step import BatchObjective
 from singe_plugin.nested import to_device
 from singe_plugin.state import casts_forgotten, model_device, train_mode_of
 
@@ -113,7 +115,7 @@ class Tuner:
         if self._own_schedule and self.optimizer is not None and not _held(self.optimizer) & mine:
             self.optimizer = None  # it was made for another model
         if self.optimizer is None and trainable:
-            self.optimizer = self._made(trainable)
+            self.optimizer = make_optimizer(self.options, trainable)
         if self.optimizer is not None:
             if trainable and not _held(self.optimizer) & mine:
                 raise ConfigError(
@@ -161,34 +163,14 @@ class Tuner:
         """Hold the teacher from now on, unless it is held."""
         if self.teacher is None or self.teacher.model is not model:
             self._release_teacher()
-            self.teacher = find_teacher(self.options, self._chosen_loss(), model, example, begun, graph)
+            options = replace(self.options, step_fn=self.step_fn)
+            self.teacher = find_teacher(options, self._chosen_loss(), model, example, begun, graph)
             self._distils = None if self.teacher is None else self.teacher.name
 
     def _release_teacher(self) -> None:
         held, self.teacher = self.teacher, None
         if held is not None:
             held.release()
-
-    def _made(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer that the options ask for."""
-        given, o = self.options.optimizer, self.options
-        if isinstance(given, str):
-            from timm.optim import create_optimizer_v2
-
-            named: torch.optim.Optimizer = create_optimizer_v2(
-                parameters, given, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum
-            )
-            return named
-        if given is None:
-            return torch.optim.SGD(parameters, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-        assert not isinstance(given, (torch.optim.Optimizer, LRScheduler))  # these were there from the start
-        made = given(parameters)
-        if not hasattr(made, "param_groups"):
-            raise ConfigError(
-                f"the function that was given as optimizer made a {type(made).__name__}, and is to make an optimizer; "
-                "a scheduler is given itself: FineTune(optimizer=scheduler)"
-            )
-        return made
 
     def describe(self) -> dict[str, Any]:
         """The options as plain values, with the loss, the teacher, the rate and its course that are in force.
@@ -201,7 +183,7 @@ class Tuner:
         course = "constant"
         if self.scheduler is not None:
             course, made["optimizer"] = type(self.scheduler).__name__, type(self.optimizer).__qualname__
-        loss = self.options.step_fn or self._chosen_loss()
+        loss = self.step_fn or self._chosen_loss()
         makes = self._own_schedule and callable(self.options.optimizer)
         return made | {
             "every": self.options.every or "layer",
@@ -220,6 +202,13 @@ class Tuner:
         rates = [float(g.get("initial_lr", g["lr"]) if scheduled else g["lr"]) for g in self.optimizer.param_groups]
         return rates[0] if len(set(rates)) == 1 else rates
 
+    @property
+    def step_fn(self) -> Callable[[nn.Module, Any], Tensor] | None:
+        """The given function of model and batch, or F, if it is one and there is no other loss; else None."""
+        if self.options.step_fn is None and self.options.loss is None and isinstance(self.objective, BatchObjective):
+            return self.objective
+        return self.options.step_fn
+
     def _chosen_loss(self) -> Objective | None:
         """The given loss, or F; None for cross-entropy with label smoothing, as for ``loss`` and ``logit``."""
         if self.options.loss is not None:
@@ -233,7 +222,7 @@ class Tuner:
             DataError: see :func:`singe_plugin.loop.losses.check_loss`, and for a teacher whose outputs do not fit;
                 ``step_fn`` is not tried.
         """
-        if self.options.steps and self.options.step_fn is None:
+        if self.options.steps and self.step_fn is None:
             inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.options.channels_last)
             check_loss(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
             if self.teacher is not None:
@@ -343,10 +332,11 @@ class Tuner:
         return value, lr
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        if self.options.step_fn is not None:
-            loss = self.options.step_fn(model, batch)
+        step = self.step_fn
+        if step is not None:
+            loss = step(model, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ConfigError("step_fn(model, batch) must return the loss, a scalar tensor")
+                raise ConfigError(f"{name_of(step)}(model, batch) must return the loss, a scalar tensor")
             return loss.reshape(())
         try:
             if self.teacher is not None:

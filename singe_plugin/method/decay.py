@@ -255,7 +255,7 @@ def row_power(rows: Tensor, p: float) -> Tensor:
     """
     rows = rows.detach()
     if rows.dtype == torch.float32 and p in (1, 2) and rows.device.type == "cpu":  # elsewhere to look is to wait
-        norms = torch.linalg.vector_norm(rows, p, dim=1).double()
+        norms: Tensor = torch.linalg.vector_norm(rows, p, dim=1).double()
         if bool(((norms > 1e-15) & norms.isfinite()).all()):
             return norms.pow(p)
     if rows.dtype in (torch.float32, torch.float64):  # in one go: the values in double precision are never kept

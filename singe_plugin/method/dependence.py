@@ -59,9 +59,10 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
     found: set[str] = set()
     for inputs, targets in pairs:
         with preserved(model):
+            several = min((len(t) for t in tensors_in(inputs) if t.ndim), default=0) > 1
             for module in model.modules():  # running statistics belong to other weights: nothing would get through
-                several = min((len(t) for t in tensors_in(inputs) if t.ndim), default=0) > 1
-                module.training = several and isinstance(module, nn.modules.batchnorm._BatchNorm)
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.training = several
             found |= depends_on(model, lambda call: objective(call_model(call, inputs), targets))  # noqa: B023
         if found & mine:
             return

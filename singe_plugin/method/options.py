@@ -80,8 +80,9 @@ class Scoring:
     objective: ObjectiveLike | None = option(
         default=None,
         text="F, which fine-tuning minimises, too: ``loss`` (cross-entropy, or the loss that the model computes "
-        "from labels among its keywords), ``logit``, or a function of outputs and targets that returns a "
-        "scalar. By default loss; NNI's pruner takes the evaluator's own.",
+        "from labels among its keywords), ``logit``, a function of outputs and targets that returns a scalar, or a "
+        ":class:`~singe_plugin.BatchObjective` of the model and a batch. By default loss; NNI's pruner takes the "
+        "evaluator's own.",
         choices=OBJECTIVES,
     )
     group_reduction: str = option(

@@ -25,6 +25,7 @@ from singe_plugin.method.options import Scoring
 from singe_plugin.method.path import DecayPath
 from singe_plugin.method.prefix import PrefixCache
 from singe_plugin.method.reduction import normalize, reduce_layers
+from singe_plugin.method.step import as_step
 from singe_plugin.method.timeline import Prefix, Timeline
 from singe_plugin.method.units import UnitGroup, refuse_tied, tied_parameters
 from singe_plugin.method.walk import Walker
@@ -150,6 +151,7 @@ def _walk(
             ]
         )
 
+    model, batches, options = as_step(model, batches, options)
     _measure(model, {group.name: group}, batches, options, path, keep, True, True)
     return found
 
@@ -170,7 +172,7 @@ def _score(
     path: DecayPath,
 ) -> dict[str, Tensor]:
     rule = options.rule
-    batches = None if batches is None else materialise(batches)
+    model, batches, options = as_step(model, None if batches is None else materialise(batches), options)
     totals: dict[str, list[Tensor]] = {}
     covered: dict[str, list[Tensor]] = {}
 

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from singe_plugin.errors import DataError, SingeError
 from singe_plugin.method.batches import materialise, read, split_batch
-from singe_plugin.nested import call_model, map_tensors, tensors_in, to_device
+from singe_plugin.method.step import BatchObjective
+from singe_plugin.nested import are_images, call_model, map_tensors, tensors_in, to_device
 from singe_plugin.state import model_device, preserved
 
 __all__ = ["as_loader", "evaluate", "example_from", "few", "is_dataset", "lone_example", "scoring_batches"]
@@ -144,15 +145,27 @@ def _collate(data: Any, chunk: list[int]) -> Any:
         ) from error
 
 
-def example_from(batch: Any, device: torch.device, examples: int = 2) -> Any:
+def example_from(batch: Any, device: torch.device, examples: int = 2, objective: Any = None) -> Any:
     """Take the inputs of the first few examples of a batch, for tracing."""
-    inputs, _ = split_batch(batch)
+    inputs = objective.inputs_of(batch) if isinstance(objective, BatchObjective) else split_batch(batch)[0]
     return to_device(few(inputs, examples), device)
 
 
 def few(value: Any, count: int) -> Any:
-    """Take the first ``count`` examples of a batch, whatever its tensors are nested in."""
-    return map_tensors(lambda tensor: tensor[:count] if tensor.ndim else tensor, value)
+    """Take the first ``count`` examples of a model's inputs, whatever the tensors are nested in.
+
+    Example:
+        >>> len(few(torch.zeros(4, 2), 1)), len(few(([torch.zeros(3, 8, 8)] * 4,), 2)[0])
+        (1, 2)
+    """
+
+    def cut(value: Any) -> Any:
+        return map_tensors(lambda tensor: tensor[:count] if tensor.ndim else tensor, value, some)
+
+    def some(value: Any) -> Any:
+        return value[:count] if are_images(value) else None
+
+    return [cut(argument) for argument in value] if type(value) is list else cut(value)
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:

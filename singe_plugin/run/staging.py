@@ -24,9 +24,10 @@ from singe_plugin.loop.stream import loader_generators
 from singe_plugin.loop.survivors import images_of
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import named_tensors
-from singe_plugin.method.batches import check_batch, split_batch
+from singe_plugin.method.batches import split_batch
 from singe_plugin.method.options import Scoring
-from singe_plugin.nested import tensors_in, to_device
+from singe_plugin.method.step import BatchObjective, check_form, model_inputs
+from singe_plugin.nested import examples_in, tensors_in, to_device
 from singe_plugin.rollback import all_or_nothing
 from singe_plugin.run.architecture import Builder, Structure
 from singe_plugin.run.checkpoint import CHECKPOINT, seed_everything
@@ -128,8 +129,12 @@ def set_stage(
             _move(model, tuner, ema, where)
             assert scoring.batches is not None
             batches = scoring_batches(data, loader, scoring.batch_size, scoring.batches, seed)
-            _check_batches(batches, example_inputs)
-            example = example_from(batches[0], where) if example_inputs is None else to_device(example_inputs, where)
+            _check_batches(batches, example_inputs, scoring.objective)
+            example = (
+                example_from(batches[0], where, objective=scoring.objective)
+                if example_inputs is None
+                else to_device(example_inputs, where)
+            )
             validation = None if val_data is None else as_loader(val_data, BATCH, 0, shuffle=False)
             if isinstance(validation, Sized) and not len(validation):
                 raise DataError("val_data is empty; give at least one batch, or leave it out")
@@ -139,9 +144,9 @@ def set_stage(
                 checkpoint,
             )  # fmt: skip
             if images:
-                size = count_examples(split_batch(batches[0])[0])
+                size = count_examples(model_inputs(model, batches[0], scoring.objective))
                 drawn = scoring_batches(data, loader, size, -(-images // size), seed)
-                stage.images = images_of(drawn, images, model)
+                stage.images = images_of(drawn, images, model, scoring.objective)
             with all_or_nothing(model, tuner, Trackers(list(tuner.optimizers), [] if ema is None else [ema])):
                 yield stage
         finally:
@@ -152,12 +157,13 @@ def set_stage(
                 generator.set_state(state)
 
 
-def _check_batches(batches: list[Any], example_inputs: Any) -> None:
+def _check_batches(batches: list[Any], example_inputs: Any, objective: Any) -> None:
     """Raise :class:`DataError` for batches that cannot be scored on or, without example inputs, traced with."""
     for batch in batches:
-        check_batch(batch)
-    sparse = any(t.layout is not torch.strided for t in tensors_in(split_batch(batches[0])[0]))
-    if example_inputs is None and sparse:
+        check_form(batch, objective)
+    if example_inputs is not None or isinstance(objective, BatchObjective):
+        return
+    if any(t.layout is not torch.strided for t in tensors_in(split_batch(batches[0])[0])):
         raise DataError("the inputs of a batch are sparse; give tensor.to_dense(), or example_inputs to trace with")
 
 
@@ -224,7 +230,7 @@ def measure(model: nn.Module, stage: Stage) -> Metrics:
 
 def count_examples(inputs: Any) -> int:
     """The number of examples in a model's inputs."""
-    return max(next((len(t) if t.ndim else 1 for t in tensors_in(inputs)), 1), 1)
+    return max(examples_in(inputs), 1)
 
 
 def fingerprint_of(model: nn.Module) -> str:
