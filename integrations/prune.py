@@ -18,11 +18,12 @@ from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.watch import Evaluate
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
 from singe_plugin.run.result import Result
 from singe_plugin.run.run import carry_through
-from singe_plugin.run.staging import set_stage, with_log
+from singe_plugin.run.staging import as_judge, set_stage, with_log
 
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
@@ -66,7 +67,9 @@ def prune(
         finetune: a :class:`~singe_plugin.FineTune`, or a number of steps; 1000 steps, if nothing is said. It minimises
             the objective of the scoring, unless it has a ``loss`` or ``step_fn``.
         ignored_layers: modules or names of layers that stay whole, with what is inside of them.
-        val_data: a dataset or batches for the accuracy before and after; None measures none.
+        val_data: what the network is judged by, before and after: a dataset or batches (top-1 accuracy), a function of
+            the model that returns a number or a dictionary of numbers, or an :class:`~singe_plugin.Evaluate`, which
+            says how often, too, and how much worse it may get. None measures nothing.
         example_inputs: in the place of two examples from the data.
         device: where to run; None is the CUDA device that the model is on, else CUDA when there is one, else the CPU.
         seed: of everything random; the caller's random state is left alone.
@@ -74,7 +77,7 @@ def prune(
         repair: a :class:`~singe_plugin.Repair`, or a number of images: after the last removal the layers that read
             what is gone are solved again, so that the survivors take over. ``"auto"`` does so unless the fine-tuning
             is entwined with the removals, which it would undo; None leaves them.
-        callbacks: see :mod:`singe_plugin.loop.events`; a :class:`~singe_plugin.loop.events.ProgressBar` shows a bar.
+        callbacks: see :mod:`singe_plugin.loop.events`; a :class:`~singe_plugin.ProgressBar` shows a bar.
         out_dir: a folder for the checkpoint, written after every round (with ``pace="layers"``: every layer), and
             while it is fine-tuned at the end.
         resume: continue from the checkpoint in ``out_dir``, if there is one; ``model`` must be the unpruned model.
@@ -95,7 +98,8 @@ def prune(
     """
     pace = as_options(Pace, pace, "pace", "order").settle()
     finetune = as_options(FineTune, finetune, "finetune", "steps").settle(usual_every(pace))
-    mended = what_repairs(repair, finetune)
+    judge = as_judge(val_data)
+    mended = what_repairs(repair, finetune, judge)
     scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
     if isinstance(target, Target):
         target = str(target)
@@ -104,7 +108,7 @@ def prune(
         "fold": fold, "repair": None if mended is None else describe(mended),
     }  # fmt: skip
     with set_stage(
-        model, data, scoring=scoring, finetune=finetune, val_data=val_data,
+        model, data, scoring=scoring, finetune=finetune, val_data=judge,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
         images=0 if mended is None else mended.images,
     ) as stage:  # fmt: skip
@@ -127,15 +131,17 @@ def usual_every(pace: Pace) -> str:
     return "layer" if pace.order == "layers" else "end"
 
 
-def what_repairs(repair: Repair | int | str | None, finetune: FineTune) -> Repair | None:
-    """How the survivors take over, if they do.
+def what_repairs(repair: Repair | int | str | None, finetune: FineTune, judge: Evaluate | None = None) -> Repair | None:
+    """How the survivors take over, if they do: where the network is judged after every round, in every round.
 
     Example:
         >>> what_repairs("auto", FineTune(every="end")), what_repairs("auto", FineTune(every="layer"))
         (Repair(images=512, every='end', ridge=None, positions=32), None)
     """
     if repair == "auto":
-        return None if finetune.steps and finetune.every != "end" else Repair()
+        limited = judge is not None and judge.max_drop is not None
+        usual = Repair(every="round") if limited else Repair()
+        return None if finetune.steps and finetune.every != "end" else usual
     return None if repair is None else as_options(Repair, repair, "repair", "images")
 
 

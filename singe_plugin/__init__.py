@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
     from singe_plugin.loop.distill import Distill
-    from singe_plugin.loop.events import Callback, History, ProgressBar
+    from singe_plugin.loop.events import Callback, History
     from singe_plugin.loop.finetune import FineTune
     from singe_plugin.loop.pace import Pace
     from singe_plugin.loop.repair import Repair
+    from singe_plugin.loop.shown import ProgressBar
     from singe_plugin.loop.survivors import repair
+    from singe_plugin.loop.watch import Evaluate
     from singe_plugin.masks import hold_masks
     from singe_plugin.method.folding import fold_batchnorm
     from singe_plugin.method.options import Scoring
@@ -55,6 +57,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Distill",
+    "Evaluate",
     "FineTune",
     "FoldingError",
     "GroupError",
@@ -86,7 +89,8 @@ __all__ = [
 _LAZY = {
     "run.architecture": ("Builder",),
     "run.artifact": ("load", "save"),
-    "loop.events": ("Callback", "History", "ProgressBar"),
+    "loop.events": ("Callback", "History"),
+    "loop.shown": ("ProgressBar",),
     "loop.distill": ("Distill",),
     "loop.finetune": ("FineTune",),
     "method.folding": ("fold_batchnorm",),
@@ -98,6 +102,7 @@ _LAZY = {
     "loop.pace": ("Pace",),
     "loop.repair": ("Repair",),
     "loop.survivors": ("repair",),
+    "loop.watch": ("Evaluate",),
     "method.scoring": ("score_error", "score_units"),
     "method.step": ("BatchObjective",),
 }

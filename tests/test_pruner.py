@@ -14,8 +14,9 @@ from torch import nn
 from singe_plugin.errors import BudgetError, ScoringError
 from singe_plugin.integrations.torch_pruning import PruningOutcome, SInGEImportance, SInGEPruner
 from singe_plugin.loop.costs import count_macs, count_params
-from singe_plugin.loop.events import Callback, LogCallback, ProgressBar
+from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.shown import LogCallback, ProgressBar
 
 from asked import asked
 from small_nets import (

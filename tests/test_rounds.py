@@ -10,10 +10,11 @@ import pytest
 from torch import Tensor
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.loop.events import Callbacks, History, LogCallback, ProgressBar, Removed, RunStarted
+from singe_plugin.loop.events import Callbacks, History, Removed, RunStarted
 from singe_plugin.loop.loop import Loop, in_rounds
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import CountedProgress, Progress
+from singe_plugin.loop.shown import LogCallback, ProgressBar
 
 from memory_host import MemoryHost, MemoryTuner
 

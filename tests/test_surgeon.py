@@ -284,3 +284,24 @@ def test_where_readers_are_not_known_it_is_refused() -> None:
         importance(group)
     with pytest.raises(DataError, match="'obs' needs data"):
         SInGEPruner(net, batch[0], tp.importance.SInGEImportance("obs"), pruning_ratio=0.5).run()
+
+
+def test_what_never_changes_costs_next_to_nothing_and_is_no_error() -> None:
+    for gram in (torch.full((6, 6), -2.8e-17), torch.zeros(6, 6), 1e-20 * torch.ones(6, 6) - 1e-19 * torch.eye(6)):
+        reading = Reading(
+            gram.double(),
+            torch.randn(2, 6).double(),
+            torch.ones(2).double(),
+            torch.arange(6) // 2,
+            torch.tensor([-1, -1]),
+        )
+        costs = removal_costs([reading], 3)
+        assert bool(torch.isfinite(costs).all())
+        assert float(costs.max()) < 1e-12
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    with torch.no_grad():
+        net[0].bias.fill_(-100.0)  # dead: its readers get zeros, and give the same for every input
+    batches = [(torch.randn(16, 4), torch.arange(16) % 3) for _ in range(2)]
+    result = prune(net, batches, target="params=0.5", finetune=0)
+    assert bool(torch.isfinite(result.model(batches[0][0])).all())

@@ -25,6 +25,7 @@ from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.survivors import Unpruned, images_of
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.loop.watch import Watch
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.objective import ObjectiveLike
 from singe_plugin.run.guards import check_here, check_parts, parts_of
@@ -116,6 +117,7 @@ class SInGEPruner(SteppingPruner):
 
     kind: type[Progress] = Progress
     callbacks: Sequence[Callback]
+    watch: Watch | None = None
 
     def __init__(
         self,

@@ -60,6 +60,10 @@ class WeightHost:
         """Whether the masks are still on the model (they may have been folded)."""
         return all(mask_module(layer.module) is self.masks[name] for name, layer in self.by_name.items())
 
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that forgets what was counted of masks that are put back."""
+        return self._counts.clear
+
     def layers(self) -> list[GroupSpec]:
         return [GroupSpec(name, self.left(name), block_of(name)) for name in self.by_name]
 

@@ -18,7 +18,7 @@ from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
 from singe_plugin.run.result import Result
 from singe_plugin.run.run import carry_through
-from singe_plugin.run.staging import set_stage, with_log
+from singe_plugin.run.staging import as_judge, set_stage, with_log
 from singe_plugin.state import model_device
 
 from ..prune import what_repairs
@@ -73,7 +73,8 @@ def prune_weights(
     assert pace.order is not None
     scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order, weights=True)
     finetune = as_options(FineTune, finetune, "finetune", "steps")
-    mended = what_repairs(repair, finetune.settle("layer"))
+    judge = as_judge(val_data)
+    mended = what_repairs(repair, finetune.settle("layer"), judge)
     fraction, pattern = split_sparsity(sparsity)
     options = {
         "granularity": "weight", "sparsity": fraction, "pattern": None if pattern is None else str(pattern),
@@ -81,7 +82,7 @@ def prune_weights(
         "repair": None if mended is None else describe(mended),
     }  # fmt: skip
     with set_stage(
-        model, data, scoring=scoring, finetune=finetune, val_data=val_data,
+        model, data, scoring=scoring, finetune=finetune, val_data=judge,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
         images=0 if mended is None else mended.images,
     ) as stage:  # fmt: skip

@@ -20,6 +20,7 @@ from singe_plugin.loop.progress import CountedProgress, Progress
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.survivors import Unpruned, images_of
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.loop.watch import Watch
 from singe_plugin.masks import fold_masks, masks_of
 from singe_plugin.method.batches import in_memory, materialise
 from singe_plugin.method.objective import ObjectiveLike
@@ -201,6 +202,7 @@ class UnstructuredPruner:
 
     graph = None  # units stay where they are
     kind: type[Progress] = CountedProgress
+    watch: Watch | None = None
     callbacks: Sequence[Callback]
 
     @property

@@ -221,6 +221,12 @@ def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
 @_verify
 @_generated(*_OPTIONS, Repair)
 @click.option("--no-repair", is_flag=True, help="Leave the layers that read what is gone as they are.")
+@click.option(
+    "--max-drop",
+    type=float,
+    help="Stop when the accuracy on the validation images, in [0, 1], has fallen by more than this after a round: the "
+    "round is undone, and the survivors are repaired in every round if nothing is said of that.",
+)
 @click.option("--fold", is_flag=True, help="Fold batch-norm for good first, as in the paper.")
 @click.option("--no-curves", is_flag=True, help="Leave the plot of gradients along the path out.")
 @click.option("--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results.")

@@ -23,7 +23,7 @@ from singe_plugin.loop.events import History
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import path_gradient_norms
 from singe_plugin.method.units import UnitGroup
-from singe_plugin.run.result import Metrics, Result, latency_cells
+from singe_plugin.run.result import Metrics, Result, latency_cells, measured_cells
 
 __all__ = [
     "Curves",
@@ -296,6 +296,7 @@ def _change_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     if before["accuracy"] is not None and after["accuracy"] is not None:
         points = f"{100 * (after['accuracy'] - before['accuracy']):+.2f} points"
         rows.append(("top-1 accuracy", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}", points))
+    rows += measured_cells(Metrics(**before), Metrics(**after))
     if before["latency_ms"] is not None and after["latency_ms"] is not None:
         rows.append(("latency (ms)", *latency_cells(Metrics(**before), Metrics(**after))))
     return rows

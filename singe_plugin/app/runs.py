@@ -17,7 +17,8 @@ from singe_plugin.app.report import FILES, Curves, read_extras, report_data, wri
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.fields import describe, to_plain
 from singe_plugin.files import locked
-from singe_plugin.loop.events import ProgressBar
+from singe_plugin.loop.shown import ProgressBar
+from singe_plugin.loop.watch import Evaluate
 from singe_plugin.run.artifact import MASKS, RECORD, TENSORS, read, save
 from singe_plugin.run.checkpoint import CHECKPOINT, is_checkpoint
 from singe_plugin.run.data import as_loader
@@ -141,13 +142,21 @@ def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, 
     weights = granularity == "weight"
     pace = settle_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settle()
     settled = options["finetune"].settle("layer" if weights else usual_every(pace))
+    judge = _judge(options, "data")
     finetune = {k: v for k, v in describe(settled).items() if k not in ("loader", "loss")}
-    repair = what_repairs(options["repair"], settled)
+    repair = what_repairs(options["repair"], settled, judge)
     scoring = options["scoring"].settle(pace.order, weights, repair is not None)
     parts: dict[str, Any] = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
     parts["repair"] = None if repair is None else describe(repair)
     known = {k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded}
+    if judge.max_drop is not None or "evaluate" in recorded:
+        known["evaluate"] = {"max_drop": judge.max_drop}
     return _flat(known | {"granularity": "weight" if weights else None})
+
+
+def _judge(options: Mapping[str, Any], by: Any) -> Evaluate:
+    """What the network is judged by, and how much worse it may get."""
+    return Evaluate(by, max_drop=options.get("max_drop"))
 
 
 def _prune(
@@ -177,11 +186,13 @@ def _prune(
         panels = figure_two(named.model, splits.train, prune_options["scoring"].batch_size, seed)
     if (pattern := prune_options.pop("pattern", None)) is not None:
         prune_options["sparsity"] = pattern, prune_options["sparsity"]
+    judge = _judge(prune_options, as_loader(splits.val, batch_size, workers, shuffle=False))
+    prune_options.pop("max_drop", None)
     started = time.perf_counter()
     bar = ProgressBar() if progress else None
     try:
         result: Result = runs[granularity](
-            named.model, splits.train, val_data=as_loader(splits.val, batch_size, workers, shuffle=False),
+            named.model, splits.train, val_data=judge,
             out_dir=output, resume=resume,
             callbacks=() if bar is None else (bar,), **prune_options,
         )  # fmt: skip

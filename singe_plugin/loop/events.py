@@ -7,15 +7,12 @@ are callbacks like any other.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from singe_plugin.files import write_text
 from singe_plugin.loop.repair import Solved
@@ -23,17 +20,17 @@ from singe_plugin.loop.repair import Solved
 __all__ = [
     "Callback",
     "Callbacks",
+    "Evaluated",
     "FinetuneStep",
     "History",
     "LayerDone",
     "LayerScored",
-    "LogCallback",
-    "ProgressBar",
     "Removed",
     "Repaired",
     "RoundDone",
     "RunEnded",
     "RunStarted",
+    "Stopped",
 ]
 
 
@@ -118,6 +115,20 @@ class RoundDone:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """The network was judged after a round (see :class:`singe_plugin.Evaluate`): the numbers, by name."""
+
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The network had become too bad: the last round was undone, for this reason, and nothing more is removed."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The run is over."""
 
@@ -158,6 +169,12 @@ class Callback:
 
     def on_round_done(self, event: RoundDone) -> None:
         """After each round, where layers are pruned together (see :mod:`singe_plugin.loop.loop`)."""
+
+    def on_evaluated(self, event: Evaluated) -> None:
+        """After each round, where the network is judged then; before :meth:`on_round_done`."""
+
+    def on_stopped(self, event: Stopped) -> None:
+        """The last round was undone, and the run goes to its end."""
 
     def on_run_end(self, event: RunEnded) -> None:
         """After the last layer and the last step."""
@@ -200,6 +217,14 @@ class Callbacks(Callback):
     def on_round_done(self, event: RoundDone) -> None:
         for callback in self.callbacks:
             callback.on_round_done(event)
+
+    def on_evaluated(self, event: Evaluated) -> None:
+        for callback in self.callbacks:
+            callback.on_evaluated(event)
+
+    def on_stopped(self, event: Stopped) -> None:
+        for callback in self.callbacks:
+            callback.on_stopped(event)
 
     def on_run_end(self, event: RunEnded) -> None:
         for callback in self.callbacks:
@@ -250,6 +275,17 @@ class History(Callback):
     def on_round_done(self, event: RoundDone) -> None:
         self._add("round_done", **asdict(event))
 
+    def on_evaluated(self, event: Evaluated) -> None:
+        self._add("evaluated", values=dict(event.values))
+
+    def on_stopped(self, event: Stopped) -> None:
+        """What the undone round did to the network is taken out: it did not happen to the network that is left."""
+        ends = [number for number, row in enumerate(self.rows) if row["event"] in ("run_start", "evaluated")]
+        start = ends[-2] if len(ends) > 1 else -1
+        undone = ("removed", "repaired", "layer_scored")
+        self.rows[start + 1 :] = [row for row in self.rows[start + 1 :] if row["event"] not in undone]
+        self._add("stopped", reason=event.reason)
+
     def on_run_end(self, event: RunEnded) -> None:
         self._add("run_end", params=event.params, seconds=event.seconds)
 
@@ -271,91 +307,3 @@ class History(Callback):
     def save(self, path: str | Path) -> None:
         """Write one JSON object per line; :class:`~singe_plugin.errors.ArtifactError` if that cannot be done."""
         write_text(Path(path), "".join(json.dumps(row) + "\n" for row in self.rows))
-
-
-class LogCallback(Callback):
-    """Writes one line per layer to the logger ``singe_plugin``."""
-
-    def __init__(self, level: int = logging.INFO) -> None:
-        self.level = level
-        self.logger = logging.getLogger("singe_plugin")
-        self._loss: float | None = None
-
-    def on_run_start(self, event: RunStarted) -> None:
-        units, layers = sum(event.plan.values()), sum(1 for v in event.plan.values() if v)
-        self.logger.log(
-            self.level, "removing %d units from %d layers, %d fine-tuning steps", units, layers, event.finetune_steps
-        )
-
-    def on_repaired(self, event: Repaired) -> None:
-        if event.better:
-            before, after = (median(getattr(layer, which) for layer in event.better) for which in ("before", "after"))
-            self.logger.log(
-                self.level, "repaired %d of %d layers in %.0f s: their error fell from %.3f to %.3f (median)",
-                len(event.better), len(event.layers), event.seconds, before, after,
-            )  # fmt: skip
-        for layer in (layer for layer in event.layers if layer.reason):
-            self.logger.log(self.level, "%s was not repaired: %s", layer.name, layer.reason)
-
-    def on_finetune_step(self, event: FinetuneStep) -> None:
-        self._loss = event.loss
-
-    def on_layer_done(self, event: LayerDone) -> None:
-        loss = "" if self._loss is None else f", loss {self._loss:.4f}"
-        self.logger.log(
-            self.level,
-            "%d/%d %s done: %d parameters left%s",
-            event.index + 1,
-            event.layers,
-            event.layer,
-            event.params,
-            loss,
-        )
-
-    def on_round_done(self, event: RoundDone) -> None:
-        loss = "" if self._loss is None else f", loss {self._loss:.4f}"
-        self.logger.log(
-            self.level, "round %d/%d done: %d removed, %d left%s", event.round, event.rounds, event.removed, event.left,
-            loss,
-        )  # fmt: skip
-
-
-class ProgressBar(Callback):
-    """A tqdm bar over removals and fine-tuning steps, with the time that is left.
-
-    A removal is one step; where they go into the hundreds of thousands (single weights), all of them are a thousand.
-    """
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.unit, self.gone = 1, 0
-
-    def on_run_start(self, event: RunStarted) -> None:
-        units = sum(event.plan.values())
-        self.unit = 1 if units < 100_000 else units // 1000
-        self._open(units // self.unit + event.finetune_steps)
-
-    def _open(self, total: int | None = None) -> None:
-        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, desc="pruning")
-
-    def _advance(self, count: int, **shown: Any) -> None:
-        if self.bar is None:
-            self._open()  # a resumed run has started before
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(count)
-
-    def on_removed(self, event: Removed) -> None:
-        before, self.gone = self.gone, self.gone + event.count
-        self._advance(self.gone // self.unit - before // self.unit, layer=event.layer, left=event.left)
-
-    def on_finetune_step(self, event: FinetuneStep) -> None:
-        self._advance(1, loss=f"{event.loss:.3f}")
-
-    def on_run_end(self, event: RunEnded) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar down; a run that fails does not do it."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

@@ -41,6 +41,7 @@ from singe_plugin.loop.finetune import phase_share
 from singe_plugin.loop.pace import Pace, units_per_turn
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.loop.watch import Watch
 
 __all__ = [
     "Allocation", "Choice", "Host", "Loop", "Pause", "Repairing", "Schedule", "Turn", "in_layers", "in_rounds",
@@ -160,6 +161,7 @@ class Loop:
             final fine-tuning; or None.
         choose: which units go, given their scores; the lowest.
         save_steps: see ``save``.
+        watch: looks at the network after every layer or round, and may end the run; or None.
     """
 
     def __init__(
@@ -171,7 +173,9 @@ class Loop:
         save: Callable[[Progress], None] | None = None,
         choose: Choice = lowest,
         save_steps: int = 200,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.host, self.progress, self.schedule = host, progress, schedule
         self.callback = callback or Callback()
         self.save = save or (lambda _: None)
@@ -198,11 +202,17 @@ class Loop:
         """
         started = time.perf_counter()
         self.callback.on_model(self.host.model)
-        for turn in turns:
+        progress, watch = self.progress, self.watch
+        for turn in turns if progress.stopped is None else ():
+            if watch is not None:
+                watch.before_turn(progress)
             self.take(turn)
             if turn.steps:
                 yield Pause(turn.steps)
-        progress = self.progress
+            if watch is not None and turn.closing and watch.after_round(progress, self.callback):
+                self._repair(last=True)
+                self.save(progress)
+                break
         while self.every == "end" and progress.end_done < self.steps:
             steps = min(self.save_steps, self.steps - progress.end_done)
             yield Pause(steps, (progress.end_done, self.steps))
@@ -216,8 +226,12 @@ class Loop:
         """Score, choose, remove and repair."""
         for layer, positions in self.choose_units(turn).items():
             self.remove(layer, positions)
-        if turn.closing and isinstance(self.host, Repairing):
-            done = self.host.repair(turn.last)
+        if turn.closing:
+            self._repair(turn.last)
+
+    def _repair(self, last: bool) -> None:
+        if isinstance(self.host, Repairing):
+            done = self.host.repair(last)
             if done is not None:
                 self.callback.on_repaired(done)
 

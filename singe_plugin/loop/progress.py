@@ -23,6 +23,7 @@ class Progress:
         finished: whether the run is over.
         goal: for rounds: layer -> units to remove in all, where that is fixed from the start.
         before: for rounds: the sizes of the model before the first.
+        stopped: why nothing more is removed; None where the plan is followed to its end.
     """
 
     plan: dict[str, int]
@@ -33,6 +34,7 @@ class Progress:
     finished: bool = False
     goal: dict[str, int] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
+    stopped: str | None = None
 
     def begin(self, layers: Sequence[GroupSpec]) -> None:
         """Take over what the host has now, if nothing is known of it yet."""

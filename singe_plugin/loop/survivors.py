@@ -141,6 +141,15 @@ class Unpruned:
         if self.options.every == "round":
             self._dirty = False
 
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that puts back whether there is something to repair."""
+        dirty = self._dirty
+
+        def rewind() -> None:
+            self._dirty = dirty
+
+        return rewind
+
     def removed(self) -> None:
         """Note that something was removed."""
         self._dirty = True

@@ -37,6 +37,7 @@ __all__ = ["LEAST", "Reading", "removal_costs", "shrinkage"]
 LEAST = 1e-3  # of what is added to a diagonal, relative to its mean
 _MOST = 0.999  # rho: beyond, nothing would be left of G
 _STEPS = 128  # removals of a group; of larger ones, several units go at once
+_LEAST_SHARE, _LEAST_VALUE = 1e-12, 1e-30  # of the eigenvalues of a matrix that is not positive definite
 _GONE = 0.25  # of the features: then they are left out of the matrices
 _APART = 1e-6  # by how much a unit costs more than the one before, at least
 
@@ -135,9 +136,18 @@ class _State:
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    """The inverse of a positive definite matrix, at half the cost of any matrix's."""
+    """The inverse of a positive definite matrix, at half the cost of any matrix's.
+
+    Features that never change (nothing gets through the layer in front) have a matrix of rounding errors, which may be
+    anything: what is not positive of it counts as next to nothing.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.inv(gram) if bool(failed) else torch.cholesky_inverse(factor)
+    if not bool(failed):
+        return torch.cholesky_inverse(factor)
+    values, vectors = torch.linalg.eigh(gram)
+    least = max(float(values[-1]) * _LEAST_SHARE, _LEAST_VALUE)
+    inverse: Tensor = (vectors / values.clamp(min=least)) @ vectors.t()
+    return inverse
 
 
 def removal_costs(readings: Sequence[Reading], size: int) -> Tensor:

@@ -78,6 +78,7 @@ def write_checkpoint(
             "finished": progress.finished,
             "goal": progress.goal,
             "before": progress.before,
+            "stopped": progress.stopped,
         },
         "history": history.rows,
         "rng": _pack_rng(RngState.capture(), "rng", tensors),
@@ -173,7 +174,7 @@ def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress)
     """The progress that a checkpoint describes."""
     saved = record["progress"]
     removals = [(layer, list(units)) for layer, units in saved["removals"]]
-    names = ("plan", "next_layer", "alive", "end_done", "finished", "goal", "before")
+    names = ("plan", "next_layer", "alive", "end_done", "finished", "goal", "before", "stopped")
     return kind(removals=removals, **{name: saved[name] for name in names if name in saved})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -14,10 +15,12 @@ from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.loop import Host, Loop, Turn
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.loop.watch import Watch
 from singe_plugin.method.objective import ObjectiveLike
-from singe_plugin.rollback import all_or_nothing
+from singe_plugin.rollback import Snapshot, all_or_nothing
 from singe_plugin.run.guards import check_here, check_lone
 from singe_plugin.run.result import GroupRow
+from singe_plugin.state import RngState
 
 __all__ = ["Job", "Save", "carry_out", "make_tuner"]
 
@@ -36,6 +39,7 @@ class Job(Protocol):
         objective: F, which is fine-tuned for, too.
         kind: the class of its progress.
         left_whole: what is not pruned, and why.
+        watch: looks at the network after every round, or None.
     """
 
     kind: type[Progress]
@@ -43,6 +47,7 @@ class Job(Protocol):
     tuner: Tuner | None
     callbacks: Sequence[Callback]
     example_inputs: Any
+    watch: Watch | None
 
     @property
     def graph(self) -> AxisGraph | None: ...
@@ -107,9 +112,26 @@ def carry_out(
             progress = job.start(host)
         if not progress.finished:
             schedule = None if job.tuner is None else job.tuner.options
-            loop = Loop(host, progress, schedule, Callbacks([history, *job.callbacks]), save)
+            if job.watch is not None:
+                job.watch.remember = partial(_remembered, job, host)
+            loop = Loop(host, progress, schedule, Callbacks([history, *job.callbacks]), save, watch=job.watch)
             loop.run(job.turns(loop), job.tuner)
         yield host, progress
+
+
+def _remembered(job: Job, host: Any) -> Callable[[], None]:
+    """What puts everything back to where it is now: the network, its groups or masks, and its fine-tuning."""
+    rng, groups = RngState.capture(), host if job.graph is None else job.graph
+    undo = Snapshot(job.model, groups, trackers=job.trackers(), values=True)
+    rewinders = [part.rewinder() for part in (job.tuner, host.unpruned) if part is not None]
+
+    def back() -> None:
+        undo.restore()
+        for rewind in rewinders:
+            rewind()
+        rng.restore()
+
+    return back
 
 
 def _taught(job: Job, progress: Progress | None) -> AbstractContextManager[None]:

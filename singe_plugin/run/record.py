@@ -73,6 +73,10 @@ def _number(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and math.isfinite(value) and value >= 0)
 
 
+def _real(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
+
+
 def _list_of(check: _Check) -> _Check:
     return lambda value: type(value) is list and all(map(check, value))
 
@@ -96,7 +100,9 @@ def _row(value: Any) -> bool:
 
 
 def _metrics(value: Any) -> bool:
-    if not _dict_of(_number)(value) or set(value) != {f.name for f in fields(Metrics)}:
+    if type(value) is not dict or set(value) != {f.name for f in fields(Metrics)}:
+        return False
+    if not _dict_of(_real)(value["measured"]) or not all(_number(v) for k, v in value.items() if k != "measured"):
         return False
     counts = [value["params"], value["macs"], value["nonzero"] or 0, value["effective_macs"] or 0]
     return all(map(_count, counts)) and (value["accuracy"] or 0) <= 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from singe_plugin.loop.events import History
 
-__all__ = ["GroupRow", "Metrics", "Result", "latency_cells", "package_versions"]
+__all__ = ["GroupRow", "Metrics", "Result", "latency_cells", "measured_cells", "package_versions"]
 
 NARROW, SHARE = 4, 0.1  # what is left of a layer, in units and of what it had, below which it is warned of
 
@@ -46,6 +46,8 @@ class Metrics:
         latency_iqr_ms: the distance between the quartiles of that time.
         nonzero: parameters that are not masked; None where no single weights were pruned.
         effective_macs: multiply-adds with a weight that is not masked, for one example; None likewise.
+        measured: what the user's own function says, by name (see :class:`~singe_plugin.Evaluate`); None for what is
+            not finite.
     """
 
     params: int
@@ -55,6 +57,7 @@ class Metrics:
     latency_iqr_ms: float | None = None
     nonzero: int | None = None
     effective_macs: int | None = None
+    measured: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,12 @@ class Result:
         return 1 - sum(r.units_after for r in self.layers) / max(sum(r.units_before for r in self.layers), 1)
 
     @property
+    def stopped(self) -> str | None:
+        """Why less was removed than was asked for, see :class:`~singe_plugin.Evaluate`; None if the target was met."""
+        rows = self.history.select("stopped")
+        return str(rows[-1]["reason"]) if rows else None
+
+    @property
     def warnings(self) -> list[str]:
         """What is to be looked at before the model is used: layers left with next to no units (see :class:`GroupRow`).
 
@@ -159,6 +168,7 @@ class Result:
         if self.before.accuracy is not None and self.after.accuracy is not None:
             change = f"{100 * (self.after.accuracy - self.before.accuracy):+.2f} points"
             rows.append(("accuracy", f"{self.before.accuracy:.2%}", f"{self.after.accuracy:.2%}", change))
+        rows += measured_cells(self.before, self.after)
         if self.before.latency_ms is not None and self.after.latency_ms is not None:
             rows.append(("latency (ms)", *latency_cells(self.before, self.after)))
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
@@ -171,6 +181,7 @@ class Result:
                 f"sparsity: {self.weight_sparsity:.2%} of the pruned layers' weights, "
                 f"{self.sparsity:.2%} of all parameters"
             )
+        lines += [f"stopped: {self.stopped}"] if self.stopped else []
         warnings = self.warnings
         lines += [f"warning: {text}" for text in warnings[:3]]
         if len(warnings) > 3:
@@ -184,6 +195,21 @@ class Result:
 
 def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
     return name, form.format(before), form.format(after), f"{100 * (after - before) / max(before, 1e-12):+.1f} %"
+
+
+def measured_cells(before: Metrics, after: Metrics) -> list[tuple[str, str, str, str]]:
+    """A row for each of the user's own numbers: before, after, and the difference.
+
+    Example:
+        >>> measured_cells(Metrics(1, 1, measured={"mAP": 0.5}), Metrics(1, 1, measured={"mAP": 0.45}))
+        [('mAP', '0.5', '0.45', '-0.05')]
+    """
+    rows = []
+    for name, old in before.measured.items():
+        new = after.measured.get(name)
+        cells = ["not finite" if value is None else f"{value:.4g}" for value in (old, new)]
+        rows.append((name, *cells, "" if old is None or new is None else f"{new - old:+.4g}"))
+    return rows  # type: ignore[return-value]
 
 
 def latency_cells(before: Metrics, after: Metrics) -> tuple[str, str, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from singe_plugin.loop.events import History
 from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.watch import Watch
 from singe_plugin.run.architecture import describe_structure
 from singe_plugin.run.checkpoint import (
     fitting,
@@ -18,7 +20,7 @@ from singe_plugin.run.checkpoint import (
 )  # fmt: skip
 from singe_plugin.run.job import Job
 from singe_plugin.run.result import Metrics, Result, package_versions
-from singe_plugin.run.staging import Stage, fingerprints, measure
+from singe_plugin.run.staging import Stage, fingerprints, judged, measure
 
 __all__ = ["carry_through"]
 
@@ -49,7 +51,10 @@ def _carried(
     job: Job, stage: Stage, options: Mapping[str, Any], folded: Iterable[tuple[str, str]], resume: bool
 ) -> Result:
     model, tuner, checkpoint = job.model, stage.tuner, stage.checkpoint
+    judge = stage.judge
     asked = {**options, "finetune": tuner.describe()}
+    if judge is not None and (judge.every == "round" or judge.is_function):
+        asked["evaluate"] = judge.describe()
     history, progress = History(), None
     fingerprint = {
         **asked,
@@ -70,6 +75,11 @@ def _carried(
     else:
         plain = measure(model, stage)  # before the masks, which take time, are put on to be counted
         before = replace(plain, **job.numbers())
+
+    if judge is not None and judge.every == "round":
+        known = {name: value for name, value in before.measured.items() if value is not None}
+        start = known if before.accuracy is None else {"accuracy": before.accuracy}
+        job.watch = Watch(judge, partial(judged, model, stage), start)
 
     def write(state: Progress) -> None:
         assert checkpoint is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.files import digest, locked, sweep
 from singe_plugin.loop.costs import Counted, count_params
 from singe_plugin.loop.distill import Distill
-from singe_plugin.loop.events import Callback, LogCallback
+from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.shown import LogCallback
 from singe_plugin.loop.stream import loader_generators
 from singe_plugin.loop.survivors import images_of
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.loop.watch import Evaluate, measured_by
 from singe_plugin.masks import named_tensors
 from singe_plugin.method.batches import split_batch
 from singe_plugin.method.options import Scoring
@@ -39,9 +42,11 @@ from singe_plugin.state import RngState, model_device
 
 __all__ = [
     "Stage",
+    "as_judge",
     "count_examples",
     "fingerprint_of",
     "fingerprints",
+    "judged",
     "measure",
     "resolve_device",
     "set_stage",
@@ -61,6 +66,7 @@ class Stage:
         images: inputs to repair on.
         example: inputs for tracing and counting.
         counted: the MACs of the model.
+        judge: what the network is judged by, or None.
         validation: batches for the accuracy, or None.
         builder: how to build the unpruned architecture, or None.
         structure: the plain attributes of the unpruned model.
@@ -71,6 +77,7 @@ class Stage:
     batches: list[Any]
     example: Any
     counted: Counted
+    judge: Evaluate | None
     validation: Iterable[Any] | None
     builder: Builder | None
     structure: Structure
@@ -135,13 +142,15 @@ def set_stage(
                 if example_inputs is None
                 else to_device(example_inputs, where)
             )
-            validation = None if val_data is None else as_loader(val_data, BATCH, 0, shuffle=False)
+            judge, validation = as_judge(val_data), None
+            if judge is not None and not judge.is_function:
+                validation = as_loader(judge.by, BATCH, 0, shuffle=False)
             if isinstance(validation, Sized) and not len(validation):
                 raise DataError("val_data is empty; give at least one batch, or leave it out")
             checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
             stage = Stage(
-                tuner, batches, example, Counted(model, example), validation, Builder.infer(model), Structure.of(model),
-                checkpoint,
+                tuner, batches, example, Counted(model, example), judge, validation, Builder.infer(model),
+                Structure.of(model), checkpoint,
             )  # fmt: skip
             if images:
                 size = count_examples(model_inputs(model, batches[0], scoring.objective))
@@ -216,15 +225,37 @@ def resolve_device(device: str | torch.device | None, home: torch.device | None 
     return chosen
 
 
+def as_judge(val_data: Any) -> Evaluate | None:
+    """What ``val_data`` stands for: an :class:`~singe_plugin.Evaluate`, or what it would judge by.
+
+    Example:
+        >>> as_judge(len).is_function, as_judge([1]).is_function, as_judge(None)
+        (True, False, None)
+    """
+    return val_data if val_data is None or isinstance(val_data, Evaluate) else Evaluate(val_data)
+
+
+def judged(model: nn.Module, stage: Stage) -> dict[str, float]:
+    """What the judge says of the model, by name; nothing if there is none, or outputs are no class scores."""
+    if stage.judge is None:
+        return {}
+    if stage.validation is None:
+        return measured_by(stage.judge.by, model)
+    accuracy = evaluate(model, stage.validation)
+    return {} if accuracy is None else {"accuracy": accuracy}
+
+
 def measure(model: nn.Module, stage: Stage) -> Metrics:
-    """Parameters, MACs of one example, accuracy and latency."""
-    found = latency_of(model, stage.example)
+    """Parameters, MACs of one example, what it is judged by, and latency."""
+    found, values = latency_of(model, stage.example), judged(model, stage)
+    accuracy = None if stage.validation is None else values.pop("accuracy", None)
     return Metrics(
         count_params(model),
         stage.counted.macs // count_examples(stage.example),
-        None if stage.validation is None else evaluate(model, stage.validation),
+        accuracy,
         found.median_ms,
         found.iqr_ms,
+        measured={name: value if math.isfinite(value) else None for name, value in values.items()},
     )
 
 
