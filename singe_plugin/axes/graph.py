@@ -15,7 +15,7 @@ from singe_plugin.nested import call_model
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves
 from .groups import Group
 from .layers import adapt
-from .parameters import LAYERS, ModelAxes
+from .parameters import ModelAxes
 from .reasons import why_whole
 from .trace import Forward
 
@@ -103,7 +103,7 @@ class AxisGraph(ModelAxes):
             writers: dict[str, nn.Module] = {
                 self.names[h.owner]: h.owner
                 for h, d in sorted(places, key=lambda p: self.trace.order.get(p[0].owner, 1 << 30))
-                if isinstance(h.owner, LAYERS) and h.attr == "weight" and not self.reads(h, d)
+                if self.writes(h, d)
             }
             if not writers or leaf.size < 2:
                 continue

@@ -87,6 +87,7 @@ class ModelAxes:
         index: what follows a leaf, besides parameters and buffers.
         only_training: ids of the parameters that are read in training mode only.
         places: leaf -> the dimensions that contain it; see :meth:`find_places`.
+        at_least: axes, and how many positions of them have to stay for the model to run.
         unit_groups: what was made of leaves since the last change.
     """
 
@@ -94,6 +95,7 @@ class ModelAxes:
         self.model, self.inputs, self.forward = model, inputs, forward
         self.only_training: set[int] = set()
         self.places: dict[Atom, list[tuple[Held, int]]] = {}
+        self.at_least: list[tuple[Axis, int]] = []
         self.unit_groups: dict[Atom, UnitGroup] = {}
         self._slices: dict[Atom, list[UnitSlice]] = {}
         try:
@@ -181,6 +183,12 @@ class ModelAxes:
         if held.attr in held.owner._buffers or isinstance(held.owner, nn.PReLU):
             return True
         return self.trace.origins.reads(held.tensor, dim)
+
+    def writes(self, held: Held, dim: int) -> bool:
+        """Whether units are written along a dimension of a parameter: it is a matrix that reads along another one."""
+        if held.attr not in held.owner._parameters or held.tensor.ndim < 2 or self.reads(held, dim):
+            return False
+        return any(self.reads(held, other) for other in range(held.tensor.ndim) if other != dim)
 
     def norm_of(self, layer: nn.Module) -> nn.Module | None:
         """Find the batch-norm that folds into a layer: it reads this layer and nothing else does, and it fits."""

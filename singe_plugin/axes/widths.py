@@ -41,6 +41,9 @@ def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
         yield "num_parameters", "weight", 0
     elif isinstance(module, nn.RNNBase):
         yield from (("hidden_size", "weight_hh_l0", 1), ("input_size", "weight_ih_l0", 1))
+        yield from (("hidden_size", "weight_hr_l0", 1), ("proj_size", "weight_hr_l0", 0))  # in this order
+    elif isinstance(module, nn.RNNCellBase):
+        yield from (("hidden_size", "weight_hh", 1), ("input_size", "weight_ih", 1))
 
 
 def refresh_widths(module: nn.Module) -> None:
