@@ -13,6 +13,7 @@ from torch_pruning.dependency import Dependency, Group, Node
 
 from singe_plugin import axes
 from singe_plugin.axes.removal import remove_units
+from singe_plugin.computed import computed_in
 from singe_plugin.errors import GroupError
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.stale import remember_shapes
@@ -137,7 +138,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.module2node = {
             module: Node(module, None, name)
             for module, name in graph.names.items()
-            if module._parameters and tp.ops.module2type(module) in self.REGISTERED_PRUNERS
+            if (module._parameters or next(computed_in(module), None)) and tp.ops.module2type(module) in self.REGISTERED_PRUNERS
         }
         for held in graph.held:
             if isinstance(held.tensor, nn.Parameter) and not _has_function(held.owner):
@@ -213,20 +214,22 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             for producer in group.unit_group().producers:
                 if producer.slots[0].owner is module:
                     return [int(u) for u in producer.unit_of_row()]
-        for part in group.slices():
-            if part.owner is module and part.reads == is_in and part.is_parameter:
+        for part in group.plain_slices():
+            if part.owner is module and part.reads == is_in and part.is_weight:
                 return [int(u) for u in part.units]
         return []
 
     def parts(self, group: axes.Group) -> Iterator[tuple[Node, Any, list[int]]]:
         """Yield ``(node, pruning function, unit of every channel)`` for every layer of a group, its writers first."""
-        slices = [s for s in group.slices() if s.is_parameter]
+        slices = [s for s in group.plain_slices() if s.is_weight]
         writers = list(group.writers.values())
         slices.sort(key=lambda s: writers.index(s.owner) if s.owner in writers and not s.reads else len(writers))
         done: set[tuple[nn.Module, bool]] = set()
         for part in slices:
             owner = part.owner
             if not _has_function(owner):
+                if not part.is_parameter:
+                    continue
                 node = self.module2node[part.tensor]
                 node.pruning_dim = part.dim
                 yield node, self.REGISTERED_PRUNERS[_OPTYPE.PARAMETER].prune_out_channels, part.units.tolist()

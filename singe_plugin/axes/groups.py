@@ -54,6 +54,10 @@ class Group:
         """Return every dimension of every parameter and buffer that goes with the units."""
         return self.axes.slices(self.leaf)
 
+    def plain_slices(self) -> list[UnitSlice]:
+        """As :meth:`slices`, with computed weights in the place of what they are computed from."""
+        return self.axes.plain_slices(self.leaf)
+
     def readers(self) -> set[str]:
         """The names of the matrices that are contracted along the units."""
         return self.matrices(reading=True)

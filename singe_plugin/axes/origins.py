@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Origins"]
+__all__ = ["Dims", "Origins"]
 
-_Dims: TypeAlias = frozenset[tuple[int, int]]
+Dims: TypeAlias = frozenset[tuple[int, int]]
 """``(id of a parameter, dimension)``."""
 
 _SWAPS = frozenset({"t", "transpose", "t_", "transpose_", "swapaxes", "adjoint", "mT"})
@@ -50,8 +50,11 @@ class Origins:
 
     def reads(self, parameter: Tensor, dim: int) -> bool:
         """Whether a dimension of a parameter is contracted wherever it is used."""
-        key = (id(parameter), dim)
-        return key in self.contracted and key not in self.written
+        return self.all_read(frozenset({(id(parameter), dim)}))
+
+    def all_read(self, dims: Dims) -> bool:
+        """Whether dimensions of parameters are contracted wherever they are used."""
+        return bool(dims & self.contracted) and not dims & self.written
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor depends neither on the input nor on a parameter."""
@@ -72,25 +75,26 @@ class Origins:
         made_of = [t for t in operands if t in self._of]
         if any(t in self._live for t in operands):
             for tensor in made_of:
-                for dim, origin in enumerate(self._dims(tensor)):
+                for dim, origin in enumerate(self.dims_of(tensor)):
                     if (id(tensor), dim) not in self._summed:
                         self.written |= origin
             self.activate(results)
         elif made_of:
             for result in (r for r in results if r not in self._of):
-                found: list[_Dims] = [frozenset()] * result.ndim
+                found: list[Dims] = [frozenset()] * result.ndim
                 for tensor in made_of:
-                    carried = _carried(operator, args, self._dims(tensor), tensor, result)
+                    carried = _carried(operator, args, self.dims_of(tensor), tensor, result)
                     found = [a | b for a, b in zip(found, carried, strict=True)]
                 self._of[result] = found
         self._summed.clear()
 
-    def _dims(self, tensor: Tensor) -> list[_Dims]:
-        found: list[_Dims] = self._of[tensor]
+    def dims_of(self, tensor: Tensor) -> list[Dims]:
+        """Of which dimensions of parameters the dimensions of a tensor are made."""
+        found: list[Dims] = self._of.get(tensor) or [frozenset()] * tensor.ndim  # type: ignore[no-untyped-call]
         return found
 
 
-def _carried(operator: str, args: Any, origins: list[_Dims], source: Tensor, result: Tensor) -> list[_Dims]:
+def _carried(operator: str, args: Any, origins: list[Dims], source: Tensor, result: Tensor) -> list[Dims]:
     """Of which dimensions of the source the dimensions of a result are made."""
     ndim = source.ndim
     if operator in _SWAPS and ndim > 1:
@@ -116,15 +120,15 @@ def _carried(operator: str, args: Any, origins: list[_Dims], source: Tensor, res
     return [frozenset().union(*origins)] * result.ndim
 
 
-def _through_view(before: list[int], origins: list[_Dims], after: list[int]) -> list[_Dims]:
+def _through_view(before: list[int], origins: list[Dims], after: list[int]) -> list[Dims]:
     """A dimension is made of those that lie in the same stretch of memory."""
-    found: list[_Dims] = []
+    found: list[Dims] = []
     i = 0
     start, left = 1, before[0] if before else 1  # of the source's dimension i: what is in front of it, and with it
     right = 1
     for size in after:
         begin, right = right, right * size
-        mine: _Dims = frozenset()
+        mine: Dims = frozenset()
         while before:
             if size > 1 and before[i] > 1 and start < right and begin < left:
                 mine |= origins[i]

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from singe_plugin.computed import REMEDY
+
 from .algebra import leaves
 from .groups import Group
 from .parameters import Held, ModelAxes
@@ -41,9 +43,12 @@ def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str,
         found.setdefault(held.owner, {})[held.attr] = reason
     for owner, reasons in found.items():
         name = axes.names[owner]
-        layer, computed, _ = name.rpartition(".parametrizations.")
-        if computed or name.startswith("parametrizations."):
-            yield layer or name, f"its weight is computed by a parametrization: {next(iter(reasons.values()))}"
+        made = next(filter(None, (axes.made_of(owner, attr) for attr in reasons)), None)
+        if made is not None:
+            layer, computed = axes.names[made.weight.layer], ", ".join(made.weight.steps())
+            reason = f"its {made.weight.attr} is computed by {computed}: {next(iter(reasons.values()))}"
+            inside = any(step in reason.partition(": ")[2] for step in made.weight.steps())
+            yield layer or made.weight.attr, f"{reason}; {REMEDY}" if inside else reason
         elif _is_layer(owner, reasons) and name:
             yield name, next(iter(reasons.values()))
         else:
@@ -60,7 +65,8 @@ def _reason(axes: ModelAxes, held: Held) -> str:
     found = [leaf for axis in axes.outputs_of(held) for leaf in leaves(axis)]
     free = [leaf for leaf in found if not leaf.fixed]
     if not found or all(leaf.size < 2 for leaf in found):
-        return next((leaf.fixed for leaf in reversed(found) if leaf.fixed), _ONE)
+        every = found or [leaf for axis in held.axes for leaf in leaves(axis)]  # all of them may be read
+        return next((leaf.fixed for leaf in reversed(every) if leaf.fixed), _ONE)
     if any(leaf.size > 1 for leaf in free):
         return _NO_WRITER
     return [leaf.fixed for leaf in found if leaf.fixed][-1]

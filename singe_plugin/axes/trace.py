@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from singe_plugin.computed import Computed
 from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
 from .algebra import Axis, fix_all, fresh, size_of, unify
-from .origins import Origins
+from .origins import Dims, Origins
 from .tracked import Place, TrackedInt, dimension, plain
 from .widths import own_widths, tensor_of
 
@@ -65,6 +66,7 @@ class Trace:
         inputs, outputs: for every module, the axes of the tensors that it was given and returned last.
         caches: attributes in which modules keep tensors that they computed (attention biases, by device).
         runs: how often every module ran.
+        computed: the weights that layers compute, their axes, and the dimensions of parameters that theirs are made of.
         contractions: the axes of the activation and of the result of every operator that contracts with one (see
             :mod:`singe_plugin.axes.contractions`).
     """
@@ -85,6 +87,7 @@ class Trace:
     inputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
     caches: list[tuple[nn.Module, str]] = field(default_factory=list)
     runs: Counter[nn.Module] = field(default_factory=Counter)
+    computed: dict[tuple[nn.Module, str], tuple[Computed, list[Axis], list[Dims]]] = field(default_factory=dict)
     contractions: list[tuple[list[Axis], list[Axis]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -232,6 +235,12 @@ class Trace:
     def count(self, operator: str) -> int:
         """Return how often an operator ran."""
         return self._counts[operator]
+
+    def note_computed(self, weight: Computed, made: Tensor) -> None:
+        """Note the axes of a weight that a layer has computed: it is the layer's as if it were a parameter."""
+        self.order.setdefault(weight.layer, len(self.order))
+        self._owner[made] = weight.layer
+        self.computed[weight.layer, weight.attr] = weight, self.of(made), self.origins.dims_of(made)
 
     def note_attention(self, query: Tensor) -> None:
         caller = self.stack[-1] if self.stack else self.model

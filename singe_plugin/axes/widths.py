@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 from torch import Tensor, nn
+
+from singe_plugin.computed import weight_of_layer
 
 __all__ = ["own_widths", "refresh_widths", "tensor_of"]
 
@@ -49,8 +52,11 @@ def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
 def refresh_widths(module: nn.Module) -> None:
     """Set the attributes in which a layer keeps the shape of its own tensors."""
     for attr, name, dim in own_widths(module):
-        if (tensor := tensor_of(module, name)) is not None:
+        tensor = tensor_of(module, name)
+        if tensor is None and (computed := weight_of_layer(module, name)) is not None:
+            tensor = computed.value()
+        if tensor is not None:
             setattr(module, attr, tensor.shape[dim])
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         attr = "out_channels" if module.transposed else "in_channels"
-        setattr(module, attr, module.weight.shape[1] * module.groups)
+        setattr(module, attr, cast(Tensor, module.weight).shape[1] * module.groups)

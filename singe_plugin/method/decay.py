@@ -12,6 +12,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.computed import plain_layers_of
 from singe_plugin.errors import GroupError, ScoringError
 from singe_plugin.method.folding import norm_scale_shift
 from singe_plugin.method.units import Producer, RowLayout, UnitGroup
@@ -99,13 +100,14 @@ def touched(group: UnitGroup) -> list[nn.Module]:
 @contextmanager
 def substituted(group: UnitGroup) -> Iterator[list[Row]]:
     """Put folded substitutes in the place of the group's parameters, and take them out again."""
-    before = [(module, dict(module._parameters), dict(module._buffers)) for module in touched(group)]
-    try:
-        yield _substitutes(group)
-    finally:
-        for module, parameters, buffers in before:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+    with plain_layers_of(touched(group)):
+        before = [(module, dict(module._parameters), dict(module._buffers)) for module in touched(group)]
+        try:
+            yield _substitutes(group)
+        finally:
+            for module, parameters, buffers in before:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
 
 
 def _substitutes(group: UnitGroup) -> list[Row]:

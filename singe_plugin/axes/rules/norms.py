@@ -64,11 +64,10 @@ def _group_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("_weight_norm_interface")
 def _weight_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    """Directions and lengths: a row of both goes with a unit; the length of a direction is that of what is left."""
+    """Directions and lengths: a row of both goes with a unit. Lengths make up for what directions lose."""
     directions, lengths = t.of(args[0]), t.of(args[1])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].ndim
     t.unify(directions[dim], lengths[dim])
-    t.mixes(args[0], range(args[0].ndim))
     t.set(out[0], directions)
     t.set(out[1], lengths)
 
