@@ -138,7 +138,8 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.module2node = {
             module: Node(module, None, name)
             for module, name in graph.names.items()
-            if (module._parameters or next(computed_in(module), None)) and tp.ops.module2type(module) in self.REGISTERED_PRUNERS
+            if (module._parameters or next(computed_in(module), None))
+            and tp.ops.module2type(module) in self.REGISTERED_PRUNERS
         }
         for held in graph.held:
             if isinstance(held.tensor, nn.Parameter) and not _has_function(held.owner):

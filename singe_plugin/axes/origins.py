@@ -8,7 +8,7 @@ part, another factor) is followed by dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -59,6 +59,11 @@ class Origins:
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor depends neither on the input nor on a parameter."""
         return tensor not in self._live and tensor not in self._of
+
+    def made_of(self, tensor: Tensor, parameters: Collection[int]) -> bool:
+        """Whether a tensor is made of some of these parameters and nothing else."""
+        found = [dims for dims in self._of.get(tensor) or () if dims]  # type: ignore[no-untyped-call]
+        return bool(found) and tensor not in self._live and all(key in parameters for dims in found for key, _ in dims)
 
     def contract(self, a: Tensor, dim: int, b: Tensor, other: int) -> None:
         """The operator at work sums over a dimension of both: of two made of parameters alone, the second one reads."""

@@ -132,8 +132,10 @@ class ModelAxes:
             self._read_more()
         self.names = {module: name for name, module in model.named_modules()}
         self.held = list(self._held())
-        self.computed = [Made(w, tuple(axes), tuple(map(self.trace.origins.all_read, dims))) for w, axes, dims in
-                         self.trace.computed.values()]
+        self.computed = [
+            Made(w, tuple(axes), tuple(map(self.trace.origins.all_read, dims)))
+            for w, axes, dims in self.trace.computed.values()
+        ]
         self._made_of = {source: made for made in self.computed for source in made.weight.sources()}
         self.weights = {held.owner: held for held in self.held if held.attr == "weight"}
         self.weights |= {made.weight.layer: made.held() for made in self.computed if made.weight.attr == "weight"}

@@ -35,6 +35,10 @@ def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str,
     whole = [
         h for h in axes.held if h.attr in h.owner._parameters and h.tensor.ndim > 1 and id(h.tensor) not in written
     ]
+    for made in axes.computed:  # of what goes together, one is enough
+        sources = {(owner, attr): owner._parameters.get(attr) for owner, attr in made.weight.sources()}
+        if any(id(p) in written for p in sources.values() if p is not None):
+            whole = [h for h in whole if (h.owner, h.attr) not in sources]
     on_request = {key: group for group in groups if group.secondary for key in _written(group)}
     found: dict[nn.Module, dict[str, str]] = {}
     for held in whole:

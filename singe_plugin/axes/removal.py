@@ -84,7 +84,9 @@ def remove_units(
     caches = [module for module, attr in graph.trace.caches if module.__dict__[attr]]
     weights = _weights(graph, group, gone, trackers)
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
-    changed += [m for m in dict.fromkeys(m for w in weights for m in w.modules) if m not in changed and m in graph.names]
+    changed += [
+        m for m in dict.fromkeys(m for w in weights for m in w.modules) if m not in changed and m in graph.names
+    ]
     before = Snapshot(graph.model, group, changed, trackers) if undo else None
     try:
         widths = [(scale, size_of(scale.width)) for scale in graph.index.widths(leaf)]

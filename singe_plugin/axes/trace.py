@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from singe_plugin.computed import Computed
+from singe_plugin.computed import Computed, computed_in
 from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
@@ -102,7 +102,10 @@ class Trace:
         self._norm_calls: Counter[nn.Module] = Counter()
         self.origins = Origins()
         self.operator = ""
+        self._computed_from: set[int] = set()
         for module in self.model.modules():
+            for weight in computed_in(module):
+                self._computed_from |= {id(o._parameters[a]) for o, a in weight.sources() if a in o._parameters}
             for table in (module._parameters, module._buffers):
                 for tensor in table.values():
                     if tensor is not None and tensor not in self._axes:
@@ -150,6 +153,8 @@ class Trace:
     def mixes(self, tensor: Tensor, dims: Sequence[int]) -> None:
         """Note that the current operator takes all units of these dimensions together."""
         axes = self.of(tensor)
+        if self.origins.made_of(tensor, self._computed_from):
+            return  # a computed weight is left as it was, whatever it is computed with
         if tensor not in self._owner and self.origins.is_constant(tensor):  # ``ones(width).sum()`` is the width
             fix_all([axes[d] for d in dims], f"{self.why} makes a number of its size")
             return

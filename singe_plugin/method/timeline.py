@@ -82,8 +82,13 @@ class Timeline:
         Parameters are known by what they were then: this is asked before others take their place.
         """
         held = {p for module in modules for p in module._parameters.values()}
-        held |= {w.holder._parameters[a] for m in modules for w in computed_in(m) for o, a in w.sources()
-                 if o is w.holder and a in o._parameters}
+        held |= {
+            w.holder._parameters[a]
+            for m in modules
+            for w in computed_in(m)
+            for o, a in w.sources()
+            if o is w.holder and a in o._parameters
+        }
         read = (self.read.get(id(p)) for p in held if p is not None)
         times = [*read, *(self.began.get(module) for module in modules)]
         return min((time for time in times if time is not None), default=self.clock + 1)

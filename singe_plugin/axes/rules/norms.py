@@ -105,6 +105,18 @@ def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         t.numbers_units(out[1], [axes[d] for d in chosen])
 
 
+@rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss", "kl_div")
+def _loss(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Element by element, and then a sum or mean of all."""
+    for one, other in zip(t.of(args[0]), t.of(args[1]), strict=True):
+        t.unify(one, other)
+    if out.ndim == args[0].ndim:
+        t.set(out, t.of(args[0]))
+    else:
+        t.mixes(args[0], range(args[0].ndim))
+        t.set(out, [])
+
+
 @rule(
     "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "avg_pool3d",
