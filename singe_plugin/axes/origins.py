@@ -37,11 +37,17 @@ class Origins:
         self.written: set[tuple[int, int]] = set()
         self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._live: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._summed: set[tuple[int, int]] = set()
 
     def start(self, parameter: Tensor) -> None:
         """A parameter, of which nothing has been made yet."""
         self._of[parameter] = [frozenset({(id(parameter), dim)}) for dim in range(parameter.ndim)]
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that are made of buffers: they are cut along."""
+        for tensor in tensors:
+            self._held[tensor] = True
 
     def activate(self, tensors: Iterable[Tensor]) -> None:
         """Tensors that depend on the model's input."""
@@ -57,8 +63,8 @@ class Origins:
         return bool(dims & self.contracted) and not dims & self.written
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether a tensor depends neither on the input nor on a parameter."""
-        return tensor not in self._live and tensor not in self._of
+        """Whether a tensor depends neither on the input nor on a parameter or buffer."""
+        return tensor not in self._live and tensor not in self._of and tensor not in self._held
 
     def made_of(self, tensor: Tensor, parameters: Collection[int]) -> bool:
         """Whether a tensor is made of some of these parameters and nothing else."""
@@ -91,6 +97,8 @@ class Origins:
                     carried = _carried(operator, args, self.dims_of(tensor), tensor, result)
                     found = [a | b for a, b in zip(found, carried, strict=True)]
                 self._of[result] = found
+        elif any(t in self._held for t in operands):
+            self.hold(results)
         self._summed.clear()
 
     def dims_of(self, tensor: Tensor) -> list[Dims]:

@@ -114,6 +114,7 @@ class Trace:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self.origins.start(parameter)
+            self.origins.hold(buffer for buffer in module._buffers.values() if buffer is not None)
             self._link_own(module)
 
     def _link_own(self, module: nn.Module) -> None:
