@@ -59,6 +59,11 @@ class Computed:
                 if self.hook is None or name.startswith(f"{self.attr}_"):
                     yield module, name
 
+    def is_complex(self) -> bool:
+        """Whether it is computed from complex numbers."""
+        tensors = (owner._parameters.get(attr) for owner, attr in self.sources())
+        return any(tensor is not None and tensor.is_complex() for tensor in tensors)
+
     def steps(self) -> list[str]:
         """The classes of what computes it, in order."""
         return [type(step).__name__ for step in ([self.hook] if self.hook is not None else self.holder.children())]

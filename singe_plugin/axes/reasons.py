@@ -50,8 +50,9 @@ def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str,
         made = next(filter(None, (axes.made_of(owner, attr) for attr in reasons)), None)
         if made is not None:
             layer, computed = axes.names[made.weight.layer], ", ".join(made.weight.steps())
-            reason = f"its {made.weight.attr} is computed by {computed}: {next(iter(reasons.values()))}"
-            inside = any(step in reason.partition(": ")[2] for step in made.weight.steps())
+            reason = next(iter(reasons.values()))
+            inside = any(step in reason for step in made.weight.steps()) and REMEDY not in reason
+            reason = f"its {made.weight.attr} is computed by a parametrization ({computed}): {reason}"
             yield layer or made.weight.attr, f"{reason}; {REMEDY}" if inside else reason
         elif _is_layer(owner, reasons) and name:
             yield name, next(iter(reasons.values()))
@@ -69,7 +70,8 @@ def _reason(axes: ModelAxes, held: Held) -> str:
     found = [leaf for axis in axes.outputs_of(held) for leaf in leaves(axis)]
     free = [leaf for leaf in found if not leaf.fixed]
     if not found or all(leaf.size < 2 for leaf in found):
-        every = found or [leaf for axis in held.axes for leaf in leaves(axis)]  # all of them may be read
+        computed = not found and axes.made_of(held.owner, held.attr) is not None
+        every = [leaf for axis in held.axes for leaf in leaves(axis)] if computed else found  # it may be read only
         return next((leaf.fixed for leaf in reversed(every) if leaf.fixed), _ONE)
     if any(leaf.size > 1 for leaf in free):
         return _NO_WRITER

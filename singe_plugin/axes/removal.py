@@ -162,6 +162,8 @@ def _weights(graph: AxisGraph, group: Group, gone: set[int], trackers: Trackers)
             weight = weight_of_layer(model.get_submodule(name), attr)
             if weight is None:
                 raise RemovalError(f"the EMA has a plain {name}.{attr}, and the model computes it; make both alike")
+            if weight.is_complex() != made.weight.is_complex():
+                continue  # a copy that holds something else than weights
             wanted = weight.value()
             for dim, axis in enumerate(made.axes):
                 if contains(axis, leaf):
