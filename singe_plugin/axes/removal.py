@@ -104,6 +104,9 @@ def remove_units(
         _cut_emas(graph, cuts, changed, trackers)
         for weight in weights:
             weight.settle()
+        for owner in changed if undo else ():
+            if isinstance(owner, nn.RNNBase):
+                owner.flatten_parameters()  # cuDNN wants them in one piece of memory
         for scale, width in widths:
             _rescale(graph, scale, math.sqrt(size_of(scale.width) / width), trackers)
     except BaseException as error:
