@@ -145,11 +145,11 @@ class Computed:
         if step is last and isinstance(step, WeightNorm | parametrizations._WeightNorm):
             names = (f"{self.attr}_g", f"{self.attr}_v") if self.hook is not None else ("original0", "original1")
             lengths, directions = (cast(nn.Parameter, self.holder._parameters[name]) for name in names)
-            before, after = (torch.norm_except_dim(w, 2, step.dim) for w in (directions.data, wanted))  # type: ignore[attr-defined]
+            before, after = (torch.norm_except_dim(w, 2, step.dim) for w in (directions.data, wanted))
             lengths.data = after * torch.where(lengths.data < 0, -1.0, 1.0).to(after)
             directions.data = directions.data + (before == 0).to(after)  # of nothing, any direction will do
         elif isinstance(last, SpectralNorm | parametrizations._SpectralNorm) and wanted.ndim > 1:
-            vector = self.layer._buffers[f"{self.attr}_u"] if self.hook is not None else last._buffers["_u"]
+            vector = self.layer._buffers[f"{self.attr}_u"] if isinstance(last, SpectralNorm) else last._buffers["_u"]
             ratio = (now.double() * wanted.double()).sum() / wanted.double().square().sum()
             if vector is not None and bool(ratio.isfinite()):
                 vector.data = vector.data * ratio.to(vector)

@@ -163,7 +163,7 @@ def test_removed_units_leave_what_the_loop_over_gates_computes(kind: str, form: 
     graph = AxisGraph(net, x)
     assert verify_groups(graph) == {}
     names = {"stem", "cells", "cells#2"} if form == "projected" else {"stem", "cells"}
-    assert set(graph.groups) == names and list(graph.left_whole) == ["head"]
+    assert (set(graph.groups), list(graph.left_whole)) == (names, ["head"])
     name = next(n for n, group in graph.groups.items() if n != "stem" and group.size == HIDDEN)
     expected = without(net, kind, [1, 4, 5], [0, 3])
     held = list(net.parameters())
@@ -207,7 +207,7 @@ def test_rows_at_the_end_of_the_path_are_removed_units(kind: str) -> None:
     rows = producer.rows[torch.isin(producer.units, torch.tensor([0, 2]))]
     assert len(rows) == 2 * {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
     for slot in producer.slots:
-        assert slot.layout.dim == 0 and slot.owner is net.cells
+        assert (slot.layout.dim, slot.owner) == (0, net.cells)
         getattr(ended.cells, slot.attr).data[rows] = 0.0
     assert {slot.attr for slot in producer.slots} == set(dict(net.cells.named_parameters()))
     remove_units(graph, graph.groups["cells"], [0, 2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -59,4 +58,4 @@ def refresh_widths(module: nn.Module) -> None:
             setattr(module, attr, tensor.shape[dim])
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         attr = "out_channels" if module.transposed else "in_channels"
-        setattr(module, attr, cast(Tensor, module.weight).shape[1] * module.groups)
+        setattr(module, attr, module.weight.shape[1] * module.groups)
