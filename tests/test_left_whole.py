@@ -77,7 +77,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     "LSTM": (lambda: recurrent(nn.LSTM), IDS, {"table": "its rows are the vocabulary", "fc": "output"}),
     "GRU": (lambda: recurrent(nn.GRU), IDS, {"table": "no matrix that reads something"}),
     "RNN": (lambda: recurrent(nn.RNN, num_layers=2), IDS, {"table": "no matrix that reads something"}),
-    "two directions": (lambda: recurrent(nn.LSTM, bidirectional=True), IDS, {"table": "no matrix that reads something"}),
+    "two directions": (
+        lambda: recurrent(nn.LSTM, bidirectional=True), IDS, {"table": "no matrix that reads something"},
+    ),
     "a cell": (lambda: nn.Sequential(nn.GRUCell(4, 8), nn.Linear(8, 2)), X, {"1": "output"}),
     "Conv1D": (lambda: nn.Sequential(Conv1D(4, 8), nn.GELU(), Conv1D(8, 2)), X, {}),
     "weight norm, old": (
