@@ -27,6 +27,7 @@ REMEDY = (
     "make it a plain weight first, with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or "
     "torch.nn.utils.remove_weight_norm and remove_spectral_norm for the older ones"
 )
+_ENDINGS = ("_g", "_v", "_u", "_orig", "_mask")  # of what hooks compute a weight from
 _SAME = 1e-4  # relative, in single precision
 
 
@@ -56,7 +57,7 @@ class Computed:
         """Where the parameters and buffers are that it is computed from: module and name."""
         for module in [self.layer] if self.hook is not None else self.holder.modules():
             for name in (*module._parameters, *module._buffers):
-                if self.hook is None or name.startswith(f"{self.attr}_"):
+                if self.hook is None or (name.startswith(self.attr) and name[len(self.attr) :] in _ENDINGS):
                     yield module, name
 
     def is_complex(self) -> bool:

@@ -344,3 +344,23 @@ def test_pruned_saved_loaded_and_pruned_again(tmp_path: Any) -> None:
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in net.parameters())
     prune(net, data, target="macs=0.2", scoring=scoring, repair=None)
     assert net.cells.hidden_size < width
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_recurrent_weights_that_are_computed_follow(norm: Callable[..., nn.Module]) -> None:
+    net = Tagger("GRU", bidirectional=True).double().eval()
+    net.cells = norm(norm(net.cells, "weight_hh_l0"), "weight_ih_l0_reverse")
+    x = torch.randn(2, STEPS, INPUTS, dtype=torch.float64)
+    plain = Tagger("GRU", bidirectional=True).double().eval()
+    with torch.no_grad():
+        for name in dict(plain.named_parameters()):
+            owner, attr = name.split(".")
+            getattr(getattr(plain, owner), attr).copy_(getattr(getattr(net, owner), attr))
+    expected = without(plain, "GRU", [0, 4], [1])
+    graph = AxisGraph(net, x)
+    assert verify_groups(graph) == {}
+    remove_units(graph, graph.groups["cells"], [4, 0])
+    remove_units(graph, graph.groups["stem"], [1])
+    np.testing.assert_allclose(net(x).detach().numpy(), slow(net, "GRU", x, expected, HIDDEN - 2), atol=1e-12)
+    assert (net.cells.hidden_size, net.cells.input_size) == (HIDDEN - 2, WIDTH - 1)

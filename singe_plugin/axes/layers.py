@@ -7,7 +7,7 @@ size, fix axes, link attributes to axes, and name the parameters that make up fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -107,21 +107,25 @@ def recurrent(graph: ModelAxes, layer: nn.RNNBase | nn.RNNCellBase) -> None:
     why = f"{type(layer).__name__} has one hidden size"
     hidden: Axis | None = None
     projected: Axis | None = None
-    for name, parameter in layer._parameters.items():
-        axes = [] if parameter is None else graph.trace.of(parameter)
+    found: dict[str, Sequence[Axis]] = {
+        name: graph.trace.of(parameter)
+        for name, parameter in layer._parameters.items()
+        if parameter is not None and graph.made_of(layer, name) is None
+    }
+    found |= {made.weight.attr: made.axes for made in graph.computed if made.weight.layer is layer}
+    for name, axes in found.items():
         if name.startswith("weight_hr"):
             projected = projected or axes[0]
             unify(axes[0], projected, why)
             unify(axes[1], hidden or axes[1], why)
-        elif axes:
+        else:
             rows = int(layer.hidden_size)
             gates, units = split(axes[0], [size_of(axes[0]) // rows, rows], why)
             fix(gates, "gates are told apart")
             hidden = hidden or units
             unify(units, hidden, why)
-    for name, parameter in layer._parameters.items():
-        if name.startswith("weight_hh") and parameter is not None:
-            unify(graph.trace.of(parameter)[1], projected or hidden or (), why)
+    for axes in (axes for name, axes in found.items() if name.startswith("weight_hh")):
+        unify(axes[1], projected or hidden or (), why)
     if projected is not None and hidden is not None:
         graph.at_least.append((hidden, size_of(projected) + 1))
         if len(expand(hidden)) != 1:
