@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from singe_plugin import Builder, load, save
+from singe_plugin import prune as prune_model
 from singe_plugin.axes import AxisGraph, Trackers, remove_units, verify_groups
 from singe_plugin.computed import computed_in, plain_layer
 from singe_plugin.errors import RemovalError
@@ -262,3 +265,37 @@ def test_pickling_of_what_can_be_pickled() -> None:
     remove_units(graph, graph.groups["2"], [1])
     twin = pickle.loads(pickle.dumps(net))
     torch.testing.assert_close(twin(x), net(x))
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "older weight norm", "spectral norm", "older spectral norm"])
+def test_pruned_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Wide(kind)
+    data = [(torch.randn(4, 3, 5), torch.randint(0, 2, (4, 5))) for _ in range(2)]
+    result = build_pruned(net, data)
+    assert net.middle.in_channels < 12
+    assert net.middle.out_channels < 14
+    save(result, tmp_path / "pruned", builder=Builder("factory", f"{__name__}:Wide", {"kind": kind}))
+    loaded = load(tmp_path / "pruned", trust=True).model
+    x = data[0][0]
+    torch.testing.assert_close(loaded.eval()(x), net.eval()(x))
+    weights = [w.value() for layer in (loaded.middle, net.middle) for w in computed_in(layer)]
+    torch.testing.assert_close(*weights)
+
+
+class Wide(nn.Module):
+    """As :class:`Taps`, with more units, and a norm in front of the computed weight."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv1d(3, 12, 1), nn.BatchNorm1d(12), nn.Conv1d(14, 2, 1)
+        self.middle = KINDS[kind](nn.Conv1d(12, 14, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(torch.relu(self.middle(torch.relu(self.norm(self.first(x))))))
+        return found
+
+
+def build_pruned(net: nn.Module, data: Any) -> Any:
+    scoring = Scoring(criterion="ig_abs", objective=lambda y, t: nn.functional.cross_entropy(y, t))
+    return prune_model(net, data, target="macs=0.5", scoring=scoring)
