@@ -20,6 +20,7 @@ from singe_plugin.state import preserved
 from .algebra import Atom, Axis, labels, leaves
 from .graph import AxisGraph
 from .groups import Group
+from .rules import LOSSES
 from .values import Values
 
 __all__ = [
@@ -277,6 +278,8 @@ def _of_the_rest(func: Any, name: str, args: Any, kwargs: Any, kept: dict[int, T
             raise GroupError("its units are not spread evenly over the groups of a group norm")
         rest[:2] = [_select(r, {0: kept[1]}) if isinstance(r, Tensor) else r for r in rest[:2]]
         rest[3], rest[5] = small.shape[1], len(counts)
+    elif name in LOSSES:
+        rest[0] = _select(rest[0], kept)
     out = func(small, *rest, **kwargs)
     if name in ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rms_norm") or "batch_norm" in name:
         if isinstance(out, Tensor):

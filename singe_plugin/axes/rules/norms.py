@@ -14,6 +14,8 @@ from ..trace import Trace
 from .base import opaque, rule
 from .elements import pointwise
 
+LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")  # of two tensors
+
 
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
@@ -105,7 +107,7 @@ def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         t.numbers_units(out[1], [axes[d] for d in chosen])
 
 
-@rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss", "kl_div")
+@rule(*LOSSES)
 def _loss(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     """Element by element, and then a sum or mean of all."""
     for one, other in zip(t.of(args[0]), t.of(args[1]), strict=True):
