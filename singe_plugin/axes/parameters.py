@@ -213,6 +213,10 @@ class ModelAxes:
         """Whether units are written along a dimension of a parameter: it is a matrix that reads along another one."""
         if held.attr not in held.owner._parameters or held.tensor.ndim < 2 or self.reads(held, dim):
             return False
+        made = self.made_of(held.owner, held.attr)
+        layer, attr = (held.owner, held.attr) if made is None else (made.weight.layer, made.weight.attr)
+        if isinstance(layer, LAYERS) and attr == "weight":
+            return True  # also where nobody can say what it reads along: it may be standardised first
         return any(self.reads(held, other) for other in range(held.tensor.ndim) if other != dim)
 
     def made_of(self, owner: nn.Module, attr: str) -> Made | None:
