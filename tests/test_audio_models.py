@@ -1,4 +1,4 @@
-"""Audio models of other libraries, from a configuration with random weights: most of them can be pruned, and is right."""
+"""Audio models of other libraries, of random weights: most of each can be pruned, and that is right."""
 
 from __future__ import annotations
 
