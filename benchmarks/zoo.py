@@ -220,15 +220,17 @@ def table() -> None:
     good = [row for row in rows if "error" not in row]
     right, whole = (sum(not row[key] for row in good) for key in ("right", "whole"))
     share = sum(row["share"] >= FLOOR for row in good)
+    libraries = len({row["library"] for row in rows})
     slow = sum(row["seconds"] > SECONDS for row in good)
     lines = [
         "# Models beyond timm", "",
-        "`benchmarks/zoo.py` wrote this page from `benchmarks/results/zoo.jsonl`: models of many libraries, built small "
-        "from their configurations with random weights, and pruned by half of the units of every group. What *share*, "
+        "`benchmarks/zoo.py` wrote this page from `benchmarks/results/zoo.jsonl`: models of many libraries, built "
+        "small from "
+        "their configurations with random weights, and pruned by half of the units of every group. What *share*, "
         "*right* and *whole* mean is said at the top of that file; seconds are of one core, for the groups and their "
         "verification. timm's families have [a page of their own](backbones.md).", "",
-        f"{len(rows)} models of {len({row['library'] for row in rows})} libraries: {right} right, {whole} whole, "
-        f"{share} with a share of {FLOOR:.0%} or more, {len(good) - slow} within {SECONDS:.0f} s, {len(rows) - len(good)} that "
+        f"{len(rows)} models of {libraries} libraries: {right} right, {whole} whole, {share} with a share of "
+        f"{FLOOR:.0%} or more, {len(good) - slow} within {SECONDS:.0f} s, {len(rows) - len(good)} that "
         "failed.", "",
         "| library | model | K params | share | removed | right | whole | s | MiB | left whole, for the most part |",
         "|---|---|---|---|---|---|---|---|---|---|",

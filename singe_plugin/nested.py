@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
     "are_images", "call_model", "copied", "examples_in", "leaves_in", "map_tensors", "relative_change",
@@ -21,6 +22,8 @@ __all__ = [
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call the model: a tensor is its one argument, a tuple or list its arguments, a mapping its keywords.
 
+    A packed sequence is one argument, too.
+
     Example:
         >>> import torch
         >>> call_model(torch.nn.Identity(), torch.ones(1))
@@ -28,7 +31,7 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
+    if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
         return model(*inputs)
     return model(inputs)
 

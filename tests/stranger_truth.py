@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
-_DIRECTIONS = ("weight_v", "original1")  # of weight norm: a row of zeros has no direction, its length is zero instead
+_DIRECTIONS = {"weight_v": "", "parametrizations.weight.original1": "parametrizations.weight"}  # of weight norm
 
 
 class OverRest(nn.Module):
@@ -77,9 +78,11 @@ class Truth:
         model = copy.deepcopy(self.original).eval()
         for name, parameter in model.named_parameters():
             left = self.survived(name)
-            if name.endswith(_DIRECTIONS):
-                left = left | ~left.flatten(1).any(1).view(-1, *[1] * (left.ndim - 1))
-            parameter.data = parameter.data * left
+            ending = next((ending for ending in _DIRECTIONS if name.endswith(ending)), None)
+            if ending is None:
+                parameter.data = parameter.data * left
+            else:  # the weight is zero where it is gone, and the rest of it is as it was
+                _zero_weight(model.get_submodule((name[: -len(ending)] + _DIRECTIONS[ending]).strip(".")), left)
         for name, module in model.named_modules():
             if isinstance(module, OverRest):
                 module.taken_over = self._positions(f"{name}.zeros")
@@ -89,6 +92,13 @@ class Truth:
 
     def _positions(self, name: str) -> Tensor:
         return self.survived(name).nonzero().flatten()
+
+
+def _zero_weight(module: nn.Module, left: Tensor) -> None:
+    if isinstance(module, parametrize.ParametrizationList):
+        module.register_forward_hook(lambda m, args, weight: weight * left)
+    else:
+        module.register_forward_pre_hook(lambda m, args: setattr(m, "weight", m.weight * left))
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

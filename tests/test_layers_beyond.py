@@ -46,14 +46,14 @@ def test_a_weight_normed_reader_loses_columns(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_a_weight_normed_writer_is_whole(kind: str) -> None:
+def test_a_weight_normed_writer_loses_rows(kind: str) -> None:
     with torch.no_grad():
         both = Net(lambda m, x: m.out(torch.relu(m.one(x) + m.two(x))), one=nn.Linear(4, 8), two=nn.Linear(4, 8))
         both.out = nn.Linear(8, 2)
         both.two = NORMS[kind](both.two)
-    graph = graph_of(both, torch.randn(3, 4))
-    assert not graph.groups
-    assert "weight-normed" in graph.left_whole["one"]
+    group = graph_of(both, torch.randn(3, 4)).groups["one"].unit_group()
+    assert [producer.name for producer in group.producers] == ["one", "two"]
+    removed(both, torch.randn(3, 4), "one", [0, 5])
 
 
 def test_a_bilinear_layer_reads_two_inputs_and_its_attributes_follow() -> None:

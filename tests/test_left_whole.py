@@ -74,12 +74,14 @@ def tied() -> nn.Module:
 
 # the network, its input, and words of the reasons for what is named, if it is
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
-    "LSTM": (lambda: recurrent(nn.LSTM), IDS, {"table": "no convolution or linear", "cells": "no convolution"}),
-    "GRU": (lambda: recurrent(nn.GRU), IDS, {"cells": "no convolution or linear layer writes"}),
-    "RNN": (lambda: recurrent(nn.RNN, num_layers=2), IDS, {"cells": "no convolution or linear layer writes"}),
-    "two directions": (lambda: recurrent(nn.LSTM, bidirectional=True), IDS, {"cells": "no convolution"}),
-    "a cell": (lambda: nn.Sequential(nn.GRUCell(4, 8), nn.Linear(8, 2)), X, {"0": "no convolution or linear layer"}),
-    "Conv1D": (lambda: nn.Sequential(Conv1D(4, 8), nn.GELU(), Conv1D(8, 2)), X, {"0": "no convolution"}),
+    "LSTM": (lambda: recurrent(nn.LSTM), IDS, {"table": "its rows are the vocabulary", "fc": "output"}),
+    "GRU": (lambda: recurrent(nn.GRU), IDS, {"table": "no matrix that reads something"}),
+    "RNN": (lambda: recurrent(nn.RNN, num_layers=2), IDS, {"table": "no matrix that reads something"}),
+    "two directions": (
+        lambda: recurrent(nn.LSTM, bidirectional=True), IDS, {"table": "no matrix that reads something"},
+    ),
+    "a cell": (lambda: nn.Sequential(nn.GRUCell(4, 8), nn.Linear(8, 2)), X, {"1": "output"}),
+    "Conv1D": (lambda: nn.Sequential(Conv1D(4, 8), nn.GELU(), Conv1D(8, 2)), X, {}),
     "weight norm, old": (
         lambda: sandwich(nn.utils.weight_norm(nn.Linear(8, 8))), X, {},
     ),
@@ -89,7 +91,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     "bilinear": (
         lambda: Applied(lambda m, x: m.fc(m.two(m.a(x), m.a(x))), a=nn.Linear(4, 6), two=nn.Bilinear(6, 6, 8),
                         fc=nn.Linear(8, 2)),
-        X, {"two": "no convolution or linear layer writes its units", "fc": "output"},
+        X, {"two": "no matrix that reads something writes its units", "fc": "output"},
     ),
     "attention": (attending, TOKENS, {"fc": "it reaches the model's output"}),
     "attention with more": (lambda: attending(add_bias_kv=True), TOKENS, {"attention.in_proj_weight": "kept whole"}),
@@ -97,7 +99,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     "a table": (
         lambda: Applied(lambda m, x: m.fc((m.table(x) + m.places).mean(1)), table=nn.Embedding(10, 8),
                         places=torch.randn(1, 5, 8), fc=nn.Linear(8, 2)),
-        IDS, {"table": "no convolution or linear layer writes", "places": "no convolution or linear layer writes"},
+        IDS, {"table": "no matrix that reads something writes", "places": "no matrix that reads something writes"},
     ),
     "never read": (
         lambda: Applied(lambda m, x: m.fc(m.a(x)), a=nn.Linear(4, 8), spare=nn.Linear(8, 8), more=torch.zeros(3, 3),

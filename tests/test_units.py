@@ -89,9 +89,19 @@ def test_slots_follow_the_parameter_that_is_there_now() -> None:
     assert list(group.slots()) == [weight, bias]
 
 
-def test_a_computed_weight_is_no_slot() -> None:
+def test_a_computed_weight_is_what_comes_out() -> None:
     layer = parametrizations.weight_norm(nn.Linear(2, 3))
-    with pytest.raises(GroupError, match=r"Linear.weight is not a plain parameter.*remove_parametrizations"):
+    weight = Slot(layer, "weight")
+    assert weight.tensor is not None
+    torch.testing.assert_close(weight.tensor, layer.weight.detach())
+    assert weight.parameters() == list(layer.parametrizations.parameters())
+
+
+def test_a_tensor_that_is_no_parameter_is_no_slot() -> None:
+    layer = nn.Linear(2, 3)
+    del layer.weight
+    layer.weight = torch.ones(3, 2)
+    with pytest.raises(GroupError, match=r"Linear.weight is no parameter.*remove_parametrizations"):
         _ = Slot(layer, "weight").tensor
 
 

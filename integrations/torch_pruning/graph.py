@@ -13,13 +13,15 @@ from torch_pruning.dependency import Dependency, Group, Node
 
 from singe_plugin import axes
 from singe_plugin.axes.removal import remove_units
+from singe_plugin.computed import computed_in
 from singe_plugin.errors import GroupError
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.stale import remember_shapes
 
-__all__ = ["AxisDependencyGraph", "GroupView"]
+__all__ = ["AxisDependencyGraph", "GroupView", "is_rooted"]
 
 _OPTYPE = tp.ops.OPTYPE
+_CLASSES = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)  # of root_module_types; there is none for the others
 
 
 class GroupView(Group):  # type: ignore[misc]
@@ -136,7 +138,8 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.module2node = {
             module: Node(module, None, name)
             for module, name in graph.names.items()
-            if module._parameters and tp.ops.module2type(module) in self.REGISTERED_PRUNERS
+            if (module._parameters or next(computed_in(module), None))
+            and tp.ops.module2type(module) in self.REGISTERED_PRUNERS
         }
         for held in graph.held:
             if isinstance(held.tensor, nn.Parameter) and not _has_function(held.owner):
@@ -155,7 +158,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
                 continue
             if root_instances is not None and not any(writer in root_instances for writer in writers):
                 continue
-            if any(isinstance(writer, tuple(root_module_types)) for writer in writers):
+            if is_rooted(group, root_module_types):
                 yield GroupView(self, group)
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> GroupView:
@@ -212,20 +215,22 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             for producer in group.unit_group().producers:
                 if producer.slots[0].owner is module:
                     return [int(u) for u in producer.unit_of_row()]
-        for part in group.slices():
-            if part.owner is module and part.reads == is_in and part.is_parameter:
+        for part in group.plain_slices():
+            if part.owner is module and part.reads == is_in and part.is_weight:
                 return [int(u) for u in part.units]
         return []
 
     def parts(self, group: axes.Group) -> Iterator[tuple[Node, Any, list[int]]]:
         """Yield ``(node, pruning function, unit of every channel)`` for every layer of a group, its writers first."""
-        slices = [s for s in group.slices() if s.is_parameter]
+        slices = [s for s in group.plain_slices() if s.is_weight]
         writers = list(group.writers.values())
         slices.sort(key=lambda s: writers.index(s.owner) if s.owner in writers and not s.reads else len(writers))
         done: set[tuple[nn.Module, bool]] = set()
         for part in slices:
             owner = part.owner
             if not _has_function(owner):
+                if not part.is_parameter:
+                    continue
                 node = self.module2node[part.tensor]
                 node.pruning_dim = part.dim
                 yield node, self.REGISTERED_PRUNERS[_OPTYPE.PARAMETER].prune_out_channels, part.units.tolist()
@@ -239,11 +244,16 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             yield self.module2node[owner], handler, units
 
 
+def is_rooted(group: axes.Group, roots: Sequence[type]) -> bool:
+    """Whether a layer of one of these classes writes a group; where all are given, any layer will do."""
+    return set(_CLASSES) <= set(roots) or any(isinstance(w, tuple(roots)) for w in group.writers.values())
+
+
 def _is_beyond(module: nn.Module, reads: bool) -> bool:
     """Whether torch-pruning's importances misread a layer's channels: grouped inputs, grouped transposed outputs."""
     return getattr(module, "groups", 1) > 1 and (reads or bool(getattr(module, "transposed", False)))
 
 
 def _has_function(module: nn.Module) -> bool:
-    """Whether torch-pruning has pruning functions for a layer."""
-    return tp.ops.module2type(module) in tp.pruner.function.PrunerBox
+    """Whether torch-pruning has pruning functions for a layer. (That for an LSTM takes one layer in one direction.)"""
+    return not isinstance(module, nn.LSTM) and tp.ops.module2type(module) in tp.pruner.function.PrunerBox

@@ -14,6 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from singe_plugin.computed import REMEDY, computed_in
 from singe_plugin.errors import GroupError
 from singe_plugin.method.folding import can_fold, is_batchnorm
 from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
@@ -97,6 +98,11 @@ def _slots(graph: Any, dep: Any) -> tuple[Slot, ...]:
     if dep.target.type == tp.ops.OPTYPE.PARAMETER:
         parent, _, attr = graph._param_to_name[layer].rpartition(".")
         return (Slot(graph.model.get_submodule(parent), attr, RowLayout(dim % layer.ndim)),)
+    if isinstance(layer, _LAYERS) and next(computed_in(layer), None) is not None:
+        raise GroupError(
+            f"the weight of {graph._module2name.get(layer)!r} is computed (parametrized), which torch-pruning's own "
+            f"graph does not cut; use SInGEPruner or prune(), or {REMEDY}"
+        )
     if isinstance(layer, _LAYERS):
         return _of_layer(layer) if graph.is_out_channel_pruning_fn(handler) else ()
     if is_batchnorm(layer):

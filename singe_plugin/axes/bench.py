@@ -25,6 +25,7 @@ from .groups import Group, Together
 from .removal import remove_units
 from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, randomised
 from .values import Copies, Values
+from .widths import tensor_of
 
 __all__ = ["EXACT", "TOLERANCE", "Bench", "bench_elsewhere", "opened_bench", "same_start"]
 
@@ -127,6 +128,8 @@ class Bench:
         """What a removal changes: everything that units are part of, and what makes up for a smaller width."""
         for group in groups:
             yield from (part.tensor for part in group.slices())
+            for made in self.graph.made(group.leaf.root()):
+                yield from (t for source in made.weight.sources() if (t := tensor_of(*source)) is not None)
             for scale in self.graph.index.widths(group.leaf.root()):
                 yield from (owner._parameters[attr] for owner, attr, _ in scale.rows)  # type: ignore[misc]
 

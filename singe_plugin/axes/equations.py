@@ -164,7 +164,7 @@ def _same_size(a: Axis, b: Axis, why: str) -> None:
 
 def _follow(trace: Trace, size: TrackedInt, axis: Axis) -> None:
     """Find out which axes the attributes follow that are only seen in products and quotients."""
-    if not size.followed:
+    if not size.followed or not size.terms:  # without terms it is zero, whatever goes
         return
     if len(size.terms) > 1:
         _follow_sum(trace, size, axis)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from singe_plugin.computed import computed_in
 from singe_plugin.errors import GroupError
 from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of, want_gradients
@@ -108,7 +109,13 @@ class _Functions(TorchFunctionMode):
 
 @contextmanager
 def _module_stack(state: Trace) -> Iterator[None]:
+    computed = [weight for module in state.model.modules() for weight in computed_in(module)]
+    hooked = [weight for weight in computed if weight.hook is not None]
+    lists = {weight.holder: weight for weight in computed if weight.hook is None}
+
     def enter(module: nn.Module, args: Any) -> None:
+        for weight in (w for w in hooked if w.layer is module):
+            state.note_computed(weight, getattr(module, weight.attr))
         state.stack.append(module)
         state.runs[module] += 1
         state.inputs[module] = [state.of(t) for t in tensors_in(args)]
@@ -116,6 +123,8 @@ def _module_stack(state: Trace) -> Iterator[None]:
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         state.stack.pop()
         state.outputs[module] = [state.of(t) for t in tensors_in(output)]
+        if module in lists:
+            state.note_computed(lists[module], output)
 
     handles = []
     try:

@@ -15,7 +15,7 @@ from singe_plugin.nested import call_model
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves
 from .groups import Group
 from .layers import adapt
-from .parameters import LAYERS, ModelAxes
+from .parameters import ModelAxes
 from .reasons import why_whole
 from .trace import Forward
 
@@ -101,9 +101,10 @@ class AxisGraph(ModelAxes):
         found: list[tuple[int, bool, Atom, dict[str, nn.Module]]] = []
         for leaf, places in self.places.items():
             writers: dict[str, nn.Module] = {
-                self.names[h.owner]: h.owner
+                self.names[layer]: layer
                 for h, d in sorted(places, key=lambda p: self.trace.order.get(p[0].owner, 1 << 30))
-                if isinstance(h.owner, LAYERS) and h.attr == "weight" and not self.reads(h, d)
+                if self.writes(h, d)
+                for layer in [self.layer_of(h)]
             }
             if not writers or leaf.size < 2:
                 continue

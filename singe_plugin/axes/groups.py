@@ -28,13 +28,14 @@ class Group:
         in_heads: whether attention heads are made of its units.
         initial: how many units it had.
         left: the units that are left, in the numbering of the unpruned model.
-        least: how many units have to stay: 1, or 2 where the model does not run with one (a standardised weight).
+        least: how many units have to stay: 1, or 2 where the model does not run with one (a standardised weight), or
+            as many as an adapter says.
     """
 
     def __init__(self, axes: ModelAxes, leaf: Atom, name: str, writers: dict[str, nn.Module]) -> None:
         self.axes, self.leaf, self.name, self.writers = axes, leaf, name, writers
         self.secondary = self.is_heads = self.in_heads = False
-        self.least = 1
+        self.least = max([1, *(count for axis, count in axes.at_least if axis and axis[0].root() is leaf.root())])
         self.initial = self.size
         self.left = list(range(self.size))
 
@@ -46,11 +47,16 @@ class Group:
     @property
     def only_training(self) -> bool:
         """Whether its layers are read in training mode only (auxiliary heads)."""
-        return all(id(writer.weight) in self.axes.only_training for writer in self.writers.values())
+        written = [part for part in self.slices() if part.is_parameter and not part.reads and part.tensor.ndim > 1]
+        return all(id(part.tensor) in self.axes.only_training for part in written)
 
     def slices(self) -> list[UnitSlice]:
         """Return every dimension of every parameter and buffer that goes with the units."""
         return self.axes.slices(self.leaf)
+
+    def plain_slices(self) -> list[UnitSlice]:
+        """As :meth:`slices`, with computed weights in the place of what they are computed from."""
+        return self.axes.plain_slices(self.leaf)
 
     def readers(self) -> set[str]:
         """The names of the matrices that are contracted along the units."""

@@ -7,20 +7,21 @@ size, fix axes, link attributes to axes, and name the parameters that make up fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
-from .algebra import Axis, fix, leaves, size_of, split, unify
+from .algebra import Axis, expand, fix, leaves, size_of, split, unify
 from .parameters import ModelAxes
 from .scales import ImpliedScale
 from .tracked import Place
 
 __all__ = [
     "ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "bilinear", "follow", "graph_adapter", "multihead_attention",
+    "recurrent",
 ]  # fmt: skip
 
 ADAPTERS: dict[type[nn.Module], Callable[..., None]] = {}
@@ -94,6 +95,41 @@ def multihead_attention(graph: ModelAxes, layer: nn.MultiheadAttention) -> None:
     query = torch.arange(3 * width) < width
     tensors = [attr for attr in ("in_proj_weight", "in_proj_bias") if getattr(layer, attr) is not None]
     graph.scales.append(ImpliedScale(dims, [(layer, attr, query) for attr in tensors]))
+
+
+@adapter(nn.RNNBase, nn.RNNCellBase)
+def recurrent(graph: ModelAxes, layer: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Adapt to layers whose results are their own inputs, which a sequence of one step does not show.
+
+    ``hidden_size`` is one number, so unit k of every layer and of both directions goes at once. PyTorch takes a layer
+    for one without projections if these are as wide as what they project: a unit more has to stay.
+    """
+    why = f"{type(layer).__name__} has one hidden size"
+    hidden: Axis | None = None
+    projected: Axis | None = None
+    found: dict[str, Sequence[Axis]] = {
+        name: graph.trace.of(parameter)
+        for name, parameter in layer._parameters.items()
+        if parameter is not None and graph.made_of(layer, name) is None
+    }
+    found |= {made.weight.attr: made.axes for made in graph.computed if made.weight.layer is layer}
+    for name, axes in found.items():
+        if name.startswith("weight_hr"):
+            projected = projected or axes[0]
+            unify(axes[0], projected, why)
+            unify(axes[1], hidden or axes[1], why)
+        else:
+            rows = int(layer.hidden_size)
+            gates, units = split(axes[0], [size_of(axes[0]) // rows, rows], why)
+            fix(gates, "gates are told apart")
+            hidden = hidden or units
+            unify(units, hidden, why)
+    for axes in (axes for name, axes in found.items() if name.startswith("weight_hh")):
+        unify(axes[1], projected or hidden or (), why)
+    if projected is not None and hidden is not None:
+        graph.at_least.append((hidden, size_of(projected) + 1))
+        if len(expand(hidden)) != 1:
+            fix(hidden, f"{why}, and a part of it could become as small as its projection")
 
 
 @adapter(nn.Bilinear)

@@ -8,15 +8,15 @@ part, another factor) is followed by dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Origins"]
+__all__ = ["Dims", "Origins"]
 
-_Dims: TypeAlias = frozenset[tuple[int, int]]
+Dims: TypeAlias = frozenset[tuple[int, int]]
 """``(id of a parameter, dimension)``."""
 
 _SWAPS = frozenset({"t", "transpose", "t_", "transpose_", "swapaxes", "adjoint", "mT"})
@@ -37,11 +37,17 @@ class Origins:
         self.written: set[tuple[int, int]] = set()
         self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._live: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._summed: set[tuple[int, int]] = set()
 
     def start(self, parameter: Tensor) -> None:
         """A parameter, of which nothing has been made yet."""
         self._of[parameter] = [frozenset({(id(parameter), dim)}) for dim in range(parameter.ndim)]
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that are made of buffers: they are cut along."""
+        for tensor in tensors:
+            self._held[tensor] = True
 
     def activate(self, tensors: Iterable[Tensor]) -> None:
         """Tensors that depend on the model's input."""
@@ -50,12 +56,20 @@ class Origins:
 
     def reads(self, parameter: Tensor, dim: int) -> bool:
         """Whether a dimension of a parameter is contracted wherever it is used."""
-        key = (id(parameter), dim)
-        return key in self.contracted and key not in self.written
+        return self.all_read(frozenset({(id(parameter), dim)}))
+
+    def all_read(self, dims: Dims) -> bool:
+        """Whether dimensions of parameters are contracted wherever they are used."""
+        return bool(dims & self.contracted) and not dims & self.written
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether a tensor depends neither on the input nor on a parameter."""
-        return tensor not in self._live and tensor not in self._of
+        """Whether a tensor depends neither on the input nor on a parameter or buffer."""
+        return tensor not in self._live and tensor not in self._of and tensor not in self._held
+
+    def made_of(self, tensor: Tensor, parameters: Collection[int]) -> bool:
+        """Whether a tensor is made of some of these parameters and nothing else."""
+        found = [dims for dims in self._of.get(tensor) or () if dims]  # type: ignore[no-untyped-call]
+        return bool(found) and tensor not in self._live and all(key in parameters for dims in found for key, _ in dims)
 
     def contract(self, a: Tensor, dim: int, b: Tensor, other: int) -> None:
         """The operator at work sums over a dimension of both: of two made of parameters alone, the second one reads."""
@@ -72,25 +86,28 @@ class Origins:
         made_of = [t for t in operands if t in self._of]
         if any(t in self._live for t in operands):
             for tensor in made_of:
-                for dim, origin in enumerate(self._dims(tensor)):
+                for dim, origin in enumerate(self.dims_of(tensor)):
                     if (id(tensor), dim) not in self._summed:
                         self.written |= origin
             self.activate(results)
         elif made_of:
             for result in (r for r in results if r not in self._of):
-                found: list[_Dims] = [frozenset()] * result.ndim
+                found: list[Dims] = [frozenset()] * result.ndim
                 for tensor in made_of:
-                    carried = _carried(operator, args, self._dims(tensor), tensor, result)
+                    carried = _carried(operator, args, self.dims_of(tensor), tensor, result)
                     found = [a | b for a, b in zip(found, carried, strict=True)]
                 self._of[result] = found
+        elif any(t in self._held for t in operands):
+            self.hold(results)
         self._summed.clear()
 
-    def _dims(self, tensor: Tensor) -> list[_Dims]:
-        found: list[_Dims] = self._of[tensor]
+    def dims_of(self, tensor: Tensor) -> list[Dims]:
+        """Of which dimensions of parameters the dimensions of a tensor are made."""
+        found: list[Dims] = self._of.get(tensor) or [frozenset()] * tensor.ndim  # type: ignore[no-untyped-call]
         return found
 
 
-def _carried(operator: str, args: Any, origins: list[_Dims], source: Tensor, result: Tensor) -> list[_Dims]:
+def _carried(operator: str, args: Any, origins: list[Dims], source: Tensor, result: Tensor) -> list[Dims]:
     """Of which dimensions of the source the dimensions of a result are made."""
     ndim = source.ndim
     if operator in _SWAPS and ndim > 1:
@@ -116,15 +133,15 @@ def _carried(operator: str, args: Any, origins: list[_Dims], source: Tensor, res
     return [frozenset().union(*origins)] * result.ndim
 
 
-def _through_view(before: list[int], origins: list[_Dims], after: list[int]) -> list[_Dims]:
+def _through_view(before: list[int], origins: list[Dims], after: list[int]) -> list[Dims]:
     """A dimension is made of those that lie in the same stretch of memory."""
-    found: list[_Dims] = []
+    found: list[Dims] = []
     i = 0
     start, left = 1, before[0] if before else 1  # of the source's dimension i: what is in front of it, and with it
     right = 1
     for size in after:
         begin, right = right, right * size
-        mine: _Dims = frozenset()
+        mine: Dims = frozenset()
         while before:
             if size > 1 and before[i] > 1 and start < right and begin < left:
                 mine |= origins[i]

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from singe_plugin.computed import Computed
 from singe_plugin.errors import GroupError, SingeError, is_of_the_machine
 from singe_plugin.method.folding import can_fold
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.nested import call_model
 from singe_plugin.state import containers_training
 
-from .algebra import Atom, Axis, fix_all, labels, leaves, size_of, split
+from .algebra import Atom, Axis, contains, fix_all, labels, leaves, size_of, split
 from .forward import trace
 from .index import Index
 from .scales import ImpliedScale, implied_scales
 from .trace import Forward, Trace
 from .widths import tensor_of
 
-__all__ = ["CONV", "LAYERS", "Held", "ModelAxes", "UnitSlice", "out_axis"]
+__all__ = ["CONV", "LAYERS", "Held", "Made", "ModelAxes", "UnitSlice", "out_axis"]
 
 CONV = nn.modules.conv._ConvNd
 LAYERS = (CONV, nn.Linear)
@@ -52,12 +53,16 @@ class UnitSlice:
     def tensor(self) -> Tensor:
         """The tensor as it is now."""
         found = tensor_of(self.owner, self.attr)
-        assert found is not None
-        return found
+        return cast(Tensor, getattr(self.owner, self.attr)) if found is None else found
 
     @property
     def is_parameter(self) -> bool:
         return self.attr in self.owner._parameters
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a parameter, or a weight that is computed from some."""
+        return self.attr not in self.owner._buffers
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,19 @@ class Held:
     attr: str
     tensor: Tensor
     axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A weight that a layer computes, its axes, and whether its dimensions only read."""
+
+    weight: Computed
+    axes: tuple[Axis, ...]
+    reads: tuple[bool, ...]
+
+    def held(self) -> Held:
+        """The same as if it were a parameter of the layer."""
+        return Held(self.weight.layer, self.weight.attr, self.weight.value(), self.axes)
 
 
 class ModelAxes:
@@ -87,6 +105,8 @@ class ModelAxes:
         index: what follows a leaf, besides parameters and buffers.
         only_training: ids of the parameters that are read in training mode only.
         places: leaf -> the dimensions that contain it; see :meth:`find_places`.
+        at_least: axes, and how many positions of them have to stay for the model to run.
+        computed: the weights that layers compute from parameters.
         unit_groups: what was made of leaves since the last change.
     """
 
@@ -94,6 +114,7 @@ class ModelAxes:
         self.model, self.inputs, self.forward = model, inputs, forward
         self.only_training: set[int] = set()
         self.places: dict[Atom, list[tuple[Held, int]]] = {}
+        self.at_least: list[tuple[Axis, int]] = []
         self.unit_groups: dict[Atom, UnitGroup] = {}
         self._slices: dict[Atom, list[UnitSlice]] = {}
         try:
@@ -111,7 +132,13 @@ class ModelAxes:
             self._read_more()
         self.names = {module: name for name, module in model.named_modules()}
         self.held = list(self._held())
+        self.computed = [
+            Made(w, tuple(axes), tuple(map(self.trace.origins.all_read, dims)))
+            for w, axes, dims in self.trace.computed.values()
+        ]
+        self._made_of = {source: made for made in self.computed for source in made.weight.sources()}
         self.weights = {held.owner: held for held in self.held if held.attr == "weight"}
+        self.weights |= {made.weight.layer: made.held() for made in self.computed if made.weight.attr == "weight"}
         self.scales: list[ImpliedScale] = implied_scales(model, self.inputs, self.trace, self.forward)
         self.index = Index(self.trace, self.scales)
 
@@ -182,6 +209,29 @@ class ModelAxes:
             return True
         return self.trace.origins.reads(held.tensor, dim)
 
+    def writes(self, held: Held, dim: int) -> bool:
+        """Whether units are written along a dimension of a parameter: it is a matrix that reads along another one."""
+        if held.attr not in held.owner._parameters or held.tensor.ndim < 2 or self.reads(held, dim):
+            return False
+        made = self.made_of(held.owner, held.attr)
+        layer, attr = (held.owner, held.attr) if made is None else (made.weight.layer, made.weight.attr)
+        if isinstance(layer, LAYERS) and attr == "weight":
+            return True  # also where nobody can say what it reads along: it may be standardised first
+        return any(self.reads(held, other) for other in range(held.tensor.ndim) if other != dim)
+
+    def made_of(self, owner: nn.Module, attr: str) -> Made | None:
+        """Find the weight that is computed from a parameter or buffer."""
+        return self._made_of.get((owner, attr))
+
+    def layer_of(self, held: Held) -> nn.Module:
+        """The layer that a parameter belongs to: it may be computed from it."""
+        made = self.made_of(held.owner, held.attr)
+        return held.owner if made is None else made.weight.layer
+
+    def made(self, leaf: Atom) -> list[Made]:
+        """The computed weights that have units of a leaf."""
+        return [made for made in self.computed if any(contains(axis, leaf) for axis in made.axes)]
+
     def norm_of(self, layer: nn.Module) -> nn.Module | None:
         """Find the batch-norm that folds into a layer: it reads this layer and nothing else does, and it fits."""
         norm = self.trace.sole_reader(layer)
@@ -196,6 +246,17 @@ class ModelAxes:
                 for held, dim in self.places.get(leaf, [])
             ]
         return self._slices[leaf]
+
+    def plain_slices(self, leaf: Atom) -> list[UnitSlice]:
+        """As :meth:`slices`, with the computed weights in the place of what they are computed from."""
+        leaf = leaf.root()
+        kept = [part for part in self.slices(leaf) if self.made_of(part.owner, part.attr) is None]
+        return kept + [
+            UnitSlice(made.weight.layer, made.weight.attr, dim, labels(axis, leaf), made.reads[dim])
+            for made in self.made(leaf)
+            for dim, axis in enumerate(made.axes)
+            if contains(axis, leaf)
+        ]
 
     def changed(self) -> None:
         """Compute positions anew from now on: units were removed or put back."""

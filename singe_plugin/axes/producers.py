@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
 
-from .algebra import Atom, labels
+from .algebra import Atom, contains, labels
 from .parameters import CONV, LAYERS, Held, ModelAxes, out_axis
 
 __all__ = ["unit_group"]
@@ -28,8 +28,13 @@ def unit_group(axes: ModelAxes, name: str, leaf: Atom) -> UnitGroup:
     """
     owners: dict[nn.Module, list[tuple[Held, int]]] = {}
     for held, dim in axes.places[leaf]:
-        if held.attr in held.owner._parameters and not axes.reads(held, dim):
+        plain = axes.made_of(held.owner, held.attr) is None
+        if plain and held.attr in held.owner._parameters and not axes.reads(held, dim):
             owners.setdefault(held.owner, []).append((held, dim))
+    for made in axes.made(leaf):
+        mine = [d for d, axis in enumerate(made.axes) if contains(axis, leaf) and not made.reads[d]]
+        owners.setdefault(made.weight.layer, [])[:0] = [(made.held(), dim) for dim in mine]
+    owners = {owner: places for owner, places in owners.items() if places}
     # affine parameters of norms without weights of their own may be missing
     for held, dim in axes.places[leaf]:
         if is_batchnorm(held.owner) and held.attr == "running_mean":

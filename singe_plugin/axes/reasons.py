@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
-from .algebra import leaves
+from singe_plugin.computed import REMEDY
+
+from .algebra import Atom, leaves
 from .groups import Group
 from .parameters import Held, ModelAxes
 
 __all__ = ["why_whole"]
 
-_NO_WRITER = "no convolution or linear layer writes its units, and only such groups are pruned"
+_NO_WRITER = "no matrix that reads something writes its units, and only such groups are pruned"
+_TABLE = (
+    "no matrix that reads something writes its columns, and only such groups are pruned; its rows are the vocabulary, "
+    "which stays"
+)
 _ONE = "it has one output channel"
 _HEADS = "its units are whole attention heads, which go with prune_num_heads=True only"
 _OVERLAP = "its units (group {!r}) overlap with those of a group with smaller ones, which is pruned instead"
@@ -33,6 +39,10 @@ def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str,
     whole = [
         h for h in axes.held if h.attr in h.owner._parameters and h.tensor.ndim > 1 and id(h.tensor) not in written
     ]
+    for weight in axes.computed:  # of what goes together, one is enough
+        sources = {(owner, attr): owner._parameters.get(attr) for owner, attr in weight.weight.sources()}
+        if any(id(p) in written for p in sources.values() if p is not None):
+            whole = [h for h in whole if (h.owner, h.attr) not in sources]
     on_request = {key: group for group in groups if group.secondary for key in _written(group)}
     found: dict[nn.Module, dict[str, str]] = {}
     for held in whole:
@@ -41,9 +51,14 @@ def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str,
         found.setdefault(held.owner, {})[held.attr] = reason
     for owner, reasons in found.items():
         name = axes.names[owner]
-        layer, computed, _ = name.rpartition(".parametrizations.")
-        if computed or name.startswith("parametrizations."):
-            yield layer or name, f"its weight is computed by a parametrization: {next(iter(reasons.values()))}"
+        made = next(filter(None, (axes.made_of(owner, attr) for attr in reasons)), None)
+        if made is not None:
+            layer, computed = axes.names[made.weight.layer], ", ".join(made.weight.steps())
+            outputs = [axis for axis, reads in zip(made.axes, made.reads, strict=True) if not reads]
+            reason = _of_leaves([leaf for axis in outputs for leaf in leaves(axis)]) or next(iter(reasons.values()))
+            inside = any(step in reason for step in made.weight.steps()) and REMEDY not in reason
+            reason = f"its {made.weight.attr} is computed by a parametrization ({computed}): {reason}"
+            yield layer or made.weight.attr, f"{reason}; {REMEDY}" if inside else reason
         elif _is_layer(owner, reasons) and name:
             yield name, next(iter(reasons.values()))
         else:
@@ -60,7 +75,14 @@ def _reason(axes: ModelAxes, held: Held) -> str:
     found = [leaf for axis in axes.outputs_of(held) for leaf in leaves(axis)]
     free = [leaf for leaf in found if not leaf.fixed]
     if not found or all(leaf.size < 2 for leaf in found):
-        return next((leaf.fixed for leaf in reversed(found) if leaf.fixed), _ONE)
+        computed = not found and axes.made_of(held.owner, held.attr) is not None
+        every = [leaf for axis in held.axes for leaf in leaves(axis)] if computed else found  # it may be read only
+        return next((leaf.fixed for leaf in reversed(every) if leaf.fixed), _ONE)
     if any(leaf.size > 1 for leaf in free):
-        return _NO_WRITER
-    return [leaf.fixed for leaf in found if leaf.fixed][-1]
+        return _TABLE if isinstance(held.owner, nn.Embedding | nn.EmbeddingBag) else _NO_WRITER
+    return _of_leaves(found) or _NO_WRITER
+
+
+def _of_leaves(found: Iterable[Atom]) -> str | None:
+    """Why none of some leaves can go, the outputs of a layer first."""
+    return next((leaf.fixed for leaf in reversed(list(found)) if leaf.fixed and leaf.size > 1), None)

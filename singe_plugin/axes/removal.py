@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from singe_plugin.computed import Computed, weight_of_layer
 from singe_plugin.errors import RemovalError, SingeError, is_of_the_machine
 from singe_plugin.rollback import Snapshot, Trackers, swap_data
 
-from .algebra import size_of
+from .algebra import contains, labels, size_of
 from .graph import AxisGraph
 from .groups import Group
 from .scales import ImpliedScale
@@ -80,7 +82,11 @@ def remove_units(
     cuts = _cuts(group, gone)
     places = {place: graph.trace.links[place][0] for place in graph.index.places(leaf)}
     caches = [module for module, attr in graph.trace.caches if module.__dict__[attr]]
+    weights = _weights(graph, group, gone, trackers)
     changed = list(dict.fromkeys([*(c.owner for c in cuts), *(p.owner for p in places), *caches]))
+    changed += [
+        m for m in dict.fromkeys(m for w in weights for m in w.modules) if m not in changed and m in graph.names
+    ]
     before = Snapshot(graph.model, group, changed, trackers) if undo else None
     try:
         widths = [(scale, size_of(scale.width)) for scale in graph.index.widths(leaf)]
@@ -96,6 +102,11 @@ def remove_units(
             refresh_widths(owner)
         graph.trace.forget()
         _cut_emas(graph, cuts, changed, trackers)
+        for weight in weights:
+            weight.settle()
+        for owner in changed if undo else ():
+            if isinstance(owner, nn.RNNBase):
+                owner.flatten_parameters()  # cuDNN wants them in one piece of memory
         for scale, width in widths:
             _rescale(graph, scale, math.sqrt(size_of(scale.width) / width), trackers)
     except BaseException as error:
@@ -109,10 +120,16 @@ def remove_units(
         raise
 
 
+def _stays(group: Group, gone: set[int]) -> NDArray[np.bool_]:
+    """Which units stay; the last place is for positions of no unit, which are -1."""
+    stays = np.ones(group.size + 1, dtype=bool)
+    stays[list(gone)] = False
+    return stays
+
+
 def _cuts(group: Group, gone: set[int]) -> list[_Cut]:
     cuts: dict[int, _Cut] = {}
-    stays = np.ones(group.size + 1, dtype=bool)  # the last one is for positions of no unit, which are -1
-    stays[list(gone)] = False
+    stays = _stays(group, gone)
     for part in group.slices():
         kept = torch.from_numpy(np.flatnonzero(stays[part.units]))
         tensor = part.tensor
@@ -120,6 +137,43 @@ def _cuts(group: Group, gone: set[int]) -> list[_Cut]:
         if all(dim != part.dim for dim, _ in cut.keep):
             cut.keep.append((part.dim, kept))
     return list(cuts.values())
+
+
+@dataclass
+class _Weight:
+    """A weight that is computed from what is cut, of the model or of an EMA, and what has to be left of it."""
+
+    weight: Computed
+    name: str
+    wanted: Tensor
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What may change of the model."""
+        return [self.weight.layer, *(owner for owner, _ in self.weight.sources())]
+
+    def settle(self) -> None:
+        self.weight.become(self.wanted, self.name)
+        refresh_widths(self.weight.layer)
+
+
+def _weights(graph: AxisGraph, group: Group, gone: set[int], trackers: Trackers) -> list[_Weight]:
+    leaf, stays, found = group.leaf.root(), _stays(group, gone), list[_Weight]()
+    for made in graph.made(leaf):
+        name, attr = graph.names[made.weight.layer], made.weight.attr
+        for model in (graph.model, *trackers.ema_models()):
+            weight = weight_of_layer(model.get_submodule(name), attr)
+            if weight is None:
+                raise RemovalError(f"the EMA has a plain {name}.{attr}, and the model computes it; make both alike")
+            if weight.is_complex() != made.weight.is_complex():
+                continue  # a copy that holds something else than weights
+            wanted = weight.value()
+            for dim, axis in enumerate(made.axes):
+                if contains(axis, leaf):
+                    kept = torch.from_numpy(np.flatnonzero(stays[labels(axis, leaf)]))
+                    wanted = wanted.index_select(dim, kept.to(wanted.device))
+            found.append(_Weight(weight, name, wanted))
+    return found
 
 
 @torch.no_grad()

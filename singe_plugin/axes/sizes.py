@@ -102,7 +102,7 @@ def _size_arguments(args: Any, kwargs: Any, filled: bool = False) -> list[Any]:
         rest = [kwargs.get("size", ())]
     if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
         return list(rest[0])
-    return [a for a in rest if isinstance(a, int)]
+    return [a for a in rest if isinstance(a, int) or (isinstance(a, Tensor) and not a.ndim)]
 
 
 def _groups(state: Trace, groups: Any, axis: Axis) -> _Linked:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from singe_plugin.computed import weight_of_layer
 from singe_plugin.errors import GroupError
 from singe_plugin.nested import map_tensors
 from singe_plugin.state import preserved
@@ -19,6 +20,7 @@ from singe_plugin.state import preserved
 from .algebra import Atom, Axis, labels, leaves
 from .graph import AxisGraph
 from .groups import Group
+from .rules import LOSSES
 from .values import Values
 
 __all__ = [
@@ -180,18 +182,27 @@ def exchanged(targets: Mapping[Group, Sequence[int]], values: Values | None = No
 def masked(
     chosen: Mapping[Group, Sequence[int]], producers_only: bool = False, values: Values | None = None
 ) -> Iterator[None]:
-    """Zero every position of the chosen units, in all parameters."""
+    """Zero every position of the chosen units, in all parameters, and in all weights that are computed from some."""
     values = Values() if values is None else values
-    try:
+    with ExitStack() as stack:
+        stack.callback(values.restore)
         for group, units in chosen.items():
             gone = torch.tensor(sorted(units))
-            for part in group.slices():
-                if part.is_parameter and not (producers_only and part.reads):
-                    index = torch.isin(torch.from_numpy(part.units), gone).nonzero().flatten()
+            for part in group.plain_slices():
+                if not part.is_weight or (producers_only and part.reads):
+                    continue
+                index = torch.isin(torch.from_numpy(part.units), gone).nonzero().flatten()
+                if part.is_parameter:
                     values.zero(part.tensor, part.dim, index)
+                else:
+                    weight = weight_of_layer(part.owner, part.attr)
+                    assert weight is not None
+                    stack.enter_context(weight.seen_as(_zeroed(part.dim, index)))
         yield
-    finally:
-        values.restore()
+
+
+def _zeroed(dim: int, index: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_fill(dim, index.to(tensor.device), 0.0)
 
 
 class NormsOfTheRest(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -254,10 +265,6 @@ def _spread(small: Tensor, like: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 def _of_the_rest(func: Any, name: str, args: Any, kwargs: Any, kept: dict[int, Tensor]) -> Any:
     x, rest = args[0], list(args[1:])
     small = _select(x, kept)
-    if name == "_weight_norm_interface":
-        rows = {dim: index for dim, index in kept.items() if rest[0].shape[dim] > 1}
-        weight, lengths = func(small, _select(rest[0], rows), *rest[1:], **kwargs)
-        return _spread(weight, x, kept), _spread(lengths, rest[0], rows)
     if name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
         first = x.ndim - len(rest[0])
         rest[0] = list(small.shape[first:])
@@ -271,6 +278,8 @@ def _of_the_rest(func: Any, name: str, args: Any, kwargs: Any, kept: dict[int, T
             raise GroupError("its units are not spread evenly over the groups of a group norm")
         rest[:2] = [_select(r, {0: kept[1]}) if isinstance(r, Tensor) else r for r in rest[:2]]
         rest[3], rest[5] = small.shape[1], len(counts)
+    elif name in LOSSES:
+        rest[0] = _select(rest[0], kept)
     out = func(small, *rest, **kwargs)
     if name in ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rms_norm") or "batch_norm" in name:
         if isinstance(out, Tensor):

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from singe_plugin.computed import Computed, computed_in
 from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
 from .algebra import Axis, fix_all, fresh, size_of, unify
-from .origins import Origins
+from .origins import Dims, Origins
 from .tracked import Place, TrackedInt, dimension, plain
 from .widths import own_widths, tensor_of
 
@@ -65,6 +66,7 @@ class Trace:
         inputs, outputs: for every module, the axes of the tensors that it was given and returned last.
         caches: attributes in which modules keep tensors that they computed (attention biases, by device).
         runs: how often every module ran.
+        computed: the weights that layers compute, their axes, and the dimensions of parameters that theirs are made of.
         contractions: the axes of the activation and of the result of every operator that contracts with one (see
             :mod:`singe_plugin.axes.contractions`).
     """
@@ -85,6 +87,7 @@ class Trace:
     inputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
     caches: list[tuple[nn.Module, str]] = field(default_factory=list)
     runs: Counter[nn.Module] = field(default_factory=Counter)
+    computed: dict[tuple[nn.Module, str], tuple[Computed, list[Axis], list[Dims]]] = field(default_factory=dict)
     contractions: list[tuple[list[Axis], list[Axis]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +102,10 @@ class Trace:
         self._norm_calls: Counter[nn.Module] = Counter()
         self.origins = Origins()
         self.operator = ""
+        self._computed_from: set[int] = set()
         for module in self.model.modules():
+            for weight in computed_in(module):
+                self._computed_from |= {id(o._parameters[a]) for o, a in weight.sources() if a in o._parameters}
             for table in (module._parameters, module._buffers):
                 for tensor in table.values():
                     if tensor is not None and tensor not in self._axes:
@@ -108,6 +114,7 @@ class Trace:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self.origins.start(parameter)
+            self.origins.hold(buffer for buffer in module._buffers.values() if buffer is not None)
             self._link_own(module)
 
     def _link_own(self, module: nn.Module) -> None:
@@ -147,6 +154,8 @@ class Trace:
     def mixes(self, tensor: Tensor, dims: Sequence[int]) -> None:
         """Note that the current operator takes all units of these dimensions together."""
         axes = self.of(tensor)
+        if self.origins.made_of(tensor, self._computed_from):
+            return  # a computed weight is left as it was, whatever it is computed with
         if tensor not in self._owner and self.origins.is_constant(tensor):  # ``ones(width).sum()`` is the width
             fix_all([axes[d] for d in dims], f"{self.why} makes a number of its size")
             return
@@ -232,6 +241,12 @@ class Trace:
     def count(self, operator: str) -> int:
         """Return how often an operator ran."""
         return self._counts[operator]
+
+    def note_computed(self, weight: Computed, made: Tensor) -> None:
+        """Note the axes of a weight that a layer has computed: it is the layer's as if it were a parameter."""
+        self.order.setdefault(weight.layer, len(self.order))
+        self._owner[made] = weight.layer
+        self.computed[weight.layer, weight.attr] = weight, self.of(made), self.origins.dims_of(made)
 
     def note_attention(self, query: Tensor) -> None:
         caller = self.stack[-1] if self.stack else self.model

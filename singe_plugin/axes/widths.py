@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from singe_plugin.computed import weight_of_layer
+
 __all__ = ["own_widths", "refresh_widths", "tensor_of"]
 
 
@@ -41,12 +43,18 @@ def own_widths(module: nn.Module) -> Iterator[tuple[str, str, int]]:
         yield "num_parameters", "weight", 0
     elif isinstance(module, nn.RNNBase):
         yield from (("hidden_size", "weight_hh_l0", 1), ("input_size", "weight_ih_l0", 1))
+        yield from (("hidden_size", "weight_hr_l0", 1), ("proj_size", "weight_hr_l0", 0))  # in this order
+    elif isinstance(module, nn.RNNCellBase):
+        yield from (("hidden_size", "weight_hh", 1), ("input_size", "weight_ih", 1))
 
 
 def refresh_widths(module: nn.Module) -> None:
     """Set the attributes in which a layer keeps the shape of its own tensors."""
     for attr, name, dim in own_widths(module):
-        if (tensor := tensor_of(module, name)) is not None:
+        tensor = tensor_of(module, name)
+        if tensor is None and (computed := weight_of_layer(module, name)) is not None:
+            tensor = computed.value()
+        if tensor is not None:
             setattr(module, attr, tensor.shape[dim])
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         attr = "out_channels" if module.transposed else "in_channels"

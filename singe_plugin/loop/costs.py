@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from singe_plugin.errors import ConfigError
 from singe_plugin.nested import call_model
-from singe_plugin.state import preserved, unfused_attention
+from singe_plugin.state import plain_layers, preserved
 
 __all__ = [
     "KINDS", "CostModel", "Counted", "Kind", "TensorCost", "check_kind", "count_macs", "count_macs_by_module",
@@ -50,7 +50,7 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
     Counted with ``torch.utils.flop_counter`` in eval mode, for the batch that is given.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-    with preserved(model), unfused_attention(), torch.no_grad(), counter:
+    with preserved(model), plain_layers(model), torch.no_grad(), counter:
         for parameter in model.parameters():
             parameter.requires_grad_(False)  # the counter asks for the gradient function of what wants a gradient
         model.eval()

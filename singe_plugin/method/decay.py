@@ -12,6 +12,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.computed import plain_layers_of
 from singe_plugin.errors import GroupError, ScoringError
 from singe_plugin.method.folding import norm_scale_shift
 from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
@@ -134,13 +135,14 @@ def substituted(group: UnitGroup, runs: bool = True) -> Iterator[list[Row]]:
         group: what decays.
         runs: whether the model runs with them; if not, only the rows are wanted, and no copy of them is made.
     """
-    before = [(module, dict(module._parameters), dict(module._buffers)) for module in touched(group)]
-    try:
-        yield _substitutes(group, runs)
-    finally:
-        for module, parameters, buffers in before:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+    with plain_layers_of(touched(group)):
+        before = [(module, dict(module._parameters), dict(module._buffers)) for module in touched(group)]
+        try:
+            yield _substitutes(group, runs)
+        finally:
+            for module, parameters, buffers in before:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
 
 
 def _substitutes(group: UnitGroup, runs: bool) -> list[Row]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from singe_plugin.computed import computed_in
 from singe_plugin.method.prefix import Given, Readings, is_new, is_plain, may_be_given
 from singe_plugin.nested import copied, tensors_in
 
@@ -80,7 +81,15 @@ class Timeline:
 
         Parameters are known by what they were then: this is asked before others take their place.
         """
-        read = (self.read.get(id(p)) for module in modules for p in module._parameters.values() if p is not None)
+        held = {p for module in modules for p in module._parameters.values()}
+        held |= {
+            w.holder._parameters[a]
+            for m in modules
+            for w in computed_in(m)
+            for o, a in w.sources()
+            if o is w.holder and a in o._parameters
+        }
+        read = (self.read.get(id(p)) for p in held if p is not None)
         times = [*read, *(self.began.get(module) for module in modules)]
         return min((time for time in times if time is not None), default=self.clock + 1)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from singe_plugin.computed import REMEDY, weight_of_layer
 from singe_plugin.errors import GroupError, TiedParameterError
 
 __all__ = ["BlockLayout", "Producer", "RowLayout", "Slot", "UnitGroup", "refuse_tied", "subgroup", "tied_parameters"]
@@ -135,12 +136,20 @@ class Slot:
     def tensor(self) -> Tensor | None:
         """The parameter as it is now (removals replace it), or None if the layer has none (``bias=False``)."""
         if self.attr not in self.owner._parameters:
+            computed = weight_of_layer(self.owner, self.attr)
+            if computed is not None:
+                return computed.value()
             raise GroupError(
-                f"{type(self.owner).__name__}.{self.attr} is not a plain parameter (parametrized or weight-normed "
-                "layers compute it); remove the parametrization first, e.g. torch.nn.utils.parametrize."
-                "remove_parametrizations"
+                f"{type(self.owner).__name__}.{self.attr} is no parameter, and none that torch.nn.utils.parametrize, "
+                f"weight_norm, spectral_norm or prune compute; {REMEDY}"
             )
         return self.owner._parameters[self.attr]
+
+    def parameters(self) -> list[Tensor]:
+        """What of the model it is: the parameter, or those that a layer computes it from."""
+        computed = None if self.attr in self.owner._parameters else weight_of_layer(self.owner, self.attr)
+        places = [(self.owner, self.attr)] if computed is None else computed.sources()
+        return [p for owner, attr in places if (p := owner._parameters.get(attr)) is not None]
 
 
 @dataclass(frozen=True)
@@ -264,8 +273,7 @@ def tied_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
 def refuse_tied(group: UnitGroup, ties: dict[int, tuple[str, ...]]) -> None:
     """Raise :class:`TiedParameterError` if a producer's parameter is shared with another layer."""
     for slot in group.slots():
-        tensor = slot.tensor
-        if tensor is not None and id(tensor) in ties:
+        for tensor in (t for t in slot.parameters() if id(t) in ties):
             names: Sequence[str] = ties[id(tensor)]
             raise TiedParameterError(
                 f"group {group.name!r}: the parameters {' and '.join(map(repr, names))} are one tensor, so its "

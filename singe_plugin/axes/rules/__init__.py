@@ -3,5 +3,6 @@
 from . import elements, norms, places, products, views  # noqa: F401 - registers their rules
 from .base import RULES, opaque, rule
 from .elements import pointwise
+from .norms import LOSSES
 
-__all__ = ["RULES", "opaque", "pointwise", "rule"]
+__all__ = ["LOSSES", "RULES", "opaque", "pointwise", "rule"]

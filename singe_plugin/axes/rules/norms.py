@@ -14,6 +14,8 @@ from ..trace import Trace
 from .base import opaque, rule
 from .elements import pointwise
 
+LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")  # of two tensors
+
 
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
@@ -64,11 +66,10 @@ def _group_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("_weight_norm_interface")
 def _weight_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    """Directions and lengths: a row of both goes with a unit; the length of a direction is that of what is left."""
+    """Directions and lengths: a row of both goes with a unit. Lengths make up for what directions lose."""
     directions, lengths = t.of(args[0]), t.of(args[1])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].ndim
     t.unify(directions[dim], lengths[dim])
-    t.mixes(args[0], range(args[0].ndim))
     t.set(out[0], directions)
     t.set(out[1], lengths)
 
@@ -104,6 +105,18 @@ def _reduction(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
         t.set(result, kept)
     if t.operator in ("max", "min", "median", "nanmedian", "mode") and isinstance(out, tuple):
         t.numbers_units(out[1], [axes[d] for d in chosen])
+
+
+@rule(*LOSSES)
+def _loss(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Element by element, and then a sum or mean of all."""
+    for one, other in zip(t.of(args[0]), t.of(args[1]), strict=True):
+        t.unify(one, other)
+    if out.ndim == args[0].ndim:
+        t.set(out, t.of(args[0]))
+    else:
+        t.mixes(args[0], range(args[0].ndim))
+        t.set(out, [])
 
 
 @rule(

@@ -93,6 +93,15 @@ def _embedding(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.set(out, [*(opaque(t, s) for s in out.shape[:-1]), t.of(args[0])[1]])
 
 
+@rule("_pack_padded_sequence")
+def _pack(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """The steps of all sequences one after the other: what is at each step passes."""
+    axes = t.of(args[0])
+    t.fix(*axes[:2], *t.of(args[1]))
+    t.set(out[0], [opaque(t, len(out[0])), *axes[2:]])
+    t.set(out[1], [opaque(t, size) for size in out[1].shape])
+
+
 @rule("unfold")
 def _unfold(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     axes, dim = t.of(args[0]), args[1] % args[0].ndim
