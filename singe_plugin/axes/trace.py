@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -28,6 +30,10 @@ _SAME_VALUES = frozenset(
         "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "contiguous",
         "_to_copy", "detach", "alias", "as_strided_", "flatten",
     }
+)  # fmt: skip
+_OF_THE_PASS = (
+    "order", "mixing", "attention", "heads", "stack", "outputs", "inputs", "runs", "contractions", "_counts", "_calls",
+    "_norm_calls", "operator",
 )  # fmt: skip
 
 
@@ -232,6 +238,18 @@ class Trace:
     def count(self, operator: str) -> int:
         """Return how often an operator ran."""
         return self._counts[operator]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Follow what the forward pass does not run: sizes and axes are noted, but not who reads whom and how often."""
+        kept = {name: copy(getattr(self, name)) for name in _OF_THE_PASS}
+        readers = {layer: list(found) for layer, found in self._readers.items()}
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+            self._readers = readers
 
     def note_attention(self, query: Tensor) -> None:
         caller = self.stack[-1] if self.stack else self.model
