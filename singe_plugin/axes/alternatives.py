@@ -1,8 +1,8 @@
 """Other forms of a module's forward pass, which read widths that the form in use does not.
 
-A block cuts a tensor with ``chunk(2)`` and has a ``forward_split`` for export that cuts at ``self.width``; a layer has a
-``forward_fuse``. No forward pass reads that attribute, so it would keep the old width. Whether a method is such a form
-is tried out, not guessed: it gets what the module gets, and is one if it gives what the module gives.
+A block cuts a tensor with ``chunk(2)`` and has a ``forward_split`` for export that cuts at ``self.width``. No forward
+pass reads that attribute, so it would keep the old width. Whether a method is such a form is tried out, not guessed: it
+gets what the module gets, and is one if it gives what the module gives.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def other_forms(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, lis
         ...     def forward_first(self, x):
         ...         return self.mix(x)[:, : self.width]
         >>> net = Halves()
-        >>> [(type(module).__name__, names) for module, names in other_forms(net, lambda: net(torch.ones(1, 4))).items()]
-        [('Halves', ['forward_split'])]
+        >>> other_forms(net, lambda: net(torch.ones(1, 4)))[net]
+        ['forward_split']
     """
     candidates = {module: names for module in model.modules() if (names := list(_candidates(module)))}
     if not candidates:

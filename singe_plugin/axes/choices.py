@@ -19,7 +19,9 @@ from singe_plugin.nested import copied, tensors_in
 __all__ = ["Choices", "Repeated"]
 
 _SORTING = frozenset({"topk", "sort", "max", "min", "kthvalue", "median", "mode", "cummax", "cummin"})
-_DECIDING = frozenset({"argmax", "argmin", "nms", "gt", "ge", "lt", "le", "eq", "ne", "floor", "ceil", "round", "trunc"})
+_DECIDING = frozenset(
+    {"argmax", "argmin", "nms", "gt", "ge", "lt", "le", "eq", "ne", "floor", "ceil", "round", "trunc"}
+)
 
 
 class Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -44,7 +46,7 @@ class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tolerance: how far the numbers may differ, relative to the largest.
 
     Example:
-        >>> scores = torch.tensor([1.0, 3.0, 2.0])
+        >>> scores = torch.tensor([1.0, 3.0, 2.99])
         >>> with Choices() as choices:
         ...     best = scores.topk(2)
         >>> with Repeated(choices, 0.1):

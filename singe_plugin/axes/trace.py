@@ -71,6 +71,7 @@ class Trace:
         inputs, outputs: for every module, the axes of the tensors that it was given and returned last.
         caches: attributes in which modules keep tensors that they computed (attention biases, by device).
         runs: how often every module ran.
+        concatenations: by the sizes of the parts, who put them together last.
         contractions: the axes of the activation and of the result of every operator that contracts with one (see
             :mod:`singe_plugin.axes.contractions`).
     """
@@ -91,6 +92,7 @@ class Trace:
     inputs: dict[nn.Module, list[list[Axis]]] = field(default_factory=dict)
     caches: list[tuple[nn.Module, str]] = field(default_factory=list)
     runs: Counter[nn.Module] = field(default_factory=Counter)
+    concatenations: dict[tuple[int, ...], str] = field(default_factory=dict)
     contractions: list[tuple[list[Axis], list[Axis]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
