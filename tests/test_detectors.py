@@ -200,7 +200,11 @@ class TwoStages(nn.Module):
             boxes = torch.cat([corners, corners + 4]).T.to(maps.dtype)
             kept = nms(boxes, scores, 0.3)[:5]
             cut = roi_align(maps, [boxes[kept]], 2)
-            found.append({"boxes": boxes[kept], "scores": self.head(self.inside(cut.flatten(1)).relu())})
+            across, down = boxes[kept[0], 2:].long()  # bounds of a slice that are tensors
+            inside = maps[0, :, :down, :across].sum()
+            found.append(
+                {"inside": inside, "boxes": boxes[kept], "scores": self.head(self.inside(cut.flatten(1)).relu())}
+            )
         return found
 
 
