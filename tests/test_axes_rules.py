@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import deform_conv2d, roi_align, roi_pool
 
 from singe_plugin.axes.algebra import Atom, labels, leaves
 from singe_plugin.axes.forward import _Operators
@@ -146,7 +147,17 @@ OPERATORS: dict[str, Operator] = {
     "gru: a step on CUDA": lambda x, y, **_: gru_cell(
         x[0, :, :3].flatten(1), y[0, :, :3].flatten(1), x[1, :, 0], x[0, 0, :3].flatten()
     )[0],
-    "no rule": lambda x, **_: torch.fft.fft(x, dim=1).real,
+    "fft": lambda x, **_: torch.fft.fft(x, dim=2).abs(),
+    "fft: of real images and back": lambda x, v, **_: torch.fft.irfft2(torch.fft.rfft2(x) * v.view(-1, 1, 1), s=(4, 8)),
+    "complex numbers": lambda x, y, **_: torch.view_as_real(torch.polar(x, y) * torch.complex(x, y)),
+    "complex numbers: of pairs": lambda x, **_: torch.view_as_complex(x.unflatten(3, (4, 2)).contiguous()).angle(),
+    "boxes of maps": lambda x, **_: roi_align(x, [torch.tensor([[0.0, 0.0, 3.0, 3.0]])] * 2, 2),
+    "boxes of maps: the largest": lambda x, **_: roi_pool(x, [torch.tensor([[0.0, 0.0, 3.0, 3.0]])] * 2, 2),
+    "deformed": lambda x, y, w, v, **_: deform_conv2d(x, y[:, :2], w[..., None, None], v),
+    "deformed: grouped": lambda x, y, w, v, **_: deform_conv2d(x, y[:, :2], w[:, :3, None, None], v),
+    "deformed: in parts": lambda x, y, w, **_: deform_conv2d(x, y[:, :6], w[..., None, None], mask=y[:, 3:]),
+    "group norm: across a seam": lambda x, **_: functional.group_norm(torch.cat([x, x[:, :4]], 1), 2),
+    "no rule": lambda x, **_: x.histc(5),
 }  # fmt: skip
 
 FREE = {  # that a rule keeps the axes that it could keep: the sizes of the leaves of x that stay free
@@ -159,7 +170,9 @@ FREE = {  # that a rule keeps the axes that it could keep: the sizes of the leav
     "kthvalue": {2, 4, 8}, "nanmedian": {2, 6, 4, 8}, "where the largest is": {2, 4, 8}, "logcumsumexp": {2, 6, 4},
     "im2col": {2, 6}, "group norm": {3, 2, 4, 8}, "max pool": {2, 6}, "roll": {2, 6}, "expand": {2, 6, 4, 8},
     "repeat": {2, 6, 4, 8}, "index": {2, 6, 8}, "no rule": set(), "split": {3, 4, 8, 2}, "lstm": {4},
-    "lstm: a step on CUDA": {6, 8},
+    "lstm: a step on CUDA": {6, 8}, "fft": {2, 6, 8}, "fft: of real images and back": {2, 6},
+    "complex numbers": {2, 6, 4, 8}, "complex numbers: of pairs": {2, 6, 4}, "boxes of maps": {6},
+    "boxes of maps: the largest": {6}, "deformed": {2, 6}, "deformed: in parts": {2},
 }  # fmt: skip
 
 
@@ -229,7 +242,6 @@ def test_what_is_permuted_in_the_operands_is_permuted_in_the_result(name: str) -
 
 
 def test_every_rule_is_for_an_operator_that_exists() -> None:
-    known = {
-        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")
-    }
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    known = {name[1].split(".")[0] for name in names if name[0] in ("aten", "torchvision")}
     assert set(RULES) - known <= {"swapaxes", "mT", "concat", "new_tensor", "_local_scalar_dense", "meshgrid"}

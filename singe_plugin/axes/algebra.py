@@ -23,6 +23,8 @@ __all__ = [
     "size_of", "split", "split_concat", "unify",
 ]  # fmt: skip
 
+_TOLD_APART = "its indices are told apart"
+
 
 class Atom:
     """A factor of an axis. After :func:`unify`, several objects may stand for one: compare them by :meth:`root`."""
@@ -218,8 +220,7 @@ def _join(x: Atom, y: Atom, why: str) -> None:
         unify(a, b, why)
         done.append(a)
     if x.root() is x and y.root() is y and x is not y:
-        y._parent = x
-        x.parts = tuple(done)
+        y._parent, x.parts = x, tuple(done)
 
 
 def _factor(atom: Atom, outer: int, inner: int, why: str) -> tuple[Axis, Axis]:
@@ -231,40 +232,41 @@ def _factor(atom: Atom, outer: int, inner: int, why: str) -> tuple[Axis, Axis]:
         return atom.factors[:1], atom.factors[1:]
     assert atom.parts is not None
     if all(size_of(part) % inner == 0 for part in atom.parts):
-        outers: list[Axis] = []
-        inners: list[Axis] = []
-        for part in atom.parts:
-            head, tail = split(part, [size_of(part) // inner, inner], why)
-            outers.append(head)
-            inners.append(tail)
-        for tail in inners[1:]:
-            unify(inners[0], tail, why)
-        pair = (concat(outers), inners[0])
+        halves = [split(part, [size_of(part) // inner, inner], why) for part in atom.parts]
+        for _, tail in halves[1:]:
+            unify(halves[0][1], tail, why)
+        pair = (concat([head for head, _ in halves]), halves[0][1])
     else:
-        rows = _rows(atom.parts, inner)
-        if rows is None:
+        rows = _pieces(atom.parts, inner, why)
+        if not rows:
             fix((atom,), why)
             return fresh(outer, why), fresh(inner, why)
         for row in rows[1:]:
             unify(rows[0], row, why)
-        pair = (fresh(outer, "its indices are told apart"), rows[0])
+        pair = (fresh(outer, _TOLD_APART), rows[0])
     atom.parts, atom.factors = None, (*pair[0], *pair[1])
     return pair
 
 
-def _rows(parts: Sequence[Axis], width: int) -> list[Axis] | None:
-    """Consecutive parts put together to pieces of ``width`` each, if they fit."""
-    rows: list[Axis] = []
-    row: list[Axis] = []
+def _pieces(parts: Sequence[Axis], width: int, why: str) -> list[Axis]:
+    """The pieces of ``width`` of a concatenation: consecutive parts, or blocks of the largest size that fits all.
+
+    Pieces of 12 over parts of 64 and 32 are 3 blocks of 4, which shrink in step. There are none if nothing fits.
+    """
+    row, rows = list[Axis](), list[Axis]()
     for part in parts:
         row.append(part)
-        total = sum(size_of(p) for p in row)
-        if total > width:
-            return None
-        if total == width:
+        if sum(map(size_of, row)) >= width:
             rows.append(concat(row))
             row = []
-    return None if row else rows
+    if not row and all(size_of(piece) == width for piece in rows):
+        return rows
+    block = math.gcd(width, *map(size_of, parts))
+    blocks = [split(part, [size_of(part) // block, block], why) for part in parts] if block > 1 else []
+    for outer, inner in blocks:
+        fix(outer, _TOLD_APART)
+        unify(blocks[0][1], inner, why)
+    return [(*fresh(width // block, _TOLD_APART), *blocks[0][1])] if blocks else []
 
 
 def split(axis: Axis, sizes: Sequence[int], why: str) -> list[Axis]:

@@ -20,6 +20,7 @@ from singe_plugin.nested import map_tensors, tensors_in
 from singe_plugin.state import RngState, casts_forgotten, containers_training, plain_layers, preserved
 from singe_plugin.undo import Contents
 
+from .choices import Choices, Repeated
 from .graph import AxisGraph
 from .groups import Group, Together
 from .removal import remove_units
@@ -74,6 +75,7 @@ class Bench:
         part: the module that runs, where only a part of the model does; None is all of it.
         groups: that are tried out, where only a part runs; None is all of the graph.
         before: how often operators ran before that part.
+        choices: that it made on the way to these outputs.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Bench:
         part: nn.Module | None = None,
         groups: Sequence[Group] | None = None,
         before: Mapping[str, int] | None = None,
+        choices: Choices | None = None,
     ) -> None:
+        self.choices = Choices() if choices is None else choices
         self.graph, self.inputs, self.base, self.tolerance, self.sources = graph, inputs, base, tolerance, sources
         self.module, self.before = graph.model if part is None else part, before or {}
         self._start, self._rng = Contents([self.module]), RngState.capture()
@@ -98,6 +102,10 @@ class Bench:
             return self._outputs()
         finally:
             self._back()
+
+    def repeating(self, choices: Choices | None = None) -> Repeated:
+        """What lets runs choose as in another one, by default that of the base, where rounding would decide."""
+        return Repeated(self.choices if choices is None else choices, self.tolerance)
 
     def run_without(self, rounds: Sequence[Mapping[Group, Sequence[int]]]) -> list[Tensor]:
         """Compute the outputs when units were really removed, and put them back.
@@ -178,17 +186,18 @@ def opened_bench(graph: AxisGraph, inputs: Any) -> Iterator[Bench]:
                 noise = double_inputs(random_inputs(candidate))
                 outcome = _attempt(graph, noise)
                 if isinstance(outcome, tuple) and _same_path(graph, outcome[1]):
-                    base, watch = outcome
+                    base, watch, choices = outcome
                     if watch.single:
                         break  # parts of the model compute in single precision: so do the oracles
                     stack.push(precise.pop_all())
-                    yield Bench(graph, noise, _finite(base), _ROUNDED if watch.rounded else EXACT, sources)
+                    exact = _ROUNDED if watch.rounded else EXACT
+                    yield Bench(graph, noise, _finite(base), exact, sources, choices=choices)
                     return
         noise = random_inputs(inputs)
         outcome = _attempt(graph, noise)
         if not isinstance(outcome, tuple):
             raise GroupError(f"the model does not run on random inputs of the example's shape: {outcome}")
-        yield Bench(graph, noise, _finite(outcome[0]), TOLERANCE, {})
+        yield Bench(graph, noise, _finite(outcome[0]), TOLERANCE, {}, choices=outcome[2])
 
 
 @contextmanager
@@ -211,7 +220,7 @@ def bench_elsewhere(bench: Bench, inputs: Any, seed: int = 1) -> Iterator[Bench 
                 if all(bool(torch.isfinite(t).all()) for t in outcome[0] if t.is_floating_point()):
                     now = {id(p) for p in graph.model.parameters() if p.data_ptr() == before[id(p)]}
                     sources = {key: source for key, source in bench.sources.items() if key in now}
-                    yield Bench(graph, noise, outcome[0], bench.tolerance, sources)
+                    yield Bench(graph, noise, outcome[0], bench.tolerance, sources, choices=outcome[2])
                     return
     yield None
 
@@ -250,11 +259,11 @@ def _finite(outputs: list[Tensor]) -> list[Tensor]:
     return outputs
 
 
-def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str:
-    watch = _Watch()
+def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch, Choices] | str:
+    watch, choices = _Watch(), Choices()
     try:
-        with same_start(graph), torch.no_grad(), watch:
-            return list(tensors_in(graph.forward(graph.model, inputs))), watch
+        with same_start(graph), torch.no_grad(), choices, watch:
+            return list(tensors_in(graph.forward(graph.model, inputs))), watch, choices
     except Exception as error:
         if is_of_the_machine(error):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of, want_gradients
 
 from .algebra import fix_all, fresh, is_fixed
+from .alternatives import other_forms
 from .contractions import CONTRACTING
 from .equations import solve
 from .rules import RULES, pointwise
@@ -108,7 +109,8 @@ class _Functions(TorchFunctionMode):
 
 
 @contextmanager
-def _module_stack(state: Trace) -> Iterator[None]:
+def _module_stack(state: Trace, forms: Mapping[nn.Module, Sequence[str]]) -> Iterator[None]:
+    aside: list[nn.Module] = []
     computed = [weight for module in state.model.modules() for weight in computed_in(module)]
     hooked = [weight for weight in computed if weight.hook is not None]
     lists = {weight.holder: weight for weight in computed if weight.hook is None}
@@ -120,7 +122,12 @@ def _module_stack(state: Trace) -> Iterator[None]:
         state.runs[module] += 1
         state.inputs[module] = [state.of(t) for t in tensors_in(args)]
 
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for name in () if aside else forms.get(module, ()):
+            aside.append(module)
+            with state.aside():
+                getattr(module, name)(*args, **kwargs)
+            aside.pop()
         state.stack.pop()
         state.outputs[module] = [state.of(t) for t in tensors_in(output)]
         if module in lists:
@@ -130,7 +137,7 @@ def _module_stack(state: Trace) -> Iterator[None]:
     try:
         for module in state.model.modules():
             handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -161,12 +168,13 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
         stack.enter_context(torch.no_grad())
         want_gradients(model.eval())
         state = Trace(model, caches=computed_tables(model, lambda: forward(model, inputs)))
+        forms = other_forms(model, lambda: forward(model, inputs))
         state.forget()
         for tensor in tensors_in(inputs):
             state.set(tensor, [fresh(size, "it is a dimension of the model's input") for size in tensor.shape])
         state.origins.activate(tensors_in(inputs))
         stack.enter_context(tracked_attributes(model))
-        stack.enter_context(_module_stack(state))
+        stack.enter_context(_module_stack(state, forms))
         OBSERVERS.append(state.note_scale)
         try:
             with _Functions(state), _Operators(state, RULES, pointwise):

@@ -26,6 +26,7 @@ from singe_plugin.nested import relative_change, tensors_in
 
 from .algebra import contains
 from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_start
+from .choices import Choices
 from .graph import AxisGraph
 from .groups import Group
 from .homes import parts_of
@@ -66,7 +67,8 @@ class Trials:
         """Why permuting the units of these groups changes the function; None if it does not."""
         generator = torch.Generator().manual_seed(len(groups))
         try:
-            with exchanged({g: derangement(g.size, generator) for g in groups}, self.bench.values()):
+            targets = {g: derangement(g.size, generator) for g in groups}
+            with exchanged(targets, self.bench.values()), self.bench.repeating():
                 moved = self.bench.run()
         except SingeError as error:
             return str(error)
@@ -134,9 +136,10 @@ class Trials:
         return numbers[(self.number[group.name] + step) % len(numbers)] if left else 0
 
     def _removed(self, rounds: Sequence[Mapping[Group, list[int]]]) -> str | None:
-        expected = []
+        expected, choices = [], Choices()
         try:
             with (
+                choices,
                 masked(rounds[-1], values=self.bench.values()),
                 NormsOfTheRest(self.bench.graph, rounds[-1], self.bench.before),
             ):
@@ -146,7 +149,8 @@ class Trials:
         except Exception as error:
             return self.bench.explained(error, "masked")
         try:
-            removed = self.bench.run_without(rounds)
+            with self.bench.repeating(choices):
+                removed = self.bench.run_without(rounds)
         except SingeError as error:
             return str(error)
         except Exception as error:
@@ -262,7 +266,8 @@ def _amplified(bench: Bench) -> float:
         for parameter in bench.graph.model.parameters():
             if parameter.is_floating_point() and parameter.numel():
                 values.scale(parameter, noise.to(parameter.device))
-        return relative_change(bench.base, bench.run())
+        with bench.repeating():
+            return relative_change(bench.base, bench.run())
     except Exception as error:
         values.restore()
         bench.explained(error, "changed a little")

@@ -133,8 +133,7 @@ def _slices(state: Trace, source: Tensor, index: Any) -> _Linked:
             continue
         if isinstance(item, slice) and item.step in (None, 1) and (item.start, item.stop) != (None, None):
             whole = dimension(source.shape[dim], state.of(source)[dim])
-            start = 0 if item.start is None else item.start
-            stop = whole if item.stop is None else item.stop
+            start, stop = _bound(item.start, 0), _bound(item.stop, whole)
             start = whole + start if start < 0 else start
             stop = whole + stop if stop < 0 else stop
             yield from _part(state, source, dim, start, stop - start, whole - stop)
@@ -142,6 +141,13 @@ def _slices(state: Trace, source: Tensor, index: Any) -> _Linked:
             for number in tracked_in(item):
                 state.spend(number)
         dim += _dims_of(item)
+
+
+def _bound(bound: Any, default: int) -> int:
+    """Where a slice begins or ends; a number in a tensor (a corner of a box) is what it is."""
+    if bound is None:
+        return default
+    return int(bound) if isinstance(bound, Tensor) else bound
 
 
 def _dims_of(item: Any) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -29,6 +31,10 @@ _SAME_VALUES = frozenset(
         "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "contiguous",
         "_to_copy", "detach", "alias", "as_strided_", "flatten",
     }
+)  # fmt: skip
+_OF_THE_PASS = (
+    "order", "mixing", "attention", "heads", "stack", "outputs", "inputs", "runs", "contractions", "_counts", "_calls",
+    "_norm_calls", "operator",
 )  # fmt: skip
 
 
@@ -67,6 +73,7 @@ class Trace:
         caches: attributes in which modules keep tensors that they computed (attention biases, by device).
         runs: how often every module ran.
         computed: the weights that layers compute, their axes, and the dimensions of parameters that theirs are made of.
+        concatenations: by the sizes of the parts, who put them together last.
         contractions: the axes of the activation and of the result of every operator that contracts with one (see
             :mod:`singe_plugin.axes.contractions`).
     """
@@ -88,6 +95,7 @@ class Trace:
     caches: list[tuple[nn.Module, str]] = field(default_factory=list)
     runs: Counter[nn.Module] = field(default_factory=Counter)
     computed: dict[tuple[nn.Module, str], tuple[Computed, list[Axis], list[Dims]]] = field(default_factory=dict)
+    concatenations: dict[tuple[int, ...], str] = field(default_factory=dict)
     contractions: list[tuple[list[Axis], list[Axis]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -247,6 +255,18 @@ class Trace:
         self.order.setdefault(weight.layer, len(self.order))
         self._owner[made] = weight.layer
         self.computed[weight.layer, weight.attr] = weight, self.of(made), self.origins.dims_of(made)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Follow what the forward pass does not run: sizes and axes are noted, but not who reads whom and how often."""
+        kept = {name: copy(getattr(self, name)) for name in _OF_THE_PASS}
+        readers = {layer: list(found) for layer, found in self._readers.items()}
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+            self._readers = readers
 
     def note_attention(self, query: Tensor) -> None:
         caller = self.stack[-1] if self.stack else self.model

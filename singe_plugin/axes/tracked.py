@@ -23,7 +23,8 @@ from singe_plugin.nested import leaves_in
 from .algebra import Axis
 
 __all__ = [
-    "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "plain", "tracked_attributes", "tracked_in",
+    "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "is_width", "plain", "tracked_attributes",
+    "tracked_in",
 ]  # fmt: skip
 
 OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size leaves the integers: ``head_dim ** -0.5``
@@ -311,7 +312,8 @@ def dimension(value: int, axis: Axis) -> TrackedInt:
     return TrackedInt(value, (Term(axes=((axis, 1),)),))
 
 
-def _is_width(value: Any) -> bool:
+def is_width(value: Any) -> bool:
+    """Whether an attribute is tracked: an integer that may be the size of something."""
     return type(value) is int and value > 1
 
 
@@ -324,11 +326,11 @@ def tracked_attributes(model: nn.Module) -> Iterator[None]:
             for attr, value in list(module.__dict__.items()):
                 if attr in _OWN or attr.startswith("_"):
                     continue
-                if _is_width(value):
+                if is_width(value):
                     replacement: Any = attribute(value, Place(module, attr))
-                elif type(value) in (tuple, list) and any(_is_width(v) for v in value):
+                elif type(value) in (tuple, list) and any(is_width(v) for v in value):
                     replacement = type(value)(
-                        attribute(v, Place(module, attr, (i,))) if _is_width(v) else v for i, v in enumerate(value)
+                        attribute(v, Place(module, attr, (i,))) if is_width(v) else v for i, v in enumerate(value)
                     )
                 else:
                     continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,7 @@ from singe_plugin.masks import plain_tensors, plain_types
 from singe_plugin.run.record import NOT_STRUCTURE, encode
 from singe_plugin.state import RngState
 
-__all__ = ["Builder", "Structure", "build_by", "describe_structure"]
+__all__ = ["Builder", "Structure", "build_by", "describe_structure", "is_of_diffusers"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Builder:
     def timm(cls, name: str, **options: Any) -> Builder:
         """Build with ``timm.create_model(name, pretrained=False, **options)``."""
         return cls("timm", name, options)
+
+    @classmethod
+    def diffusers(cls, model: nn.Module) -> Builder:
+        """Build the class of a model of diffusers with the configuration that it has now."""
+        config: Any = model.config
+        options = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+        return cls.factory(f"diffusers:{type(model).__name__}", **json.loads(json.dumps(options)))
 
     @classmethod
     def factory(cls, name: str, **options: Any) -> Builder:
@@ -83,21 +92,39 @@ class Builder:
 
     @classmethod
     def infer(cls, model: nn.Module) -> Builder | None:
-        """Find the builder of a timm model from what it knows of itself; None if that does not build the same model."""
+        """Find the builder of a model of timm or diffusers from what it knows; None if that builds another model."""
         config = getattr(model, "pretrained_cfg", None) or {}
         name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+        if is_of_diffusers(model):
+            return cls._checked(cls.diffusers(model), model)
         if not name or not hasattr(model, "num_classes"):
             return None
         options: dict[str, Any] = {"num_classes": model.num_classes}
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None and first.in_channels * first.groups not in (3,):
             options["in_chans"] = first.in_channels
-        builder = cls.timm(str(name), **options)
+        return cls._checked(cls.timm(str(name), **options), model)
+
+    @staticmethod
+    def _checked(builder: Builder, model: nn.Module) -> Builder | None:
         try:
             builder.check(model)
         except ArtifactError:
             return None
         return builder
+
+
+def is_of_diffusers(model: nn.Module) -> bool:
+    """Whether a model is of a class of diffusers' own.
+
+    Example:
+        >>> is_of_diffusers(nn.Linear(1, 1))
+        False
+    """
+    library, kind = sys.modules.get("diffusers"), type(model)
+    if library is None or not kind.__module__.startswith("diffusers."):
+        return False
+    return isinstance(model, library.ModelMixin) and getattr(library, kind.__name__, None) is kind
 
 
 def build_by(what: str, make: Callable[[], Any]) -> nn.Module:

@@ -34,7 +34,7 @@ RULES |= dict.fromkeys(
         "clone", "detach", "detach_", "alias", "_to_copy", "contiguous", "lift_fresh", "bernoulli", "bernoulli_",
         "zeros_like", "ones_like", "empty_like", "full_like", "fill_", "zero_", "masked_fill", "masked_fill_", "copy",
         "copy_", "native_dropout", "rand_like", "randn_like", "positive", "_conj", "resolve_conj", "triu", "tril",
-        "normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_",
+        "normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "complex", "polar",
         "square", "dropout", "dropout_", "where", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "hardtanh",
         "hardtanh_", "floor_divide", "pow", "_prelu_kernel", "prelu", "clamp", "clamp_", "relu6", "gelu",
     ),
@@ -64,7 +64,7 @@ def _uniform(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule(
     "arange", "linspace", "randint", "randperm", "new_tensor", "_local_scalar_dense",
-    "empty_strided", "new_empty_strided", "meshgrid", "nonzero", "tril_indices", "triu_indices", "bincount",
+    "empty_strided", "new_empty_strided", "meshgrid", "nonzero", "tril_indices", "triu_indices", "bincount", "nms",
 )  # fmt: skip
 def constant(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     for tensor in tensors_in((args, kwargs)):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from singe_plugin.nested import tensors_in
 
-from ..algebra import split
+from ..algebra import expand, size_of, split
 from ..trace import Trace
 from .base import opaque, rule
 from .elements import pointwise
@@ -57,7 +57,14 @@ def _group_norm(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     for weight in args[1:3]:
         if isinstance(weight, Tensor):
             t.unify(axes[1], t.of(weight)[0])
-    split(axes[1], [groups, x.shape[1] // groups], t.why)
+    width = x.shape[1] // groups
+    why = t.why
+    for atom in expand(axes[1]):
+        if atom.parts is not None:
+            sizes = tuple(size_of(part) for part in atom.parts)
+            made = t.concatenations.get(sizes, "a concatenation")
+            why = f"{why}: no units fit its groups of {width} and the parts {' + '.join(map(str, sizes))} of {made}"
+    split(axes[1], [groups, width], why)
     t.mixes(x, range(1, x.ndim))
     t.set(out[0], axes)
     for extra in tensors_in(out[1:]):

@@ -154,3 +154,34 @@ def _channel_shuffle(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.fix(outer)
     axes[1] = (*inner, *outer)
     t.set(out, axes)
+
+
+@rule("roi_align", "roi_pool")
+def _roi(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Parts of feature maps, cut out for boxes: channels stay what they are."""
+    axes = t.of(args[0])
+    t.fix(axes[0], *axes[2:], *t.of(args[1]))
+    for result in tensors_in(out):
+        t.set(result, [opaque(t, len(result)), axes[1], *(opaque(t, size) for size in result.shape[2:])])
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def _fft(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """All positions along some dimensions make up every frequency; the other dimensions pass."""
+    axes = t.of(args[0])
+    for d in args[1]:
+        t.fix(axes[d])
+        axes[d] = opaque(t, out.shape[d])
+    t.set(out, axes)
+
+
+@rule("view_as_real")
+def _view_as_real(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    t.set(out, [*t.of(args[0]), opaque(t, 2)])
+
+
+@rule("view_as_complex")
+def _view_as_complex(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    axes = t.of(args[0])
+    t.fix(axes.pop())
+    t.set(out, axes)

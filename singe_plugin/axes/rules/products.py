@@ -108,6 +108,28 @@ def _slid(t: Trace, axis: Axis, args: Any, dim: int, size: int) -> Axis:
     return opaque(t, size)
 
 
+@rule("deform_conv2d")
+def _deform_conv2d(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """torchvision's: ``(x, weight, offset, mask, bias, ...)``; the channels of offsets and masks are positions."""
+    x, w = t.of(args[0]), t.of(args[1])
+    groups, offset_groups = args[11], args[12]
+    t.origins.contract(args[0], 1, args[1], 1)
+    groups_in, inner = split(x[1], [groups, args[0].shape[1] // groups], t.why)
+    groups_out, _ = split(w[0], [groups, out.shape[1] // groups], t.why)
+    t.unify(groups_in, groups_out)
+    t.unify(inner, w[1])
+    if offset_groups > 1:
+        blocks, _ = split(x[1], [offset_groups, args[0].shape[1] // offset_groups], t.why)
+        t.fix(blocks)
+    t.unify(w[0], t.of(args[4])[0])
+    for where in map(t.of, args[2:4]):
+        if size_of(where[0]) == size_of(x[0]):
+            t.unify(x[0], where[0])
+        t.fix(*where[1:])
+    t.fix(*x[2:], *w[2:])
+    t.set(out, [x[0], w[0], *(opaque(t, size) for size in out.shape[2:])])
+
+
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention", "scaled_dot_product_attention",

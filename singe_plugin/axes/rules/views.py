@@ -168,6 +168,7 @@ def _cat(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
             if d != dim:
                 t.unify(axes[d], other[d])
     parts = [a[dim] for a in every]
+    t.concatenations[tuple(x.shape[dim] for x in operands)] = t.why
     axes[dim] = opaque(t, out.shape[dim]) if all(map(is_fixed, parts)) else concat(parts)
     t.set(out, axes)
 
