@@ -17,9 +17,10 @@ from singe_plugin.errors import GroupError
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.stale import remember_shapes
 
-__all__ = ["AxisDependencyGraph", "GroupView"]
+__all__ = ["AxisDependencyGraph", "GroupView", "is_rooted"]
 
 _OPTYPE = tp.ops.OPTYPE
+_CLASSES = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)  # of root_module_types; there is none for the others
 
 
 class GroupView(Group):  # type: ignore[misc]
@@ -155,7 +156,7 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
                 continue
             if root_instances is not None and not any(writer in root_instances for writer in writers):
                 continue
-            if any(isinstance(writer, tuple(root_module_types)) for writer in writers):
+            if is_rooted(group, root_module_types):
                 yield GroupView(self, group)
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> GroupView:
@@ -226,6 +227,12 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         for part in slices:
             owner = part.owner
             if not _has_function(owner):
+                if part.tensor.ndim > 1 and (part.reads or part.writes):
+                    pruner = self.REGISTERED_PRUNERS[_OPTYPE.LINEAR]
+                    handler = pruner.prune_in_channels if part.reads else pruner.prune_out_channels
+                    node = Node(_as_linear(part), None, f"{self._module2name[owner]}.{part.attr}".strip("."))
+                    yield node, handler, part.units.tolist()
+                    continue
                 node = self.module2node[part.tensor]
                 node.pruning_dim = part.dim
                 yield node, self.REGISTERED_PRUNERS[_OPTYPE.PARAMETER].prune_out_channels, part.units.tolist()
@@ -239,11 +246,26 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             yield self.module2node[owner], handler, units
 
 
+def is_rooted(group: axes.Group, roots: Sequence[type]) -> bool:
+    """Whether a layer of one of these classes writes a group; where all are given, any layer will do."""
+    return set(_CLASSES) <= set(roots) or any(isinstance(w, tuple(roots)) for w in group.writers.values())
+
+
+def _as_linear(part: axes.UnitSlice) -> nn.Linear:
+    """A matrix that a module holds itself, as the linear layer that torch-pruning's importances would score."""
+    turned = [t.movedim(part.dim, 0).flatten(1) for t in (part.tensor.detach(), part.tensor.grad) if t is not None]
+    weight, *grad = [t.t() if part.reads else t for t in turned]
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight)
+    layer.weight.grad = grad[0] if grad else None
+    return layer
+
+
 def _is_beyond(module: nn.Module, reads: bool) -> bool:
     """Whether torch-pruning's importances misread a layer's channels: grouped inputs, grouped transposed outputs."""
     return getattr(module, "groups", 1) > 1 and (reads or bool(getattr(module, "transposed", False)))
 
 
 def _has_function(module: nn.Module) -> bool:
-    """Whether torch-pruning has pruning functions for a layer."""
-    return tp.ops.module2type(module) in tp.pruner.function.PrunerBox
+    """Whether torch-pruning has pruning functions for a layer. (That for an LSTM takes one layer in one direction.)"""
+    return not isinstance(module, nn.LSTM) and tp.ops.module2type(module) in tp.pruner.function.PrunerBox

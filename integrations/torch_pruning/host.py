@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,6 +119,7 @@ class TorchPruningHost:
         by_module = self.counted.by_module if KINDS[kind].of_macs else {}
         tensors, fixed, seen = [], 0, set()
         for module_name, module in self.model.named_modules():
+            macs = _macs_of(module_name, module, by_module)
             for attr, parameter in module._parameters.items():
                 if parameter is None or id(parameter) in seen:
                     continue
@@ -127,8 +128,7 @@ class TorchPruningHost:
                 if not found:
                     fixed += parameter.numel()
                     continue
-                macs = by_module.get(module_name, 0) if attr == "weight" else 0
-                tensors.append(TensorCost(tuple(parameter.shape), tuple(found), float(macs)))
+                tensors.append(TensorCost(tuple(parameter.shape), tuple(found), macs.get(attr, 0.0)))
         return CostModel(tuple(tensors), fixed, by_module.get("", 0))
 
     def trial(self, plan: dict[str, int], kind: str) -> float:
@@ -140,6 +140,20 @@ class TorchPruningHost:
             return self._measured(kind)
         finally:
             undo.restore()
+
+
+def _macs_of(name: str, module: nn.Module, by_module: Mapping[str, int]) -> dict[str, float]:
+    """The MACs of a module alone, without its parts, by the matrices that it holds: of each as many per element.
+
+    Those that a parametrization holds are multiplied by the layer.
+    """
+    layer, _, inside = name.rpartition(".parametrizations.")
+    parts = [] if inside else [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+    own = by_module.get(layer or name, 0) - sum(by_module.get(part, 0) for part in parts)
+    sizes = {attr: p.numel() for attr, p in module._parameters.items() if p is not None and p.ndim > 1}
+    wide = {attr: size for attr, size in sizes.items() if size > max(module._parameters[attr].shape)}  # type: ignore[union-attr]
+    sizes = wide or sizes  # else lengths of the rows of another one
+    return {attr: own * size / sum(sizes.values()) for attr, size in sizes.items()}
 
 
 def channels_per_unit(group: Group) -> int:

@@ -22,7 +22,7 @@ from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.objective import ObjectiveLike, get_objective
 from singe_plugin.run.guards import check_here
 
-from .graph import AxisDependencyGraph, GroupView
+from .graph import AxisDependencyGraph, GroupView, is_rooted
 from .host import TorchPruningHost, channels_per_unit
 from .importance import SInGEImportance
 from .scorers import Ranking
@@ -96,11 +96,10 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         rather than whole heads. ``prune_num_heads=True`` adds the heads (by ``head_pruning_ratio``),
         ``prune_head_dims=False`` leaves their dimensions out.
         """
-        roots = tuple(self.root_module_types)
         return [
             group
             for group in self.graph.groups.values()
-            if any(isinstance(writer, roots) for writer in group.writers.values()) and self._is_chosen(group)
+            if is_rooted(group, self.root_module_types) and self._is_chosen(group)
         ]
 
     def _is_chosen(self, group: Group) -> bool:

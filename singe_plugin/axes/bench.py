@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, is_of_the_machine
-from singe_plugin.nested import map_tensors, tensors_in
+from singe_plugin.nested import map_tensors, results_in, tensors_in
 from singe_plugin.state import RngState, casts_forgotten, containers_training, plain_layers, preserved
 from singe_plugin.undo import Contents
 
@@ -132,7 +132,7 @@ class Bench:
 
     def _outputs(self) -> list[Tensor]:
         with casts_forgotten(), own_start(self.graph, self.module), torch.no_grad():
-            return list(tensors_in(self._called()))
+            return list(results_in(self._called()))
 
     def _called(self) -> Any:
         """What the model returns."""
@@ -251,7 +251,7 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch] | str
     watch = _Watch()
     try:
         with same_start(graph), torch.no_grad(), watch:
-            return list(tensors_in(graph.forward(graph.model, inputs))), watch
+            return list(results_in(graph.forward(graph.model, inputs))), watch
     except Exception as error:
         if is_of_the_machine(error):
             raise

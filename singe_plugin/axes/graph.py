@@ -15,7 +15,7 @@ from singe_plugin.nested import call_model
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves
 from .groups import Group
 from .layers import adapt
-from .parameters import LAYERS, ModelAxes
+from .parameters import ModelAxes
 from .reasons import why_whole
 from .trace import Forward
 
@@ -83,9 +83,7 @@ class AxisGraph(ModelAxes):
             if id(held.tensor) in parameters:
                 fix_all(held.axes, "it is in ignored_layers")
             if held.owner in ignored:
-                for dim, axis in enumerate(held.axes):
-                    if not self.reads(held, dim):
-                        fix(axis, "it is in ignored_layers")
+                fix_all(self.outputs_of(held), "it is in ignored_layers")
             for axis in held.axes:
                 found = leaves(axis)
                 for leaf in found:
@@ -103,7 +101,7 @@ class AxisGraph(ModelAxes):
             writers: dict[str, nn.Module] = {
                 self.names[h.owner]: h.owner
                 for h, d in sorted(places, key=lambda p: self.trace.order.get(p[0].owner, 1 << 30))
-                if isinstance(h.owner, LAYERS) and h.attr == "weight" and not self.reads(h, d)
+                if self.writes(h, d)
             }
             if not writers or leaf.size < 2:
                 continue

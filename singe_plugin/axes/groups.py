@@ -46,7 +46,8 @@ class Group:
     @property
     def only_training(self) -> bool:
         """Whether its layers are read in training mode only (auxiliary heads)."""
-        return all(id(writer.weight) in self.axes.only_training for writer in self.writers.values())
+        written = [part for part in self.slices() if part.is_parameter and not part.reads and part.tensor.ndim > 1]
+        return all(id(part.tensor) in self.axes.only_training for part in written)
 
     def slices(self) -> list[UnitSlice]:
         """Return every dimension of every parameter and buffer that goes with the units."""

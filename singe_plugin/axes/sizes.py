@@ -40,7 +40,7 @@ def link_sizes(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
         if isinstance(size, TrackedInt):
             state.link(size, axis)
         elif name in _CUT:
-            state.constants.append((axis, f"its size is a constant in {state.why}"))
+            state.constants.append((axis, f"its size is a constant in {state.where}"))
     if name not in _UNDERSTOOD:
         known = {id(size) for size, _ in linked} | {id(s) for s in _bounds(name, args)}
         for number in tracked_in((args, kwargs)):

@@ -93,6 +93,7 @@ def touched(group: UnitGroup) -> list[nn.Module]:
     for producer in group.producers:
         slots = [*producer.slots, *([] if producer.bias is None else [producer.bias])]
         found += [slot.owner for slot in slots] + ([] if producer.norm is None else [producer.norm])
+        found += [owner for slot in slots for owner, _ in slot.places]
     return list(dict.fromkeys(found))
 
 
@@ -110,6 +111,7 @@ def substituted(group: UnitGroup) -> Iterator[list[Row]]:
 
 def _substitutes(group: UnitGroup) -> list[Row]:
     rows: list[Row] = []
+    places = {(slot.owner, slot.attr): slot.places for slot in group.slots()}
     for number, producer in enumerate(group.producers):
         if not producer.is_norm and all(slot.tensor is None for slot in producer.slots):
             raise GroupError(
@@ -125,7 +127,9 @@ def _substitutes(group: UnitGroup) -> list[Row]:
                     f"group {group.name!r}: {producer.name}.{attr} has {layout.count(base)} rows, "
                     f"expected {len(row.unit_of)}"
                 )
-            owner._parameters[attr] = nn.Parameter(base.clone(memory_format=torch.preserve_format))
+            owner._parameters[attr] = fresh = nn.Parameter(base.clone(memory_format=torch.preserve_format))
+            for other, name in places.get((owner, attr), ()):
+                other._parameters[name] = fresh
             rows.append(row)
     return rows
 

@@ -125,11 +125,13 @@ class Slot:
         owner: the module that holds the parameter.
         attr: its name there (``"weight"``).
         layout: where the rows are.
+        places: every other ``(module, name)`` that holds the same parameter (tied weights), where it decays, too.
     """
 
     owner: nn.Module
     attr: str
     layout: RowLayout = field(default_factory=RowLayout)
+    places: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def tensor(self) -> Tensor | None:
@@ -262,11 +264,11 @@ def tied_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def refuse_tied(group: UnitGroup, ties: dict[int, tuple[str, ...]]) -> None:
-    """Raise :class:`TiedParameterError` if a producer's parameter is shared with another layer."""
+    """Raise :class:`TiedParameterError` if a producer's parameter is shared with a layer that its slot does not know."""
     for slot in group.slots():
         tensor = slot.tensor
-        if tensor is not None and id(tensor) in ties:
-            names: Sequence[str] = ties[id(tensor)]
+        names: Sequence[str] = () if tensor is None else ties.get(id(tensor), ())
+        if len(names) > 1 + len(slot.places):
             raise TiedParameterError(
                 f"group {group.name!r}: the parameters {' and '.join(map(repr, names))} are one tensor, so its "
                 "rows cannot be decayed or removed in one place alone; untie them (clone one) or put the layer in "
