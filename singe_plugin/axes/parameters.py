@@ -197,9 +197,14 @@ class ModelAxes:
         return self.trace.origins.reads(held.tensor, dim)
 
     def writes(self, held: Held, dim: int) -> bool:
-        """Whether units are written along a dimension of a parameter: it is a matrix that reads along another one."""
+        """Whether units are written along a dimension of a parameter: it is a matrix that reads along another one.
+
+        A weight that is standardised is contracted and more along its input channels; of a layer they are known.
+        """
         if held.attr not in held.owner._parameters or held.tensor.ndim < 2 or self.reads(held, dim):
             return False
+        if isinstance(held.owner, LAYERS) and held.attr == "weight":
+            return True
         return any(self.reads(held, other) for other in range(held.tensor.ndim) if other != dim)
 
     def norm_of(self, layer: nn.Module) -> nn.Module | None:

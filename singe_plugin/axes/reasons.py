@@ -8,7 +8,7 @@ from torch import nn
 
 from .algebra import leaves
 from .groups import Group
-from .parameters import Held, ModelAxes
+from .parameters import LAYERS, Held, ModelAxes
 
 __all__ = ["why_whole"]
 
@@ -18,8 +18,16 @@ _HEADS = "its units are whole attention heads, which go with prune_num_heads=Tru
 _OVERLAP = "its units (group {!r}) overlap with those of a group with smaller ones, which is pruned instead"
 
 
-def _written(group: Group) -> set[int]:
-    return {id(part.tensor) for part in group.slices() if part.is_parameter and not part.reads}
+def _written(group: Group) -> set[tuple[int, int]]:
+    return {(id(part.tensor), part.dim) for part in group.slices() if part.is_parameter and not part.reads}
+
+
+def _outputs(held: Held) -> set[tuple[int, int]]:
+    """The dimensions along which a place writes; of a tensor that is tied, a layer has those of its own class."""
+    dims = range(held.tensor.ndim)
+    if isinstance(held.owner, LAYERS) and held.attr == "weight" and not getattr(held.owner, "transposed", False):
+        dims = range(1)
+    return {(id(held.tensor), dim) for dim in dims}
 
 
 def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str, str]]:
@@ -31,9 +39,11 @@ def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str,
     """
     written = {key for group in groups if not group.secondary for key in _written(group)}
     whole = [
-        h for h in axes.held if h.attr in h.owner._parameters and h.tensor.ndim > 1 and id(h.tensor) not in written
+        h
+        for h in axes.held
+        if h.attr in h.owner._parameters and h.tensor.ndim > 1 and written.isdisjoint(_outputs(h))
     ]
-    on_request = {key: group for group in groups if group.secondary for key in _written(group)}
+    on_request = {key: group for group in groups if group.secondary for key, _ in _written(group)}
     found: dict[nn.Module, dict[str, str]] = {}
     for held in whole:
         group = on_request.get(id(held.tensor))
