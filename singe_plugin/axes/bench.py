@@ -21,6 +21,7 @@ from singe_plugin.state import RngState, casts_forgotten, containers_training, p
 from singe_plugin.undo import Contents
 
 from .graph import AxisGraph
+from .grouped import PlainGroups
 from .groups import Group, Together
 from .removal import remove_units
 from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, randomised
@@ -270,7 +271,7 @@ def own_start(graph: AxisGraph, module: nn.Module) -> Iterator[None]:
     """As :func:`same_start` of a model or a part, where its state is put back by whoever enters this."""
     with plain_layers(module):
         graph.trace.forget()
-        with SharedNoise():
+        with SharedNoise(), PlainGroups():
             yield
 
 

@@ -57,6 +57,7 @@ class Trace:
         compared: sizes that the model found to be equal.
         spent: sizes that are numbers to a function, and what that function is.
         constants: parts whose sizes the code gives, and where.
+        multiples: axes whose sizes have to stay multiples of a number, and where.
         order: modules in the order in which their parameters are first read.
         mixing: ``(operator, how often it ran before) -> (dimension, axis)`` of reductions: they see all units at once.
         attention: calls that imply a scale.
@@ -76,6 +77,7 @@ class Trace:
     compared: list[tuple[TrackedInt, TrackedInt]] = field(default_factory=list)
     spent: list[tuple[TrackedInt, str]] = field(default_factory=list)
     constants: list[tuple[Axis, str]] = field(default_factory=list)
+    multiples: list[tuple[Axis, int, str]] = field(default_factory=list)
     order: dict[nn.Module, int] = field(default_factory=dict)
     mixing: dict[tuple[str, int], list[tuple[int, Axis]]] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)

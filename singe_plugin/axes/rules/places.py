@@ -64,7 +64,10 @@ def _index(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.set(out, [*rest[:first], *made, *rest[first:]])
 
 
-@rule("index_select", "gather", "take_along_dim", "index_copy", "index_add", "scatter", "scatter_", "scatter_add")
+@rule(
+    "index_select", "gather", "take_along_dim", "index_copy", "index_add", "scatter", "scatter_", "scatter_add",
+    "index_add_", "index_copy_", "scatter_add_",
+)  # fmt: skip
 def _gather(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     dim = args[1] % max(args[0].ndim, 1)
     axes = t.of(args[0])
