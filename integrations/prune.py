@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sized
 from copy import copy
 from dataclasses import fields, replace
@@ -26,8 +27,11 @@ from singe_plugin.run.staging import set_stage, with_log
 
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
+from .transformers.config import follow_config
 
 __all__ = ["Result", "prune", "usual_every", "what_repairs"]
+
+_logger = logging.getLogger("singe_plugin")
 
 
 def prune(
@@ -119,7 +123,10 @@ def prune(
         if mended is not None:
             pruner.repair_with(mended, stage.images, seed, needed=repair != "auto")
         pruner.objective = scoring.objective or "loss"
-        return carry_through(pruner, stage, options, folded, resume)
+        result = carry_through(pruner, stage, options, folded, resume)
+        if told := follow_config(model, stage.example):
+            _logger.info(told)
+        return result
 
 
 def usual_every(pace: Pace) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from singe_plugin.errors import SingeError, is_of_the_machine
-from singe_plugin.nested import relative_change, results_in, tensors_in
+from singe_plugin.nested import relative_change, results_in
 
 from .algebra import contains
 from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_start

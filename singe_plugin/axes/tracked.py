@@ -23,7 +23,8 @@ from singe_plugin.nested import leaves_in
 from .algebra import Axis
 
 __all__ = [
-    "COMPARED", "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "plain", "tracked_attributes", "tracked_in",
+    "COMPARED", "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "plain", "tracked_attributes",
+    "tracked_in",
 ]  # fmt: skip
 
 OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size leaves the integers: ``head_dim ** -0.5``

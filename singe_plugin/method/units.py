@@ -264,7 +264,7 @@ def tied_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def refuse_tied(group: UnitGroup, ties: dict[int, tuple[str, ...]]) -> None:
-    """Raise :class:`TiedParameterError` if a producer's parameter is shared with a layer that its slot does not know."""
+    """Raise :class:`TiedParameterError` if a producer shares a parameter with a layer that it does not know."""
     for slot in group.slots():
         tensor = slot.tensor
         names: Sequence[str] = () if tensor is None else ties.get(id(tensor), ())
