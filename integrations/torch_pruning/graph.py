@@ -255,7 +255,7 @@ def _as_linear(part: axes.UnitSlice) -> nn.Linear:
     """A matrix that a module holds itself, as the linear layer that torch-pruning's importances would score."""
     turned = [t.movedim(part.dim, 0).flatten(1) for t in (part.tensor.detach(), part.tensor.grad) if t is not None]
     weight, *grad = [t.t() if part.reads else t for t in turned]
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight)
     layer.weight.grad = grad[0] if grad else None
     return layer

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from singe_plugin.axes.grouped import PlainGroups
-from singe_plugin.axes.substitutes import double_inputs, in_double
+from singe_plugin.axes.substitutes import double_inputs, in_double, normal, uniform
+from singe_plugin.axes.values import Values
 from singe_plugin.errors import is_of_the_machine
 from singe_plugin.nested import call_model, map_tensors, relative_change, results_in
 from singe_plugin.run.architecture import is_of_transformers
@@ -168,21 +169,31 @@ def _sizes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _computes_the_same(model: nn.Module, changed: Mapping[str, int], inputs: Any) -> bool:
-    """Whether the class, with another configuration and the model's weights, gives what the model gives.
+    """Whether the class, with another configuration and the same weights, gives what the model gives.
 
-    In double precision, for a scale that is off hardly shows where attention is nearly even.
+    The weights are random ones, and in double precision if the model runs so: those of a model may be so small that a
+    scale that is off would hardly show.
     """
-    first = next(model.parameters())
+    first, values = next(model.parameters()), Values()
     fresh = _with(model, changed).to(device=first.device, dtype=first.dtype)
     fresh.load_state_dict(model.state_dict())
     with preserved(model), preserved(fresh), PlainGroups(), torch.no_grad():
         model.eval()
         fresh.eval()
         try:
-            with in_double(model), in_double(fresh):
-                return _apart(model, fresh, double_inputs(inputs)) < _EXACT
-        except RuntimeError:  # it does not run in double precision
-            return _apart(model, fresh, inputs) < _ROUNDED
+            generator = torch.Generator().manual_seed(0)
+            for one, other in zip(model.parameters(), fresh.parameters(), strict=True):
+                small = one.ndim < 2
+                data = uniform(one, generator) if small else normal(one, generator) / max(one.shape[-1], 1) ** 0.5
+                values.put(one, data)
+                values.put(other, data.clone())
+            try:
+                with in_double(model), in_double(fresh):
+                    return _apart(model, fresh, double_inputs(inputs)) < _EXACT
+            except RuntimeError:  # it does not run in double precision
+                return _apart(model, fresh, inputs) < _ROUNDED
+        finally:
+            values.restore()
 
 
 def _apart(one: nn.Module, other: nn.Module, inputs: Any) -> float:

@@ -54,6 +54,9 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor:
 class PlainGroups(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, ``_grouped_mm`` is computed plainly."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.name != "aten::_grouped_mm":

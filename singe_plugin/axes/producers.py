@@ -55,8 +55,8 @@ def _producers(
             norm = axes.norm_of(owner)
             if norm is not None:
                 folded.add(norm)
-            slots = _slot(axes, owner, "weight", layout), _slot(axes, owner, "bias", RowLayout())
-            yield Producer(name, slots, rows, units, norm)
+            own = _slot(axes, owner, "weight", layout), _slot(axes, owner, "bias", RowLayout())
+            yield Producer(name, own, rows, units, norm)
         return
     if is_batchnorm(owner):
         held, dim = places[0]
