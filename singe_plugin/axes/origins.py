@@ -97,7 +97,7 @@ class Origins:
         kept = [origin for dim, origin in enumerate(dims) if dim not in chosen]
         self.written |= frozenset().union(*(dims[dim] for dim in chosen))
         first = chosen[0] if chosen == list(range(chosen[0], chosen[-1] + 1)) else 0
-        made = [frozenset()] * (result.ndim - len(kept))
+        made: list[_Dims] = [frozenset()] * (result.ndim - len(kept))
         self._of[result] = [*kept[:first], *made, *kept[first:]]
         self.activate([result])
 

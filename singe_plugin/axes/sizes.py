@@ -60,9 +60,7 @@ def _linked(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> _Linke
     if name == "expand":
         sizes, old = _size_arguments(args, kwargs), args[0].shape
         for back in range(1, len(sizes) + 1):
-            if back > len(old) or (old[-back] == 1 and axes[-back]):
-                yield sizes[-back], axes[-back]
-            elif isinstance(sizes[-back], TrackedInt):
+            if back > len(old) or (old[-back] == 1 and axes[-back]) or isinstance(sizes[-back], TrackedInt):
                 yield sizes[-back], axes[-back]
     elif name == "repeat_interleave":
         times, dim = _argument(args, kwargs, 1, "repeats", 1), _argument(args, kwargs, 2, "dim", None)
