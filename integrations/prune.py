@@ -26,9 +26,10 @@ from singe_plugin.run.result import Result
 from singe_plugin.run.run import carry_through
 from singe_plugin.run.staging import as_judge, set_stage, with_log
 
-from .diffusers.config import follow_config
+from .diffusers.config import follow_config as follow_diffusers
 from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
+from .transformers.config import follow_config as follow_transformers
 
 __all__ = ["Result", "prune", "usual_every", "what_repairs"]
 
@@ -128,7 +129,7 @@ def prune(
             pruner.repair_with(mended, stage.images, seed, needed=repair != "auto")
         pruner.objective = scoring.objective or "loss"
         result = carry_through(pruner, stage, options, folded, resume)
-        if told := follow_config(model, stage.example):
+        if told := follow_diffusers(model, stage.example) or follow_transformers(model, stage.example):
             _logger.info(told)
         return result
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
-    "are_images", "call_model", "copied", "examples_in", "leaves_in", "map_tensors", "relative_change",
+    "are_images", "call_model", "copied", "examples_in", "leaves_in", "map_tensors", "relative_change", "results_in",
     "tensors_in", "to_device",
 ]  # fmt: skip
+
+_STATES = ("hidden_state", "hidden_states", "attentions", "past_key_values")
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -65,6 +67,25 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         [1, 2]
     """
     return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
+
+
+def results_in(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a model was asked for.
+
+    In a mapping with logits that are all but its inner states, as transformers' outputs name them (the hidden states,
+    keys and attention maps that led to the logits): how wide these are is the model's own affair.
+
+    Example:
+        >>> import torch
+        >>> outputs = {"logits": torch.tensor(1), "encoder_last_hidden_state": torch.tensor(2)}
+        >>> [t.item() for t in results_in(outputs)]
+        [1]
+        >>> [t.item() for t in results_in({"last_hidden_state": torch.tensor(2)})]
+        [2]
+    """
+    if isinstance(outputs, Mapping) and any(str(key).endswith("logits") for key in outputs):
+        outputs = {key: value for key, value in outputs.items() if not str(key).endswith(_STATES)}
+    return tensors_in(outputs)
 
 
 def examples_in(inputs: Any) -> int:

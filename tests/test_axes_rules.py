@@ -223,6 +223,7 @@ def test_what_is_permuted_in_the_operands_is_permuted_in_the_result(name: str) -
         with _Operators(state, RULES, pointwise):
             out = call_model(model, torch.zeros(1))
         assert torch.equal(out, base)
+        state.read([out])
         of = {key: state.of(p) for key, p in model.named_parameters()}
         result = state.of(out)
         every = dict.fromkeys(leaf for axes in (*of.values(), result) for axis in axes for leaf in leaves(axis))

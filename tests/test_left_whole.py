@@ -112,7 +112,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
         {"0": "it has one output channel"},
     ),
     "only a layer": (lambda: nn.Linear(4, 2), X, {"weight": "it reaches the model's output"}),
-    "tied": (tied, IDS, {"table": "are one tensor", "inner": "are one tensor", "fc": ""}),
+    "tied": (tied, IDS, {"fc": "vocabulary of an embedding"}),
     "a function without a rule": (
         lambda: Applied(lambda m, x: m.fc(torch.linalg.inv(m.a(x)[:, :, None] * torch.eye(8))[:, 0]),
                         a=nn.Linear(4, 8), fc=nn.Linear(8, 2)),

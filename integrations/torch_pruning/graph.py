@@ -229,6 +229,12 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         for part in slices:
             owner = part.owner
             if not _has_function(owner):
+                if part.tensor.ndim > 1 and (part.reads or part.writes):
+                    pruner = self.REGISTERED_PRUNERS[_OPTYPE.LINEAR]
+                    handler = pruner.prune_in_channels if part.reads else pruner.prune_out_channels
+                    node = Node(_as_linear(part), None, f"{self._module2name[owner]}.{part.attr}".strip("."))
+                    yield node, handler, part.units.tolist()
+                    continue
                 if not part.is_parameter:
                     continue
                 node = self.module2node[part.tensor]
@@ -247,6 +253,16 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 def is_rooted(group: axes.Group, roots: Sequence[type]) -> bool:
     """Whether a layer of one of these classes writes a group; where all are given, any layer will do."""
     return set(_CLASSES) <= set(roots) or any(isinstance(w, tuple(roots)) for w in group.writers.values())
+
+
+def _as_linear(part: axes.UnitSlice) -> nn.Linear:
+    """A matrix that a module holds itself, as the linear layer that torch-pruning's importances would score."""
+    turned = [t.movedim(part.dim, 0).flatten(1) for t in (part.tensor.detach(), part.tensor.grad) if t is not None]
+    weight, *grad = [t.t() if part.reads else t for t in turned]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight)
+    layer.weight.grad = grad[0] if grad else None
+    return layer
 
 
 def _is_beyond(module: nn.Module, reads: bool) -> bool:

@@ -72,6 +72,7 @@ class TorchPruningHost:
                 channels_per_unit(group),
                 self.max_ratio,
                 max(self.min_width, group.least),
+                group.multiple,
             )
             for name, group in self._groups.items()
         ]

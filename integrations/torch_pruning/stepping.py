@@ -161,8 +161,10 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         assert self.pace.min_width is not None
         least = max(self.pace.min_width, group.least)
         kept = max(group.size - number, math.ceil(group.initial * (1 - self.max_pruning_ratio) - 1e-9), least)
+        quantum = group.multiple
         if self.round_to:
-            quantum = self.round_to // math.gcd(self.round_to, channels_per_unit(group))
+            quantum = math.lcm(quantum, self.round_to // math.gcd(self.round_to, channels_per_unit(group)))
+        if quantum > 1:
             kept = max(kept - kept % quantum, math.ceil(least / quantum) * quantum)
         return int(group.size - kept)
 

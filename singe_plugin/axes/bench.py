@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.errors import GroupError, is_of_the_machine
-from singe_plugin.nested import map_tensors, tensors_in
+from singe_plugin.nested import map_tensors, results_in, tensors_in
 from singe_plugin.state import RngState, casts_forgotten, containers_training, plain_layers, preserved
 from singe_plugin.undo import Contents
 
 from .choices import Choices, Repeated
 from .graph import AxisGraph
+from .grouped import PlainGroups
 from .groups import Group, Together
 from .removal import remove_units
 from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, randomised
@@ -143,7 +144,7 @@ class Bench:
 
     def _outputs(self) -> list[Tensor]:
         with casts_forgotten(), own_start(self.graph, self.module), torch.no_grad():
-            return list(tensors_in(self._called()))
+            return list(results_in(self._called()))
 
     def _called(self) -> Any:
         """What the model returns."""
@@ -263,7 +264,7 @@ def _attempt(graph: AxisGraph, inputs: Any) -> tuple[list[Tensor], _Watch, Choic
     watch, choices = _Watch(), Choices()
     try:
         with same_start(graph), torch.no_grad(), choices, watch:
-            return list(tensors_in(graph.forward(graph.model, inputs))), watch, choices
+            return list(results_in(graph.forward(graph.model, inputs))), watch, choices
     except Exception as error:
         if is_of_the_machine(error):
             raise
@@ -282,7 +283,7 @@ def own_start(graph: AxisGraph, module: nn.Module) -> Iterator[None]:
     """As :func:`same_start` of a model or a part, where its state is put back by whoever enters this."""
     with plain_layers(module):
         graph.trace.forget()
-        with SharedNoise():
+        with SharedNoise(), PlainGroups():
             yield
 
 

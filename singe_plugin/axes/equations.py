@@ -43,6 +43,7 @@ def solve(trace: Trace) -> None:
                 _same_size(found[0][1], axis, "one attribute gives both sizes")
     for size, axis in rest:
         _follow(trace, size, axis)
+    _follow_compared(trace)
     for size, axis in rest:
         _enforce(trace, size, axis)
     spent = [*trace.spent, *((size, _FROM_THE_OTHER) for size, _ in rest if not size.followed)]
@@ -199,6 +200,23 @@ def _follow(trace: Trace, size: TrackedInt, axis: Axis) -> None:
                 for place, atom in zip(order, atoms, strict=True):
                     trace.links.setdefault(place, []).append((Fraction(1), (atom,)))
                 break
+
+
+def _follow_compared(trace: Trace) -> None:
+    """Let attributes that give no size, but are checked against some (``x.shape[-1] != self.d_model``), follow these.
+
+    One that gives a size already follows that, whatever it is compared with: the code may ask which of two it is.
+    """
+    found: dict[Place, list[Axis]] = {}
+    for size, other in (turned for pair in trace.compared for turned in (pair, pair[::-1])):
+        place, axis = size.place(), other.axis()
+        if place is not None and axis is not None and place not in trace.links:
+            found.setdefault(place, []).append(axis)
+    for place, (first, *others) in found.items():
+        trace.links[place] = [(Fraction(1), first)]
+        for axis in others:
+            _same_size(first, axis, "both sizes are checked against one attribute")
+    trace.compared.clear()
 
 
 def _follow_sum(trace: Trace, size: TrackedInt, axis: Axis) -> None:

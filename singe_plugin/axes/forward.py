@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from singe_plugin.computed import computed_in
 from singe_plugin.errors import GroupError
-from singe_plugin.nested import call_model, tensors_in
+from singe_plugin.nested import call_model, results_in, tensors_in
 from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of, want_gradients
 
 from .algebra import fix_all, fresh, is_fixed
@@ -25,7 +25,7 @@ from .equations import solve
 from .rules import RULES, pointwise
 from .sizes import CUTS, cut_evenly, link_sizes
 from .trace import Forward, Trace
-from .tracked import OBSERVERS, dimension, tracked_attributes, tracked_in
+from .tracked import COMPARED, OBSERVERS, dimension, tracked_attributes, tracked_in
 
 __all__ = ["trace"]
 
@@ -61,7 +61,7 @@ def _unknown(state: Trace, args: Any, kwargs: Any, out: Any) -> None:
     """Nothing may be removed from what an operator without a rule reads."""
     owner = type(state.stack[-1]).__name__ if state.stack else ""
     state.unknown.setdefault(state.operator, set()).add(owner)
-    why = f"the operator {state.why} has no rule"
+    why = f"the operator {state.where} has no rule"
     for tensor in tensors_in((args, kwargs)):
         fix_all(state.of(tensor), why)
     for tensor in tensors_in(out):
@@ -176,12 +176,16 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
         stack.enter_context(tracked_attributes(model))
         stack.enter_context(_module_stack(state, forms))
         OBSERVERS.append(state.note_scale)
+        COMPARED.append(state.note_equal)
         try:
             with _Functions(state), _Operators(state, RULES, pointwise):
                 outputs = forward(model, inputs)
         finally:
             OBSERVERS.pop()
-        for tensor in tensors_in(outputs):
+            COMPARED.pop()
+        results = list(results_in(outputs))
+        state.read(results)
+        for tensor in results:
             state.note_reader(tensor, None)
             fix_all(state.of(tensor), "it reaches the model's output")
         before = dict.fromkeys(state.caches)

@@ -83,9 +83,7 @@ class AxisGraph(ModelAxes):
             if id(held.tensor) in parameters:
                 fix_all(held.axes, "it is in ignored_layers")
             if held.owner in ignored:
-                for dim, axis in enumerate(held.axes):
-                    if not self.reads(held, dim):
-                        fix(axis, "it is in ignored_layers")
+                fix_all(self.outputs_of(held), "it is in ignored_layers")
             for axis in held.axes:
                 found = leaves(axis)
                 for leaf in found:
@@ -144,11 +142,14 @@ class AxisGraph(ModelAxes):
         heads = {leaf for axis in self.trace.heads for leaf in leaves(axis)}
         for group in self.groups.values():
             group.is_heads = group.leaf in heads
+        self._in_heads: set[Group] = set()
         self._number = {group: number for number, group in enumerate(self.groups.values())}
         self._above, self._below = ({group: set[Group]() for group in self.groups.values()} for _ in range(2))
         for held in self.held:
             for axis in held.axes:
                 for chain in _chains(axis):
+                    outer = [number for number, atom in enumerate(chain) if atom in heads][:1]
+                    self._in_heads |= {free[atom] for atom in chain[outer[0] + 1 :] if atom in free} if outer else set()
                     for above, below in itertools.combinations([free[atom] for atom in chain if atom in free], 2):
                         self._below[above].add(below)
                         self._above[below].add(above)
@@ -157,7 +158,7 @@ class AxisGraph(ModelAxes):
         """Of groups that share channels, choose those with the smallest units; the others are secondary."""
         first: set[Group] = set()
         for group in sorted(groups, key=lambda g: (bool(self._below[g]), -g.size)):
-            group.in_heads = any(above.is_heads for above in self._above[group])
+            group.in_heads = group in self._in_heads
             group.secondary = bool((self._above[group] | self._below[group]) & first)
             if not group.secondary:
                 first.add(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from singe_plugin.method.units import UnitGroup
 
-from .algebra import Atom
+from .algebra import Atom, contains, labels
 from .parameters import ModelAxes, UnitSlice
 from .producers import unit_group
 
@@ -28,6 +29,7 @@ class Group:
         in_heads: whether attention heads are made of its units.
         initial: how many units it had.
         left: the units that are left, in the numbering of the unpruned model.
+        multiple: the number of units that stay has to be a multiple of this, and ``multiple_of`` says where.
         least: how many units have to stay: 1, or 2 where the model does not run with one (a standardised weight), or
             as many as an adapter says.
     """
@@ -36,8 +38,18 @@ class Group:
         self.axes, self.leaf, self.name, self.writers = axes, leaf, name, writers
         self.secondary = self.is_heads = self.in_heads = False
         self.least = max([1, *(count for axis, count in axes.at_least if axis and axis[0].root() is leaf.root())])
+        self.multiple, self.multiple_of = self._multiple()
         self.initial = self.size
         self.left = list(range(self.size))
+
+    def _multiple(self) -> tuple[int, str]:
+        found, places = 1, dict[str, None]()
+        for axis, number, where in self.axes.trace.multiples:
+            if contains(axis, self.leaf.root()):
+                each = int((labels(axis, self.leaf.root()) == 0).sum())
+                found = math.lcm(found, number // math.gcd(number, each))
+                places[where] = None
+        return found, " and ".join(places)
 
     @property
     def size(self) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from singe_plugin.errors import SingeError, is_of_the_machine
-from singe_plugin.nested import relative_change, tensors_in
+from singe_plugin.nested import relative_change, results_in
 
 from .algebra import contains
 from .bench import EXACT, TOLERANCE, Bench, bench_elsewhere, opened_bench, same_start
@@ -328,7 +328,7 @@ def _effects(bench: Bench) -> dict[tuple[int, int], Tensor]:
                 parameter.requires_grad_(True)
                 handle = parameter.register_post_accumulate_grad_hook(summed)  # type: ignore[no-untyped-call]
                 hooks.callback(handle.remove)
-        outputs = [t for t in tensors_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
+        outputs = [t for t in results_in(bench.graph.forward(model, bench.inputs)) if t.requires_grad]
         total: Any = 0.0
         for output in outputs:
             probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)

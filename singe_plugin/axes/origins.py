@@ -21,6 +21,7 @@ Dims: TypeAlias = frozenset[tuple[int, int]]
 
 _SWAPS = frozenset({"t", "transpose", "t_", "transpose_", "swapaxes", "adjoint", "mT"})
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten"})
+_PICKS = frozenset({"index", "_unsafe_index", "index_select"})
 _PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm", "baddbmm"})
 
 
@@ -84,7 +85,9 @@ class Origins:
     def note(self, operator: str, args: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """An operator has run: its results are activations, or made of parameters."""
         made_of = [t for t in operands if t in self._of]
-        if any(t in self._live for t in operands):
+        if operator in _PICKS and made_of and args[0] is made_of[0]:
+            self._pick(operator, args, results[0])
+        elif any(t in self._live for t in operands):
             for tensor in made_of:
                 for dim, origin in enumerate(self.dims_of(tensor)):
                     if (id(tensor), dim) not in self._summed:
@@ -100,6 +103,19 @@ class Origins:
         elif any(t in self._held for t in operands):
             self.hold(results)
         self._summed.clear()
+
+    def _pick(self, operator: str, args: Any, result: Tensor) -> None:
+        """Parts of something made of parameters, which the input chooses: they may still be contracted with it."""
+        dims = self.dims_of(args[0])
+        chosen = (
+            [args[1] % len(dims)] if operator == "index_select" else [d for d, i in enumerate(args[1]) if i is not None]
+        )
+        kept = [origin for dim, origin in enumerate(dims) if dim not in chosen]
+        self.written |= frozenset().union(*(dims[dim] for dim in chosen))
+        first = chosen[0] if chosen == list(range(chosen[0], chosen[-1] + 1)) else 0
+        made: list[Dims] = [frozenset()] * (result.ndim - len(kept))
+        self._of[result] = [*kept[:first], *made, *kept[first:]]
+        self.activate([result])
 
     def dims_of(self, tensor: Tensor) -> list[Dims]:
         """Of which dimensions of parameters the dimensions of a tensor are made."""

@@ -41,6 +41,7 @@ class UnitSlice:
         dim: the dimension.
         units: ``[shape[dim]]`` int64, -1 where a position belongs to no unit of the group.
         reads: whether the positions only read the units (the input columns of a layer) instead of producing them.
+        writes: whether it is a layer that writes them: a matrix that reads along another dimension.
     """
 
     owner: nn.Module
@@ -48,6 +49,7 @@ class UnitSlice:
     dim: int
     units: NDArray[np.int64]
     reads: bool
+    writes: bool
 
     @property
     def tensor(self) -> Tensor:
@@ -104,6 +106,8 @@ class ModelAxes:
         scales: the attention layers whose scale follows a width.
         index: what follows a leaf, besides parameters and buffers.
         only_training: ids of the parameters that are read in training mode only.
+        shared: id of a tensor -> all places that hold it, the one first that stands for it: no layer if there is
+            another (of a table and a classifier that are tied, the table).
         places: leaf -> the dimensions that contain it; see :meth:`find_places`.
         at_least: axes, and how many positions of them have to stay for the model to run.
         computed: the weights that layers compute from parameters.
@@ -139,6 +143,9 @@ class ModelAxes:
         self._made_of = {source: made for made in self.computed for source in made.weight.sources()}
         self.weights = {held.owner: held for held in self.held if held.attr == "weight"}
         self.weights |= {made.weight.layer: made.held() for made in self.computed if made.weight.attr == "weight"}
+        self.shared: dict[int, list[Held]] = {}
+        for held in sorted(self.held, key=lambda held: isinstance(held.owner, LAYERS)):
+            self.shared.setdefault(id(held.tensor), []).append(held)
         self.scales: list[ImpliedScale] = implied_scales(model, self.inputs, self.trace, self.forward)
         self.index = Index(self.trace, self.scales)
 
@@ -188,11 +195,18 @@ class ModelAxes:
                         yield Held(module, attr, tensor, tuple(self.trace.of(tensor)))
 
     def find_places(self) -> None:
-        """Note where the leaves are that can lose units; to be called when all that has to stay is fixed."""
-        for held, dim in ((h, d) for h in self.held for d in range(len(h.axes))):
+        """Note where the leaves are that can lose units; to be called when all that has to stay is fixed.
+
+        A tensor that is held in several places is one, and goes once.
+        """
+        for held, dim in ((h, d) for h in self.held if self.stands(h) for d in range(len(h.axes))):
             for leaf in dict.fromkeys(leaves(held.axes[dim])):
                 if not leaf.fixed:
                     self.places.setdefault(leaf, []).append((held, dim))
+
+    def stands(self, held: Held) -> bool:
+        """Whether a place is the only one that holds its tensor, or stands for all that do."""
+        return self.shared.get(id(held.tensor), [held])[0] is held
 
     def outputs_of(self, held: Held) -> list[Axis]:
         """Return the axes of a parameter along which it produces units."""
@@ -235,14 +249,22 @@ class ModelAxes:
     def norm_of(self, layer: nn.Module) -> nn.Module | None:
         """Find the batch-norm that folds into a layer: it reads this layer and nothing else does, and it fits."""
         norm = self.trace.sole_reader(layer)
-        return norm if norm is not None and can_fold(layer, norm) else None
+        tied = any(p is not None and len(self.shared.get(id(p), ())) > 1 for p in layer._parameters.values())
+        return norm if norm is not None and not tied and can_fold(layer, norm) else None
 
     def slices(self, leaf: Atom) -> list[UnitSlice]:
         """Return every dimension of every parameter and buffer that goes with the units of a leaf."""
         leaf = leaf.root()
         if leaf not in self._slices:
             self._slices[leaf] = [
-                UnitSlice(held.owner, held.attr, dim, labels(held.axes[dim], leaf), self.reads(held, dim))
+                UnitSlice(
+                    held.owner,
+                    held.attr,
+                    dim,
+                    labels(held.axes[dim], leaf),
+                    self.reads(held, dim),
+                    self.writes(held, dim),
+                )
                 for held, dim in self.places.get(leaf, [])
             ]
         return self._slices[leaf]
@@ -252,7 +274,9 @@ class ModelAxes:
         leaf = leaf.root()
         kept = [part for part in self.slices(leaf) if self.made_of(part.owner, part.attr) is None]
         return kept + [
-            UnitSlice(made.weight.layer, made.weight.attr, dim, labels(axis, leaf), made.reads[dim])
+            UnitSlice(
+                made.weight.layer, made.weight.attr, dim, labels(axis, leaf), made.reads[dim], not made.reads[dim]
+            )
             for made in self.made(leaf)
             for dim, axis in enumerate(made.axes)
             if contains(axis, leaf)

@@ -51,7 +51,7 @@ def _producers(
     axes: ModelAxes, owner: nn.Module, places: list[tuple[Held, int]], leaf: Atom, folded: set[nn.Module]
 ) -> Iterator[Producer]:
     name = axes.names[owner]
-    if isinstance(owner, LAYERS):
+    if isinstance(owner, LAYERS) and axes.stands(axes.weights.get(owner, places[0][0])):
         for held, _ in places[:1]:
             weight = axes.weights.get(owner, held)
             transposed = isinstance(owner, CONV) and owner.transposed
@@ -60,7 +60,8 @@ def _producers(
             norm = axes.norm_of(owner)
             if norm is not None:
                 folded.add(norm)
-            yield Producer(name, (Slot(owner, "weight", layout), Slot(owner, "bias")), rows, units, norm)
+            own = _slot(axes, owner, "weight", layout), _slot(axes, owner, "bias", RowLayout())
+            yield Producer(name, own, rows, units, norm)
         return
     if is_batchnorm(owner):
         held, dim = places[0]
@@ -73,10 +74,17 @@ def _producers(
         by_labels.setdefault(labels(held.axes[dim], leaf).tobytes(), []).append((held, dim))
     for same in by_labels.values():
         rows, units = _rows(labels(same[0][0].axes[same[0][1]], leaf))
-        slots = tuple(Slot(owner, held.attr, RowLayout(dim)) for held, dim in same)
+        slots = tuple(_slot(axes, owner, held.attr, RowLayout(dim)) for held, dim in same)
         whole = name and len(by_labels) == 1 and len(slots) != 1
         label = name if whole else " and ".join(f"{name}.{slot.attr}".strip(".") for slot in slots)
         yield Producer(label, slots, rows, units)
+
+
+def _slot(axes: ModelAxes, owner: nn.Module, attr: str, layout: RowLayout) -> Slot:
+    """A parameter of a producer, in every place that holds it."""
+    tensor = owner._parameters.get(attr)
+    held = () if tensor is None else axes.shared.get(id(tensor), ())
+    return Slot(owner, attr, layout, tuple((h.owner, h.attr) for h in held if (h.owner, h.attr) != (owner, attr)))
 
 
 def _rows(units: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from singe_plugin.computed import REMEDY
 
 from .algebra import Atom, leaves
 from .groups import Group
-from .parameters import Held, ModelAxes
+from .parameters import LAYERS, Held, ModelAxes
 
 __all__ = ["why_whole"]
 
@@ -24,8 +24,16 @@ _HEADS = "its units are whole attention heads, which go with prune_num_heads=Tru
 _OVERLAP = "its units (group {!r}) overlap with those of a group with smaller ones, which is pruned instead"
 
 
-def _written(group: Group) -> set[int]:
-    return {id(part.tensor) for part in group.slices() if part.is_parameter and not part.reads}
+def _written(group: Group) -> set[tuple[int, int]]:
+    return {(id(part.tensor), part.dim) for part in group.slices() if part.is_parameter and not part.reads}
+
+
+def _outputs(held: Held) -> set[tuple[int, int]]:
+    """The dimensions along which a place writes; of a tensor that is tied, a layer has those of its own class."""
+    dims = range(held.tensor.ndim)
+    if isinstance(held.owner, LAYERS) and held.attr == "weight" and not getattr(held.owner, "transposed", False):
+        dims = range(1)
+    return {(id(held.tensor), dim) for dim in dims}
 
 
 def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str, str]]:
@@ -37,13 +45,14 @@ def why_whole(axes: ModelAxes, groups: Collection[Group]) -> Iterator[tuple[str,
     """
     written = {key for group in groups if not group.secondary for key in _written(group)}
     whole = [
-        h for h in axes.held if h.attr in h.owner._parameters and h.tensor.ndim > 1 and id(h.tensor) not in written
+        h for h in axes.held if h.attr in h.owner._parameters and h.tensor.ndim > 1 and written.isdisjoint(_outputs(h))
     ]
+    ids = {key for key, _ in written}
     for weight in axes.computed:  # of what goes together, one is enough
         sources = {(owner, attr): owner._parameters.get(attr) for owner, attr in weight.weight.sources()}
-        if any(id(p) in written for p in sources.values() if p is not None):
+        if any(id(p) in ids for p in sources.values() if p is not None):
             whole = [h for h in whole if (h.owner, h.attr) not in sources]
-    on_request = {key: group for group in groups if group.secondary for key in _written(group)}
+    on_request = {key: group for group in groups if group.secondary for key, _ in _written(group)}
     found: dict[nn.Module, dict[str, str]] = {}
     for held in whole:
         group = on_request.get(id(held.tensor))

@@ -77,6 +77,12 @@ def remove_units(
         raise RemovalError(
             f"group {group.name!r}: removing {len(gone)} of {group.size} units would leave {left}; lower the ratio"
         )
+    if undo and (group.size - len(gone)) % group.multiple:
+        raise RemovalError(
+            f"group {group.name!r}: removing {len(gone)} of {group.size} units would leave a number that is no "
+            f"multiple of {group.multiple}, and {group.multiple_of} takes no others; remove as many at once, or let "
+            "the model use another implementation (of transformers: set_experts_implementation('eager'))"
+        )
     graph.before_removal()
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)

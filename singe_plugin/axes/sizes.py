@@ -16,11 +16,10 @@ from .tracked import TrackedInt, dimension, plain, tracked_in
 
 __all__ = ["CUTS", "cut_evenly", "link_sizes"]
 
-_MADE = frozenset(
-    {"reshape", "view", "expand", "new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty", "rand", "randn"}
-)
+_MADE = frozenset({"reshape", "view", "new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty", "rand", "randn"})
 _FILLED = frozenset({"full", "new_full"})
 _UNDERSTOOD = frozenset({"multi_head_attention_forward"})  # nn.MultiheadAttention has an adapter
+_REPEATED = frozenset({"expand", "repeat_interleave"})  # how often is a size that is not there before
 _CUT = frozenset({"__getitem__", "__setitem__", "narrow", "split", "split_with_sizes"})
 CUTS = frozenset({"chunk", "unsafe_chunk", "tensor_split", "hsplit", "vsplit", "dsplit"})
 _Linked = Iterator[tuple[Any, Axis]]
@@ -33,14 +32,16 @@ def link_sizes(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
     computes depend on a width: :meth:`~singe_plugin.axes.trace.Trace.spend` says so. A part whose size is no tracked
     integer is as large as the code says, whatever is removed.
     """
-    if not tracked_in((args, kwargs)) and name not in _CUT:
+    if not tracked_in((args, kwargs)) and name not in _CUT and name not in _REPEATED:
         return
     linked = list(_linked(state, name, args, kwargs, out))
     for size, axis in linked:
         if isinstance(size, TrackedInt):
             state.link(size, axis)
+        elif name in _REPEATED:
+            fix(axis, f"its size is a constant in {state.where}")
         elif name in _CUT:
-            state.constants.append((axis, f"its size is a constant in {state.why}"))
+            state.constants.append((axis, f"its size is a constant in {state.where}"))
     if name not in _UNDERSTOOD:
         known = {id(size) for size, _ in linked} | {id(s) for s in _bounds(name, args)}
         for number in tracked_in((args, kwargs)):
@@ -56,7 +57,16 @@ def _linked(state: Trace, name: str, args: Any, kwargs: Any, out: Any) -> _Linke
     if not results:
         return
     axes = state.of(results[0])
-    if name in _MADE or name in _FILLED:
+    if name == "expand":
+        sizes, old = _size_arguments(args, kwargs), args[0].shape
+        for back in range(1, len(sizes) + 1):
+            if back > len(old) or (old[-back] == 1 and axes[-back]) or isinstance(sizes[-back], TrackedInt):
+                yield sizes[-back], axes[-back]
+    elif name == "repeat_interleave":
+        times, dim = _argument(args, kwargs, 1, "repeats", 1), _argument(args, kwargs, 2, "dim", None)
+        if dim is not None and isinstance(times, int) and times > 1 and args[0].shape[dim]:
+            yield times, split(axes[dim], [args[0].shape[dim], plain(times)], state.why)[1]
+    elif name in _MADE or name in _FILLED:
         sizes = _size_arguments(args, kwargs, name in _FILLED)
         if len(sizes) == len(axes):
             yield from zip(sizes, axes, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from singe_plugin.computed import Computed, computed_in
 from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
-from .algebra import Axis, fix_all, fresh, size_of, unify
+from .algebra import Axis, fix, fix_all, fresh, is_fixed, size_of, unify
 from .origins import Dims, Origins
 from .tracked import Place, TrackedInt, dimension, plain
 from .widths import own_widths, tensor_of
@@ -61,8 +61,10 @@ class Trace:
         model: the traced model.
         links: integer attributes, and the axes whose sizes they are (times a number).
         equations: sizes that the model computes from attributes and dimensions, and the axes that have these sizes.
+        compared: sizes that the model found to be equal.
         spent: sizes that are numbers to a function, and what that function is.
         constants: parts whose sizes the code gives, and where.
+        multiples: axes whose sizes have to stay multiples of a number, and where.
         order: modules in the order in which their parameters are first read.
         mixing: ``(operator, how often it ran before) -> (dimension, axis)`` of reductions: they see all units at once.
         attention: calls that imply a scale.
@@ -81,8 +83,10 @@ class Trace:
     model: nn.Module
     links: dict[Place, list[tuple[Fraction, Axis]]] = field(default_factory=dict)
     equations: list[tuple[TrackedInt, Axis]] = field(default_factory=list)
+    compared: list[tuple[TrackedInt, TrackedInt]] = field(default_factory=list)
     spent: list[tuple[TrackedInt, str]] = field(default_factory=list)
     constants: list[tuple[Axis, str]] = field(default_factory=list)
+    multiples: list[tuple[Axis, int, str]] = field(default_factory=list)
     order: dict[nn.Module, int] = field(default_factory=dict)
     mixing: dict[tuple[str, int], list[tuple[int, Axis]]] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)
@@ -103,6 +107,7 @@ class Trace:
         self._owner: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._read: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._counts: Counter[str] = Counter()
         self._calls: Counter[nn.Module] = Counter()
         self._made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -135,10 +140,14 @@ class Trace:
     # -- for the rules --------------------------------------------------------------------------------------------
 
     @property
+    def where(self) -> str:
+        """Where the trace is: the operator, and the class of the module that uses it."""
+        return f"{self.operator} in {type(self.stack[-1]).__name__ if self.stack else 'the model'}"
+
+    @property
     def why(self) -> str:
         """Where the trace is, as a reason."""
-        where = type(self.stack[-1]).__name__ if self.stack else "the model"
-        return f"{self.operator} in {where}"
+        return f"{self.where} tells its positions apart, so that none of them can go"
 
     def of(self, tensor: Tensor) -> list[Axis]:
         """Return the axes of a tensor; one that was not seen before is a constant, and nothing can go from it."""
@@ -150,7 +159,7 @@ class Trace:
     def set(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
         """Note the axes of a result."""
         if [size_of(axis) for axis in axes] != list(tensor.shape):
-            raise AssertionError(f"{self.why}: axes {list(axes)} do not describe a tensor of {tuple(tensor.shape)}")
+            raise AssertionError(f"{self.where}: axes {list(axes)} do not describe a tensor of {tuple(tensor.shape)}")
         self._axes[tensor] = list(axes)
 
     def unify(self, a: Axis, b: Axis) -> None:
@@ -165,13 +174,24 @@ class Trace:
         if self.origins.made_of(tensor, self._computed_from):
             return  # a computed weight is left as it was, whatever it is computed with
         if tensor not in self._owner and self.origins.is_constant(tensor):  # ``ones(width).sum()`` is the width
-            fix_all([axes[d] for d in dims], f"{self.why} makes a number of its size")
+            fix_all([axes[d] for d in dims], f"{self.where} makes a number of its size")
             return
         self.mixing[self.operator, self._counts[self.operator]] = [(d % tensor.ndim, axes[d]) for d in dims]
 
     def numbers_units(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
         """Note that a result holds positions along axes (where a largest value is): who reads it fixes them."""
         self._numbers[tensor] = list(axes)
+
+    def takes(self, tensor: Tensor, axis: Axis) -> None:
+        """Note that a result is one position of an axis: who reads it fixes that."""
+        if not is_fixed(axis):
+            self._taken[tensor] = axis, self.why
+
+    def read(self, tensors: Iterable[Tensor]) -> None:
+        """Note that the values of these tensors are read."""
+        for tensor in tensors:
+            if tensor in self._taken:
+                fix(*self._taken[tensor])
 
     def link(self, size: Any, axis: Axis) -> None:
         """Note that ``size`` has to stay the size of ``axis``, if it is made of attributes and dimensions."""
@@ -184,7 +204,11 @@ class Trace:
 
     def spend(self, size: TrackedInt) -> None:
         """Note that a size is a number to the current function: what that computes would change with a removal."""
-        self.spent.append((size, f"{self.why} depends on its size"))
+        self.spent.append((size, f"{self.where} depends on its size"))
+
+    def note_equal(self, size: TrackedInt, other: TrackedInt) -> None:
+        """Note that the model found two sizes to be equal."""
+        self.compared.append((size, other))
 
     def note_scale(self, size: TrackedInt) -> None:
         """Note that a size becomes a factor (``head_dim ** -0.5``): a removal would change it."""
@@ -202,11 +226,12 @@ class Trace:
     def note_reading(self, args: Any, out: Any) -> None:
         """Keep track of which layer's parameters and outputs the tensors are."""
         tensors = list(tensors_in(args))
+        self.read(tensors)
         for tensor in tensors:
             if isinstance(tensor, nn.Parameter):
                 self._read[tensor] = True
             if tensor in self._numbers:
-                fix_all(self._numbers[tensor], f"{self.why} reads positions along it")
+                fix_all(self._numbers[tensor], f"{self.where} reads positions along it")
         owners = [self._owner[t] for t in tensors if t in self._owner]
         for owner in owners:
             self.order.setdefault(owner, len(self.order))

@@ -23,11 +23,13 @@ from singe_plugin.nested import leaves_in
 from .algebra import Axis
 
 __all__ = [
-    "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "is_width", "plain", "tracked_attributes",
+    "COMPARED", "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "is_width", "plain",
+    "tracked_attributes",
     "tracked_in",
 ]  # fmt: skip
 
 OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size leaves the integers: ``head_dim ** -0.5``
+COMPARED: list[Callable[[TrackedInt, TrackedInt], None]] = []  # told of two that were found to be equal
 _OWN = frozenset({"training"})
 
 
@@ -127,6 +129,14 @@ class TrackedInt(int):
         (term,) = self.terms
         alone = term.factor == 1 and not term.axes and list(term.places.values()) == [1]
         return next(iter(term.places)) if alone else None
+
+    def axis(self) -> Axis | None:
+        """The axis whose size it is, if it is one and nothing else."""
+        if len(self.terms) != 1 or not self.followed:
+            return None
+        (term,) = self.terms
+        alone = term.factor == 1 and not term.places and [power for _, power in term.axes] == [1]
+        return term.axes[0][0] if alone else None
 
     def _combined(self, value: int, terms: tuple[Term, ...], *others: TrackedInt) -> TrackedInt:
         every = (self, *others)
@@ -238,6 +248,25 @@ class TrackedInt(int):
 
     def bit_count(self) -> Any:
         return self._depends(plain(self).bit_count())
+
+    # -- comparisons ----------------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        return self._compared(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self._compared(other)
+
+    __hash__ = int.__hash__
+
+    def _compared(self, other: object) -> bool:
+        """Whether both are one number, as ``x.shape[-1] != self.d_model`` asks: then one may follow the other."""
+        if not isinstance(other, (int, float, complex)):
+            return False
+        same = plain(self) == (plain(other) if isinstance(other, int) else other)
+        if same and COMPARED and isinstance(other, TrackedInt):
+            COMPARED[-1](self, other)
+        return same
 
     # -- out of the integers --------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class GroupSpec:
         channels_per_unit: above 1 for grouped layers and heads.
         max_ratio: the largest fraction of its units that may go.
         min_units: how many of its units stay at least; all of them, if there are fewer.
+        multiple: the number of units that stay is a multiple of this.
     """
 
     name: str
@@ -89,6 +90,7 @@ class GroupSpec:
     channels_per_unit: int = 1
     max_ratio: float = 1.0
     min_units: int = 1
+    multiple: int = 1
 
     def kept_for(self, kept: float, round_to: int | None) -> int:
         """The number of units kept that is nearest to ``kept`` and allowed: at least ``min_units``, channels a multiple
@@ -105,7 +107,7 @@ class GroupSpec:
 
     def quantum(self, round_to: int | None) -> int:
         """How many units one rounding step is."""
-        return 1 if not round_to else round_to // math.gcd(round_to, self.channels_per_unit)
+        return math.lcm(self.multiple, 1 if not round_to else round_to // math.gcd(round_to, self.channels_per_unit))
 
 
 Scores = Mapping[str, Tensor]

@@ -104,6 +104,7 @@ def touched(group: UnitGroup) -> list[nn.Module]:
     for producer in group.producers:
         slots = [*producer.slots, *([] if producer.bias is None else [producer.bias])]
         found += [slot.owner for slot in slots] + ([] if producer.norm is None else [producer.norm])
+        found += [owner for slot in slots for owner, _ in slot.places]
     return list(dict.fromkeys(found))
 
 
@@ -121,6 +122,7 @@ def on_norms(group: UnitGroup) -> UnitGroup:
 def _on_norm(producer: Producer) -> Producer:
     norm, layout = producer.norm, producer.slots[0].layout
     plain = type(layout) is RowLayout and layout.blocks == 1 and producer.bias is None
+    plain = plain and not any(slot.places for slot in producer.slots)  # in its other places there is no norm
     if norm is None or not plain or not {"weight", "bias"} <= norm._parameters.keys():
         return producer
     slots = Slot(norm, "weight"), Slot(norm, "bias")
@@ -147,6 +149,7 @@ def substituted(group: UnitGroup, runs: bool = True) -> Iterator[list[Row]]:
 
 def _substitutes(group: UnitGroup, runs: bool) -> list[Row]:
     rows: list[Row] = []
+    places = {(slot.owner, slot.attr): slot.places for slot in group.slots()}
     for number, producer in enumerate(group.producers):
         if not producer.is_norm and all(slot.tensor is None for slot in producer.slots):
             raise GroupError(
@@ -163,7 +166,9 @@ def _substitutes(group: UnitGroup, runs: bool) -> list[Row]:
                     f"expected {len(row.unit_of)}"
                 )
             if runs:
-                owner._parameters[attr] = nn.Parameter(base.clone(memory_format=torch.preserve_format))
+                owner._parameters[attr] = fresh = nn.Parameter(base.clone(memory_format=torch.preserve_format))
+                for other, name in places.get((owner, attr), ()):
+                    other._parameters[name] = fresh
             rows.append(row)
     return rows
 

@@ -126,11 +126,13 @@ class Slot:
         owner: the module that holds the parameter.
         attr: its name there (``"weight"``).
         layout: where the rows are.
+        places: every other ``(module, name)`` that holds the same parameter (tied weights), where it decays, too.
     """
 
     owner: nn.Module
     attr: str
     layout: RowLayout = field(default_factory=RowLayout)
+    places: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def tensor(self) -> Tensor | None:
@@ -271,10 +273,12 @@ def tied_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def refuse_tied(group: UnitGroup, ties: dict[int, tuple[str, ...]]) -> None:
-    """Raise :class:`TiedParameterError` if a producer's parameter is shared with another layer."""
+    """Raise :class:`TiedParameterError` if a producer shares a parameter with a layer that it does not know."""
     for slot in group.slots():
-        for tensor in (t for t in slot.parameters() if id(t) in ties):
-            names: Sequence[str] = ties[id(tensor)]
+        for tensor in slot.parameters():
+            names: Sequence[str] = ties.get(id(tensor), ())
+            if len(names) <= 1 + len(slot.places):
+                continue
             raise TiedParameterError(
                 f"group {group.name!r}: the parameters {' and '.join(map(repr, names))} are one tensor, so its "
                 "rows cannot be decayed or removed in one place alone; untie them (clone one) or put the layer in "

@@ -17,16 +17,19 @@ from singe_plugin.masks import plain_tensors, plain_types
 from singe_plugin.run.record import NOT_STRUCTURE, encode
 from singe_plugin.state import RngState
 
-__all__ = ["Builder", "Structure", "build_by", "describe_structure", "is_of_diffusers"]
+__all__ = ["Builder", "Structure", "build_by", "describe_structure", "is_of_diffusers", "is_of_transformers"]
+
+_ATTENTION = "attn_implementation"
+_NOT_BUILT = frozenset({"_name_or_path", "transformers_version", "architectures", "auto_map"})
 
 
 @dataclass(frozen=True)
 class Builder:
-    """How to build the unpruned architecture: a timm model by name, or a function that the user names.
+    """How to build the unpruned architecture: by a timm name, a class of transformers, or a function of the user's.
 
     Attributes:
-        kind: ``"timm"`` or ``"factory"``.
-        name: timm's model name, or ``"package.module:function"``.
+        kind: ``"timm"``, ``"transformers"`` or ``"factory"``.
+        name: timm's model name, the name of a class of transformers, or ``"package.module:function"``.
         options: keyword arguments; plain JSON values.
 
     Example:
@@ -49,6 +52,14 @@ class Builder:
         config: Any = model.config
         options = {key: value for key, value in dict(config).items() if not key.startswith("_")}
         return cls.factory(f"diffusers:{type(model).__name__}", **json.loads(json.dumps(options)))
+
+    @classmethod
+    def transformers(cls, model: nn.Module) -> Builder:
+        """Build the class of a model of transformers with the configuration that it has now."""
+        config: Any = model.config
+        options = json.loads(config.to_json_string(use_diff=False))
+        options = {key: value for key, value in options.items() if key not in _NOT_BUILT and value is not None}
+        return cls("transformers", type(model).__name__, {**options, _ATTENTION: config._attn_implementation})
 
     @classmethod
     def factory(cls, name: str, **options: Any) -> Builder:
@@ -74,7 +85,15 @@ class Builder:
         if self.kind == "factory":
             module, _, function = self.name.partition(":")
             return build_by(what, lambda: getattr(importlib.import_module(module), function)(**self.options))
-        raise ArtifactError(f"unknown kind of builder {self.kind!r}; choose 'timm' or 'factory'")
+        if self.kind == "transformers":
+            return build_by(what, self._of_transformers)
+        raise ArtifactError(f"unknown kind of builder {self.kind!r}; choose 'timm', 'transformers' or 'factory'")
+
+    def _of_transformers(self) -> Any:
+        kind = getattr(importlib.import_module("transformers"), self.name)
+        config = kind.config_class.from_dict({k: v for k, v in self.options.items() if k != _ATTENTION})
+        config._attn_implementation = self.options.get(_ATTENTION)
+        return kind(config)
 
     def check(self, model: nn.Module) -> None:
         """Raise :class:`ArtifactError` unless building gives exactly the modules and shapes of ``model``."""
@@ -92,7 +111,13 @@ class Builder:
 
     @classmethod
     def infer(cls, model: nn.Module) -> Builder | None:
-        """Find the builder of a model of timm or diffusers from what it knows; None if that builds another model."""
+        """Find the builder of a model of timm, transformers or diffusers from what it knows of itself.
+
+        None if that does not build the same model.
+        """
+        if is_of_transformers(model):
+            with torch.device("meta"):  # only shapes and attributes are compared
+                return cls._checked(cls.transformers(model), model)
         config = getattr(model, "pretrained_cfg", None) or {}
         name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
         if is_of_diffusers(model):
@@ -125,6 +150,20 @@ def is_of_diffusers(model: nn.Module) -> bool:
     if library is None or not kind.__module__.startswith("diffusers."):
         return False
     return isinstance(model, library.ModelMixin) and getattr(library, kind.__name__, None) is kind
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is of a class of transformers' own.
+
+    Example:
+        >>> is_of_transformers(nn.Linear(1, 1))
+        False
+    """
+    library = sys.modules.get("transformers")
+    kind = type(model)
+    if library is None or not kind.__module__.startswith("transformers."):
+        return False
+    return isinstance(model, library.PreTrainedModel) and getattr(library, kind.__name__, None) is kind
 
 
 def build_by(what: str, make: Callable[[], Any]) -> nn.Module:

@@ -156,8 +156,12 @@ def check_builder(kind: str, name: str, options: Mapping[str, Any], is_model: Ca
     consent = "pass factory=, which builds the unpruned model, or trust=True if you trust who wrote the folder"
     if kind == "factory":
         raise ArtifactError(f"its architecture is built by {name!r}, code that load() would import and call; {consent}")
+    if kind == "transformers":
+        raise ArtifactError(
+            f"its architecture is built by transformers from a configuration ({name}), which may name files; {consent}"
+        )
     if kind != "timm":
-        raise ArtifactError(f"unknown kind of builder {kind!r}; choose 'timm' or 'factory'")
+        raise ArtifactError(f"unknown kind of builder {kind!r}; choose 'timm', 'transformers' or 'factory'")
     if not is_model(name) or any(mark in name for mark in ":/\\"):
         raise ArtifactError(
             f"its architecture {name!r} is none of timm's own names (hf-hub: and local-dir: read files that somebody "

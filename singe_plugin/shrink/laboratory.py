@@ -22,7 +22,7 @@ from singe_plugin.axes.substitutes import (
 )
 from singe_plugin.axes.values import Values
 from singe_plugin.errors import is_of_the_machine
-from singe_plugin.nested import tensors_in
+from singe_plugin.nested import results_in
 from singe_plugin.run.data import few
 from singe_plugin.state import plain_layers, preserved
 
@@ -148,7 +148,7 @@ class Laboratory:
         with preserved(model):
             self.graph.trace.forget()
             made = self.graph.forward(model, double_inputs(inputs) if self.double else inputs)
-            return [t for t in tensors_in(made) if t.is_floating_point()]
+            return [t for t in results_in(made) if t.is_floating_point()]
 
     @contextmanager
     def drawn(self, holes: Holes, seed: int, kept: Units | None = None) -> Iterator[None]:

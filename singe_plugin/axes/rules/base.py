@@ -29,4 +29,4 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def opaque(t: Trace, size: int) -> Axis:
     """An axis whose indices mean nothing that could be removed."""
-    return fresh(size, f"{OPAQUE} {t.why}")
+    return fresh(size, f"{OPAQUE} {t.where}")

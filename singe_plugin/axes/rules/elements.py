@@ -58,7 +58,7 @@ def _glu(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 )  # fmt: skip
 def _uniform(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     """All indices alike (as random numbers are): such a dimension takes on whatever meaning it meets."""
-    why = f"it is a constant made by {t.why}" if t.operator == "eye" else None
+    why = f"it is a constant made by {t.where}" if t.operator == "eye" else None
     t.set(out, [fresh(size, why) for size in out.shape])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from singe_plugin.nested import tensors_in
 
-from ..algebra import Axis, concat, is_fixed, size_of, split
+from ..algebra import Axis, concat, fix, is_fixed, size_of, split
 from ..trace import Trace
 from .base import opaque, rule
 
@@ -64,7 +64,10 @@ def _index(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     t.set(out, [*rest[:first], *made, *rest[first:]])
 
 
-@rule("index_select", "gather", "take_along_dim", "index_copy", "index_add", "scatter", "scatter_", "scatter_add")
+@rule(
+    "index_select", "gather", "take_along_dim", "index_copy", "index_add", "scatter", "scatter_", "scatter_add",
+    "index_add_", "index_copy_", "scatter_add_",
+)  # fmt: skip
 def _gather(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     dim = args[1] % max(args[0].ndim, 1)
     axes = t.of(args[0])
@@ -89,7 +92,8 @@ def _gather(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("embedding")
 def _embedding(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    t.fix(t.of(args[0])[0], *t.of(args[1]))
+    fix(t.of(args[0])[0], "it is the vocabulary of an embedding, which is kept whole")
+    t.fix(*t.of(args[1]))
     t.set(out, [*(opaque(t, s) for s in out.shape[:-1]), t.of(args[0])[1]])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from singe_plugin.nested import tensors_in
 
 from ..algebra import Axis, size_of, split
+from ..grouped import BYTES
 from ..trace import Trace
 from .base import opaque, rule
 
@@ -26,6 +27,22 @@ def _product(t: Trace, one: Tensor, other: Tensor, out: Tensor) -> None:
         t.unify(x, y)
     t.heads += a[:-2]
     t.set(out, [*a[:-2], a[-2], b[-1]])
+
+
+@rule("_grouped_mm")
+def _grouped(t: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Rows in groups, each with a matrix of its own; widths have to stay multiples of some bytes."""
+    a, b = t.of(args[0]), t.of(args[1])
+    if len(a) != 2 or len(b) != 3:
+        t.fix(*a, *b)
+        t.set(out, [opaque(t, size) for size in out.shape])
+        return
+    t.origins.contract(args[0], -1, args[1], -2)
+    t.unify(a[-1], b[-2])
+    t.fix(a[0], b[0])
+    t.set(out, [a[0], b[-1]])
+    for axis in (a[-1], b[-1]):
+        t.multiples.append((axis, BYTES // args[0].element_size(), t.where))
 
 
 @rule("addmm", "baddbmm", "addbmm")

@@ -127,9 +127,11 @@ def _narrow(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("select")
 def _select(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """One position: it stays if somebody reads it. (``x[:, :, -1].shape`` reads none.)"""
     axes = t.of(args[0])
-    t.fix(axes.pop(args[1] % args[0].ndim))
+    taken = axes.pop(args[1] % args[0].ndim)
     t.set(out, axes)
+    t.takes(out, taken)
 
 
 @rule("unbind")

@@ -1,0 +1,202 @@
+"""The configuration of a transformers model follows its widths, where the class can say them.
+
+``from_pretrained`` builds a model from its configuration, which has one number for all layers and none for many widths
+that a removal changes. Which number gives which widths is not known by name: the class is built once more with another
+number, on no device, and what has another shape then depends on it. Then the class is built with the numbers found and
+gets the pruned weights: only if that computes the same does the configuration change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+from singe_plugin.axes.grouped import PlainGroups
+from singe_plugin.axes.substitutes import double_inputs, in_double, normal, uniform
+from singe_plugin.axes.values import Values
+from singe_plugin.errors import is_of_the_machine
+from singe_plugin.nested import call_model, map_tensors, relative_change, results_in
+from singe_plugin.run.architecture import is_of_transformers
+from singe_plugin.state import RngState, preserved
+
+__all__ = ["follow_config"]
+
+_Shapes = dict[str, tuple[int, ...]]
+_WIDTHS = ("size", "dim", "inner", "width", "heads", "d_", "ffn", "rank")  # what may be None, and say a width if not
+_UNSAID = ("head_dim",)  # what many classes read with getattr, and divide for if it is not there
+_EXACT, _ROUNDED = 1e-7, 1e-6  # in double precision, with constants in single precision, and in that
+
+
+def follow_config(model: nn.Module, example_inputs: Any) -> str:
+    """Let ``model.config`` say the widths that are left, if its class can be built with them and computes the same.
+
+    Args:
+        model: a pruned model of transformers.
+        example_inputs: what it is called with to compare.
+
+    Returns:
+        what to save the model with, and why: a sentence. It is empty for a model that is none of transformers.
+
+    Example:
+        >>> follow_config(nn.Linear(1, 1), torch.zeros(1, 1))
+        ''
+    """
+    if not is_of_transformers(model):
+        return ""
+    rng = RngState.capture()
+    try:
+        changed, why = _found(model, example_inputs)
+    finally:
+        rng.restore()
+    kind = type(model.config).__name__
+    if changed is None:
+        return (
+            f"{kind} cannot say the widths that are left ({why}), so from_pretrained would not load what "
+            "save_pretrained writes; use singe_plugin.save and singe_plugin.load"
+        )
+    for key, value in changed.items():
+        setattr(model.config, key, value)
+    said = ", ".join(f"{key}={value}" for key, value in changed.items())
+    return f"{kind} says the widths that are left ({said or 'as before'}): save_pretrained and from_pretrained work"
+
+
+def _found(model: nn.Module, inputs: Any) -> tuple[dict[str, int] | None, str]:
+    """The numbers with which the class is the model, or why there are none."""
+    values: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
+    keys = [key for key, value in values.items() if type(value) is int and value > 1]
+    keys += [k for k, v in values.items() if v is None and any(part in k for part in _WIDTHS)]
+    keys += [key for key in _UNSAID if key not in values]
+    why = ""
+    for order in (keys, keys[::-1]):  # a product of two numbers may be had by changing either
+        changed, why = _solved(model, order, values)
+        for attempt in _alike(model, changed, values) if not why else ():
+            if _computes_the_same(model, attempt, inputs):
+                return attempt, ""
+            why = (
+                "built so, it computes something else: numbers that it makes of them, such as scales and rotary angles"
+            )
+    return None, why
+
+
+def _alike(model: nn.Module, changed: dict[str, int], values: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """Numbers that give the same shapes: these, and others of heads, which may divide a width in several ways."""
+    yield changed
+    heads = [k for k, value in values.items() if "heads" in k and type(value) is int and value > 1 and k not in changed]
+    for chosen in ([key] for key in heads) if len(heads) == 1 else (*([key] for key in heads), heads):
+        most = values[chosen[0]]
+        for number in range(most - 1, 0, -1):
+            fewer = {key: values[key] * number // most for key in chosen if values[key] * number % most == 0}
+            if len(fewer) == len(chosen) and _built(model, {**changed, **fewer}) == _shapes(model):
+                yield {**changed, **fewer}
+
+
+def _solved(model: nn.Module, keys: Sequence[str], values: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+    """The numbers with which the class has the shapes of the model, or why there are none."""
+    wanted, changed = _shapes(model), dict[str, int]()
+    for key in keys:  # what every module that has a number of this name says
+        told = {m.__dict__[key] for m in model.modules() if type(m.__dict__.get(key)) is int}
+        if len(told) == 1 and told != {values.get(key)}:
+            changed[key] = told.pop()
+    base = _built(model, changed)
+    for key in keys:
+        if base == wanted:
+            break
+        if base is None:
+            return {}, f"{type(model).__name__} cannot be built with {changed}"
+        if key not in changed and (found := _value_of(model, key, values.get(key), changed, base, wanted)) is not None:
+            changed[key] = found
+            base = _built(model, changed)
+    if base == wanted:
+        return changed, ""
+    made = base or {}
+    name = next(name for name in {**wanted, **made} if made.get(name) != wanted.get(name))
+    return {}, f"{name} has the shape {wanted.get(name)}, and would have {made.get(name)}"
+
+
+def _value_of(
+    model: nn.Module, key: str, value: int | None, changed: Mapping[str, int], base: _Shapes, wanted: _Shapes
+) -> int | None:
+    """The number for a key with which all that depends on it has the wanted shape, or None if there is none."""
+    first, second = (value, 2 * value) if value is not None else (16, 32)
+    other = _built(model, {**changed, key: second})
+    start = base if value is not None else _built(model, {**changed, key: first})
+    if other is None or start is None or not other.keys() == start.keys() == wanted.keys():
+        return None
+    found: set[Fraction] = set()
+    for name, shape in start.items():
+        if not len(shape) == len(other[name]) == len(wanted[name]):
+            return None
+        for one, two, target in zip(shape, other[name], wanted[name], strict=True):
+            if one != two:  # the size is a straight line in the number
+                found.add(first + Fraction((target - one) * (second - first), two - one))
+    if len(found) != 1:
+        return None
+    (number,) = found
+    return int(number) if number.denominator == 1 and 0 < number != value else None
+
+
+def _built(model: nn.Module, changed: Mapping[str, Any]) -> _Shapes | None:
+    """The shapes of the class with another configuration; None if it cannot be built with that."""
+    try:
+        with torch.device("meta"):
+            return _shapes(_with(model, changed))
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        return None
+
+
+def _with(model: nn.Module, changed: Mapping[str, Any]) -> nn.Module:
+    config = copy.deepcopy(model.config)
+    for key, value in changed.items():
+        setattr(config, key, value)
+    made: nn.Module = type(model)(config)
+    return made
+
+
+def _shapes(model: nn.Module) -> _Shapes:
+    return dict(_sizes(model))
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, tensor in model.state_dict().items():
+        yield name, tuple(tensor.shape)
+
+
+def _computes_the_same(model: nn.Module, changed: Mapping[str, int], inputs: Any) -> bool:
+    """Whether the class, with another configuration and the same weights, gives what the model gives.
+
+    The weights are random ones, and in double precision if the model runs so: those of a model may be so small that a
+    scale that is off would hardly show.
+    """
+    first, values = next(model.parameters()), Values()
+    fresh = _with(model, changed).to(device=first.device, dtype=first.dtype)
+    fresh.load_state_dict(model.state_dict())
+    with preserved(model), preserved(fresh), PlainGroups(), torch.no_grad():
+        model.eval()
+        fresh.eval()
+        try:
+            generator = torch.Generator().manual_seed(0)
+            for one, other in zip(model.parameters(), fresh.parameters(), strict=True):
+                small = one.ndim < 2
+                data = uniform(one, generator) if small else normal(one, generator) / max(one.shape[-1], 1) ** 0.5
+                values.put(one, data)
+                values.put(other, data.clone())
+            try:
+                with in_double(model), in_double(fresh):
+                    return _apart(model, fresh, double_inputs(inputs)) < _EXACT
+            except RuntimeError:  # it does not run in double precision
+                return _apart(model, fresh, inputs) < _ROUNDED
+        finally:
+            values.restore()
+
+
+def _apart(one: nn.Module, other: nn.Module, inputs: Any) -> float:
+    """How far the results of two models are apart."""
+    first, second = (list(results_in(call_model(m, map_tensors(torch.clone, inputs)))) for m in (one, other))
+    return relative_change(first, second)
