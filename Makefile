@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test gpu slow backbones tables perf lint types doctest examples coverage clean
+.PHONY: demo test gpu slow backbones beyond zoo tables perf lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,24 @@ backbones: $(STAMP)
 	$(BIN)/python benchmarks/backbones.py run
 	$(BIN)/python benchmarks/backbones.py table
 
+# models of other libraries, in an environment of their own: the examples, the tests and the zoo's fast subset
+beyond: $(VENV)-beyond/.installed
+	$(VENV)-beyond/bin/python -m pytest tests/test_transformers.py tests/test_libraries.py tests/test_audio_models.py
+	$(VENV)-beyond/bin/python benchmarks/zoo.py run --fast
+	@set -e; for example in examples/beyond_timm/*.py; do echo "== $$example"; $(VENV)-beyond/bin/python $$example; done
+
+# every model of the zoo, one process each; resumable, takes an hour
+zoo: $(VENV)-beyond/.installed
+	$(VENV)-beyond/bin/python -m pip install --quiet -e ".[zoo]"
+	$(VENV)-beyond/bin/python benchmarks/zoo.py run
+	$(VENV)-beyond/bin/python benchmarks/zoo.py table
+
+$(VENV)-beyond/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-beyond
+	$(VENV)-beyond/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-beyond/bin/python -m pip install --quiet -e ".[demo,dev,beyond]"
+	touch $@
+
 # docs/results.md and its plots again, from the stored rows
 tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py write
@@ -57,4 +75,4 @@ coverage: $(STAMP)
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo
+	rm -rf $(VENV) $(VENV)-beyond build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo

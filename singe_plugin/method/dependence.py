@@ -75,8 +75,8 @@ def check_zeros(model: nn.Module, group: UnitGroup, batches: Iterable[Any], opti
     if mine and len(found) >= len(list(model.named_parameters())) / 2:  # else the draws show too little of it
         raise ScoringError(
             f"group {group.name!r}: F does not depend on it: its gradient is zero on every batch, for these weights "
-            "and for random ones, so all of its units would get the score 0. Give an objective that takes in the part "
-            "of the output that it leads to, or put its layer in ignored_layers"
+            "and for random ones, so all of its units would get the score 0. Give more batches, an "
+            "objective that takes in the part of the output that it leads to, or put its layer in ignored_layers"
         )
 
 
