@@ -119,8 +119,8 @@ def check(entry: Any) -> dict[str, Any]:
         row["whole"].append(f"{len(missing)} parameters have no gradient, e.g. {sorted(missing)[0]}")
     twin, held = copy.deepcopy(model), io.BytesIO()
     torch.save(model.state_dict(), held)
-    for tensor in (*twin.parameters(), *twin.buffers()):
-        if tensor.is_floating_point():
+    for tensor in twin.state_dict().values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             torch.nn.init.zeros_(tensor)
     twin.load_state_dict(torch.load(io.BytesIO(held.getvalue()), weights_only=True))
     with torch.no_grad():

@@ -222,19 +222,37 @@ MODELS: dict[str, Entry] = {
     "bert": Entry(
         "transformers", _transformer("BertForSequenceClassification", "BertConfig", **ENCODER), _tokens, True
     ),
-    "roberta": Entry("transformers", _transformer("RobertaModel", "RobertaConfig", **ENCODER, pad_token_id=0), _tokens),
+    "roberta": Entry(
+        "transformers",
+        _transformer("RobertaForSequenceClassification", "RobertaConfig", **ENCODER, pad_token_id=0),
+        _tokens,
+    ),
     "distilbert": Entry(
         "transformers",
         _transformer(
-            "DistilBertModel", "DistilBertConfig", vocab_size=100, dim=64, n_layers=2, n_heads=4, hidden_dim=128
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            vocab_size=100,
+            dim=64,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=128,
         ),
         _tokens,
     ),
-    "deberta-v2": Entry("transformers", _transformer("DebertaV2Model", "DebertaV2Config", **ENCODER), _tokens),
-    "electra": Entry(
-        "transformers", _transformer("ElectraModel", "ElectraConfig", **ENCODER, embedding_size=32), _tokens
+    "deberta-v2": Entry(
+        "transformers", _transformer("DebertaV2ForSequenceClassification", "DebertaV2Config", **ENCODER), _tokens
     ),
-    "albert": Entry("transformers", _transformer("AlbertModel", "AlbertConfig", **ENCODER, embedding_size=32), _tokens),
+    "electra": Entry(
+        "transformers",
+        _transformer("ElectraForSequenceClassification", "ElectraConfig", **ENCODER, embedding_size=32),
+        _tokens,
+    ),
+    "albert": Entry(
+        "transformers",
+        _transformer("AlbertForSequenceClassification", "AlbertConfig", **ENCODER, embedding_size=32),
+        _tokens,
+    ),
     "gpt2": Entry(
         "transformers",
         _transformer("GPT2LMHeadModel", "GPT2Config", vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64),
@@ -313,12 +331,12 @@ MODELS: dict[str, Entry] = {
     ),
     # -- transformers: images, audio
     "vit": Entry("transformers", _transformer("ViTForImageClassification", "ViTConfig", **VISION), _images),
-    "deit": Entry("transformers", _transformer("DeiTModel", "DeiTConfig", **VISION), _images),
-    "dinov2": Entry("transformers", _transformer("Dinov2Model", "Dinov2Config", **VISION), _images),
+    "deit": Entry("transformers", _transformer("DeiTForImageClassification", "DeiTConfig", **VISION), _images),
+    "dinov2": Entry("transformers", _transformer("Dinov2ForImageClassification", "Dinov2Config", **VISION), _images),
     "swin": Entry(
         "transformers",
         _transformer(
-            "SwinModel",
+            "SwinForImageClassification",
             "SwinConfig",
             image_size=64,
             patch_size=4,
@@ -361,13 +379,17 @@ MODELS: dict[str, Entry] = {
     ),
     "convnext": Entry(
         "transformers",
-        _transformer("ConvNextModel", "ConvNextConfig", depths=(1, 1, 1, 1), hidden_sizes=(16, 32, 48, 64)),
+        _transformer(
+            "ConvNextForImageClassification", "ConvNextConfig", depths=(1, 1, 1, 1), hidden_sizes=(16, 32, 48, 64)
+        ),
         _images,
     ),
     "wav2vec2": Entry(
-        "transformers", _transformer("Wav2Vec2Model", "Wav2Vec2Config", **AUDIO), lambda: torch.randn(2, 3000)
+        "transformers", _transformer("Wav2Vec2ForCTC", "Wav2Vec2Config", **AUDIO), lambda: torch.randn(2, 3000)
     ),
-    "hubert": Entry("transformers", _transformer("HubertModel", "HubertConfig", **AUDIO), lambda: torch.randn(2, 3000)),
+    "hubert": Entry(
+        "transformers", _transformer("HubertForCTC", "HubertConfig", **AUDIO), lambda: torch.randn(2, 3000)
+    ),
     "encodec": Entry(
         "transformers",
         _transformer(

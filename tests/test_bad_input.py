@@ -335,7 +335,7 @@ CASES = [
     ),
     # artifacts
     Case("builder name", lambda m: Builder.factory("Chain"), ConfigError, ("'Chain'", "package.module:function")),
-    Case("builder kind", lambda m: Builder("hub", "x").build(), ArtifactError, ("hub", "'timm' or 'factory'")),
+    Case("builder kind", lambda m: Builder("hub", "x").build(), ArtifactError, ("hub", "'transformers' or 'factory'")),
     Case(
         "builder module", lambda m: Builder.factory("no_such_module:f").build(),
         ArtifactError, ("no_such_module", "cannot be built"),

@@ -25,7 +25,7 @@ X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Attention(nn.Module):
-    """Two queries for every key: a number that the model does not tell anybody, so a group of every layer is wrong."""
+    """Two queries for every key: a number that the model does not tell anybody."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class Deep(nn.Module):
 
 
 def graph_of(depth: int, spoiled: bool = False) -> AxisGraph:
-    """Trace a transformer; if it is spoiled, the hidden channels of every block miss their bias."""
+    """Trace a transformer; if it is spoiled, two groups of every block miss their biases."""
     graph = AxisGraph(Deep(depth).eval(), X)
-    for name in [name for name in graph.groups if spoiled and ".mlp." in name]:
+    for name in [name for name in graph.groups if spoiled and (".mlp." in name or name.endswith(".q"))]:
         places = graph.places[graph.groups[name].leaf.root()]
         places[:] = [(held, dim) for held, dim in places if held.attr != "bias"]
     graph.changed()

@@ -336,7 +336,7 @@ class Tuner:
         if step is not None:
             loss = step(model, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ConfigError(f"{name_of(step)}(model, batch) must return the loss, a scalar tensor")
+                raise ConfigError(f"step_fn(model, batch), here {name_of(step)}, must return the loss, a scalar tensor")
             return loss.reshape(())
         try:
             if self.teacher is not None:

@@ -137,7 +137,8 @@ def substituted(group: UnitGroup, runs: bool = True) -> Iterator[list[Row]]:
         group: what decays.
         runs: whether the model runs with them; if not, only the rows are wanted, and no copy of them is made.
     """
-    with plain_layers_of(touched(group)):
+    computed = [slot.owner for slot in group.slots() if slot.attr not in slot.owner._parameters]
+    with plain_layers_of(computed):  # others may compute a weight from what decays: a mask does
         before = [(module, dict(module._parameters), dict(module._buffers)) for module in touched(group)]
         try:
             yield _substitutes(group, runs)
