@@ -23,6 +23,15 @@ from cuda_cells import gru_cell, lstm_cell
 from references import Net
 
 Operator = Callable[..., Any]
+
+
+def put(x: Tensor, where: Any, value: Tensor) -> Tensor:
+    """A copy with another value somewhere."""
+    x = x.clone()
+    x[where] = value
+    return x
+
+
 SHAPE = (2, 6, 4, 8)  # of the first operand, x; y has the same shape, w is 6 x 6 and v has 6 elements
 
 OPERATORS: dict[str, Operator] = {
@@ -69,6 +78,10 @@ OPERATORS: dict[str, Operator] = {
     "topk": lambda x, **_: x.topk(2, dim=1).values,
     "index": lambda x, **_: x[:, :, [0, 2]],
     "index: a table": lambda w, **_: w[torch.randint(0, 6, (4, 4), generator=torch.Generator().manual_seed(0))],
+    "index_put": lambda x, y, **_: torch.zeros_like(x).index_put_((torch.tensor([1, 0]),), y),
+    "index_put: a mask": lambda x, y, **_: x.index_put((torch.tensor([True, False]),), y[:1]),
+    "index_put: a later dimension": lambda x, y, **_: put(x, (slice(None), slice(None), [2, 0]), y[:, :, 1:3]),
+    "index_put: two tables": lambda x, v, **_: put(x, ([1, 0], slice(None), [2, 0]), v[:, None]),
     "index_select": lambda x, **_: x.index_select(3, torch.tensor([1, 5])),
     "gather": lambda x, **_: x.gather(2, torch.zeros(2, 6, 3, 8, dtype=torch.int64)),
     "embedding": lambda w, **_: functional.embedding(torch.tensor([[1, 2], [4, 0]]), w),
@@ -169,7 +182,8 @@ FREE = {  # that a rule keeps the axes that it could keep: the sizes of the leav
     "channel_shuffle": {2, 4, 8}, "glu": {2, 3, 4}, "glu: the last": {2, 6, 4}, "mode": {2, 6, 4, 8},
     "kthvalue": {2, 4, 8}, "nanmedian": {2, 6, 4, 8}, "where the largest is": {2, 4, 8}, "logcumsumexp": {2, 6, 4},
     "im2col": {2, 6}, "group norm": {3, 2, 4, 8}, "max pool": {2, 6}, "roll": {2, 6}, "expand": {2, 6, 4, 8},
-    "repeat": {2, 6, 4, 8}, "index": {2, 6, 8}, "no rule": set(), "split": {3, 4, 8, 2}, "lstm": {4},
+    "repeat": {2, 6, 4, 8}, "index": {2, 6, 8}, "index_put": {6, 4, 8}, "no rule": set(), "split": {3, 4, 8, 2},
+    "lstm": {4},
     "lstm: a step on CUDA": {6, 8}, "fft": {2, 6, 8}, "fft: of real images and back": {2, 6},
     "complex numbers": {2, 6, 4, 8}, "complex numbers: of pairs": {2, 6, 4}, "boxes of maps": {6},
     "boxes of maps: the largest": {6}, "deformed": {2, 6}, "deformed: in parts": {2},

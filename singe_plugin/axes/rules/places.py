@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from singe_plugin.nested import tensors_in
 
 from ..algebra import Axis, concat, fix, is_fixed, size_of, split
@@ -62,6 +64,34 @@ def _index(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     first = used[0] if adjacent else 0
     made = [opaque(t, s) for s in out.shape[first : first + new]]
     t.set(out, [*rest[:first], *made, *rest[first:]])
+
+
+@rule("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
+def _index_put(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Other values at some positions: what is not indexed passes, and is what it is of the values."""
+    axes, values = t.of(args[0]), args[2]
+    used: list[int] = []
+    dim = 0
+    for index in args[1]:
+        taken = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            used += range(dim, dim + taken)
+            t.fix(*t.of(index))
+        dim += taken
+    t.fix(*(axes[d] for d in used))
+    chosen = [i for i in args[1] if i is not None]
+    new = max((1 if i.dtype in (torch.bool, torch.uint8) else i.ndim for i in chosen), default=0)
+    rest: list[Axis | None] = [axis for d, axis in enumerate(axes) if d not in used]
+    first = used[0] if used and used == list(range(used[0], used[0] + len(used))) else 0
+    rest[first:first] = [None] * new
+    for size, axis, target in zip(reversed(values.shape), reversed(t.of(values)), reversed(rest), strict=False):
+        if target is not None and size == size_of(target):
+            t.unify(target, axis)
+        else:
+            t.fix(axis)
+            if target is not None and size > 1:
+                t.fix(target)
+    t.set(out, axes)
 
 
 @rule(
