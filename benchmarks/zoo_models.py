@@ -186,6 +186,24 @@ class _EDSR(nn.Module):
         return made
 
 
+def _encodec() -> nn.Module:
+    """Its code book is a buffer of zeros until it is loaded or trained; here it is random, too."""
+    made = _transformer(
+        "EncodecModel",
+        "EncodecConfig",
+        num_filters=8,
+        hidden_size=32,
+        num_residual_layers=1,
+        codebook_dim=32,
+        codebook_size=16,
+        upsampling_ratios=(4, 2),
+    )()
+    for name, buffer in made.named_buffers():
+        if name.endswith("embed"):
+            buffer.normal_()
+    return made
+
+
 def _open_clip() -> nn.Module:
     made: nn.Module = _of("open_clip.model.CLIP")(
         embed_dim=32,
@@ -392,16 +410,7 @@ MODELS: dict[str, Entry] = {
     ),
     "encodec": Entry(
         "transformers",
-        _transformer(
-            "EncodecModel",
-            "EncodecConfig",
-            num_filters=8,
-            hidden_size=32,
-            num_residual_layers=1,
-            codebook_dim=32,
-            codebook_size=16,
-            upsampling_ratios=(4, 2),
-        ),
+        _encodec,
         lambda: torch.randn(2, 1, 400),
     ),
     # -- diffusers

@@ -18,7 +18,7 @@ __all__ = [
     "tensors_in", "to_device",
 ]  # fmt: skip
 
-_STATES = ("hidden_state", "hidden_states", "attentions", "past_key_values")
+_STATES = ("hidden_state", "hidden_states", "attentions", "past_key_values", "model_output")
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -82,8 +82,11 @@ def results_in(outputs: Any) -> Iterator[Tensor]:
         [1]
         >>> [t.item() for t in results_in({"last_hidden_state": torch.tensor(2)})]
         [2]
+        >>> towers = {"logits_per_text": torch.tensor(1), "text_model_output": (torch.tensor(2),)}
+        >>> [t.item() for t in results_in(towers)]
+        [1]
     """
-    if isinstance(outputs, Mapping) and any(str(key).endswith("logits") for key in outputs):
+    if isinstance(outputs, Mapping) and any("logits" in str(key) for key in outputs):
         outputs = {key: value for key, value in outputs.items() if not str(key).endswith(_STATES)}
     return tensors_in(outputs)
 

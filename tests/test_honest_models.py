@@ -125,6 +125,12 @@ def test_noise_does_not_depend_on_the_shape() -> None:
     assert draws(4) == draws(40)
 
 
+def test_a_single_number_may_be_drawn() -> None:
+    with SharedNoise():  # as a layer that is left out at random is decided on
+        drawn = [torch.rand([]), torch.rand(()), torch.rand(1), torch.randn(2, 0)]
+    assert [tuple(t.shape) for t in drawn] == [(), (), (1,), (2, 0)]
+
+
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", "left right")

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from singe_plugin.errors import is_of_the_machine
-from singe_plugin.nested import call_model, copied, relative_change, tensors_in
 from singe_plugin.run.architecture import is_of_diffusers
-from singe_plugin.state import RngState, preserved
+from singe_plugin.state import RngState
+
+from ..rebuilt import computes_the_same
 
 __all__ = ["follow_config"]
 
 _Key: TypeAlias = "tuple[str, int | None]"  # of the configuration, and where in a list
 _Shapes: TypeAlias = "dict[str, tuple[int, ...]]"
-_SAME = 1e-4  # of the outputs, in single precision
 
 
 def follow_config(model: nn.Module, example_inputs: Any) -> str:
@@ -47,7 +47,7 @@ def follow_config(model: nn.Module, example_inputs: Any) -> str:
     rng = RngState.capture()
     try:
         changed, why = _solved(model)
-        if not why and not _computes_the_same(model, changed, example_inputs):
+        if not why and not _is_the_model(model, changed, example_inputs):
             why = "built so, it computes something else: numbers that it makes of them, such as scales and positions"
     finally:
         rng.restore()
@@ -140,14 +140,9 @@ def _value_of(
     return int(value) if value.denominator == 1 and 0 < value != number else None
 
 
-def _computes_the_same(model: nn.Module, changed: Mapping[_Key, int], inputs: Any) -> bool:
+def _is_the_model(model: nn.Module, changed: Mapping[_Key, int], inputs: Any) -> bool:
     """Whether the class, with other numbers and the model's weights, gives what the model gives."""
     first = next(model.parameters())
     fresh = _with(model, changed).to(device=first.device, dtype=first.dtype)
     fresh.load_state_dict(model.state_dict())
-    with preserved(model), preserved(fresh), torch.no_grad():
-        start, outputs = RngState.capture(), []
-        for one in (model, fresh):
-            start.restore()
-            outputs.append(list(tensors_in(call_model(one.eval(), copied(inputs)))))
-    return relative_change(*outputs) < _SAME
+    return computes_the_same(model, fresh, inputs)

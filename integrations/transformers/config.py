@@ -16,20 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe_plugin.axes.grouped import PlainGroups
-from singe_plugin.axes.substitutes import double_inputs, in_double, normal, uniform
-from singe_plugin.axes.values import Values
 from singe_plugin.errors import is_of_the_machine
-from singe_plugin.nested import call_model, map_tensors, relative_change, results_in
 from singe_plugin.run.architecture import is_of_transformers
-from singe_plugin.state import RngState, preserved
+from singe_plugin.state import RngState
+
+from ..rebuilt import computes_the_same
 
 __all__ = ["follow_config"]
 
 _Shapes = dict[str, tuple[int, ...]]
 _WIDTHS = ("size", "dim", "inner", "width", "heads", "d_", "ffn", "rank")  # what may be None, and say a width if not
 _UNSAID = ("head_dim",)  # what many classes read with getattr, and divide for if it is not there
-_EXACT, _ROUNDED = 1e-7, 1e-6  # in double precision, with constants in single precision, and in that
 
 
 def follow_config(model: nn.Module, example_inputs: Any) -> str:
@@ -75,7 +72,7 @@ def _found(model: nn.Module, inputs: Any) -> tuple[dict[str, int] | None, str]:
     for order in (keys, keys[::-1]):  # a product of two numbers may be had by changing either
         changed, why = _solved(model, order, values)
         for attempt in _alike(model, changed, values) if not why else ():
-            if _computes_the_same(model, attempt, inputs):
+            if _is_the_model(model, attempt, inputs):
                 return attempt, ""
             why = (
                 "built so, it computes something else: numbers that it makes of them, such as scales and rotary angles"
@@ -168,35 +165,9 @@ def _sizes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield name, tuple(tensor.shape)
 
 
-def _computes_the_same(model: nn.Module, changed: Mapping[str, int], inputs: Any) -> bool:
-    """Whether the class, with another configuration and the same weights, gives what the model gives.
-
-    The weights are random ones, and in double precision if the model runs so: those of a model may be so small that a
-    scale that is off would hardly show.
-    """
-    first, values = next(model.parameters()), Values()
+def _is_the_model(model: nn.Module, changed: Mapping[str, int], inputs: Any) -> bool:
+    """Whether the class, with another configuration and the same weights, gives what the model gives."""
+    first = next(model.parameters())
     fresh = _with(model, changed).to(device=first.device, dtype=first.dtype)
     fresh.load_state_dict(model.state_dict())
-    with preserved(model), preserved(fresh), PlainGroups(), torch.no_grad():
-        model.eval()
-        fresh.eval()
-        try:
-            generator = torch.Generator().manual_seed(0)
-            for one, other in zip(model.parameters(), fresh.parameters(), strict=True):
-                small = one.ndim < 2
-                data = uniform(one, generator) if small else normal(one, generator) / max(one.shape[-1], 1) ** 0.5
-                values.put(one, data)
-                values.put(other, data.clone())
-            try:
-                with in_double(model), in_double(fresh):
-                    return _apart(model, fresh, double_inputs(inputs)) < _EXACT
-            except RuntimeError:  # it does not run in double precision
-                return _apart(model, fresh, inputs) < _ROUNDED
-        finally:
-            values.restore()
-
-
-def _apart(one: nn.Module, other: nn.Module, inputs: Any) -> float:
-    """How far the results of two models are apart."""
-    first, second = (list(results_in(call_model(m, map_tensors(torch.clone, inputs)))) for m in (one, other))
-    return relative_change(first, second)
+    return computes_the_same(model, fresh, inputs)

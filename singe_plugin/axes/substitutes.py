@@ -334,7 +334,7 @@ class SharedNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
             one = func(x.new_empty(1), *args[1:], **kwargs)
             return x.copy_(one.expand_as(x)) if name.endswith("_") else one.expand_as(x).clone()
         one = func([1], *args[1:], **kwargs)
-        return func(*args, **kwargs).copy_(one)
+        return func(*args, **kwargs).copy_(one[0])
 
 
 _DRAWN = frozenset(
