@@ -15,6 +15,8 @@ from singe_plugin.errors import ArtifactError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
 from singe_plugin.integrations.transformers import follow_config
 
+from masking import Masked
+
 transformers: Any = pytest.importorskip("transformers")
 
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -72,6 +74,28 @@ CONFIGURED = {
     "phi3": (False, {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8}),
     "bart": (True, {"d_model": 16, "encoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2}),
 }
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "t5"])
+@pytest.mark.parametrize("whole_heads", [False, True])
+def test_a_pruned_model_generates_what_the_masked_one_does(name: str, whole_heads: bool) -> None:
+    """The stream stays (the reference has no root mean square norm of the rest); all in double precision."""
+    model, inputs = made(name)
+    model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as they are made, the last token is repeated for ever
+            parameter.normal_(0, 0.4, generator=torch.Generator().manual_seed(parameter.numel()))
+    masked, stream = Masked(model), model.get_input_embeddings()
+    heads = {"prune_num_heads": True, "prune_head_dims": False} if whole_heads else {}
+    pruner = SInGEPruner(
+        model, inputs, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[stream],
+        ema=masked.tags, **heads,
+    )  # fmt: skip
+    pruner.step()
+    given = {"input_ids": IDS, "max_new_tokens": 12, "do_sample": False, "use_cache": True}
+    expected, found = masked.model().generate(**given), model.generate(**given)
+    assert torch.equal(expected, found)
+    assert len(found.unique()) > 2
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
