@@ -118,6 +118,8 @@ def check(entry: Any) -> dict[str, Any]:
         row["whole"].append("the outputs have another form, or are not finite")
     if missing := had - gradients(model):
         row["whole"].append(f"{len(missing)} parameters have no gradient, e.g. {sorted(missing)[0]}")
+    with torch.no_grad():
+        outputs(model, inputs)  # what modules keep of a pass has no graph then, and can be copied
     twin, held = copy.deepcopy(model), io.BytesIO()
     torch.save(model.state_dict(), held)
     for tensor in twin.state_dict().values():

@@ -227,12 +227,33 @@ def _detector(name: str, **options: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def _transformer_torch() -> nn.Module:
-    return nn.Transformer(64, 4, 2, 2, 128, batch_first=True)
+class _Between(nn.Module):
+    """A part of a network that takes a stream and gives it on, between layers of one's own."""
+
+    def __init__(self, part: nn.Module, features: int = 24, width: int = 64, more: bool = False) -> None:
+        super().__init__()
+        self.first, self.part, self.last = nn.Linear(features, width), part, nn.Linear(width, 10)
+        self.target = nn.Linear(features, width) if more else None
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        given: list[Any] = [self.first(x)]
+        if other is not None:
+            given.append(other if self.target is None else self.target(other))
+        found = self.part(*given)
+        made: Tensor = self.last(found[0] if isinstance(found, tuple) else found)
+        return made
 
 
-def _pairs(width: int = 64) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 9, width), torch.randn(2, 7, width)
+def _translator() -> nn.Module:
+    return _Between(nn.Transformer(64, 4, 2, 2, 128, batch_first=True), more=True)
+
+
+def _encoder() -> nn.Module:
+    return _Between(nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2))
+
+
+def _conformer() -> nn.Module:
+    return _Between(_of("torchaudio.models.Conformer")(64, 4, 64, 2, 15))
 
 
 MODELS: dict[str, Entry] = {
@@ -525,11 +546,7 @@ MODELS: dict[str, Entry] = {
     ),
     "raft-small": Entry("torchvision", _made("torchvision.models.optical_flow.raft_small"), _raft),
     # -- torchaudio
-    "conformer": Entry(
-        "torchaudio",
-        _made("torchaudio.models.Conformer", 32, 4, 64, 2, 15),
-        lambda: (torch.randn(2, 20, 32), torch.tensor([20, 20])),
-    ),
+    "conformer": Entry("torchaudio", _conformer, lambda: (torch.randn(2, 20, 24), torch.tensor([20, 20]))),
     "conv-tasnet": Entry(
         "torchaudio",
         _made(
@@ -608,11 +625,7 @@ MODELS: dict[str, Entry] = {
     ),
     "lstm-tagger": Entry("torch", _Tagger, _tokens, True),
     "gru-tagger": Entry("torch", lambda: _Tagger(nn.GRU), _tokens),
-    "torch-transformer": Entry("torch", _transformer_torch, _pairs, True),
-    "torch-encoder": Entry(
-        "torch",
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2),
-        lambda: torch.randn(2, 9, 64),
-    ),
+    "torch-transformer": Entry("torch", _translator, lambda: (torch.randn(2, 9, 24), torch.randn(2, 7, 24)), True),
+    "torch-encoder": Entry("torch", _encoder, lambda: torch.randn(2, 9, 24)),
     "edsr": Entry("torch", _EDSR, lambda: _images(16)),
 }
