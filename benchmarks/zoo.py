@@ -75,12 +75,15 @@ def check(entry: Any) -> dict[str, Any]:
         return [t for t in results_in(call_model(net, given)) if t.is_floating_point()]
 
     def gradients(net: Any) -> set[str]:
+        """The parameters that get a gradient; what modules keep of the pass has no graph afterwards, and can be copied."""
         net.zero_grad(set_to_none=True)
         made = [t for t in outputs(net, inputs) if t.requires_grad]
         if made:
             torch.stack([t.float().square().mean() for t in made]).sum().backward()
         found = {key for key, p in net.named_parameters() if p.grad is not None}
         net.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            outputs(net, inputs)
         return found
 
     count = sum(p.numel() for p in model.parameters())
@@ -118,8 +121,6 @@ def check(entry: Any) -> dict[str, Any]:
         row["whole"].append("the outputs have another form, or are not finite")
     if missing := had - gradients(model):
         row["whole"].append(f"{len(missing)} parameters have no gradient, e.g. {sorted(missing)[0]}")
-    with torch.no_grad():
-        outputs(model, inputs)  # what modules keep of a pass has no graph then, and can be copied
     twin, held = copy.deepcopy(model), io.BytesIO()
     torch.save(model.state_dict(), held)
     for tensor in twin.state_dict().values():
