@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe_plugin.errors import ConfigError
+from singe_plugin.errors import ConfigError, is_of_the_machine
 from singe_plugin.fields import as_options, describe, to_plain
 from singe_plugin.loop.budget import Target
 from singe_plugin.loop.events import Callback
@@ -129,9 +129,28 @@ def prune(
             pruner.repair_with(mended, stage.images, seed, needed=repair != "auto")
         pruner.objective = scoring.objective or "loss"
         result = carry_through(pruner, stage, options, folded, resume)
-        if told := follow_diffusers(model, stage.example) or follow_transformers(model, stage.example):
-            _logger.info(told)
+        _follow_config(model, stage.example)
         return result
+
+
+def _follow_config(model: nn.Module, example: Any) -> None:
+    """Let the configuration of a model of transformers or diffusers say its widths; what comes of it is logged.
+
+    A failure is no reason to lose a run that is over: it is logged, too.
+    """
+    try:
+        told = follow_diffusers(model, example) or follow_transformers(model, example)
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        kind = type(model).__name__
+        _logger.warning(
+            "the configuration of %s was left as it was (%s: %s); use singe_plugin.save and singe_plugin.load", kind,
+            type(error).__name__, error,
+        )  # fmt: skip
+        return
+    if told:
+        _logger.info(told)
 
 
 def usual_every(pace: Pace) -> str:

@@ -114,6 +114,24 @@ def test_configurations_follow(name: str, tmp_path: Path) -> None:
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.parametrize(("name", "works"), [("llama", True), ("phi3", True), ("gpt2", True), ("gemma3", False)])
+def test_prune_says_what_to_save_with(name: str, works: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model, inputs = made(name)
+    seen = SInGEPruner(model, inputs, tp.importance.MagnitudeImportance(), pace=Pace(heads="whole"))
+    pace = Pace("layers", heads="whole", ratios=dict.fromkeys((group.name for group in seen.layers), 0.5), min_width=1)
+    batch = {**inputs, "labels": IDS}
+    with caplog.at_level("INFO", "singe_plugin"):
+        singe_plugin.prune(model, [batch], target=None, finetune=0, scoring="l2", pace=pace, repair=None)
+    assert ("save_pretrained and from_pretrained work" in caplog.text) == works
+    if not works:
+        assert "use singe_plugin.save and singe_plugin.load" in caplog.text
+        return
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
 def test_what_a_class_cannot_say_is_said_and_goes_into_an_artifact(tmp_path: Path) -> None:
     model, inputs = made("llama")
     batches = [({"input_ids": IDS}, IDS)]

@@ -49,7 +49,12 @@ def main() -> None:
         arguments = Arguments(folder, max_steps=40, per_device_train_batch_size=32, report_to=[], disable_tqdm=True)
         Trainer(model, arguments, train_dataset=train).train()
         # its own loss, which it computes from the labels among its inputs, is what units are scored by
-        result = singe_plugin.prune(model, train, target="params=0.4", finetune=0, pace=Pace(rounds=2), val_data=val)
+        # BertConfig has one number for the hidden layers of all blocks, and says heads by the width of the stream: what
+        # it can say is pruned here. Without these three lines everything goes, and singe_plugin.save is for the model
+        pace = Pace("layers", heads="keep", ratios="uniform", units_per_step="layer")
+        whole = ["bert.embeddings", "bert.pooler"]
+        options = {"pace": pace, "ignored_layers": whole, "finetune": 0, "val_data": val}
+        result = singe_plugin.prune(model, train, target="params=0.15", **options)
         print(result.summary())
         trainer = Trainer(model, arguments, train_dataset=train)
         trainer.train()

@@ -9,8 +9,9 @@ from singe_plugin.checks import check_choice, check_count
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.loop.finetune import EVERY
 from singe_plugin.loop.pace import Pace
-from singe_plugin.method.batches import check_batch, in_memory, materialise
+from singe_plugin.method.batches import in_memory, materialise
 from singe_plugin.method.options import Scoring
+from singe_plugin.method.step import check_form
 
 __all__ = ["batches_of", "check_amounts", "check_without_evaluator", "settle_entwined"]
 
@@ -34,16 +35,18 @@ def settle_entwined(pace: Pace) -> Pace:
         if getattr(pace, name) is not None:
             instead = "give it to the pruner itself" if name == "min_width" else "the config list says how much goes"
             raise ConfigError(f"pace.{name} is not for NNI's pruner: {instead}")
+    if pace.heads != "dims":
+        raise ConfigError("pace.heads is not for NNI's pruner: the config list says what goes of which layer")
     return pace.settle(order="layers")
 
 
-def batches_of(batches: Iterable[Any] | None) -> list[Any] | None:
+def batches_of(batches: Iterable[Any] | None, objective: Any = None) -> list[Any] | None:
     """The batches to score on, or None; :class:`DataError` if there are none in it."""
     found = None if batches is None else in_memory(materialise(batches))
     if found is not None and not found:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
     for batch in found or ():
-        check_batch(batch)
+        check_form(batch, objective)
     return found
 
 

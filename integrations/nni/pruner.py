@@ -147,7 +147,7 @@ class SInGEPruner(RepairingPruner):
         check_amounts(every, min_width, training_steps)
         check_choice("coupled", coupled, (True, False, "unverified"))
         _ = self.scoring.rule  # an importance of torch-pruning is none
-        self.batches = batches_of(batches)
+        self.batches = batches_of(batches, asked.objective)
         if evaluator is None:
             check_without_evaluator(self.scoring, self.pace is not None, self.batches)
         if not self._own_objective and evaluator is not None:

@@ -85,6 +85,13 @@ def settle_with(pace: Pace, options: dict[str, Any]) -> Pace:
     Raises:
         ConfigError: if such an option was given twice, and differently.
     """
+    if pace.heads != "dims":
+        for name, chosen in (("prune_num_heads", pace.heads == "whole"), ("prune_head_dims", False)):
+            if name in options["given"] and options[name] != chosen:
+                raise ConfigError(
+                    f"{name}={options[name]!r} and pace.heads={pace.heads!r} were both given; leave one out"
+                )
+            options[name] = chosen
     names = ("max_pruning_ratio", "round_to")
     for name in names:
         mine, theirs = getattr(pace, name), options[name]

@@ -83,8 +83,9 @@ def _found(model: nn.Module, inputs: Any) -> tuple[dict[str, int] | None, str]:
 def _alike(model: nn.Module, changed: dict[str, int], values: Mapping[str, Any]) -> Iterator[dict[str, int]]:
     """Numbers that give the same shapes: these, and others of heads, which may divide a width in several ways."""
     yield changed
-    heads = [k for k, value in values.items() if "heads" in k and type(value) is int and value > 1 and k not in changed]
-    for chosen in ([key] for key in heads) if len(heads) == 1 else (*([key] for key in heads), heads):
+    known = {key: value for key, value in values.items() if type(value) is int and value > 1 and key not in changed}
+    heads = [key for key in known if "head" in key and "dim" not in key]
+    for chosen in [[key] for key in heads] + [heads] * (len(heads) > 1):
         most = values[chosen[0]]
         for number in range(most - 1, 0, -1):
             fewer = {key: values[key] * number // most for key in chosen if values[key] * number % most == 0}

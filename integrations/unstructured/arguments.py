@@ -34,6 +34,8 @@ def settle_pace(pace: Pace, rounds: int) -> Pace:
                 f"{name}={getattr(pace, name)!r} is for units (channels, heads), and single weights have no width; "
                 "leave it out"
             )
+    if pace.heads != "dims":
+        raise ConfigError(f"heads={pace.heads!r} is for units; single weights are of no head; leave it out")
     if not pace.verify:
         raise ConfigError("verify=False is for units (channels, heads): single weights have no groups; leave it out")
     if isinstance(pace.ratios, str) and pace.ratios not in RATIOS:

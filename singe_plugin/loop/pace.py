@@ -21,6 +21,7 @@ from singe_plugin.fields import documented, option
 
 __all__ = ["BY_SCORE", "COURSES", "ORDERS", "RATIOS", "Pace", "read_ratios", "read_units", "units_per_turn"]
 
+HEADS = ("dims", "whole", "keep")
 ORDERS = ("rounds", "layers")
 BY_SCORE = ("global", "per_cost")
 RATIOS = ("uniform", "block", *BY_SCORE)
@@ -138,6 +139,12 @@ class Pace:
         "single weights have no width.",
     )
     round_to: int | None = option(default=None, text="Channels that are kept are a multiple of this.")
+    heads: str = option(
+        default="dims",
+        text="What goes of attention: ``dims``, the dimensions of all heads; ``whole`` heads, whose dimensions stay, "
+        "as most configurations of transformers can say; or ``keep``, nothing.",
+        choices=HEADS,
+    )
     verify: bool = option(
         default=True,
         text="Whether every group is proved before anything of it is removed (see docs/backbones.md); without that, a "
@@ -149,6 +156,7 @@ class Pace:
         if self.order is not None:
             check_choice("order", self.order, ORDERS)
         check_choice("course", self.course, COURSES)
+        check_choice("heads", self.heads, HEADS)
         check_flag("verify", self.verify)
         if self.rounds is not None:
             why = ": every round scores all layers"
