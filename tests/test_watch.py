@@ -236,32 +236,29 @@ def test_what_cannot_be_judged_by_is_said_and_the_model_is_left_alone(make: Any,
 
 def test_the_command_stops_too(tmp_path: Path) -> None:
     common = [
-        "prune",
-        "--model",
-        "test_resnet",
-        "--dataset",
-        "digits",
-        "--target",
-        "params=0.5",
-        "--finetune-steps",
-        "0",
+        *[
+            "prune",
+            "--model",
+            "resnet18",
+            "--in-chans",
+            "1",
+            "--num-classes",
+            "10",
+            "--img-size",
+            "16",
+            "--dataset",
+            "digits",
+        ]
     ]
+    for part in ("layers=[1, 1, 1, 1]", "channels=[8, 16, 16, 16]"):
+        common += ["--model-kwargs", part]
     common += [
-        "--finetune-steps",
-        "0",
-        "--scoring-batch-size",
-        "8",
-        "--batch-size",
-        "64",
-        "--quiet",
-        "--no-curves",
-        "--output",
-        str(tmp_path),
+        *["--target", "params=0.5", "--finetune-steps", "0", "--scoring-batch-size", "8", "--repair-images", "32"]
     ]
+    common += ["--quiet", "--no-curves", "--output", str(tmp_path)]
     found = CliRunner().invoke(main, [*common, "--max-drop", "0.9", "--json"])
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["options"]["evaluate"]["max_drop"] == 0.9
-    assert json.loads(found.stdout)["options"]["repair"]["every"] == "round"
     other = CliRunner().invoke(main, [*common, "--max-drop", "0.5", "--resume"])
     assert other.exit_code != 0
     assert "evaluate.max_drop was 0.9, now 0.5" in other.output
