@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from singe_plugin.state import RngState, train_mode_of
 from singe_plugin.undo import Contents
 
-__all__ = ["Rewinding", "Snapshot", "Trackers", "all_or_nothing", "swap_data"]
+__all__ = ["Rewinding", "Snapshot", "Trackers", "all_or_nothing", "remembered", "swap_data"]
 
 
 class Rewinding(Protocol):
@@ -107,6 +107,39 @@ def swap_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
+def remembered(
+    model: nn.Module, trackers: Trackers, parts: Iterable[Rewinding | None], values: bool = True
+) -> Callable[[], None]:
+    """Return what puts everything back to where it is now: the same objects with the same content, and random states.
+
+    Args:
+        model: the model, copied with its values.
+        trackers: optimizers and averaged copies that change along.
+        parts: what knows by itself how to go back, in the order in which it does.
+        values: whether model and trackers are put back; if not, somebody else does that.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> back = remembered(layer, Trackers(), ())
+        >>> _ = nn.init.zeros_(layer.weight)
+        >>> back()
+        >>> bool(layer.weight != 0)
+        True
+    """
+    rng = RngState.capture()
+    undo = Snapshot(model, trackers=trackers, values=True) if values else None
+    rewinders = [part.rewinder() for part in parts if part is not None]
+
+    def back() -> None:
+        if undo is not None:
+            undo.restore()
+        for rewind in rewinders:
+            rewind()
+        rng.restore()
+
+    return back
+
+
 _open: list[set[int]] = []  # of every block that is being run, the ids of what it puts back
 
 
@@ -137,18 +170,12 @@ def all_or_nothing(
     """
     covered = {id(thing) for thing in (model, *trackers.optimizers, *trackers.emas)}
     again = any(covered <= others for others in _open)
-    modes, rng = train_mode_of(model), RngState.capture()
-    undo = None if again else Snapshot(model, trackers=trackers, values=True)
-    rewinders = [part.rewinder() for part in (graph, finetune) if part is not None]
+    modes, back = train_mode_of(model), remembered(model, trackers, (graph, finetune), values=not again)
     _open.append(covered)
     try:
         yield
     except BaseException:
-        if undo is not None:
-            undo.restore()
-        for rewind in rewinders:
-            rewind()
-        rng.restore()
+        back()
         raise
     finally:
         _open.remove(covered)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from singe_plugin.computed import computed_in
+from singe_plugin.computed import Computed, computed_in
 from singe_plugin.errors import GroupError
 from singe_plugin.nested import call_model, results_in, tensors_in
 from singe_plugin.state import computed_tables, plain_layers, preserved, tables_of, want_gradients
@@ -112,11 +112,13 @@ class _Functions(TorchFunctionMode):
 def _module_stack(state: Trace, forms: Mapping[nn.Module, Sequence[str]]) -> Iterator[None]:
     aside: list[nn.Module] = []
     computed = [weight for module in state.model.modules() for weight in computed_in(module)]
-    hooked = [weight for weight in computed if weight.hook is not None]
+    hooked: dict[nn.Module, list[Computed]] = {}
+    for weight in (weight for weight in computed if weight.hook is not None):
+        hooked.setdefault(weight.layer, []).append(weight)
     lists = {weight.holder: weight for weight in computed if weight.hook is None}
 
     def enter(module: nn.Module, args: Any) -> None:
-        for weight in (w for w in hooked if w.layer is module):
+        for weight in hooked.get(module, ()):
             state.note_computed(weight, getattr(module, weight.attr))
         state.stack.append(module)
         state.runs[module] += 1

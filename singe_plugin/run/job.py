@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,10 +16,9 @@ from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.loop.watch import Watch
 from singe_plugin.method.objective import ObjectiveLike
-from singe_plugin.rollback import Snapshot, all_or_nothing
+from singe_plugin.rollback import all_or_nothing, remembered
 from singe_plugin.run.guards import check_here, check_lone
 from singe_plugin.run.result import GroupRow
-from singe_plugin.state import RngState
 
 __all__ = ["Job", "Save", "carry_out", "make_tuner"]
 
@@ -107,31 +105,17 @@ def carry_out(
             job.check()
         if job.tuner is not None and (progress is None or job.tuner.optimizer is None):
             job.tuner.prepare(job.model)
-        host = job.host()
+        host: Any = job.host()
         if progress is None:
             progress = job.start(host)
         if not progress.finished:
             schedule = None if job.tuner is None else job.tuner.options
             if job.watch is not None:
-                job.watch.remember = partial(_remembered, job, host)
+                parts = host if job.graph is None else job.graph, job.tuner, host.unpruned
+                job.watch.remember = lambda: remembered(job.model, job.trackers(), parts)
             loop = Loop(host, progress, schedule, Callbacks([history, *job.callbacks]), save, watch=job.watch)
             loop.run(job.turns(loop), job.tuner)
         yield host, progress
-
-
-def _remembered(job: Job, host: Any) -> Callable[[], None]:
-    """What puts everything back to where it is now: the network, its groups or masks, and its fine-tuning."""
-    rng, groups = RngState.capture(), host if job.graph is None else job.graph
-    undo = Snapshot(job.model, groups, trackers=job.trackers(), values=True)
-    rewinders = [part.rewinder() for part in (job.tuner, host.unpruned) if part is not None]
-
-    def back() -> None:
-        undo.restore()
-        for rewind in rewinders:
-            rewind()
-        rng.restore()
-
-    return back
 
 
 def _taught(job: Job, progress: Progress | None) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,19 +51,9 @@ def _along(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("index", "_unsafe_index")
 def _index(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    source, index = args[0], list(args[1])
-    axes = t.of(source)
-    used = [d for d, i in enumerate(index) if i is not None]
-    for d in used:
-        t.fix(axes[d])
-    for i in index:
-        if i is not None:
-            t.fix(*t.of(i))
-    rest = [axis for d, axis in enumerate(axes) if d not in used]
-    new = out.ndim - len(rest)
-    adjacent = used == list(range(used[0], used[0] + len(used)))
-    first = used[0] if adjacent else 0
-    made = [opaque(t, s) for s in out.shape[first : first + new]]
+    axes = t.of(args[0])
+    rest, first = _indexed(t, axes, args[1])
+    made = [opaque(t, s) for s in out.shape[first : first + out.ndim - len(rest)]]
     t.set(out, [*rest[:first], *made, *rest[first:]])
 
 
@@ -70,21 +61,10 @@ def _index(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
 def _index_put(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
     """Other values at some positions: what is not indexed passes, and is what it is of the values."""
     axes, values = t.of(args[0]), args[2]
-    used: list[int] = []
-    dim = 0
-    for index in args[1]:
-        taken = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
-        if index is not None:
-            used += range(dim, dim + taken)
-            t.fix(*t.of(index))
-        dim += taken
-    t.fix(*(axes[d] for d in used))
-    chosen = [i for i in args[1] if i is not None]
-    new = max((1 if i.dtype in (torch.bool, torch.uint8) else i.ndim for i in chosen), default=0)
-    rest: list[Axis | None] = [axis for d, axis in enumerate(axes) if d not in used]
-    first = used[0] if used and used == list(range(used[0], used[0] + len(used))) else 0
-    rest[first:first] = [None] * new
-    for size, axis, target in zip(reversed(values.shape), reversed(t.of(values)), reversed(rest), strict=False):
+    rest, first = _indexed(t, axes, args[1])
+    new = max((1 if _is_mask(i) else i.ndim for i in args[1] if i is not None), default=0)
+    targets: list[Axis | None] = [*rest[:first], *[None] * new, *rest[first:]]
+    for size, axis, target in zip(reversed(values.shape), reversed(t.of(values)), reversed(targets), strict=False):
         if target is not None and size == size_of(target):
             t.unify(target, axis)
         else:
@@ -92,6 +72,28 @@ def _index_put(t: Trace, args: Any, kwargs: Any, out: Any) -> None:
             if target is not None and size > 1:
                 t.fix(target)
     t.set(out, axes)
+
+
+def _indexed(t: Trace, axes: list[Axis], index: Sequence[Any]) -> tuple[list[Axis], int]:
+    """Fix the dimensions that are indexed; the axes of the others, and where what is chosen stands among them.
+
+    A mask takes as many dimensions as it has.
+    """
+    used: list[int] = []
+    dim = 0
+    for one in index:
+        taken = one.ndim if _is_mask(one) else 1
+        if one is not None:
+            used += range(dim, dim + taken)
+            t.fix(*t.of(one))
+        dim += taken
+    t.fix(*(axes[d] for d in used))
+    adjacent = used == list(range(used[0], used[0] + len(used))) if used else False
+    return [axis for d, axis in enumerate(axes) if d not in used], used[0] if adjacent else 0
+
+
+def _is_mask(index: Any) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 @rule(
