@@ -1,8 +1,15 @@
-"""Whether a class that is built anew computes what a pruned model of it computes, with the same weights."""
+"""Which numbers of a configuration make a class what a pruned model of it is: found by building it anew.
+
+Which number gives which widths is not known by name: the class is built once more with another number, on no device,
+and what has another shape then depends on it. A configuration is the model's only if the class, built so, computes the
+same with the same weights.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -10,12 +17,112 @@ from torch import nn
 from singe_plugin.axes.grouped import PlainGroups
 from singe_plugin.axes.substitutes import double_inputs, in_double, normal, uniform
 from singe_plugin.axes.values import Values
+from singe_plugin.errors import is_of_the_machine
 from singe_plugin.nested import call_model, map_tensors, relative_change, results_in
 from singe_plugin.state import RngState, preserved
 
-__all__ = ["computes_the_same"]
+__all__ = ["Shapes", "built", "computes_the_same", "is_the_model", "shapes_of", "solved"]
 
 _EXACT, _ROUNDED = 1e-7, 1e-6  # in double precision, with constants in single precision, and in that
+
+
+Key = TypeVar("Key")
+Shapes = dict[str, tuple[int, ...]]
+_TRIED = (16, 32)  # of a number that is not said
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The shapes of what a model saves, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def built(make: Callable[[], nn.Module]) -> Shapes | None:
+    """The shapes of a model that is made on no device; None if it cannot be made.
+
+    Example:
+        >>> built(lambda: nn.Linear(2, 3, bias=False)), built(lambda: nn.Linear(2, -3))
+        ({'weight': (3, 2)}, None)
+    """
+    try:
+        with torch.device("meta"):
+            return shapes_of(make())
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        return None
+
+
+def solved(
+    wanted: Shapes,
+    numbers: Mapping[Key, int | None],
+    order: Iterable[Key],
+    make: Callable[[Mapping[Key, int]], nn.Module],
+    known: Mapping[Key, int] | None = None,
+) -> tuple[dict[Key, int], str]:
+    """The numbers with which a class has the wanted shapes, one after the other, or why there are none.
+
+    Args:
+        wanted: the shapes.
+        numbers: those of the configuration; None is one that is not said.
+        order: in which they are tried: a product of two may be had by changing either.
+        make: builds the class with other numbers.
+        known: numbers that are sure.
+
+    Example:
+        >>> wanted, usual = shapes_of(nn.Linear(4, 3)), {"in": 8, "out": 3}
+        >>> solved(wanted, usual, ["out", "in"], lambda changed: nn.Linear(*{**usual, **changed}.values()))
+        ({'in': 4}, '')
+    """
+    changed = dict(known or {})
+    base = built(lambda: make(changed))
+    for key in order:
+        if base is None:
+            return {}, f"the class cannot be built with {changed}"
+        if base == wanted:
+            break
+        if key not in changed and (found := _value_of(key, numbers.get(key), changed, base, wanted, make)) is not None:
+            changed[key] = found
+            base = built(lambda: make(changed))
+    if base == wanted:
+        return changed, ""
+    made = base or {}
+    name = next(name for name in {**wanted, **made} if made.get(name) != wanted.get(name))
+    return {}, f"{name} has the shape {wanted.get(name)}, and would have {made.get(name)}"
+
+
+def _value_of(
+    key: Key,
+    value: int | None,
+    changed: Mapping[Key, int],
+    base: Shapes,
+    wanted: Shapes,
+    make: Callable[[Mapping[Key, int]], nn.Module],
+) -> int | None:
+    """The number for a key with which all that depends on it has the wanted shape, or None if there is none."""
+    first, second = (value, 2 * value) if value is not None else _TRIED
+    other = built(lambda: make({**changed, key: second}))
+    start = base if value is not None else built(lambda: make({**changed, key: first}))
+    if other is None or start is None or not other.keys() == start.keys() == wanted.keys():
+        return None
+    found: set[Fraction] = set()
+    for name, shape in start.items():
+        if not len(shape) == len(other[name]) == len(wanted[name]):
+            return None
+        for one, two, target in zip(shape, other[name], wanted[name], strict=True):
+            if one != two:  # the size is a straight line in the number
+                found.add(first + Fraction((target - one) * (second - first), two - one))
+    if len(found) != 1:
+        return None
+    (number,) = found
+    return int(number) if number.denominator == 1 and 0 < number != value else None
+
+
+def is_the_model(model: nn.Module, fresh: nn.Module, inputs: Any) -> bool:
+    """Whether a model that was built anew is the model, once it has its weights."""
+    first = next(model.parameters())
+    fresh = fresh.to(device=first.device, dtype=first.dtype)
+    fresh.load_state_dict(model.state_dict())
+    return computes_the_same(model, fresh, inputs)
 
 
 def computes_the_same(model: nn.Module, fresh: nn.Module, inputs: Any) -> bool:

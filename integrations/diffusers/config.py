@@ -1,31 +1,26 @@
 """The configuration of a diffusers model follows its widths, where the class can say them.
 
-``from_pretrained`` builds the class from its configuration, which has one number for many widths. Which number gives
-which widths is not known by name: the class is built once more with another number, on no device, and what has another
-shape then depends on it. Then the class is built with the numbers found and gets the pruned weights: only if that
-computes the same does the configuration change.
+``from_pretrained`` builds the class from its configuration, which has one number for many widths: see
+:mod:`singe_plugin.integrations.rebuilt`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from fractions import Fraction
+from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
-from singe_plugin.errors import is_of_the_machine
 from singe_plugin.run.architecture import is_of_diffusers
 from singe_plugin.state import RngState
 
-from ..rebuilt import computes_the_same
+from ..rebuilt import is_the_model, shapes_of, solved
 
 __all__ = ["follow_config"]
 
 _Key: TypeAlias = "tuple[str, int | None]"  # of the configuration, and where in a list
-_Shapes: TypeAlias = "dict[str, tuple[int, ...]]"
 
 
 def follow_config(model: nn.Module, example_inputs: Any) -> str:
@@ -47,7 +42,7 @@ def follow_config(model: nn.Module, example_inputs: Any) -> str:
     rng = RngState.capture()
     try:
         changed, why = _solved(model)
-        if not why and not _is_the_model(model, changed, example_inputs):
+        if not why and not is_the_model(model, _with(model, changed), example_inputs):
             why = "built so, it computes something else: numbers that it makes of them, such as scales and positions"
     finally:
         rng.restore()
@@ -79,70 +74,17 @@ def _with(model: nn.Module, changed: Mapping[_Key, int]) -> nn.Module:
     return made
 
 
-def _shapes(model: nn.Module) -> _Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _built(model: nn.Module, changed: Mapping[_Key, int]) -> _Shapes | None:
-    """The shapes of the class with other numbers; None if it cannot be built with them."""
-    try:
-        with torch.device("meta"):
-            return _shapes(_with(model, changed))
-    except Exception as error:
-        if is_of_the_machine(error):
-            raise
-        return None
-
-
 def _solved(model: nn.Module) -> tuple[dict[_Key, int], str]:
     """The numbers with which the class has the shapes of the model, or why there are none."""
-    wanted = _shapes(model)
     numbers: dict[_Key, int] = {}
     for key, value in dict(model.config).items():  # type: ignore[arg-type]
         for index, number in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
             if type(number) is int and number > 1:
                 numbers[key, index] = number
     why = ""
-    for order in (list(numbers), list(numbers)[::-1]):  # a product of two numbers may be had by changing either
-        changed, base = dict[_Key, int](), _built(model, {})
-        for one in order:
-            if base is None or base == wanted:
-                break
-            found = _value_of(model, one, numbers[one], changed, base, wanted)
-            if found is not None:
-                changed[one] = found
-                base = _built(model, changed)
-        if base == wanted:
+    for order in (list(numbers), list(numbers)[::-1]):
+        changed, reason = solved(shapes_of(model), numbers, order, partial(_with, model))
+        if not reason:
             return changed, ""
-        made = base or {}
-        name = next(name for name in {**wanted, **made} if made.get(name) != wanted.get(name))
-        why = why or f"{name} has the shape {wanted.get(name)}, and would have {made.get(name)}"
+        why = why or reason
     return {}, why
-
-
-def _value_of(
-    model: nn.Module, key: _Key, number: int, changed: Mapping[_Key, int], base: _Shapes, wanted: _Shapes
-) -> int | None:
-    """The number with which all that depends on it has the wanted shape, or None if there is none."""
-    other = _built(model, {**changed, key: 2 * number})
-    if other is None or not other.keys() == base.keys() == wanted.keys():
-        return None
-    found: set[Fraction] = set()
-    for name, shape in base.items():
-        if not len(shape) == len(other[name]) == len(wanted[name]):
-            return None
-        for one, two, target in zip(shape, other[name], wanted[name], strict=True):
-            if one != two:  # the size is a straight line in the number
-                found.add(number + Fraction((target - one) * number, two - one))
-    if len(found) != 1:
-        return None
-    (value,) = found
-    return int(value) if value.denominator == 1 and 0 < value != number else None
-
-
-def _is_the_model(model: nn.Module, changed: Mapping[_Key, int], inputs: Any) -> bool:
-    """Whether the class, with other numbers and the model's weights, gives what the model gives."""
-    first = next(model.parameters())
-    fresh = _with(model, changed).to(device=first.device, dtype=first.dtype)
-    fresh.load_state_dict(model.state_dict())
-    return computes_the_same(model, fresh, inputs)

@@ -1,30 +1,25 @@
 """The configuration of a transformers model follows its widths, where the class can say them.
 
 ``from_pretrained`` builds a model from its configuration, which has one number for all layers and none for many widths
-that a removal changes. Which number gives which widths is not known by name: the class is built once more with another
-number, on no device, and what has another shape then depends on it. Then the class is built with the numbers found and
-gets the pruned weights: only if that computes the same does the configuration change.
+that a removal changes: see :mod:`singe_plugin.integrations.rebuilt`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from singe_plugin.errors import is_of_the_machine
 from singe_plugin.run.architecture import is_of_transformers
 from singe_plugin.state import RngState
 
-from ..rebuilt import computes_the_same
+from ..rebuilt import built, is_the_model, shapes_of, solved
 
 __all__ = ["follow_config"]
 
-_Shapes = dict[str, tuple[int, ...]]
 _WIDTHS = ("size", "dim", "inner", "width", "heads", "d_", "ffn", "rank")  # what may be None, and say a width if not
 _UNSAID = ("head_dim",)  # what many classes read with getattr, and divide for if it is not there
 
@@ -72,7 +67,7 @@ def _found(model: nn.Module, inputs: Any) -> tuple[dict[str, int] | None, str]:
     for order in (keys, keys[::-1]):  # a product of two numbers may be had by changing either
         changed, why = _solved(model, order, values)
         for attempt in _alike(model, changed, values) if not why else ():
-            if _is_the_model(model, attempt, inputs):
+            if is_the_model(model, _with(model, attempt), inputs):
                 return attempt, ""
             why = (
                 "built so, it computes something else: numbers that it makes of them, such as scales and rotary angles"
@@ -89,64 +84,18 @@ def _alike(model: nn.Module, changed: dict[str, int], values: Mapping[str, Any])
         most = values[chosen[0]]
         for number in range(most - 1, 0, -1):
             fewer = {key: values[key] * number // most for key in chosen if values[key] * number % most == 0}
-            if len(fewer) == len(chosen) and _built(model, {**changed, **fewer}) == _shapes(model):
+            if len(fewer) == len(chosen) and built(partial(_with, model, {**changed, **fewer})) == shapes_of(model):
                 yield {**changed, **fewer}
 
 
 def _solved(model: nn.Module, keys: Sequence[str], values: Mapping[str, Any]) -> tuple[dict[str, int], str]:
     """The numbers with which the class has the shapes of the model, or why there are none."""
-    wanted, changed = _shapes(model), dict[str, int]()
+    known = dict[str, int]()
     for key in keys:  # what every module that has a number of this name says
         told = {m.__dict__[key] for m in model.modules() if type(m.__dict__.get(key)) is int}
         if len(told) == 1 and told != {values.get(key)}:
-            changed[key] = told.pop()
-    base = _built(model, changed)
-    for key in keys:
-        if base == wanted:
-            break
-        if base is None:
-            return {}, f"{type(model).__name__} cannot be built with {changed}"
-        if key not in changed and (found := _value_of(model, key, values.get(key), changed, base, wanted)) is not None:
-            changed[key] = found
-            base = _built(model, changed)
-    if base == wanted:
-        return changed, ""
-    made = base or {}
-    name = next(name for name in {**wanted, **made} if made.get(name) != wanted.get(name))
-    return {}, f"{name} has the shape {wanted.get(name)}, and would have {made.get(name)}"
-
-
-def _value_of(
-    model: nn.Module, key: str, value: int | None, changed: Mapping[str, int], base: _Shapes, wanted: _Shapes
-) -> int | None:
-    """The number for a key with which all that depends on it has the wanted shape, or None if there is none."""
-    first, second = (value, 2 * value) if value is not None else (16, 32)
-    other = _built(model, {**changed, key: second})
-    start = base if value is not None else _built(model, {**changed, key: first})
-    if other is None or start is None or not other.keys() == start.keys() == wanted.keys():
-        return None
-    found: set[Fraction] = set()
-    for name, shape in start.items():
-        if not len(shape) == len(other[name]) == len(wanted[name]):
-            return None
-        for one, two, target in zip(shape, other[name], wanted[name], strict=True):
-            if one != two:  # the size is a straight line in the number
-                found.add(first + Fraction((target - one) * (second - first), two - one))
-    if len(found) != 1:
-        return None
-    (number,) = found
-    return int(number) if number.denominator == 1 and 0 < number != value else None
-
-
-def _built(model: nn.Module, changed: Mapping[str, Any]) -> _Shapes | None:
-    """The shapes of the class with another configuration; None if it cannot be built with that."""
-    try:
-        with torch.device("meta"):
-            return _shapes(_with(model, changed))
-    except Exception as error:
-        if is_of_the_machine(error):
-            raise
-        return None
+            known[key] = told.pop()
+    return solved(shapes_of(model), {key: values.get(key) for key in keys}, keys, partial(_with, model), known)
 
 
 def _with(model: nn.Module, changed: Mapping[str, Any]) -> nn.Module:
@@ -155,20 +104,3 @@ def _with(model: nn.Module, changed: Mapping[str, Any]) -> nn.Module:
         setattr(config, key, value)
     made: nn.Module = type(model)(config)
     return made
-
-
-def _shapes(model: nn.Module) -> _Shapes:
-    return dict(_sizes(model))
-
-
-def _sizes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, tensor in model.state_dict().items():
-        yield name, tuple(tensor.shape)
-
-
-def _is_the_model(model: nn.Module, changed: Mapping[str, int], inputs: Any) -> bool:
-    """Whether the class, with another configuration and the same weights, gives what the model gives."""
-    first = next(model.parameters())
-    fresh = _with(model, changed).to(device=first.device, dtype=first.dtype)
-    fresh.load_state_dict(model.state_dict())
-    return computes_the_same(model, fresh, inputs)
