@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from records import append, commit, read
+from records import alone, append, on_a_cpu, read
 
 HERE = Path(__file__).parent
 MODELS, ROWS = HERE / "results" / "backbone_models.json", HERE / "results" / "backbones.jsonl"
@@ -106,29 +102,11 @@ def run(args: argparse.Namespace) -> None:
     todo = todo[args.part :: args.parts]
     for number, (source, name) in enumerate(todo):
         start = time.perf_counter()
-        command = [sys.executable, __file__, "one", source, name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        try:
-            done_process = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, env=environment)
-            last = done_process.stdout.strip().splitlines()[-1:] or [""]
-            row = json.loads(last[0]) if done_process.returncode == 0 else failed(name, done_process.stderr)
-        except subprocess.TimeoutExpired:
-            row = failed(name, f"no answer in {args.limit} s")
-        row |= {"source": source, "wall": round(time.perf_counter() - start, 1), **machine()}
+        row = {"model": name} | alone(__file__, (source, name), args.limit)
+        row |= {"source": source, "wall": round(time.perf_counter() - start, 1)}
+        row |= on_a_cpu("torch", "timm", "torchvision", "torch-pruning")
         append(ROWS, row)
         print(f"[{number + 1}/{len(todo)}] {name}: {verdict(row)} {row['wall']} s", flush=True)
-
-
-def failed(name: str, text: str) -> dict[str, Any]:
-    return {"model": name, "error": (text.strip().splitlines() or ["no message"])[-1][:300]}
-
-
-def machine() -> dict[str, str]:
-    return {
-        "commit": commit(),
-        "machine": f"{platform.machine()}, 1 thread, CPU",
-        "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "timm", "torchvision", "torch-pruning")),
-    }
 
 
 def verdict(row: dict[str, Any]) -> str:

@@ -8,11 +8,12 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append", "command_line", "commit", "environment", "peak_mb", "read"]
+__all__ = ["alone", "append", "command_line", "commit", "environment", "on_a_cpu", "peak_mb", "read"]
 
 HERE = Path(__file__).parent
 
@@ -54,6 +55,29 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning", "timm")),
     }
+
+
+def on_a_cpu(*packages: str) -> dict[str, str]:
+    """Commit, machine and versions of what was computed on one thread."""
+    return {
+        "commit": commit(),
+        "machine": f"{platform.machine()}, 1 thread, CPU",
+        "versions": ", ".join(f"{p} {version(p)}" for p in packages),
+    }
+
+
+def alone(script: str, words: Sequence[str], limit: int) -> dict[str, Any]:
+    """The row that ``script one WORDS`` prints last, in a process of one thread; its error, if it ends with one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", script, "one", *words]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {limit} s"}
+    if ran.returncode:
+        return {"error": (ran.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    row: dict[str, Any] = json.loads((ran.stdout.strip().splitlines() or [""])[-1])
+    return row
 
 
 def commit() -> str:

@@ -22,9 +22,6 @@ import argparse
 import copy
 import io
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from records import append, commit, peak_mb, read
+from records import alone, append, on_a_cpu, peak_mb, read
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "results" / "zoo.jsonl", HERE.parent / "docs" / "models.md"
@@ -60,21 +57,17 @@ def check(entry: Any) -> dict[str, Any]:
     """Share, right and whole of one model."""
     import torch
     import torch_pruning as tp
-    from backbones import mixes, prunable_share
+    from backbones import mixes, outputs, permutation, prunable_share
 
     from singe_plugin import Pace, SInGEPruner
     from singe_plugin.axes.grouped import PlainGroups
     from singe_plugin.axes.substitutes import double_inputs, in_double, random_inputs
-    from singe_plugin.nested import call_model, relative_change, results_in
+    from singe_plugin.nested import relative_change
 
     from masking import Masked
 
     torch.manual_seed(0)
     model, inputs = entry.make().eval(), entry.inputs()
-
-    def outputs(net: Any, given: Any) -> list[torch.Tensor]:
-        torch.manual_seed(1)  # of what a forward pass draws
-        return [t for t in results_in(call_model(net, given)) if t.is_floating_point()]
 
     def gradients(net: Any) -> set[str]:
         """The parameters that get a gradient. What modules keep of a pass has no graph afterwards: it can be copied."""
@@ -105,7 +98,7 @@ def check(entry: Any) -> dict[str, Any]:
         row["left"][reason] = row["left"].get(reason, 0) + 1
     known = not mixes(graph) and not graph.computed  # the reference would mask what a weight is computed from
     if not known:
-        row["permuted"], tolerance = best(lambda double: permuted(graph, inputs, double))
+        row["permuted"], tolerance = best(lambda double: permutation(graph, inputs, double=double))
         if not row["permuted"] < tolerance:
             row["right"].append(f"permuting all units changes the outputs by {row['permuted']:.2g}")
     pruner.step()
@@ -157,38 +150,6 @@ def best(apart: Callable[[bool], float]) -> tuple[float, float]:
         return apart(False), 1e-4
 
 
-def permuted(graph: Any, inputs: Any, double: bool) -> float:
-    """How much the outputs change when the units of all groups are permuted at once."""
-    import torch
-
-    from singe_plugin.axes.grouped import PlainGroups
-    from singe_plugin.axes.substitutes import (
-        derangement,
-        double_inputs,
-        exchanged,
-        in_double,
-        random_inputs,
-        randomised,
-    )  # fmt: skip
-    from singe_plugin.nested import call_model, relative_change, results_in
-
-    generator = torch.Generator().manual_seed(7)
-
-    def outputs() -> list[torch.Tensor]:
-        torch.manual_seed(1)
-        return [t for t in results_in(call_model(graph.model, given)) if t.is_floating_point()]
-
-    with randomised(graph.model, 7), torch.no_grad(), ExitStack() as stack:
-        given = random_inputs(inputs, 7)
-        if double:
-            stack.enter_context(in_double(graph.model))
-            stack.enter_context(PlainGroups())
-            given = double_inputs(given)
-        base = outputs()
-        with exchanged({g: derangement(g.size, generator) for g in graph.groups.values()}):
-            return float(relative_change(base, outputs()))
-
-
 def run(args: argparse.Namespace) -> None:
     from zoo_models import MODELS
 
@@ -199,33 +160,15 @@ def run(args: argparse.Namespace) -> None:
     bad = 0
     for number, name in enumerate(todo):
         start = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", __file__, "one", name]
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, env=environment)
-            last = (ran.stdout.strip().splitlines() or [""])[-1]
-            row = json.loads(last) if ran.returncode == 0 else {"model": name, "error": _last(ran.stderr)}
-        except subprocess.TimeoutExpired:
-            row = {"model": name, "error": f"no answer in {args.limit} s"}
-        row |= {"library": MODELS[name].library, "wall": round(time.perf_counter() - start, 1), **machine()}
+        row = {"model": name} | alone(__file__, (name,), args.limit)
+        row |= {"library": MODELS[name].library, "wall": round(time.perf_counter() - start, 1)}
+        row |= on_a_cpu("torch", "torch-pruning")
         if not args.fast:
             append(ROWS, row)
         bad += bool(row.get("error") or row.get("right") or row.get("whole"))
         print(f"[{number + 1}/{len(todo)}] {name}: {verdict(row)}", flush=True)
     if args.fast and bad:
         raise SystemExit(f"{bad} rows are not right and whole")
-
-
-def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1][:300]
-
-
-def machine() -> dict[str, str]:
-    return {
-        "commit": commit(),
-        "machine": f"{platform.machine()}, 1 thread, CPU",
-        "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning")),
-    }
 
 
 def verdict(row: dict[str, Any]) -> str:

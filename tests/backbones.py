@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from singe_plugin import Builder, Pace, load, save
 from singe_plugin.axes import AxisGraph
 from singe_plugin.axes.algebra import is_fixed
-from singe_plugin.axes.substitutes import derangement, exchanged, in_double, random_inputs, randomised
+from singe_plugin.axes.grouped import PlainGroups
+from singe_plugin.axes.substitutes import derangement, double_inputs, exchanged, in_double, random_inputs, randomised
 from singe_plugin.integrations.torch_pruning import (
     AxisDependencyGraph,
     GroupView,
@@ -26,7 +27,7 @@ from singe_plugin.integrations.torch_pruning import (
     SInGEPruner,
 )
 from singe_plugin.loop.events import History
-from singe_plugin.nested import relative_change, tensors_in
+from singe_plugin.nested import call_model, relative_change, results_in, tensors_in
 from singe_plugin.run.architecture import Structure, describe_structure
 from singe_plugin.run.result import Metrics, Result
 
@@ -63,8 +64,10 @@ class Row:
         return asdict(self)
 
 
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    return list(tensors_in(model(x)))
+def outputs(model: nn.Module, x: Any) -> list[Tensor]:
+    """What a model computes, with the same draws every time: its results that are no positions or codes."""
+    torch.manual_seed(1)
+    return [t for t in results_in(call_model(model, x)) if t.is_floating_point()]
 
 
 def classifier_parameters(model: nn.Module) -> set[int]:
@@ -109,13 +112,14 @@ def gradients(model: nn.Module, x: Tensor) -> set[str]:
     return found
 
 
-def permutation(graph: AxisGraph, x: Tensor, seed: int = 7, double: bool = False) -> float:
+def permutation(graph: AxisGraph, x: Any, seed: int = 7, double: bool = False) -> float:
     """The change of the outputs when the units of all groups are permuted at once, on the full image."""
     with randomised(graph.model, seed), torch.no_grad(), ExitStack() as stack:
         noise = random_inputs(x, seed)
         if double:
             stack.enter_context(in_double(graph.model))
-            noise = noise.double()
+            stack.enter_context(PlainGroups())
+            noise = double_inputs(noise)
         generator = torch.Generator().manual_seed(seed)
         base = outputs(graph.model, noise)
         with exchanged({g: derangement(g.size, generator) for g in graph.groups.values()}):
