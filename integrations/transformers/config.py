@@ -35,6 +35,7 @@ def follow_config(model: nn.Module, example_inputs: Any) -> str:
         what to save the model with, and why: a sentence. It is empty for a model that is none of transformers.
 
     Example:
+        >>> import torch
         >>> follow_config(nn.Linear(1, 1), torch.zeros(1, 1))
         ''
     """
