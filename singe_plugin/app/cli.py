@@ -22,6 +22,8 @@ COMMANDS = {
     "prune": "Prune a timm model and fine-tune it on the way; save it with a report.",
     "report": "Write the report of the result saved in DIRECTORY again, and print its summary.",
 }
+_USUAL = "singe_plugin.app.commands"
+_MODULES: dict[str, str] = {}  # commands that are written elsewhere
 
 
 class Singe(click.Group):
@@ -35,7 +37,7 @@ class Singe(click.Group):
         """The command of that name, imported now."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module("singe_plugin.app.commands"), cmd_name)
+        command: click.Command = getattr(importlib.import_module(_MODULES.get(cmd_name, _USUAL)), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
