@@ -15,10 +15,12 @@ from torch import nn
 from singe_plugin.errors import ConfigError, is_of_the_machine
 from singe_plugin.fields import as_options, describe, to_plain
 from singe_plugin.loop.budget import Target
+from singe_plugin.loop.costs import LATENCY
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.pace import AUTO, Pace
 from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.times import Timing
 from singe_plugin.loop.watch import Evaluate
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
@@ -33,6 +35,7 @@ from .transformers.config import follow_config as follow_transformers
 
 __all__ = ["Result", "prune", "usual_every", "what_repairs"]
 
+LATENCY_TABLE = "latency.json"
 _logger = logging.getLogger("singe_plugin")
 
 
@@ -40,7 +43,7 @@ def prune(
     model: nn.Module,
     data: Any,
     *,
-    target: str | None = "macs=0.5",
+    target: str | Target | None = "macs=0.5",
     scoring: Scoring | str | Callable[..., Any] | None = None,
     pace: Pace | str | None = None,
     finetune: FineTune | int | None = None,
@@ -64,8 +67,9 @@ def prune(
         model: changed in place (it is also ``result.model``); back on its device and in its modes afterwards.
         data: a dataset, a DataLoader, or a list of batches ``(inputs, targets)``. Example inputs, scoring batches
             and fine-tuning batches are taken from it.
-        target: the fraction to remove, ``"macs=0.5"`` or ``"params=0.5"``. With a ratio per layer give None, or
-            what the ratios come to; with other ratios None removes half of the units.
+        target: the fraction to remove, ``"macs=0.5"``, ``"params=0.5"`` or ``"latency=0.3"``, or several with commas,
+            which are all met. A :class:`~singe_plugin.Target` says with what latency is measured, too. With a ratio
+            per layer give None, or what the ratios come to; with other ratios None removes half of the units.
         scoring: a :class:`~singe_plugin.Scoring`, the name of a criterion, or any torch-pruning importance (in the
             place of the criterion: ``Scoring(importance, objective=...)``).
         pace: a :class:`~singe_plugin.Pace`, or the name of an order.
@@ -106,31 +110,44 @@ def prune(
     judge = as_judge(val_data)
     mended = what_repairs(repair, finetune, judge)
     scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
-    if isinstance(target, Target):
-        target = str(target)
+    wanted = None if target is None else _with_table(Target.parse(target), out_dir)
+    timing = None if wanted is None else wanted.timing
+    if wanted is not None and LATENCY in wanted.kinds and pace.round_to is None:
+        pace = replace(pace, round_to=AUTO)
     options = {
-        "target": to_plain(target), "scoring": describe(scoring), "pace": describe(pace.named(model)), "seed": seed,
-        "fold": fold, "repair": None if mended is None else describe(mended),
+        "target": None if wanted is None else str(wanted), "scoring": describe(scoring),
+        "pace": describe(pace.named(model)), "seed": seed, "fold": fold,
+        "repair": None if mended is None else describe(mended),
     }  # fmt: skip
+    if timing is not None:
+        options["timing"] = {name: value for name, value in describe(timing).items() if name != "table"}
     with set_stage(
         model, data, scoring=scoring, finetune=finetune, val_data=judge,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
-        images=0 if mended is None else mended.images,
+        images=0 if mended is None else mended.images, timing=timing,
     ) as stage:  # fmt: skip
         folded = list(fold_batchnorm(model, stage.example).folded) if fold else []
         if isinstance(importance, SInGEImportance) and importance.model is None:
             importance = copy(importance).bind(model, stage.batches)  # the user's stays free for other models and data
         pruner = SInGEPruner(
-            model, stage.example, importance, target=target, pace=pace, finetune=stage.tuner,
+            model, stage.example, importance, target=wanted, pace=pace, finetune=stage.tuner,
             callbacks=with_log(callbacks), batches=stage.batches, ignored_layers=ignored_layers,
         )  # fmt: skip
-        pruner.counted = stage.counted
+        pruner.counted, pruner.meter.watch = stage.counted, stage.watch
         if mended is not None:
             pruner.repair_with(mended, stage.images, seed, needed=repair != "auto")
         pruner.objective = scoring.objective or "loss"
         result = carry_through(pruner, stage, options, folded, resume)
         _follow_config(model, stage.example)
         return result
+
+
+def _with_table(target: Target, out_dir: str | Path | None) -> Target:
+    """A target whose latency table is kept in the folder of the run: one that is resumed needs it."""
+    timing = target.timing or Timing()
+    if LATENCY in target.kinds and timing.table is None and out_dir is not None:
+        timing = replace(timing, table=Path(out_dir) / LATENCY_TABLE)
+    return target if LATENCY not in target.kinds and target.timing is None else replace(target, timing=timing)
 
 
 def _follow_config(model: nn.Module, example: Any) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from singe_plugin.integrations.prune import prune
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
+    from singe_plugin.loop.budget import Target
     from singe_plugin.loop.distill import Distill
     from singe_plugin.loop.events import Callback, History
     from singe_plugin.loop.finetune import FineTune
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from singe_plugin.loop.repair import Repair
     from singe_plugin.loop.shown import ProgressBar
     from singe_plugin.loop.survivors import repair
+    from singe_plugin.loop.times import LatencyTable, Timing
     from singe_plugin.loop.watch import Evaluate
     from singe_plugin.masks import hold_masks
     from singe_plugin.method.folding import fold_batchnorm
@@ -62,6 +64,7 @@ __all__ = [
     "FoldingError",
     "GroupError",
     "History",
+    "LatencyTable",
     "MissingPackageError",
     "Pace",
     "ProgressBar",
@@ -73,7 +76,9 @@ __all__ = [
     "Scoring",
     "ScoringError",
     "SingeError",
+    "Target",
     "TiedParameterError",
+    "Timing",
     "UnstructuredPruner",
     "fold_batchnorm",
     "hold_masks",
@@ -89,6 +94,8 @@ __all__ = [
 _LAZY = {
     "run.architecture": ("Builder",),
     "run.artifact": ("load", "save"),
+    "loop.budget": ("Target",),
+    "loop.times": ("LatencyTable", "Timing"),
     "loop.events": ("Callback", "History"),
     "loop.shown": ("ProgressBar",),
     "loop.distill": ("Distill",),

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from singe_plugin.errors import BudgetError
-from singe_plugin.loop.budget import POINT, GroupSpec, Target, plan_removals
-from singe_plugin.loop.costs import CostModel
+from singe_plugin.loop.budget import GroupSpec, Target, plan_removals, points
+from singe_plugin.loop.costs import LATENCY, CostModel
 from singe_plugin.loop.progress import Progress
 
 from .host import TorchPruningHost
@@ -36,10 +36,11 @@ def counts_for(
         ratios, round_to, scores: see :func:`~singe_plugin.loop.budget.plan_removals`.
 
     Raises:
-        BudgetError: if the target cannot be met within one point, with the nearest that can.
+        BudgetError: if the target cannot be met, with the nearest that can.
     """
     before = host.sizes(target.kind)[target.kind]
-    return _nearest(host, target, ratios, round_to, scores, host.layers(), host.costs(target.kind), before, POINT)
+    costs = host.costs(target.kind)
+    return _nearest(host, target, ratios, round_to, scores, host.layers(), costs, before, target.point)
 
 
 def _nearest(
@@ -53,8 +54,8 @@ def _nearest(
     before: float,
     point: float,
 ) -> Counts:
-    """As :func:`counts_for`, given what the host says: within a point, or else the best that is within ``point``."""
-    aim = target.fraction
+    """As :func:`counts_for`, given what the host says: as near as a target is met, or the best within ``point``."""
+    aim, near = target.fraction, min(target.point, point)
     tried: list[tuple[float, float, Counts]] = []  # how far off, what was reached, by what
     for _ in range(6):
         try:
@@ -66,14 +67,14 @@ def _nearest(
         reached = 1 - host.trial(counts, target.kind) / before
         tried.append((abs(reached - target.fraction), reached, counts))
         aim += target.fraction - reached
-        if tried[-1][0] <= POINT or not 0 < aim < 1:
+        if tried[-1][0] <= near or not 0 < aim < 1:
             break
     miss, reached, counts = min(tried, key=lambda one: one[0])
     if miss <= point:
         return counts
     raise BudgetError(
-        f"target {target.kind}={target.fraction:g} cannot be met within one point: the nearest that was reached is "
-        f"{target.kind}={reached:.4f}; choose that, or relax round_to, max_pruning_ratio and min_width"
+        f"target {target} cannot be met within {points(target)}: the nearest that was reached is "
+        f"{target.said(reached)}; choose that, or relax round_to, max_pruning_ratio and min_width"
     )
 
 
@@ -117,30 +118,32 @@ class Rounds:
         if self.target is None:
             ratio = 1 - (1 - self.pruning_ratio * share) * first["units"] / now["units"]
             return plan_removals(specs, costs, None, self.ratios, self.round_to, scores, max(ratio, 0.0))
-        kind, whole = self.target.kind, self.target.fraction
+        kind, whole, near = self.target.kind, self.target.fraction, self.target.point
         reached, fraction = 1 - now[kind] / first[kind], 1 - (1 - whole * share) * first[kind] / now[kind]
         if fraction <= 0 or (share < 1 and whole * (1 - share) * first[kind] < few_units(specs, costs, kind)):
             return {}
-        last = POINT * first[kind] / now[kind]  # a point of the whole, in terms of what is left
-        point = POINT if share < 1 else last
-        left = Target(kind, fraction)
+        last = near * first[kind] / now[kind]  # a point of the whole, in terms of what is left
+        point = near if share < 1 else last
+        left = replace(self.target, fraction=fraction)
         try:
+            if share < 1 and LATENCY in self.target.kinds:  # what it comes to is measured before the next round
+                return plan_removals(specs, costs, left, self.ratios, self.round_to, scores, point=1.0)
             counts = _nearest(self.host, left, self.ratios, self.round_to, scores, specs, costs, now[kind], point)
             if share == 1:
                 return counts
-            end = Target(kind, 1 - (1 - whole) * first[kind] / now[kind])
+            end = replace(self.target, fraction=1 - (1 - whole) * first[kind] / now[kind])
             return self._with_a_way_on(counts, left, end, scores, specs, costs, last)
         except BudgetError as error:
             if share < 1:
                 return {}  # too small a step for whole units; a later round makes up for it
             if not reached:
                 raise
-            if abs(reached - whole) <= POINT:
+            if abs(reached - whole) <= near:
                 return {}
             raise BudgetError(
-                f"target {kind}={whole:g} cannot be met within one point: {kind}={reached:.4f} is reached, and no "
-                "whole units of what is left lead closer; choose that, prune more layers, or relax round_to, "
-                "max_pruning_ratio and min_width"
+                f"target {self.target} cannot be met within {points(self.target)}: {self.target.said(reached)} is "
+                "reached, and no whole units of what is left lead closer; choose that, prune more layers, or relax "
+                "round_to, max_pruning_ratio and min_width"
             ) from error
 
     def expected(self, scores: Scores) -> Counts:
@@ -187,7 +190,7 @@ class Rounds:
         further = 1 - (1 - end.fraction) * costs.cost(end.kind, {}) / behind.cost(end.kind, {})
         if further <= 0 or self._steps_are_small(after, behind, end.kind, further, point):
             return counts
-        if goal(after, behind, Target(end.kind, further), "uniform") is not None:
+        if goal(after, behind, replace(end, fraction=further), "uniform") is not None:
             return counts
         whole = goal(specs, costs, end, self.ratios)
         if whole is None:

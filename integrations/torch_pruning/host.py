@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
 from singe_plugin.loop.budget import GroupSpec
-from singe_plugin.loop.costs import KINDS, CostModel, Counted, TensorCost, count_params
+from singe_plugin.loop.costs import ALL, KINDS, LATENCY, CostModel, TensorCost, count_params
 from singe_plugin.loop.events import Repaired
 from singe_plugin.loop.survivors import Unpruned
 
 from .graph import AxisDependencyGraph, GroupView
+from .meter import Meter
 from .scorers import Ranking
 
 __all__ = ["TorchPruningHost", "block_of", "channels_per_unit"]
@@ -40,7 +41,7 @@ class TorchPruningHost:
         graph: the dependency graph.
         groups: the names of its groups that may be pruned, in forward order.
         trackers: optimizers and EMA copies to cut along.
-        counted: its MACs.
+        meter: counts what targets are of.
         ranking: what scores the groups.
         max_ratio: the largest fraction of a layer's units that may go.
         min_width: how many units of a layer stay at least.
@@ -52,13 +53,13 @@ class TorchPruningHost:
         graph: AxisDependencyGraph,
         groups: Sequence[str],
         trackers: Trackers,
-        counted: Counted,
+        meter: Meter,
         ranking: Ranking,
         max_ratio: float = 1.0,
         min_width: int = 1,
         unpruned: Unpruned | None = None,
     ) -> None:
-        self.graph, self.trackers, self.counted, self.ranking = graph, trackers, counted, ranking
+        self.graph, self.trackers, self.meter, self.ranking = graph, trackers, meter, ranking
         self.max_ratio, self.min_width, self.unpruned = max_ratio, min_width, unpruned
         self.model: nn.Module = graph.model
         self._groups: dict[str, Group] = {name: graph.axis_graph.groups[name] for name in groups}
@@ -103,7 +104,11 @@ class TorchPruningHost:
         return found | {"units": sum(group.size for group in self._groups.values())}
 
     def _measured(self, kind: str) -> float:
-        return self.counted.macs if kind == "macs" else KINDS[kind].measure(self.model, self.counted.example_inputs)
+        return self.meter.measure(kind, self.costs)
+
+    def begin(self) -> None:
+        """Before the first removal: see what latency depends on, and what there is of all that is met together."""
+        self.meter.begin(self.graph.axis_graph, self._groups, self.layers(), self.costs)
 
     def costs(self, kind: str = "macs") -> CostModel:
         """What removals cost.
@@ -117,7 +122,8 @@ class TorchPruningHost:
                 if part.is_parameter:
                     per_unit = int((part.units >= 0).sum()) / group.size
                     links.setdefault(id(part.tensor), []).append((part.dim, name, per_unit))
-        by_module = self.counted.by_module if KINDS[kind].of_macs else {}
+        kinds = [goal.kind for goal in self.meter.goals] if kind == ALL else [kind]
+        by_module = self.meter.counted.by_module if any(KINDS[one].of_macs for one in kinds) else {}
         tensors, fixed, seen = [], 0, set()
         for module_name, module in self.model.named_modules():
             macs = _macs_of(module_name, module, by_module)
@@ -130,7 +136,8 @@ class TorchPruningHost:
                     fixed += parameter.numel()
                     continue
                 tensors.append(TensorCost(tuple(parameter.shape), tuple(found), macs.get(attr, 0.0)))
-        return CostModel(tuple(tensors), fixed, by_module.get("", 0))
+        times = self.meter.times(links) if LATENCY in kinds else ()
+        return CostModel(tuple(tensors), fixed, by_module.get("", 0), times, self.meter.goals if kind == ALL else ())
 
     def trial(self, plan: dict[str, int], kind: str) -> float:
         """What a kind of target counts after really removing that many (arbitrary) units; everything is put back."""

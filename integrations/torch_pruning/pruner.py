@@ -20,7 +20,7 @@ from singe_plugin.loop.costs import Counted, count_params
 from singe_plugin.loop.events import Callback, History
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
-from singe_plugin.loop.pace import BY_SCORE, Pace
+from singe_plugin.loop.pace import AUTO, BY_SCORE, WIDE, Pace
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.survivors import Unpruned, images_of
@@ -38,6 +38,7 @@ from .arguments import base_options, check_arguments, forward_of, settle_with
 from .graph import AxisDependencyGraph
 from .host import TorchPruningHost, block_of
 from .importance import SInGEImportance
+from .meter import Meter
 from .stepping import SteppingPruner
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
@@ -85,8 +86,8 @@ class SInGEPruner(SteppingPruner):
         model: the model; it stays in its train/eval mode and on its device.
         example_inputs: a tensor, a tuple of arguments or a dict of keywords.
         importance: any torch-pruning importance; a :class:`SInGEImportance` is bound to data, or gets ``batches``.
-        target: for ``run``: the fraction to remove, ``"params=0.5"`` or ``"macs=0.5"``; None removes
-            ``pruning_ratio`` of each layer's units.
+        target: for ``run``: the fraction to remove, ``"params=0.5"``, ``"macs=0.5"`` or ``"latency=0.3"``, or several
+            that are met together; None removes ``pruning_ratio`` of each layer's units.
         pace: the order, how fast and how far, for ``run``: a :class:`~singe_plugin.Pace`, or the name of an order. By
             default Algorithm 1 to the letter, without limits of its own: ``Pace("layers", units_per_step=1,
             max_pruning_ratio=1, min_width=1)``, field by field. Its ``min_width`` holds in ``step``, too, and its
@@ -146,6 +147,7 @@ class SInGEPruner(SteppingPruner):
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
         self.counted = Counted(model, example_inputs)
+        self.meter = Meter(model, self.counted, self.target)
         self._objective: ObjectiveLike = "loss"
         self._cut_along = Trackers(
             [o for o in (optimizer,) if o is not None],
@@ -196,12 +198,12 @@ class SInGEPruner(SteppingPruner):
         """How many units ``run`` will remove from each layer; nothing is removed.
 
         Raises:
-            BudgetError: if the target cannot be met within one point, with the nearest that can.
+            BudgetError: if the target cannot be met, with the nearest that can.
         """
         return self._plan(self.host())
 
     def _plan(self, host: TorchPruningHost) -> dict[str, int]:
-        specs, scores, round_to = host.layers(), None, self.pace.round_to
+        specs, scores, round_to = host.layers(), None, self.round_step
         ratios = self._named(self.pace.ratios) if isinstance(self.pace.ratios, Mapping) else str(self.pace.ratios)
         if ratios in BY_SCORE:
             last = {spec.name: torch.tensor([math.inf]) for spec in specs if spec.units < 2}  # whatever its score
@@ -212,6 +214,16 @@ class SInGEPruner(SteppingPruner):
             own = {spec.name: self._ratio_of(spec.name) for spec in specs}
             return plan_removals(specs, host.costs("params"), None, own, round_to)
         return plan_removals(specs, host.costs("params"), None, ratios, round_to, scores, self.pruning_ratio)
+
+    @property
+    def round_step(self) -> int | None:
+        """What the channels that are kept are a multiple of: of ``"auto"``, what the latency table says, or else 8."""
+        given = self.pace.round_to
+        if given is None and self.meter.is_timed:
+            given = AUTO
+        if not isinstance(given, str):
+            return given
+        return WIDE if self.meter.table is None else self.meter.table.step
 
     def _ratio_of(self, layer: str) -> float:
         """The ratio that ``pruning_ratio_dict`` gives to a layer of the group, else ``pruning_ratio``."""
@@ -238,7 +250,7 @@ class SInGEPruner(SteppingPruner):
         if self.pace.order == "layers":
             return Progress(self._plan(host))
         by_ratio = bool(self.target is None and self.pruning_ratio_dict)
-        kinds = () if self.target is None else (self.target.kind,)
+        kinds = () if self.target is None else (*self.target.kinds, self.target.kind)
         fixed = isinstance(self.pace.ratios, Mapping) or self.pace.ratios not in BY_SCORE or by_ratio
         return Progress({}, goal=self._plan(host) if fixed else {}, before=host.sizes(*kinds))
 
@@ -250,7 +262,7 @@ class SInGEPruner(SteppingPruner):
             return in_layers(loop, self.pace)
         host: Any = loop.host
         allocation = Rounds(
-            host, loop.progress, self.target, float(self.pruning_ratio), str(self.pace.ratios), self.pace.round_to
+            host, loop.progress, self.target, float(self.pruning_ratio), str(self.pace.ratios), self.round_step
         )
         return in_rounds(loop, self.pace, allocation, allocation.expected)
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers
 from singe_plugin.errors import BudgetError, ConfigError
+from singe_plugin.loop.budget import Target
 from singe_plugin.loop.costs import Counted
 from singe_plugin.loop.loop import Loop, Turn
-from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.pace import AUTO, WIDE, Pace
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.survivors import Unpruned
 from singe_plugin.loop.tuner import Tuner
@@ -25,6 +26,7 @@ from singe_plugin.run.guards import check_here
 from .graph import AxisDependencyGraph, GroupView, is_rooted
 from .host import TorchPruningHost, channels_per_unit
 from .importance import SInGEImportance
+from .meter import Meter
 from .scorers import Ranking
 
 __all__ = ["SteppingPruner"]
@@ -41,6 +43,8 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         tuner: the fine-tuning, or None.
         DG: the dependency graph.
         counted: the MACs of the model.
+        meter: counts and times the model.
+        target: what is to go, for ``run``.
     """
 
     model: nn.Module
@@ -49,6 +53,8 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     tuner: Tuner | None
     DG: AxisDependencyGraph
     counted: Counted
+    meter: Meter
+    target: Target | None
     current_step: int
     _objective: ObjectiveLike
     _cut_along: Trackers
@@ -61,7 +67,7 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             "global_pruning", "pruning_ratio", "max_pruning_ratio", "isomorphic", "round_to", "iterative_steps",
             "iterative_pruning_ratio_scheduler", "prune_num_heads", "prune_head_dims", "head_pruning_ratio",
         ):  # fmt: skip
-            setattr(self, name, options[name])
+            setattr(self, name, WIDE if options[name] == AUTO else options[name])
         self.root_module_types = list(options["root_module_types"])
         given = options["ignored_layers"]
         self.ignored_layers = [m for part in given if isinstance(part, nn.Module) for m in part.modules()]
@@ -248,10 +254,13 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise BudgetError(f"no layer of {type(self.model).__name__} can be pruned ({reasons or 'none was found'})")
         if self._unpruned is not None:
             self._unpruned.hold()
-        return self._host([group.name for group in self.layers])
+        host = self._host([group.name for group in self.layers])
+        host.begin()
+        return host
 
     def _host(self, names: list[str], own_gradients: bool = False) -> TorchPruningHost:
         assert self.pace.min_width is not None
         limits = min(self.max_pruning_ratio, 1.0), self.pace.min_width
         ranking = self._ranking(own_gradients)
-        return TorchPruningHost(self.DG, names, self.trackers(), self.counted, ranking, *limits, self._unpruned)
+        self.meter.counted, self.meter.target = self.counted, self.target
+        return TorchPruningHost(self.DG, names, self.trackers(), self.meter, ranking, *limits, self._unpruned)

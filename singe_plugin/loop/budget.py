@@ -10,62 +10,107 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from singe_plugin.errors import BudgetError, ConfigError
-from singe_plugin.loop.costs import KINDS, CostModel, check_kind
+from singe_plugin.loop.costs import ALL, KINDS, POINT, CostModel, check_kind
 from singe_plugin.loop.pace import BY_SCORE, RATIOS
+from singe_plugin.loop.times import Timing
 
-__all__ = ["GroupSpec", "Target", "plan_removals"]
+__all__ = ["GroupSpec", "Target", "plan_removals", "points"]
 
-
-POINT = 0.01
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 _EVERY = 4096  # allocations, if there are no more: all of them are tried
 
 
 @dataclass(frozen=True)
 class Target:
-    """A fraction of the parameters or MACs to remove.
+    """A fraction of the parameters, MACs or latency to remove, or several of these, which are met together.
+
+    Attributes:
+        kind: what is counted; ``"all"`` for several.
+        fraction: what is to go of it; the largest of several.
+        parts: the targets that are met together: at least, and one of them exactly.
+        timing: with what the latency is measured, a target or not.
 
     Example:
-        >>> Target.parse("params=0.5")
-        Target(kind='params', fraction=0.5)
+        >>> Target.parse("params=0.5").fraction, str(Target.parse("macs=0.3, latency=0.5"))
+        (0.5, 'macs=0.3,latency=0.5')
     """
 
     kind: str
     fraction: float
+    parts: tuple[Target, ...] = ()
+    timing: Timing | None = None
 
     def __post_init__(self) -> None:
-        check_kind(self.kind)
+        if not self.parts:
+            check_kind(self.kind)
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.fraction:g}"
+        return ",".join(map(str, self.parts)) or f"{self.kind}={self.fraction:g}"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is counted."""
+        return tuple(part.kind for part in self.parts) or (self.kind,)
+
+    @property
+    def point(self) -> float:
+        """How far off it is still met, in what is removed of the whole."""
+        if not self.parts:
+            return KINDS[self.kind].point
+        return max(part.point * self.fraction / part.fraction for part in self.parts)
+
+    def said(self, reached: float) -> str:
+        """What a removed fraction is in the words of the target.
+
+        Example:
+            >>> Target("macs", 0.5).said(0.25), Target.parse("macs=0.5,params=0.3").said(0.25)
+            ('macs=0.2500', 'macs=0.2500,params=0.1500')
+        """
+        parts = self.parts or (self,)
+        return ",".join(f"{part.kind}={part.fraction * reached / self.fraction:.4f}" for part in parts)
 
     @classmethod
-    def parse(cls, text: str | Target) -> Target:
-        """Read ``"params=0.5"`` or ``"macs=0.3"``.
+    def parse(cls, text: str | Target, timing: Timing | None = None) -> Target:
+        """Read ``"params=0.5"``, ``"macs=0.3"``, ``"latency=0.3"``, or several with commas between them.
+
+        Args:
+            text: the target; one that is read already stays what it is.
+            timing: with what the latency is measured.
 
         Raises:
-            ConfigError: for another form, or a fraction outside ]0, 1[.
+            ConfigError: for another form, a fraction outside ]0, 1[, or a kind that comes twice.
         """
         if isinstance(text, Target):
-            kind, fraction = text.kind, text.fraction
+            parts = [cls._read(text, str(part)) for part in text.parts or (text,)]
+            timing = timing or text.timing
         else:
-            kind, _, number = text.partition("=") if isinstance(text, str) else ("", "", "")
-            try:
-                fraction = float(number)
-            except ValueError:
-                fraction = math.nan
+            parts = [cls._read(text, part) for part in (text.split(",") if isinstance(text, str) else [text])]
+        if len({part.kind for part in parts}) < len(parts):
+            raise ConfigError(f"target={str(text)!r} says one kind twice; give each once")
+        if len(parts) == 1:
+            return replace(parts[0], timing=timing)
+        return cls(ALL, max(part.fraction for part in parts), tuple(parts), timing)
+
+    @classmethod
+    def _read(cls, whole: object, text: object) -> Target:
+        kind, _, number = text.partition("=") if isinstance(text, str) else ("", "", "")
+        try:
+            fraction = float(number)
+        except ValueError:
+            fraction = math.nan
         if (kind := kind.strip()) and not math.isnan(fraction):
             check_kind(kind)
         if kind not in KINDS or not 0 < fraction < 1:
+            shown = str(whole) if isinstance(whole, Target) else whole
             raise ConfigError(
-                f"target={text!r} is not a target; give the fraction to remove, inside ]0, 1[, as 'params=0.5' or "
-                "'macs=0.5'"
+                f"target={shown!r} is not a target; give the fraction to remove, inside ]0, 1[, as 'params=0.5', "
+                "'macs=0.5' or 'latency=0.3', or several with commas"
             )
         return cls(kind, fraction)
 
@@ -123,7 +168,7 @@ def plan_removals(
     scores: Scores | None = None,
     pruning_ratio: float | None = None,
     aim: float | None = None,
-    point: float = POINT,
+    point: float | None = None,
 ) -> Counts:
     """How many units to remove from each layer.
 
@@ -133,19 +178,20 @@ def plan_removals(
         target: what to reach; None removes ``pruning_ratio`` of every layer's units (or what the dict says).
         ratios: ``"uniform"`` (one ratio for all), ``"block"`` (one ratio per block, growing linearly with depth from
             half of the last block's), ``"global"`` (all units ranked by score), ``"per_cost"`` (by score per parameter,
-            or per MAC if the target counts these: what a unit is worth for what it costs), or ``{layer or block:
-            ratio}``.
+            or per MAC or millisecond if the target counts these: what a unit is worth for what it costs), or ``{layer
+            or block: ratio}``.
         round_to: channels kept are a multiple of this.
         scores: per layer, for ``"global"`` and ``"per_cost"``.
         pruning_ratio: the ratio of units when there is no target.
         aim: the fraction to aim at in place of the target's, to correct for costs the model does not know.
-        point: how far off is still met: a point of the whole is more than that of what is left of it.
+        point: how far off is still met: a point of the whole is more than that of what is left of it. By default the
+            target's.
 
     Returns:
         layer name -> number of units to remove.
 
     Raises:
-        BudgetError: if the target cannot be met within one point; it names the nearest fraction that can.
+        BudgetError: if the target cannot be met (see :attr:`Target.point`); it names the nearest fraction that can.
         ConfigError: for an unknown way to spread, or unknown names in the dict.
     """
     if not layers:
@@ -153,7 +199,8 @@ def plan_removals(
     if isinstance(ratios, Mapping):
         counts = _from_dict(layers, ratios, round_to)
         if target is not None:
-            _check(cost, target, counts, "the given ratios (which need no target, target=None) remove", aim, point)
+            said = "the given ratios (which need no target, target=None) remove"
+            _check(cost, target, counts, said, aim, target.point if point is None else point)
         return counts
     if ratios not in RATIOS:
         raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
@@ -173,6 +220,7 @@ def plan_removals(
         else:
             high = middle
     # with coarse steps the way from below and the way from above end in different places
+    point = target.point if point is None else point
     best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
     _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
     return best
@@ -183,10 +231,20 @@ def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: floa
     wanted = target.fraction if aim is None else aim
     if abs(reached - wanted) > point:
         raise BudgetError(
-            f"target {target.kind}={target.fraction:g} cannot be met within one point: {what} "
-            f"{target.kind}={reached:.4f}; choose that, prune more layers, or relax round_to, max_pruning_ratio and "
-            "min_width"
+            f"target {target} cannot be met within {points(target)}: {what} {target.said(reached)}; choose that, prune "
+            "more layers, or relax round_to, max_pruning_ratio and min_width"
         )
+
+
+def points(target: Target) -> str:
+    """How far off a target is still met, as messages say it.
+
+    Example:
+        >>> points(Target("macs", 0.5)), points(Target("latency", 0.5))
+        ('one point', '3 points')
+    """
+    number = round(100 * target.point)
+    return "one point" if number == 1 else f"{number} points"
 
 
 def _from_dict(layers: Sequence[GroupSpec], ratios: Mapping[str, float], round_to: int | None) -> Counts:
@@ -229,9 +287,7 @@ def _spreader(
 
 def _per_cost(layers: Sequence[GroupSpec], cost: CostModel, kind: str, scores: Scores) -> Scores:
     """The scores of a layer's units divided by what one of them costs now."""
-    whole = cost.cost(kind, {})
-    each = {layer.name: max(whole - cost.cost(kind, {layer.name: 1}), 1.0) for layer in layers}
-    return {layer.name: scores[layer.name] / each[layer.name] for layer in layers}
+    return {layer.name: scores[layer.name] / cost.unit_cost(kind, layer.name) for layer in layers}
 
 
 def _by_score(layers: Sequence[GroupSpec], scores: Scores, round_to: int | None) -> Callable[[float], Counts]:

@@ -6,7 +6,7 @@ One MAC is one multiply-add; ``torch.utils.flop_counter`` counts two operations 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from singe_plugin.errors import ConfigError
+from singe_plugin.loop.times import LayerTime
 from singe_plugin.nested import call_model
 from singe_plugin.state import plain_layers, preserved
 
 __all__ = [
-    "KINDS", "CostModel", "Counted", "Kind", "TensorCost", "check_kind", "count_macs", "count_macs_by_module",
-    "count_params",
+    "ALL", "KINDS", "LATENCY", "POINT", "CostModel", "Counted", "Goal", "Kind", "TensorCost", "all_of", "check_kind",
+    "count_macs", "count_macs_by_module", "count_params", "structure_of",
 ]  # fmt: skip
 
 
@@ -31,6 +32,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 # PyTorch counts what CUDA runs for attention, but not what a CPU does
 _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
+POINT = 0.01
+LATENCY, ALL = "latency", "all"  # the second is that of several targets that are met together
 _SETTINGS = (bool, int, float, str, tuple)
 
 
@@ -100,7 +103,7 @@ class Counted:
     @property
     def by_module(self) -> dict[str, int]:
         """As :func:`count_macs_by_module` counts."""
-        structure = _structure_of(self.model)
+        structure = structure_of(self.model)
         if structure not in self._found:
             self._found[structure] = count_macs_by_module(self.model, self.example_inputs)
         return self._found[structure]
@@ -111,7 +114,7 @@ class Counted:
         return self.by_module[""]
 
 
-def _structure_of(model: nn.Module) -> tuple[Any, ...]:
+def structure_of(model: nn.Module) -> tuple[Any, ...]:
     """The shapes of all tensors and the settings of all modules, on which depends what is counted."""
     found: list[Any] = []
     for name, module in model.named_modules():
@@ -149,15 +152,50 @@ class TensorCost:
 
 
 @dataclass(frozen=True)
-class CostModel:
-    """Predicts parameters and MACs of the pruned network from the number of units removed per layer.
+class Goal:
+    """One of several targets that are met together.
 
-    Parameters are exact; MACs are those of convolutions and linear layers scaled exactly, the rest constant.
+    Attributes:
+        kind: what it counts.
+        fraction: of it is to go.
+        whole: what the unpruned network has.
+    """
+
+    kind: str
+    fraction: float
+    whole: float
+
+
+def all_of(goals: Sequence[Goal], costs: Sequence[float]) -> float:
+    r"""What several targets come to as one, of which the largest fraction F is to go:
+
+    .. math:: 1 - F\,\min_k\frac{1 - c_k/c_k^0}{f_k}
+
+    which has lost F when all targets are met, and one of them exactly.
+
+    Example:
+        >>> both = [Goal("params", 0.5, 100), Goal("macs", 0.25, 1000)]
+        >>> all_of(both, [100, 1000]), all_of(both, [40, 750]), all_of(both, [75, 500])
+        (1.0, 0.5, 0.75)
+    """
+    most = max(goal.fraction for goal in goals)
+    shares = [(1 - cost / goal.whole) / goal.fraction for goal, cost in zip(goals, costs, strict=True)]
+    return 1 - most * min(shares)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts parameters, MACs and latency of the pruned network from the number of units removed per layer.
+
+    Parameters are exact; MACs are those of convolutions and linear layers scaled exactly, the rest constant; latency is
+    what a table of measured layers says.
     """
 
     tensors: tuple[TensorCost, ...]
     fixed_params: int = 0
     total_macs: float = 0
+    times: tuple[LayerTime, ...] = ()
+    goals: tuple[Goal, ...] = ()
     _base: dict[str, float] = field(default_factory=dict, compare=False)
 
     def after(self, removed: Mapping[str, int]) -> CostModel:
@@ -166,7 +204,8 @@ class CostModel:
         for tensor in self.tensors:
             share = tensor.elements(removed) / math.prod(tensor.shape) if tensor.macs else 0.0
             left.append(TensorCost(tensor.left(removed), tensor.links, tensor.macs * share))
-        return CostModel(tuple(left), self.fixed_params, self.macs(removed))
+        times = tuple(layer.after(removed) for layer in self.times)
+        return CostModel(tuple(left), self.fixed_params, self.macs(removed), times, self.goals)
 
     def params(self, removed: Mapping[str, int]) -> float:
         """The parameters after the removals."""
@@ -178,13 +217,29 @@ class CostModel:
         left = sum(t.macs * t.elements(removed) / math.prod(t.shape) for t in self.tensors if t.macs)
         return self.total_macs - moving + left
 
+    def latency(self, removed: Mapping[str, int]) -> float:
+        """The milliseconds after the removals."""
+        return sum(layer.ms(removed) for layer in self.times)
+
+    def together(self, removed: Mapping[str, int]) -> float:
+        """What several targets come to after the removals, see :func:`all_of`."""
+        return all_of(self.goals, [self.cost(goal.kind, removed) for goal in self.goals])
+
     def cost(self, kind: str, removed: Mapping[str, int]) -> float:
         """What a target of some kind counts, after the removals."""
+        if kind == ALL:
+            return self.together(removed)
         check_kind(kind)
         return KINDS[kind].predict(self, removed)
 
+    def unit_cost(self, kind: str, layer: str) -> float:
+        """What one unit of a layer costs now; of several targets, the sum of its shares in each."""
+        if kind == ALL:
+            return sum(self.unit_cost(g.kind, layer) / (g.fraction * g.whole) for g in self.goals)
+        return max(self.cost(kind, {}) - self.cost(kind, {layer: 1}), KINDS[kind].least)
+
     def removed_fraction(self, kind: str, removed: Mapping[str, int]) -> float:
-        """The fraction of parameters or MACs that goes."""
+        """The fraction of what is counted that goes."""
         if kind not in self._base:
             self._base[kind] = self.cost(kind, {})
         return 1 - self.cost(kind, removed) / max(self._base[kind], 1e-12)
@@ -195,28 +250,33 @@ class Kind:
     """Something that can be counted, and so be a target.
 
     Attributes:
-        measure: ``(model, example inputs) -> number``: what the model has.
+        measure: ``(model, example inputs) -> number``: what the model has; None for what needs more than these.
         predict: ``(cost model, units removed by layer) -> number``: what it would have. Where that is not exact, the
             plan is corrected by what is measured.
         of_macs: whether ``predict`` asks for MACs; if not, the cost model need not know them.
+        least: what a unit costs at least.
+        point: how far off a target is still met, as a fraction of the whole.
     """
 
-    measure: Callable[[nn.Module, Any], float]
+    measure: Callable[[nn.Module, Any], float] | None
     predict: Callable[[CostModel, Mapping[str, int]], float]
     of_macs: bool = True
+    least: float = 1.0
+    point: float = POINT
 
 
 KINDS = {
     "params": Kind(lambda model, _: count_params(model), CostModel.params, of_macs=False),
     "macs": Kind(count_macs, CostModel.macs),
+    LATENCY: Kind(None, CostModel.latency, of_macs=False, least=1e-9, point=3 * POINT),
 }
-"""Name -> what is counted; one MAC is one multiply-add."""
+"""Name -> what is counted; one MAC is one multiply-add, and latency is in milliseconds."""
 
 
 def check_kind(kind: object) -> None:
     """Raise :class:`ConfigError` for something that is not counted."""
     if kind not in KINDS:
         raise ConfigError(
-            f"{kind!r} is not a target kind: what can be counted, and so be a target, is {' and '.join(KINDS)} (one "
-            "MAC is one multiply-add, two FLOPs); give e.g. 'params=0.5' or 'macs=0.5'"
+            f"{kind!r} is not a target kind: what can be counted, and so be a target, is params, macs and latency (one "
+            "MAC is one multiply-add, two FLOPs); give e.g. 'params=0.5', 'macs=0.5' or 'latency=0.3'"
         )

@@ -19,8 +19,12 @@ from singe_plugin.checks import check_choice, check_count, check_flag, check_num
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import documented, option
 
-__all__ = ["BY_SCORE", "COURSES", "ORDERS", "RATIOS", "Pace", "read_ratios", "read_units", "units_per_turn"]
+__all__ = [
+    "AUTO", "BY_SCORE", "COURSES", "ORDERS", "RATIOS", "WIDE", "Pace", "read_ratios", "read_step", "read_units",
+    "units_per_turn",
+]  # fmt: skip
 
+AUTO, WIDE = "auto", 8  # a step of widths, and what it is where nothing is known of the device
 HEADS = ("dims", "whole", "keep")
 ORDERS = ("rounds", "layers")
 BY_SCORE = ("global", "per_cost")
@@ -71,6 +75,18 @@ def read_units(text: str) -> int | float | str:
         return float(text)
     except ValueError as error:
         raise ConfigError(f"{text!r} is not a number of units, a fraction or 'layer'") from error
+
+
+def read_step(text: str) -> int | str:
+    """A number of channels, or ``auto``, from a text.
+
+    Example:
+        >>> read_step("8"), read_step("auto")
+        (8, 'auto')
+    """
+    if text == AUTO or text.isdigit():
+        return int(text) if text.isdigit() else text
+    raise ConfigError(f"{text!r} is no number of channels and not {AUTO!r}")
 
 
 def read_ratios(text: str) -> str | dict[str, float]:
@@ -138,7 +154,13 @@ class Pace:
         text="How many units of a layer stay at least; a layer that has no more is left as it is. By default 4; "
         "single weights have no width.",
     )
-    round_to: int | None = option(default=None, text="Channels that are kept are a multiple of this.")
+    round_to: int | str | None = option(
+        default=None,
+        text="Channels that are kept are a multiple of this; ``auto`` is what the latency table says that the device "
+        "likes, or 8 where there is none. By default auto for a target of latency, and 1 for others.",
+        read=read_step,
+        metavar="N|auto",
+    )
     heads: str = option(
         default="dims",
         text="What goes of attention: ``dims``, the dimensions of all heads; ``whole`` heads, whose dimensions stay, "
@@ -182,7 +204,7 @@ class Pace:
         if self.max_pruning_ratio is not None:
             check_number("max_pruning_ratio", self.max_pruning_ratio, 0, 1, "]]")
         for name, what in (("min_width", "number of units"), ("round_to", "number of channels")):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None and (name, value) != ("round_to", AUTO):
                 check_count(name, value, 1, what, why=", or None")
 
     def settle(self, **defaults: Any) -> Pace:

@@ -44,6 +44,7 @@ class Metrics:
         accuracy: top-1 on the validation data, in [0, 1].
         latency_ms: median time of one forward pass of one example batch.
         latency_iqr_ms: the distance between the quartiles of that time.
+        latency_conditions: what it was measured with: examples, threads, device, dtype, backend.
         nonzero: parameters that are not masked; None where no single weights were pruned.
         effective_macs: multiply-adds with a weight that is not masked, for one example; None likewise.
         measured: what the user's own function says, by name (see :class:`~singe_plugin.Evaluate`); None for what is
@@ -55,6 +56,7 @@ class Metrics:
     accuracy: float | None = None
     latency_ms: float | None = None
     latency_iqr_ms: float | None = None
+    latency_conditions: str | None = None
     nonzero: int | None = None
     effective_macs: int | None = None
     measured: dict[str, float | None] = field(default_factory=dict)
@@ -181,6 +183,8 @@ class Result:
                 f"sparsity: {self.weight_sparsity:.2%} of the pruned layers' weights, "
                 f"{self.sparsity:.2%} of all parameters"
             )
+        if self.after.latency_conditions:
+            lines.append(f"latency: {self.after.latency_conditions}; medians of passes in turn")
         lines += [f"stopped: {self.stopped}"] if self.stopped else []
         warnings = self.warnings
         lines += [f"warning: {text}" for text in warnings[:3]]

@@ -20,7 +20,7 @@ from singe_plugin.run.checkpoint import (
 )  # fmt: skip
 from singe_plugin.run.job import Job
 from singe_plugin.run.result import Metrics, Result, package_versions
-from singe_plugin.run.staging import Stage, fingerprints, judged, measure
+from singe_plugin.run.staging import Stage, fingerprints, judged, measure, timed
 
 __all__ = ["carry_through"]
 
@@ -87,8 +87,9 @@ def _carried(
 
     job.run(progress, write if checkpoint is not None else None, history)
     rows, numbers, masks = job.rows(), job.numbers(), job.fold()
+    before, after = timed(model, stage, before, replace(measure(model, stage), **numbers))
     return Result(
-        model, before, replace(measure(model, stage), **numbers), rows, dict(job.left_whole), history,
+        model, before, after, rows, dict(job.left_whole), history,
         {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,
         describe_structure(model, stage.structure, list(folded)), masks, checkpoint,
     )  # fmt: skip

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.shown import LogCallback
 from singe_plugin.loop.stream import loader_generators
 from singe_plugin.loop.survivors import images_of
+from singe_plugin.loop.times import Timing
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.loop.watch import Evaluate, measured_by
 from singe_plugin.masks import named_tensors
@@ -36,7 +38,7 @@ from singe_plugin.run.architecture import Builder, Structure
 from singe_plugin.run.checkpoint import CHECKPOINT, seed_everything
 from singe_plugin.run.data import as_loader, evaluate, example_from, scoring_batches
 from singe_plugin.run.guards import check_model
-from singe_plugin.run.latency import latency_of
+from singe_plugin.run.latency import Latency, Stopwatch, latency_of
 from singe_plugin.run.result import Metrics
 from singe_plugin.state import RngState, model_device
 
@@ -50,9 +52,11 @@ __all__ = [
     "measure",
     "resolve_device",
     "set_stage",
+    "timed",
     "with_log",
 ]  # fmt: skip
 
+_logger = logging.getLogger("singe_plugin")
 BATCH = 64  # of a dataset; a loader has its own
 
 
@@ -63,7 +67,6 @@ class Stage:
     Attributes:
         tuner: the fine-tuning.
         batches: fixed batches to score on.
-        images: inputs to repair on.
         example: inputs for tracing and counting.
         counted: the MACs of the model.
         judge: what the network is judged by, or None.
@@ -71,6 +74,8 @@ class Stage:
         builder: how to build the unpruned architecture, or None.
         structure: the plain attributes of the unpruned model.
         checkpoint: where the state of the run is written, or None.
+        images: inputs to repair on.
+        watch: times the network against the unpruned one; None if that cannot be copied.
     """
 
     tuner: Tuner
@@ -83,6 +88,7 @@ class Stage:
     structure: Structure
     checkpoint: Path | None
     images: list[Any] = field(default_factory=list)
+    watch: Stopwatch | None = None
 
 
 @contextmanager
@@ -99,6 +105,7 @@ def set_stage(
     out_dir: str | Path | None = None,
     resume: bool = False,
     images: int = 0,
+    timing: Timing | None = None,
 ) -> Iterator[Stage]:
     """Move the model, seed, draw the batches; afterwards put device and random states back.
 
@@ -150,7 +157,7 @@ def set_stage(
             checkpoint = None if out_dir is None else Path(out_dir) / CHECKPOINT
             stage = Stage(
                 tuner, batches, example, Counted(model, example), judge, validation, Builder.infer(model),
-                Structure.of(model), checkpoint,
+                Structure.of(model), checkpoint, watch=_stopwatch(model, example, timing or Timing()),
             )  # fmt: skip
             if images:
                 size = count_examples(model_inputs(model, batches[0], scoring.objective))
@@ -164,6 +171,16 @@ def set_stage(
             rng.restore()
             for generator, state in generators:
                 generator.set_state(state)
+
+
+def _stopwatch(model: nn.Module, example: Any, timing: Timing) -> Stopwatch | None:
+    try:
+        return Stopwatch(model, example, timing)
+    except ConfigError as error:
+        if timing != Timing():
+            raise
+        _logger.warning("the latency before and after is not measured in turn: %s", error)
+        return None
 
 
 def _check_batches(batches: list[Any], example_inputs: Any, objective: Any) -> None:
@@ -246,16 +263,31 @@ def judged(model: nn.Module, stage: Stage) -> dict[str, float]:
 
 
 def measure(model: nn.Module, stage: Stage) -> Metrics:
-    """Parameters, MACs of one example, what it is judged by, and latency."""
-    found, values = latency_of(model, stage.example), judged(model, stage)
+    """Parameters, MACs of one example, and what it is judged by."""
+    values = judged(model, stage)
     accuracy = None if stage.validation is None else values.pop("accuracy", None)
     return Metrics(
         count_params(model),
         stage.counted.macs // count_examples(stage.example),
         accuracy,
-        found.median_ms,
-        found.iqr_ms,
         measured={name: value if math.isfinite(value) else None for name, value in values.items()},
+    )
+
+
+def timed(model: nn.Module, stage: Stage, before: Metrics, after: Metrics) -> tuple[Metrics, Metrics]:
+    """What was measured before and after, with the latency of both networks, timed in turn.
+
+    That of the unpruned one is not known if it could not be copied.
+    """
+    if stage.watch is None:
+        return before, _with_latency(after, latency_of(model, stage.example))
+    first, last = stage.watch.compare(model)
+    return _with_latency(before, first), _with_latency(after, last)
+
+
+def _with_latency(metrics: Metrics, found: Latency) -> Metrics:
+    return replace(
+        metrics, latency_ms=found.median_ms, latency_iqr_ms=found.iqr_ms, latency_conditions=found.conditions
     )
 
 
