@@ -188,7 +188,7 @@ CASES = [
     Case("example keywords", pruner(example={"pixels": X}), GroupError, ("pixels", "check that")),
     Case("target form", pruner(target="0.5"), ConfigError, ("'0.5'", "'params=0.5'")),
     Case("target number", pruner(target=0.5), ConfigError, ("0.5", "'macs=0.5'")),
-    Case("target kind", pruner(target="flops=0.5"), ConfigError, ("'flops'", "params and macs", "'macs=0.5'")),
+    Case("target kind", pruner(target="flops=0.5"), ConfigError, ("'flops'", "params, macs and latency", "'macs=0.5'")),
     Case("target percent", pruner(target="params=50%"), ConfigError, ("50%", r"\]0, 1\[")),
     Case("target one", pruner(target="params=1"), ConfigError, ("params=1", r"\]0, 1\[")),
     Case("target object", lambda m: Target.parse(Target("macs", 1.5)), ConfigError, ("1.5", r"\]0, 1\[")),

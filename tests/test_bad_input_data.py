@@ -410,13 +410,15 @@ CASES = {
     ),
     "course": Case(pruning(course=["cubic"]), ConfigError, (r"\['cubic'\]", "cubic, linear")),
     # targets
-    "flops": Case(pruning(target="flops=0.5"), ConfigError, ("'flops'", "params and macs")),
-    "latency": Case(pruner(target="latency=0.5"), ConfigError, ("'latency'", "params and macs")),
-    "foo": Case(pruner(target="foo=.5"), ConfigError, ("'foo'", "params and macs")),
-    "MACS": Case(pruner(target="MACS=.5"), ConfigError, ("'MACS'", "params and macs")),
-    "a target object": Case(lambda m: Target("flops", 0.5), ConfigError, ("'flops'", "params and macs")),
-    "what a cost is of": Case(lambda m: COST.cost("latency", {}), ConfigError, ("'latency'", "params and macs")),
-    "what goes": Case(lambda m: COST.removed_fraction("param", {}), ConfigError, ("'param'", "params and macs")),
+    "flops": Case(pruning(target="flops=0.5"), ConfigError, ("'flops'", "params, macs and latency")),
+    "energy": Case(pruner(target="energy=0.5"), ConfigError, ("'energy'", "params, macs and latency")),
+    "foo": Case(pruner(target="foo=.5"), ConfigError, ("'foo'", "params, macs and latency")),
+    "MACS": Case(pruner(target="MACS=.5"), ConfigError, ("'MACS'", "params, macs and latency")),
+    "a target object": Case(lambda m: Target("flops", 0.5), ConfigError, ("'flops'", "params, macs and latency")),
+    "what a cost is of": Case(lambda m: COST.cost("energy", {}), ConfigError, ("'energy'", "params, macs and latency")),
+    "what goes": Case(
+        lambda m: COST.removed_fraction("param", {}), ConfigError, ("'param'", "params, macs and latency")
+    ),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from written_device import install
 
 import singe_plugin
 from singe_plugin import Distill, FineTune, Pace, Repair, Scoring
@@ -79,10 +80,11 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
     assert names["outcome"].macs[1] < names["outcome"].macs[0]
 
 
-def test_usage(names: dict[str, Any]) -> None:
-    objectives, weights, repairing, distilling, judging, saving, shrinking = blocks("docs/usage.md", "python")
+def test_usage(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives, timing, weights, repairing, distilling, judging, saving, shrinking = blocks("docs/usage.md", "python")
     exec(objectives, {"torch": torch, "Scoring": Scoring, "scheduler": None})  # their models are of other libraries
-    for code in (weights, repairing, distilling, judging):
+    install(monkeypatch, 8, "onnxruntime")  # a package of its own, and this network is nothing but overhead
+    for code in (timing, weights, repairing, distilling, judging):
         names["model"] = net()
         exec(shorter(code), names)
     assert "singe_plugin.load" in saving  # its factory is somebody's

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from written_device import Device, install, layer_ms, whole_ms
 
 import singe_plugin
 from singe_plugin import BudgetError, ConfigError, Evaluate, LatencyTable, Pace, Target, Timing
 from singe_plugin.loop.costs import count_macs, count_params
-from singe_plugin.run import backends, latency
-from singe_plugin.run.backends import Runner
+from singe_plugin.run import latency
 
 BATCHES = [(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)), torch.arange(4)) for i in range(2)]
 
@@ -41,18 +39,6 @@ def net() -> nn.Module:
                          nn.Linear(96, 10))  # fmt: skip
 
 
-def layer_ms(module: nn.Module, step: int) -> float:
-    """What a layer takes on the device: something to start, and the rest by widths in whole steps."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    out, read = (step * math.ceil(size / step) for size in weight.shape[:2])
-    return 0.02 + 1e-5 * out * read * weight[0, 0].numel() + 1e-3 * out
-
-
-def whole_ms(model: nn.Module, step: int = 8) -> float:
-    return sum(layer_ms(m, step) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
-
-
 class Killed(Exception):
     """The power went."""
 
@@ -69,36 +55,9 @@ class KilledAfter(singe_plugin.Callback):
         self.left -= 1
 
 
-class Device:
-    """A backend on which time passes as :func:`layer_ms` says."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.seconds, self.spreads = step, 0.0, 0
-
-    def runner(self, model: nn.Module, inputs: Any, threads: int) -> Runner:
-        def run() -> None:
-            self.seconds += whole_ms(model, self.step) / 1000
-
-        return run
-
-    def spread(self, model: nn.Module, inputs: Any, layers: Collection[str], threads: int) -> dict[str, float]:
-        self.spreads += 1
-        return {name: layer_ms(model.get_submodule(name), self.step) for name in layers}
-
-    def version(self) -> str:
-        return "written down"
-
-
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return install(monkeypatch, 8)
-
-
-def install(monkeypatch: pytest.MonkeyPatch, step: int) -> Device:
-    made = Device(step)
-    monkeypatch.setitem(backends.BACKENDS, "torch", made)
-    monkeypatch.setattr(latency, "now", lambda _: made.seconds)
-    return made
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.3, 0.5])
@@ -137,7 +96,9 @@ def test_the_table_predicts_every_layer(device: Device, tmp_path: Path) -> None:
             assert a + (b + c) / 2 + d / 4 == pytest.approx(layer_ms(half, 8), rel=0.1)
 
 
-@pytest.mark.parametrize("text", ["latency=0.3,params=0.5", "params=0.2,latency=0.4", "macs=0.4,latency=0.1,params=0.3"])
+@pytest.mark.parametrize(
+    "text", ["latency=0.3,params=0.5", "params=0.2,latency=0.4", "macs=0.4,latency=0.1,params=0.3"]
+)
 def test_several_targets_are_all_met_and_one_of_them_exactly(device: Device, text: str) -> None:
     first, example = net(), BATCHES[0][0][:1]
     model = singe_plugin.prune(net(), BATCHES, target=text, finetune=0, scoring="l2").model
@@ -194,7 +155,9 @@ def test_a_table_of_another_device_is_planned_by_and_nothing_is_timed(
     device.spreads = 0
     monkeypatch.setattr(device, "step", 1)  # whatever this device takes is of no account
     monkeypatch.setattr(
-        latency.Stopwatch, "ratio", lambda *_: pytest.fail("the network was timed here")  # pragma: no cover
+        latency.Stopwatch,
+        "ratio",
+        lambda *_: pytest.fail("the network was timed here"),  # pragma: no cover
     )
     with caplog.at_level(logging.WARNING, "singe_plugin"):
         result = singe_plugin.prune(
@@ -220,10 +183,10 @@ def test_a_run_that_goes_on_reads_the_table_of_its_folder(device: Device, tmp_pa
 
 
 def test_what_cannot_be_reached_is_refused_with_the_nearest(device: Device) -> None:
-    model = net()
+    model, pace = net(), Pace(max_pruning_ratio=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(BudgetError, match=r"target latency=0.95 cannot be met within 3 points: .*latency=0\.\d{4}"):
-        singe_plugin.prune(model, BATCHES, target="latency=0.95", finetune=0, scoring="l2", pace=Pace(max_pruning_ratio=0.5))
+        singe_plugin.prune(model, BATCHES, target="latency=0.95", finetune=0, scoring="l2", pace=pace)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

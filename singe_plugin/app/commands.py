@@ -21,10 +21,12 @@ from singe_plugin.app.datasets import NO_DATA, TORCHVISION
 from singe_plugin.app.models import parse_pairs
 from singe_plugin.errors import SingeError
 from singe_plugin.fields import Spelling, spellings
+from singe_plugin.loop.budget import Target
 from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.times import Timing
 from singe_plugin.method.options import Scoring
 
 __all__ = ["demo", "inspect", "prune", "report"]
@@ -65,7 +67,8 @@ _target = click.option(
     "--target",
     default="macs=0.5",
     show_default=True,
-    help="What to remove: macs=X, params=X, or none: what a ratio per layer says (the default with such).",
+    help="What to remove: macs=X, params=X, latency=X, or several with commas, which are all met; or none: what a "
+    "ratio per layer says (the default with such).",
 )
 _verify = click.option("--no-verify", is_flag=True, help="Skip the oracles that prove the groups.")
 _ignore = click.option("--ignore", "ignored_layers", multiple=True, metavar="NAME", help="Leave it whole; repeatable.")
@@ -204,11 +207,13 @@ def _repair_of(options: dict[str, Any], repair: Repair) -> Repair | str | None:
     return "auto" if repair == Repair() else repair
 
 
-def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
+def _target_of(options: dict[str, Any], pace: Pace, timing: Timing) -> Target | None:
     """What to remove: nothing is said where ratios per layer say it."""
     given = click.get_current_context().get_parameter_source("target") is ParameterSource.COMMANDLINE
     target: str = options.pop("target")
-    return None if target.lower() == "none" or (isinstance(pace.ratios, Mapping) and not given) else target
+    if target.lower() == "none" or (isinstance(pace.ratios, Mapping) and not given):
+        return None
+    return Target.parse(target, None if timing == Timing() else timing)
 
 
 @click.command()
@@ -219,7 +224,7 @@ def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
 @_weights
 @_ignore
 @_verify
-@_generated(*_OPTIONS, Repair)
+@_generated(*_OPTIONS, Repair, Timing)
 @click.option("--no-repair", is_flag=True, help="Leave the layers that read what is gone as they are.")
 @click.option(
     "--max-drop",
@@ -246,7 +251,7 @@ def prune(
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
     check_launcher()
-    scoring, pace, finetune, distill, repair = _objects(options, *_OPTIONS, Repair)
+    scoring, pace, finetune, distill, repair, timing = _objects(options, *_OPTIONS, Repair, Timing)
     options = _for(granularity, options)
     with _stdout_for_json(as_json):
         model = _model_options(options)
@@ -254,7 +259,9 @@ def prune(
         data.update(download=options.pop("dataset_download"), seed=options["seed"], augment=not options.pop("no_aug"))
         if granularity == "unit":
             pace = replace(pace, verify=not options.pop("no_verify"))
-            options["target"] = _target_of(options, pace)
+            options["target"] = _target_of(options, pace, timing)
+        elif timing != Timing():
+            raise click.UsageError("--latency-... is not for --granularity weight, whose masks change no latency")
         options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, distill)}
         options["repair"] = _repair_of(options, repair)
         say, curves = _teller(as_json, quiet), not no_curves
@@ -268,7 +275,7 @@ def prune(
 @_target
 @_ignore
 @_verify
-@_generated(*_OPTIONS)
+@_generated(*_OPTIONS, Timing)
 @_output
 def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     """Show what can be pruned, what is left whole and why, and what scoring costs."""
@@ -277,9 +284,9 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     with _stdout_for_json(as_json):
         model = _model_options(options)
         options.pop("seed")
-        scoring, pace, finetune, distill = _objects(options, *_OPTIONS)
+        scoring, pace, finetune, distill, timing = _objects(options, *_OPTIONS, Timing)
         pace, finetune = replace(pace, verify=not options.pop("no_verify")), _taught(finetune, distill)
-        asked = {"target": _target_of(options, pace), "scoring": scoring, "pace": pace, "finetune": finetune}
+        asked = {"target": _target_of(options, pace, timing), "scoring": scoring, "pace": pace, "finetune": finetune}
         size, device, ignored = (options.pop(key) for key in ("img_size", "device", "ignored_layers"))
         found, values = run_inspect(model, size, device, **asked, ignored_layers=ignored)
     text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"

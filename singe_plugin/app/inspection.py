@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from singe_plugin.app.report import Curves, gradient_curves, markdown_table
 from singe_plugin.errors import BudgetError
 from singe_plugin.fields import as_options, describe
+from singe_plugin.loop.budget import Target
 from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import BY_SCORE, Pace, units_per_turn
@@ -145,7 +146,7 @@ def pruner_of(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
 def inspect_model(
     model: nn.Module,
     example_inputs: Any,
-    target: str | None = "macs=0.5",
+    target: str | Target | None = "macs=0.5",
     scoring: Scoring | str | None = None,
     pace: Pace | str | None = None,
     finetune: FineTune | int | None = None,
@@ -200,7 +201,8 @@ def inspect_model(
         cost = _cost(alive, sum(plan.values()), scoring, pace, together, probing, steps)
     except BudgetError as error:
         problem = str(error)
-    shown: dict[str, Any] = {"target": target, "pace": describe(pace.named(model)), "scoring": describe(scoring)}
+    said = None if target is None else str(target)
+    shown: dict[str, Any] = {"target": said, "pace": describe(pace.named(model)), "scoring": describe(scoring)}
     shown |= {"finetune_steps": steps}
     macs = count_macs(model, example_inputs) // count_examples(example_inputs)
     return Inspection(count_params(model), macs, rows, dict(pruner.left_whole), shown, cost, problem)

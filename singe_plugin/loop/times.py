@@ -204,9 +204,10 @@ class Timing:
         text="What the backend may use on the CPU. By default what PyTorch is allowed to.",
         flag="--latency-threads",
     )
-    repeats: int = option(
-        default=30,
-        text="How many passes of each of two networks are timed, in turn.",
+    repeats: int | None = option(
+        default=None,
+        text="How many passes of each of two networks are timed, in turn. By default as many as take about a second, "
+        "at least 30 and at most 300.",
         flag="--latency-repeats",
     )
     table: str | Path | LatencyTable | None = option(
@@ -219,8 +220,8 @@ class Timing:
 
     def __post_init__(self) -> None:
         check_choice("latency backend", self.backend, BACKENDS)
-        check_count("latency repeats", self.repeats, 1, "number of passes")
-        for name, what in (("batch", "number of examples"), ("threads", "number of threads")):
+        counts = (("batch", "number of examples"), ("threads", "number of threads"), ("repeats", "number of passes"))
+        for name, what in counts:
             if (value := getattr(self, name)) is not None:
                 check_count(f"latency {name}", value, 1, what, why=", or None")
         if not isinstance(self.table, (str, Path, LatencyTable, type(None))):

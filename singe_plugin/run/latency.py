@@ -25,6 +25,7 @@ from singe_plugin.state import model_device, preserved
 
 __all__ = ["Latency", "Stopwatch", "latency_of", "measure_latency", "timed_inputs"]
 
+FEWEST, MOST, SECONDS = 30, 300, 1.0  # passes of each of two networks, and how long those of one may take
 _WARM = 3
 
 
@@ -151,12 +152,16 @@ def _quiet(model: nn.Module, timing: Timing) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _in_turn(runners: list[Runner], device: torch.device, repeats: int, warmup: int) -> list[list[float]]:
+def _in_turn(runners: list[Runner], device: torch.device, repeats: int | None, warmup: int) -> list[list[float]]:
     """The milliseconds of every pass of each, one after the other in every repeat."""
     found: list[list[float]] = [[] for _ in runners]
     for run in runners:
         for _ in range(warmup):
             run()
+    if repeats is None:
+        start = now(device)
+        runners[0]()
+        repeats = round(min(max(SECONDS / max(now(device) - start, 1e-9), FEWEST), MOST))
     for _ in range(repeats):
         for times, run in zip(found, runners, strict=True):
             start = now(device)

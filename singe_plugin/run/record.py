@@ -99,10 +99,16 @@ def _row(value: Any) -> bool:
     return right and value["units_after"] <= value["units_before"]
 
 
+_LATER = {"latency_conditions"}  # fields that earlier versions did not write
+
+
 def _metrics(value: Any) -> bool:
-    if type(value) is not dict or set(value) != {f.name for f in fields(Metrics)}:
+    names = {f.name for f in fields(Metrics)}
+    if type(value) is not dict or not names - _LATER <= set(value) <= names:
         return False
-    if not _dict_of(_real)(value["measured"]) or not all(_number(v) for k, v in value.items() if k != "measured"):
+    if not isinstance(value.get("latency_conditions"), (str, type(None))) or not _dict_of(_real)(value["measured"]):
+        return False
+    if not all(_number(v) for k, v in value.items() if k not in ("measured", "latency_conditions")):
         return False
     counts = [value["params"], value["macs"], value["nonzero"] or 0, value["effective_macs"] or 0]
     return all(map(_count, counts)) and (value["accuracy"] or 0) <= 1
