@@ -1,0 +1,173 @@
+"""Targets of latency: whether they are reached, and what they keep against targets of MACs that are as fast.
+
+    python benchmarks/latency.py reach                       # four timm networks at 224 pixels, random weights
+    python benchmarks/latency.py accuracy --network tf_efficientnet_lite0 --size 64 --weights W --data D
+    python benchmarks/latency.py write                       # the tables of docs/performance.md, from the stored rows
+
+ONNX Runtime on one thread of a CPU, one example at a time. What is reached is measured anew when the run is over: both
+networks in turn, 300 passes. Resumable: a row is never computed twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import singe_plugin
+from singe_plugin import Pace, Repair, Scoring, Target, Timing
+from singe_plugin.run.latency import Stopwatch
+
+from harness import accuracy
+from records import append, environment, read
+from settings import Setting, load_setting
+
+HERE = Path(__file__).parent
+ROWS, PAGE = HERE / "results" / "latency.jsonl", HERE.parent / "docs" / "performance.md"
+NETWORKS = ("resnet18", "mobilenetv3_small_100", "tf_efficientnet_lite0", "vit_tiny_patch16_224")
+TIMING = Timing(backend="onnxruntime", batch=1, threads=1)
+MARKS = "<!-- latency: begin -->", "<!-- latency: end -->"
+
+
+def reached(first: nn.Module, last: nn.Module, inputs: Any) -> tuple[float, float, float]:
+    """The share of the time that went, and both medians in milliseconds."""
+    before, after = Stopwatch(first, inputs, replace(TIMING, repeats=300)).compare(last)
+    return 1 - after.median_ms / before.median_ms, before.median_ms, after.median_ms
+
+
+def reach(name: str, fraction: float) -> dict[str, Any]:
+    """Prune a network with random weights, by magnitude: where units go is as good as random, and free."""
+    torch.manual_seed(0)
+    model, images = timm.create_model(name, num_classes=10).eval(), torch.randn(8, 3, 224, 224)
+    first = timm.create_model(name, num_classes=10).eval()
+    target, start = Target.parse(f"latency={fraction}", TIMING), time.perf_counter()
+    result = singe_plugin.prune(
+        model, [(images, torch.arange(8))], target=target, scoring="l2", finetune=0, repair=None
+    )
+    seconds = time.perf_counter() - start
+    share, before, after = reached(first, model, images[:1])
+    found = {"reached": share, "before_ms": before, "after_ms": after, "removed_macs": result.removed_macs}
+    return found | {"seconds": seconds}
+
+
+def pruned(setting: Setting, target: Target, seed: int) -> nn.Module:
+    """The network without training: scored by one gradient, repaired on 512 images."""
+    result = singe_plugin.prune(
+        setting.make(), setting.train, target=target, scoring=Scoring.fast(), finetune=0, repair=Repair(), seed=seed,
+        pace=Pace(min_width=4),
+    )  # fmt: skip
+    return result.model
+
+
+def as_fast(setting: Setting, share: float, seed: int) -> tuple[nn.Module, float, float]:
+    """The network of the target of MACs whose measured latency is nearest to a share: found by bisection."""
+    low, high, found = 0.0, 0.95, []
+    image = setting.test[0][0][None]
+    for _ in range(5):
+        middle = (low + high) / 2
+        model = pruned(setting, Target("macs", middle), seed)
+        here = reached(setting.make(), model, image)[0]
+        found.append((abs(here - share), model, middle, here))
+        if abs(here - share) <= 0.01:
+            break
+        low, high = (middle, high) if here < share else (low, middle)
+    _, model, macs, here = min(found, key=lambda one: one[0])
+    return model, macs, here
+
+
+def compare(setting: Setting, fraction: float, seed: int, folder: Path) -> dict[str, Any]:
+    """The accuracy on test images of both networks, and how fast they are."""
+    table = folder / f"{setting.name}.json"  # of the network: the same for all seeds
+    model = pruned(setting, Target.parse(f"latency={fraction}", replace(TIMING, table=table)), seed)
+    share = reached(setting.make(), model, setting.test[0][0][None])[0]
+    other, macs, here = as_fast(setting, share, seed)
+    return {
+        "reached": share, "accuracy": accuracy("test", setting, model), "macs_target": macs, "macs_reached": here,
+        "macs_accuracy": accuracy("test", setting, other),
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    setting = None
+    if args.command == "accuracy":
+        setting = load_setting(args.network, args.weights, args.data, args.test_images, args.size)
+    names = NETWORKS if setting is None else (setting.name,)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            for name in names:
+                for fraction in args.targets:
+                    key = f"{args.command} {name} {fraction:g} {seed}"
+                    if key in {row["key"] for row in read(ROWS)}:
+                        continue
+                    try:
+                        if setting is None:
+                            found = reach(name, fraction)
+                        else:
+                            found = compare(setting, fraction, seed, Path(folder))
+                    except singe_plugin.SingeError as error:
+                        found = {"error": f"{type(error).__name__}: {error}"}
+                    about = {} if setting is None else {"data": setting.data, "weights": setting.weights}
+                    row = {"key": key, "kind": args.command, "network": name, "target": fraction, "seed": seed, **found}
+                    append(ROWS, row | about | environment())
+                    print(key, found, flush=True)
+
+
+def tables() -> str:
+    """Both tables as Markdown."""
+    rows = read(ROWS)
+    lines = ["| network at 224 px | target | reached | ms before | ms after | MACs removed | seconds |",
+             "| --- | --: | --: | --: | --: | --: | --: |"]  # fmt: skip
+    for row in (r for r in rows if r["kind"] == "reach"):
+        if "error" in row:
+            lines.append(f"| {row['network']} | -{row['target']:.0%} | {row['error']} | | | | |")
+            continue
+        lines.append(
+            f"| {row['network']} | -{row['target']:.0%} | -{row['reached']:.1%} | {row['before_ms']:.2f} | "
+            f"{row['after_ms']:.2f} | {row['removed_macs']:.0%} | {row['seconds']:.0f} |"
+        )
+    lines += ["", "| network | latency | reached | accuracy (%) | MACs as fast | reached | accuracy (%) | seeds |",
+              "| --- | --: | --: | --: | --: | --: | --: | --: |"]  # fmt: skip
+    mine = [r for r in rows if r["kind"] == "accuracy" and "error" not in r]
+    for network, target in dict.fromkeys((r["network"], r["target"]) for r in mine):
+        some = [r for r in mine if (r["network"], r["target"]) == (network, target)]
+        cells = [mean(r[k] for r in some) for k in ("reached", "macs_target", "macs_reached")]
+        kept, other = (" ".join(f"{100 * r[k]:.1f}" for r in some) for k in ("accuracy", "macs_accuracy"))
+        lines.append(
+            f"| {network} | -{target:.0%} | -{cells[0]:.1%} | {kept} | -{cells[1]:.0%} | -{cells[2]:.1%} | {other} | "
+            f"{len(some)} |"
+        )
+    return "\n".join(lines)
+
+
+def write() -> None:
+    text = PAGE.read_text()
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{tables()}\n\n{MARKS[1]}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("reach", "accuracy", "write"))
+    parser.add_argument("--network", default="resnet56")
+    parser.add_argument("--weights")
+    parser.add_argument("--data")
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--test-images", type=int)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args()
+    write() if args.command == "write" else run(args)
+
+
+if __name__ == "__main__":
+    main()
