@@ -37,8 +37,9 @@ PASSES = 300
 TIMING = Timing(backend="onnxruntime", batch=1, threads=1)
 HEAD = """# Targets of latency
 
-`benchmarks/latency.py` wrote this page from `benchmarks/results/latency.jsonl`. ONNX Runtime on one thread of a CPU, one
-example at a time; what is reached is measured anew when a run is over, both networks in turn, {passes} passes of each.
+`benchmarks/latency.py` wrote this page from `benchmarks/results/latency.jsonl`. ONNX Runtime on one thread of a CPU,
+one example at a time; what is reached is measured anew when a run is over, both networks in turn, {passes} passes of
+each.
 
 ## What is reached
 
