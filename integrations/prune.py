@@ -33,7 +33,7 @@ from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 from .transformers.config import follow_config as follow_transformers
 
-__all__ = ["Result", "prune", "usual_every", "what_repairs"]
+__all__ = ["Result", "describe_target", "prune", "settle_target", "usual_every", "what_repairs"]
 
 LATENCY_TABLE = "latency.json"
 _logger = logging.getLogger("singe_plugin")
@@ -110,21 +110,16 @@ def prune(
     judge = as_judge(val_data)
     mended = what_repairs(repair, finetune, judge)
     scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
-    wanted = None if target is None else _with_table(Target.parse(target), out_dir)
-    timing = None if wanted is None else wanted.timing
-    if wanted is not None and LATENCY in wanted.kinds and pace.round_to is None:
-        pace = replace(pace, round_to=AUTO)
+    wanted, pace = settle_target(target, pace)
+    wanted = wanted if wanted is None else _with_table(wanted, out_dir)
     options = {
-        "target": None if wanted is None else str(wanted), "scoring": describe(scoring),
-        "pace": describe(pace.named(model)), "seed": seed, "fold": fold,
-        "repair": None if mended is None else describe(mended),
+        **describe_target(wanted), "scoring": describe(scoring), "pace": describe(pace.named(model)), "seed": seed,
+        "fold": fold, "repair": None if mended is None else describe(mended),
     }  # fmt: skip
-    if timing is not None:
-        options["timing"] = {name: value for name, value in describe(timing).items() if name != "table"}
     with set_stage(
         model, data, scoring=scoring, finetune=finetune, val_data=judge,
         example_inputs=example_inputs, device=device, seed=seed, out_dir=out_dir, resume=resume,
-        images=0 if mended is None else mended.images, timing=timing,
+        images=0 if mended is None else mended.images, timing=None if wanted is None else wanted.timing,
     ) as stage:  # fmt: skip
         folded = list(fold_batchnorm(model, stage.example).folded) if fold else []
         if isinstance(importance, SInGEImportance) and importance.model is None:
@@ -140,6 +135,30 @@ def prune(
         result = carry_through(pruner, stage, options, folded, resume)
         _follow_config(model, stage.example)
         return result
+
+
+def settle_target(target: str | Target | None, pace: Pace) -> tuple[Target | None, Pace]:
+    """What is to go, and the pace: where latency is a target, widths are rounded to what the device likes.
+
+    Example:
+        >>> settle_target("latency=0.3", Pace())[1].round_to, settle_target("macs=0.3", Pace())[1].round_to
+        ('auto', None)
+    """
+    wanted = None if target is None else Target.parse(target)
+    timed = wanted is not None and LATENCY in wanted.kinds
+    return wanted, replace(pace, round_to=AUTO) if timed and pace.round_to is None else pace
+
+
+def describe_target(target: Target | None) -> dict[str, Any]:
+    """What a run records of its target. Where a latency table was kept says nothing of the run.
+
+    Example:
+        >>> describe_target(Target.parse("macs=0.5"))
+        {'target': 'macs=0.5'}
+    """
+    timing = None if target is None or target.timing in (None, Timing()) else describe(target.timing)
+    said = {} if timing is None else {"timing": {k: v for k, v in timing.items() if k != "table"}}
+    return {"target": None if target is None else str(target), **said}
 
 
 def _with_table(target: Target, out_dir: str | Path | None) -> Target:

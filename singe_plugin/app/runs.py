@@ -136,11 +136,15 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """What a run with these options records, as far as it is known beforehand and was recorded."""
-    from singe_plugin.integrations.prune import usual_every, what_repairs
+    from singe_plugin.integrations.prune import describe_target, settle_target, usual_every, what_repairs
     from singe_plugin.integrations.unstructured.arguments import DEFAULT_ROUNDS, settle_pace
 
     weights = granularity == "weight"
     pace = settle_pace(options["pace"], DEFAULT_ROUNDS) if weights else options["pace"].settle()
+    target = {}
+    if not weights:
+        wanted, pace = settle_target(options["target"], pace)
+        target = describe_target(wanted)
     settled = options["finetune"].settle("layer" if weights else usual_every(pace))
     judge = _judge(options, "data")
     finetune = {k: v for k, v in describe(settled).items() if k not in ("loader", "loss")}
@@ -148,7 +152,7 @@ def _asked(options: Mapping[str, Any], granularity: str, recorded: Mapping[str, 
     scoring = options["scoring"].settle(pace.order, weights, repair is not None)
     parts: dict[str, Any] = {"pace": describe(pace), "scoring": describe(scoring), "finetune": finetune}
     parts["repair"] = None if repair is None else describe(repair)
-    known = {k: to_plain(parts.get(k, v)) for k, v in options.items() if k in recorded}
+    known = {k: to_plain(parts.get(k, v)) for k, v in {**options, **target}.items() if k in recorded}
     if judge.max_drop is not None or "evaluate" in recorded:
         known["evaluate"] = {"max_drop": judge.max_drop}
     return _flat(known | {"granularity": "weight" if weights else None})
