@@ -74,6 +74,12 @@ def runs(**more: Any) -> dict[str, Callable[[], Any]]:
             scoring=Scoring("norm_grad", batches=1), pace=Pace("layers", units_per_step=3),
             finetune=FineTune(steps=5, every="layer", distill="unpruned"), repair=Repair(20, every="round"),
         ),
+        "a data set": lambda: outcome(
+            singe_plugin.prune(
+                net(), TensorDataset(X, Y), scoring=Scoring("ig_abs", batches=2, batch_size=20), pace=Pace(rounds=1),
+                finetune=FineTune(DataLoader(TensorDataset(X, Y), 13, shuffle=True), steps=9), **usual,
+            )
+        ),
         "taylor": lambda: prune(scoring=Scoring(tp.importance.TaylorImportance(), batches=2), finetune=2),
     }  # fmt: skip
 

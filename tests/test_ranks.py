@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 import singe_plugin
 from singe_plugin import FineTune
@@ -148,6 +149,27 @@ def test_an_accelerator_accumulates(found: Found) -> None:
     check([alone, alone], reference)
 
 
+def test_an_accelerator_s_precision_is_obeyed() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    seen = []
+
+    def step(model: Any, batch: Any) -> torch.Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return model(batch[0].float()).square().mean()
+
+    try:
+        amp = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        tuned = FineTune(steps=2, step_fn=step, amp=amp)
+        net = rank_cells.net().float()
+        batches = [(x.float(), y) for x, y in rank_cells.BATCHES]
+        result = singe_plugin.prune(net, batches, target="params=0.4", finetune=tuned, repair=None)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+    assert seen == [(True, torch.bfloat16)] * 2
+    assert result.options["finetune"]["amp"] == "Accelerator"
+
+
 def test_an_accelerator_that_divides_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = pytest.importorskip("accelerate")
     amp = accelerate.Accelerator(cpu=True)
@@ -189,3 +211,17 @@ def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with together() as ranks:
         assert type(ranks) is Ranks
     assert current().world == 1
+
+
+def test_a_model_that_is_divided_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = rank_cells.net()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ConfigError, match=r"divided among processes \(FSDP\)"):
+            singe_plugin.prune(model, rank_cells.BATCHES)
+    finally:
+        distributed.destroy_process_group()
