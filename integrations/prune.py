@@ -24,6 +24,7 @@ from singe_plugin.loop.times import Timing
 from singe_plugin.loop.watch import Evaluate
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
+from singe_plugin.ranks import together
 from singe_plugin.run.result import Result
 from singe_plugin.run.run import carry_through
 from singe_plugin.run.staging import as_judge, set_stage, with_log
@@ -39,6 +40,7 @@ LATENCY_TABLE = "latency.json"
 _logger = logging.getLogger("singe_plugin")
 
 
+@together()
 def prune(
     model: nn.Module,
     data: Any,
@@ -62,6 +64,9 @@ def prune(
 
     Units of all layers go in rounds, ranked by score per MAC (or parameter): what kept the most on a trained ResNet-56
     (docs/results.md). ``pace="layers"`` is the paper's Algorithm 1, one layer after the other.
+
+    In several processes (``torchrun``, ``accelerate launch``, a process group of your own) it is called in all of them
+    alike, and they prune together: see "Many processes" in docs/usage.md.
 
     Args:
         model: changed in place (it is also ``result.model``); back on its device and in its modes afterwards.

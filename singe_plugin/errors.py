@@ -15,6 +15,7 @@ __all__ = [
     "FoldingError",
     "GroupError",
     "MissingPackageError",
+    "RankError",
     "RemovalError",
     "ScoringError",
     "SingeError",
@@ -57,6 +58,10 @@ class MissingPackageError(SingeError, ImportError):
 
 class BudgetError(SingeError, ValueError):
     """The target cannot be met; the message says what the nearest reachable one is."""
+
+
+class RankError(SingeError, RuntimeError):
+    """One of several processes that prune together failed, is gone, or computed something else than the others."""
 
 
 class RemovalError(SingeError, RuntimeError):

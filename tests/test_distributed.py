@@ -40,7 +40,6 @@ def entry_points(folder: Path) -> dict[str, Callable[[], Any]]:
     graph = tp.DependencyGraph().build_dependency(scored, X)
     group = graph.get_pruning_group(scored.conv1, tp.prune_conv_out_channels, list(range(8)))
     return {
-        "prune": lambda: prune(model, GOOD),
         "prune_weights": lambda: prune_weights(model, GOOD),
         "SInGEPruner": lambda: SInGEPruner(model, X, magnitude),
         "SInGEPruner.run": pruner.run,

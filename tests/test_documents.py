@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,22 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_usage(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    objectives, timing, weights, repairing, distilling, judging, saving, shrinking = blocks("docs/usage.md", "python")
+    objectives, timing, weights, repairing, distilling, *training, judging, saving, shrinking = blocks(
+        "docs/usage.md", "python"
+    )
     exec(objectives, {"torch": torch, "Scoring": Scoring, "scheduler": None})  # their models are of other libraries
     install(monkeypatch, 8, "onnxruntime")  # a package of its own, and this network is nothing but overhead
     for code in (timing, weights, repairing, distilling, judging):
         names["model"] = net()
         exec(shorter(code), names)
+    lightning, transformers, own = training
+    for package, code in (("lightning", lightning), ("transformers", transformers)):
+        if importlib.util.find_spec(package) is not None:
+            exec(code, names)
+            assert names["callback"].pruning.epochs
+    names["model"] = net()
+    exec(own, names | {"torch": torch})
+    assert names["model"][0].out_channels < 64
     assert "singe_plugin.load" in saving  # its factory is somebody's
     names["model"] = net()
     exec(shorter(shrinking), names)

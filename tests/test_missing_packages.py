@@ -35,3 +35,29 @@ def test_shrinking_needs_no_nni() -> None:
     script = HIDDEN.format(module="singe_plugin.shrink") + "\nassert 'singe_plugin.integrations.nni' not in sys.modules"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (found.returncode, found.stdout.strip()) == (0, "imported"), found.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "remedy"),
+    [
+        ("lightning", "singe_plugin.integrations.lightning.SInGEPruning", "pip install 'singe_plugin[train]'"),
+        ("transformers", "singe_plugin.integrations.transformers.SInGEPruningCallback", "pip install transformers"),
+    ],
+)
+def test_callbacks(package: str, name: str, remedy: str) -> None:
+    """Their modules are there without the package; what is made of them is not."""
+    module, _, callback = name.rpartition(".")
+    script = f"""
+import sys
+sys.modules[{package!r}] = None
+from {module} import {callback}
+try:
+    {callback}([1])
+except ImportError as error:
+    from singe_plugin import SingeError
+    assert isinstance(error, SingeError) and error.name == {package!r}
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert remedy in found.stdout

@@ -229,7 +229,7 @@ def test_lightning_to_the_end() -> None:
     result = shrink_with_report(model, masks, torch.randn(2, 8))
     assert (model.net[0].out_features, model.net[2].in_features, result.still_masked) == (8, 8, {})
     model, evaluator = lightning(max_epochs=4)
-    pruner = SInGEPruner(model, HALF, evaluator, **asked(training_steps=6, nodes=1, pace="layers", units_per_step=2))
+    pruner = SInGEPruner(model, HALF, evaluator, **asked(training_steps=6, nodes=1, order="layers", units_per_step=2))
     _, masks = pruner.compress()
     assert int(masks["net.0"]["bias"].sum()) == 8
     assert len(model.logged) == 6

@@ -19,6 +19,7 @@ from singe_plugin.errors import ConfigError
 from singe_plugin.loop.budget import GroupSpec, Target
 from singe_plugin.loop.costs import ALL, KINDS, LATENCY, Counted, Goal, all_of
 from singe_plugin.loop.times import LatencyTable, LayerTime, Timing
+from singe_plugin.ranks import current
 from singe_plugin.run.backends import find_backend
 from singe_plugin.run.latency import Stopwatch
 
@@ -79,15 +80,16 @@ class Meter:
         given = self.timing.table
         if isinstance(given, LatencyTable):
             self.table = given
-        elif given is not None and Path(given).exists():
-            self.table = LatencyTable.load(given)
+        elif given is not None:
+            stored = LatencyTable.load(given) if current().main and Path(given).exists() else None
+            self.table = current().first("the latency table", stored)
         if self.table is not None:
             _check_table(self.table, self.model)
         if self.watch is None:
             self.watch = Stopwatch(self.model, self.counted.example_inputs, self.timing)
         if self.table is None:
             self.table = measure_table(graph, groups, specs, self.watch)
-            if isinstance(given, (str, Path)):
+            if isinstance(given, (str, Path)) and current().main:
                 self.table.save(given)
         if not self.is_here:
             _logger.warning(
@@ -185,7 +187,8 @@ def measure_table(
     for number in range(NETWORKS):
         kept = {s.name: 1.0 if number == 0 else float(drawn.uniform(_LEAST, 1)) for s in specs}
         with _narrowed(graph, groups, specs, kept, 8):
-            taken = backend.spread(model, watch.inputs, list(full), threads)
+            spread = backend.spread(model, watch.inputs, list(full), threads) if current().main else {}
+            taken = current().first("the latency of the layers", spread)
             for name, weight in weights.items():
                 u, v = (now / size for now, size in zip(_sizes(weight), full[name], strict=True))
                 points[name].append((u, v, taken[name]))

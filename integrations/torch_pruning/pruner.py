@@ -97,7 +97,7 @@ class SInGEPruner(SteppingPruner):
         callbacks: see :mod:`singe_plugin.loop.events`.
         batches: data for importances that need gradients: torch-pruning's (Taylor, Hessian, OBD-C), and a
             :class:`SInGEImportance` that is not bound yet.
-        optimizer: an optimizer to cut along (besides FineTune's).
+        optimizer: an optimizer, or several, to cut along (besides FineTune's).
         ema: an averaged copy to cut along (besides FineTune's).
         repair: a :class:`~singe_plugin.Repair`, or a number of images: ``run`` lets the survivors take over after its
             removals, on the inputs of ``batches``; None does not.
@@ -131,7 +131,7 @@ class SInGEPruner(SteppingPruner):
         finetune: FineTune | Tuner | None = None,
         callbacks: Iterable[Callback] = (),
         batches: Iterable[Any] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         ema: nn.Module | None = None,
         repair: Repair | int | None = None,
         **kwargs: Any,
@@ -150,7 +150,7 @@ class SInGEPruner(SteppingPruner):
         self.meter = Meter(model, self.counted, self.target)
         self._objective: ObjectiveLike = "loss"
         self._cut_along = Trackers(
-            [o for o in (optimizer,) if o is not None],
+            list(optimizer) if isinstance(optimizer, Sequence) else [o for o in (optimizer,) if o is not None],
             [e for e in (ema, None if self.tuner is None else self.tuner.options.ema) if e is not None],
         )
         usual = Pace("layers")

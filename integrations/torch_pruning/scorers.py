@@ -20,6 +20,7 @@ from singe_plugin.method.batches import inputs_for, read
 from singe_plugin.method.objective import ObjectiveLike, check_head, check_logits, get_objective
 from singe_plugin.method.step import Batch, BatchObjective, StepModel, as_it_is, check_form
 from singe_plugin.nested import call_model, to_device
+from singe_plugin.ranks import current
 from singe_plugin.state import model_device, plain_layers, preserved
 
 from .graph import GroupView
@@ -61,7 +62,10 @@ class Ranking:
         self.own_gradients = own_gradients
 
     def scores(self, groups: Mapping[str, GroupView]) -> dict[str, Tensor]:
-        """One score per unit of each group.
+        """One score per unit of each group, the same on all ranks.
+
+        Ours divide their batches among the ranks. Of other importances every rank asks its own, and what counts is the
+        mean.
 
         Raises:
             DataError: if the importance needs data and there is none.
@@ -70,11 +74,18 @@ class Ranking:
                 channel.
         """
         by_group = getattr(self.importance, "score_groups", None)
+        ranks = current()
         if by_group is not None:
-            return dict(by_group(groups))
+            ours: dict[str, Tensor] = dict(by_group(groups))
+            ranks.align("the scores", list(ours.values()))
+            return ours
         with self.gradients():
             found = {name: self._score(name, group) for name, group in groups.items()}
-        return {name: scores for name, scores in found.items() if scores is not None}
+        given = {name: scores for name, scores in found.items() if scores is not None}
+        if ranks.world == 1:
+            return given
+        summed = ranks.add_up("the scores", list(given.values()))
+        return {name: total / ranks.world for name, total in zip(given, summed, strict=True)}
 
     def _score(self, name: str, group: GroupView) -> Tensor | None:
         by_unit = getattr(self.importance, "score_units", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -235,6 +235,10 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def objective(self, objective: ObjectiveLike) -> None:
         get_objective(objective)
         self._objective = objective
+
+    def cut_along(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Cut the state of these optimizers along from now on, in the place of those that were given."""
+        self._cut_along.optimizers[:] = optimizers
 
     def trackers(self) -> Trackers:
         """The optimizers and averaged copies that are cut along."""

@@ -246,14 +246,16 @@ def prune(
     are masked.
     """
     from singe_plugin.app.runs import run_prune
+    from singe_plugin.ranks import current, together
     from singe_plugin.run.guards import check_launcher
 
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
-    check_launcher()
     scoring, pace, finetune, distill, repair, timing = _objects(options, *_OPTIONS, Repair, Timing)
     options = _for(granularity, options)
-    with _stdout_for_json(as_json):
+    with _stdout_for_json(as_json), together() if granularity == "unit" else contextlib.nullcontext():
+        check_launcher()
+        quiet, as_json = quiet or not current().main, as_json and current().main
         model = _model_options(options)
         data = {key: options.pop(key) for key in ("dataset", "data_dir", "img_size", "batch_size", "workers")}
         data.update(download=options.pop("dataset_download"), seed=options["seed"], augment=not options.pop("no_aug"))

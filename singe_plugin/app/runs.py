@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from singe_plugin.fields import describe, to_plain
 from singe_plugin.files import locked
 from singe_plugin.loop.shown import ProgressBar
 from singe_plugin.loop.watch import Evaluate
+from singe_plugin.ranks import current
 from singe_plugin.run.artifact import MASKS, RECORD, TENSORS, read, save
 from singe_plugin.run.checkpoint import CHECKPOINT, is_checkpoint
 from singe_plugin.run.data import as_loader
@@ -84,14 +86,14 @@ def run_prune(
         ArtifactError: if the folder holds an unfinished run and ``resume`` is false, or a finished one with other
             options and ``resume`` is true; or if another process is running in it.
     """
-    output = Path(output)
-    with locked(output, run=False):
-        if not resume and is_checkpoint(output / CHECKPOINT):
+    output, ranks = Path(output), current()
+    with locked(output, run=False) if ranks.main else nullcontext():
+        if ranks.main and not resume and is_checkpoint(output / CHECKPOINT):
             raise ArtifactError(
                 f"{output} holds an unfinished run; give --resume to continue it, or another --output, or delete "
                 f"{output / CHECKPOINT}"
             )
-        if resume and not (output / CHECKPOINT).exists() and (output / RECORD).exists():
+        if resume and ranks.first("the folder", not (output / CHECKPOINT).exists() and (output / RECORD).exists()):
             return _finished(model_options, data_options, prune_options, output, say, granularity)
         return _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
 
@@ -185,7 +187,8 @@ def _prune(
     loader = as_loader(splits.train, batch_size, workers, True, seed)
     prune_options = {**prune_options, "finetune": replace(prune_options["finetune"], loader=loader)}
     panels: list[Curves] = []
-    if curves and granularity == "unit":
+    main = current().main
+    if curves and granularity == "unit" and main:
         named.model.to(resolve_device(prune_options["device"]))
         panels = figure_two(named.model, splits.train, prune_options["scoring"].batch_size, seed)
     if (pattern := prune_options.pop("pattern", None)) is not None:
@@ -193,7 +196,7 @@ def _prune(
     judge = _judge(prune_options, as_loader(splits.val, batch_size, workers, shuffle=False))
     prune_options.pop("max_drop", None)
     started = time.perf_counter()
-    bar = ProgressBar() if progress else None
+    bar = ProgressBar() if progress and main else None
     try:
         result: Result = runs[granularity](
             named.model, splits.train, val_data=judge,
@@ -205,13 +208,14 @@ def _prune(
             bar.close()  # an error message must not end up in the middle of it
     seconds = time.perf_counter() - started
     result.builder = named.builder
-    save(result, output)
+    if main:
+        save(result, output)
     intro = [f"Weights: {named.weights}. Data: {splits.name}."]
     if named.weights == "random":
         intro.append(f"Note: {_RANDOM}.")
     extra = {"weights": named.weights, "data": splits.name, "wall_seconds": seconds}
-    files = write_report(result, output, curves=panels, intro=intro, extra=extra)
-    return result, {**report_data(result), **extra, "files": [str(f) for f in [*files, *_saved(output)]]}
+    files = [*write_report(result, output, curves=panels, intro=intro, extra=extra), *_saved(output)] if main else []
+    return result, {**report_data(result), **extra, "files": [str(f) for f in files]}
 
 
 def run_inspect(

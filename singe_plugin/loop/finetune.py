@@ -103,10 +103,14 @@ class FineTune:
         none=True,
     )
     clip_grad: float | None = option(default=1.0, text="The largest norm of the gradients; None does not clip them.")
-    amp: str | None = option(
+    amp: Any = option(
+        is_object=True,
+        named=True,
         default="auto",
-        text="Mixed precision: ``bf16``, ``fp16``, None, or ``auto``, which is bf16 on CUDA cards that compute in it.",
+        text="Mixed precision: ``bf16``, ``fp16``, None, or ``auto``, which is bf16 on CUDA cards that compute in it. "
+        "An ``accelerate.Accelerator`` brings its own, and how many batches are accumulated for a step.",
         choices=("bf16", "fp16"),
+        none=True,
     )
     ema: nn.Module | None = option(
         is_object=True,
@@ -132,7 +136,10 @@ class FineTune:
         check_count("steps", self.steps, 0, "number of optimisation steps")
         check_choice("every", self.every, (*EVERY, None))
         check_flag("channels_last", self.channels_last)
-        check_choice("amp", self.amp, ("auto", "bf16", "fp16", None))
+        if self.accelerator is None:
+            check_choice("amp", self.amp, ("auto", "bf16", "fp16", None))
+        else:
+            _check_accelerator(self.amp)
         if not (is_number(self.lr) and self.lr > 0):
             raise ConfigError(f"lr={self.lr!r} is not a learning rate; give a positive number")
         for name in ("momentum", "weight_decay"):
@@ -149,6 +156,26 @@ class FineTune:
         if self.clip_grad is not None and not (is_number(self.clip_grad) and self.clip_grad > 0):
             raise ConfigError(f"clip_grad={self.clip_grad!r} is not a gradient norm; give a positive number or None")
         _check_optimizer(self.optimizer)
+
+    @property
+    def accelerator(self) -> Any:
+        """The accelerator that says how precisely is computed, or None."""
+        return None if self.amp is None or isinstance(self.amp, str) else self.amp
+
+
+def _check_accelerator(given: Any) -> None:
+    """Raise :class:`ConfigError` unless it may be given in the place of a precision."""
+    if not all(hasattr(given, name) for name in ("autocast", "backward", "distributed_type", "scaler")):
+        raise ConfigError(
+            f"amp={given!r} is no precision; choose one of 'auto', 'bf16', 'fp16', None, or give an "
+            "accelerate.Accelerator"
+        )
+    shape = str(getattr(given.distributed_type, "value", given.distributed_type))
+    if shape != "NO" and not shape.startswith("MULTI_"):
+        raise ConfigError(
+            f"the accelerator divides the model among processes ({shape}), and units are removed from whole models; "
+            "prune with an Accelerator without it (data parallel), save the result, and load it under it"
+        )
 
 
 def _check_optimizer(given: Any) -> None:

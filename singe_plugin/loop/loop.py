@@ -42,12 +42,14 @@ from singe_plugin.loop.pace import Pace, units_per_turn
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.loop.watch import Watch
+from singe_plugin.ranks import current
 
 __all__ = [
     "Allocation", "Choice", "Host", "Loop", "Pause", "Repairing", "Schedule", "Turn", "in_layers", "in_rounds",
     "lowest", "score_layers",
 ]  # fmt: skip
 
+_APART = "give all ranks the same model, options and versions of PyTorch, and callbacks that leave scores as they are"
 Scores = Mapping[str, Tensor]
 Allocation = Callable[[Scores, float], Mapping[str, int]]
 """``(scores of every layer, share of the way) -> units to remove now from each layer``."""
@@ -224,7 +226,10 @@ class Loop:
 
     def take(self, turn: Turn) -> None:
         """Score, choose, remove and repair."""
-        for layer, positions in self.choose_units(turn).items():
+        chosen = self.choose_units(turn)
+        going = {layer: (self.progress.left(layer), positions.tolist()) for layer, positions in chosen.items()}
+        current().same("the units to remove", going, _APART)
+        for layer, positions in chosen.items():
             self.remove(layer, positions)
         if turn.closing:
             self._repair(turn.last)

@@ -51,12 +51,14 @@ class Player:
         forward: how it is called with a batch.
         batches: inputs.
         marked: parameters of which the tape notes what depends on them.
+        mine: the numbers of the batches that are played here; None is all of them.
     """
 
     def __init__(
         self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Sequence[Any],
-        marked: Collection[str] = (),
+        marked: Collection[str] = (), mine: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
+        self.mine = range(len(batches)) if mine is None else mine
         self.model, self.forward, self.batches = model, forward, batches
         with ready(model):
             self._caches = computed_tables(model, lambda: forward(model, map_tensors(torch.clone, batches[0])))

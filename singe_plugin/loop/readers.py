@@ -35,6 +35,7 @@ from singe_plugin.method.scoring import measuring, score_groups
 from singe_plugin.method.step import BatchObjective, as_step, check_form, model_inputs
 from singe_plugin.method.surgeon import LEAST, Reading, removal_costs, shrinkage
 from singe_plugin.nested import call_model, examples_in, map_tensors, to_device
+from singe_plugin.ranks import Division, current
 from singe_plugin.state import forget_caches, model_device
 
 __all__ = ["costs_of_removal"]
@@ -65,6 +66,21 @@ class _Reader:
     squares: Any = 0.0
     moves: Tensor | None = None
     seen: Contraction | None = None
+
+    def include_others(self, empty: bool) -> None:
+        """Count in what the other ranks saw, and not what this one did, if that was ``empty``: of others' batches."""
+        ranks, known = current(), self.known
+        if ranks.world == 1 or known is None:
+            return
+        moved = all(ranks.gather("whether F moves with a layer", self.moves is not None or empty))
+        counts = torch.tensor([known.count, self.examples], dtype=torch.float64, device=known.x.device)
+        mine = [counts, known.x, known.xx, torch.as_tensor(self.squares), *([] if self.moves is None else [self.moves])]
+        if not moved:
+            mine, self.moves = mine[:4], None
+        summed = ranks.add_up(f"what {self.name} reads", [torch.zeros_like(t) if empty else t for t in mine])
+        known.count, self.examples = (int(number) for number in summed[0].tolist())
+        known.x, known.xx, self.squares = summed[1:4]
+        self.moves = summed[4] if moved else None
 
     def add(self, found: Contraction, x: Tensor) -> None:
         """Count rows ``[groups, rows, F]`` in: of a convolution those of one image after the other.
@@ -152,26 +168,40 @@ def _measured(
     model, device = graph.model, model_device(graph.model)
     check_head(model, options.objective)
     readers: dict[int, _Reader] = {}
-    count = 0
+    tape: Tape | None = None
+
+    def look(index: int, batch: Any) -> None:
+        nonlocal tape
+        inputs = to_device(model_inputs(model, batch, options.objective), device, options.channels_last)
+        if tape is None:
+            forget_caches(model, partial(call_model, model, inputs))
+            with torch.no_grad():
+                tape = Tape.of(model, map_tensors(torch.clone, inputs), graph.forward)
+            readers.update(_followed(graph, tape, wanted))
+        examples = max(examples_in(inputs), 1)
+        model.eval()  # a step may have evaluated F in another mode
+        with torch.no_grad():
+            see = partial(_see, graph, readers, examples, seed + 7919 * index)
+            with Playback(model, tape, see):
+                graph.forward(model, map_tensors(torch.clone, inputs))
+        _differentiate(graph, _each(readers), inputs, batch, options, index)
+
+    count, division, first = 0, Division(), None
     with ready(model), torch.autocast(device.type, enabled=False), torch.inference_mode(False):
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
             check_form(batch, options.objective)
-            inputs = to_device(model_inputs(model, batch, options.objective), device, options.channels_last)
             if not index:
-                forget_caches(model, partial(call_model, model, inputs))
-                with torch.no_grad():
-                    tape = Tape.of(model, map_tensors(torch.clone, inputs), graph.forward)
-                readers = _followed(graph, tape, wanted)
-            examples = max(examples_in(inputs), 1)
-            model.eval()  # a step may have evaluated F in another mode
-            with torch.no_grad():
-                see = partial(_see, graph, readers, examples, seed + 7919 * index)
-                with Playback(model, tape, see):
-                    graph.forward(model, map_tensors(torch.clone, inputs))
-            _differentiate(graph, _each(readers), inputs, batch, options, index)
+                first, division = batch, current().division(batch)
+            if index in division:
+                look(index, batch)
             count += 1
-    if not count:
-        raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+        if not count:
+            raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
+        empty = not division.of(count)
+        if empty:
+            look(0, first)  # it shows how the layers are called
+    for reader in _each(readers):
+        reader.include_others(empty)
     return [reader for reader in _each(readers) if reader.moves is not None]
 
 

@@ -27,9 +27,11 @@ from singe_plugin.loop.repair import Repair, Solved
 from singe_plugin.loop.sites import Site
 from singe_plugin.loop.statistics import renew_statistics
 from singe_plugin.loop.targets import Target, Targets
+from singe_plugin.masks import named_tensors
 from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.method.ridge import solve
 from singe_plugin.nested import examples_in
+from singe_plugin.ranks import current
 from singe_plugin.state import model_device
 
 __all__ = ["Repairer"]
@@ -93,14 +95,19 @@ class Repairer:
         found: list[tuple[int, Solved]] = []
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
             masked = [name for name, mask in self.masks.items() if not bool(mask.all())]
-            players = [Player(self.original, self.forward, self.batches)]
-            players.append(Player(pruned, self.forward, self.batches, masked))
+            own = current().division(self.batches[0]).of(len(self.batches))
+            empty, played = not own, own or range(1)  # one of the others' shows how the layers are called
+            players = [Player(self.original, self.forward, self.batches, mine=played)]
+            players.append(Player(pruned, self.forward, self.batches, masked, played))
             for window in self.targets.windows(players[0], list(self._stages(*players))):
                 targets = self.targets.collect(players[0], [site for stage in window for site in stage])
                 for stage in window:
                     self._collect(players[1], stage, targets)
+                    for site in stage:
+                        site.include_others(empty)
                     found += [(site.numbers[0], self._solved(pruned, site)) for site in stage]
             renew_statistics(pruned, self.batches, self.forward, self._held_norms())
+        current().align("the repaired weights", [tensor for _, tensor in named_tensors(pruned)])
         place = {number: place for place, number in enumerate(players[1].tape.order)}
         found += [(number, solved) for number, solved in self.left.values()]
         layers = [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
@@ -213,7 +220,7 @@ class Repairer:
 
         watches = {tape.sums[number].step: partial(watch, number) for number in sums}
         with player.ready():
-            for batch in range(len(self.batches)):
+            for batch in player.mine:
                 player.play(batch, start, see, watches)
 
     def _find_sums(self, site: Site, original: Player, pruned: Player) -> None:

@@ -14,6 +14,7 @@ from singe_plugin.axes.contractions import Contraction
 from singe_plugin.axes.tape import Tape
 from singe_plugin.method.dual import Rows
 from singe_plugin.method.ridge import LARGEST, Moments
+from singe_plugin.ranks import current
 
 __all__ = ["Site"]
 
@@ -86,3 +87,16 @@ class Site:
         else:
             for mine, pair in zip(self.known, pairs, strict=True):
                 mine.include(*pair)
+
+    def include_others(self, empty: bool) -> None:
+        """Count in what other ranks know, and not what this one does, if that is ``empty``: of others' batches."""
+        ranks = current()
+        if ranks.world == 1:
+            return
+        said = ranks.gather(f"the rows of {self.name}", (self.reason, self.known is None))
+        self.reason = next((reason for reason, _ in said if reason is not None), None)
+        if any(nothing for _, nothing in said):
+            self.known = None
+        if self.reason is None and self.known is not None:
+            fitted, held = (part.of_all(ranks, empty) for part in self.known)
+            self.known = fitted, held

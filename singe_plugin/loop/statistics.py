@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from singe_plugin.method.ridge import exact
 from singe_plugin.nested import call_model
+from singe_plugin.ranks import Division, current
 from singe_plugin.state import plain_layers, preserved
 
 __all__ = ["renew_statistics"]
@@ -88,8 +89,14 @@ def renew_statistics(
         model.eval()
         for module in norms.values():
             module.register_forward_pre_hook(see)
-        for inputs in batches:
-            forward(model, inputs)
+        division = Division()
+        for number, inputs in enumerate(batches):
+            if not number:
+                division = current().division(inputs)
+            if number in division:
+                forward(model, inputs)
+    if current().world > 1:
+        sums = {module: _of_all(module, sums.get(module, _Sums())) for module in norms.values()}
     changed = []
     for name, module in norms.items():
         found = sums.get(module)
@@ -101,6 +108,14 @@ def renew_statistics(
             _renew(module, mean, variance)
             changed.append(name)
     return changed
+
+
+def _of_all(norm: Any, mine: _Sums) -> _Sums:
+    """What a batch-norm got on all ranks."""
+    none, count = torch.zeros_like(exact(norm.running_mean)), exact(norm.running_mean).new_tensor(float(mine.count))
+    total, squares = mine.total + none, mine.squares + none
+    count, total, squares = current().add_up("statistics", [count, total, squares])
+    return _Sums(round(float(count)), total, squares)
 
 
 def _renew(norm: Any, mean: Tensor, variance: Tensor) -> None:

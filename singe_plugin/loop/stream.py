@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from singe_plugin.errors import DataError
 from singe_plugin.method.batches import materialise, read
@@ -38,7 +39,7 @@ class BatchStream:
             if self._iterator is None:
                 self.start = RngState.capture()
                 self._starts = [g.get_state() for g in self.generators]
-                self._iterator, self.taken = read(self.batches, "the fine-tuning loader"), 0
+                self._iterator, self.taken = self._open(), 0
             try:
                 batch = next(self._iterator)
             except StopIteration:
@@ -47,6 +48,13 @@ class BatchStream:
             self.taken += 1
             return batch
         raise DataError("the fine-tuning loader is empty; give at least one batch of (inputs, targets)")
+
+    def _open(self) -> Iterator[Any]:
+        """Begin a pass; where ranks have samples of their own, these are drawn anew, with the same number on all."""
+        sampler = getattr(self.batches, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(int(torch.randint(2**31, ())))
+        return read(self.batches, "the fine-tuning loader")
 
     def position(self) -> dict[str, Any]:
         """What :meth:`seek` needs to continue from here."""
@@ -62,7 +70,7 @@ class BatchStream:
         for generator, state in zip(self.generators, position["loaders"], strict=True):
             generator.set_state(state)
         self._starts = list(position["loaders"])
-        self._iterator = read(self.batches, "the fine-tuning loader")
+        self._iterator = self._open()
         for _ in range(position["taken"]):
             next(self._iterator)
             self.taken += 1

@@ -131,7 +131,7 @@ class Targets:
 
         watches = {tape.sums[number].step: partial(watch, number) for number in sums}
         with player.ready():
-            for batch in range(len(player.batches)):
+            for batch in player.mine:
                 player.play(batch, tape.contracting[min(wanted)], see, watches)
         return found
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from singe_plugin.loop.distillation import Teacher, find_teacher
 from singe_plugin.loop.events import Callback, FinetuneStep
 from singe_plugin.loop.finetune import FineTune, make_optimizer
 from singe_plugin.loop.losses import check_loss, loss_of, loss_on, name_of, unmoved
+from singe_plugin.loop.phase import Phase, precision_of
 from singe_plugin.loop.stream import BatchStream
 from singe_plugin.method.batches import inputs_for
 from singe_plugin.method.objective import Objective, ObjectiveLike, get_objective
@@ -128,7 +129,9 @@ class Tuner:
                     "fine-tuning at the constant learning rate of the given %s; give a function that makes it, for the "
                     "cosine, or its scheduler in its place", type(self.optimizer).__name__,
                 )  # fmt: skip
-        if self._precision(model_device(model)) == torch.float16:
+        if self.options.accelerator is not None:
+            self.scaler = self.options.accelerator.scaler
+        elif precision_of(self.options, model_device(model)) == torch.float16:
             self.scaler = torch.amp.GradScaler(model_device(model).type)
 
     @contextmanager
@@ -284,35 +287,23 @@ class Tuner:
         modes = train_mode_of(model)
         model.train()
         try:
-            with torch.enable_grad(), casts_forgotten():
+            passes = Phase(model, self._loss, self.options, self.stream, self.scaler)
+            with torch.enable_grad(), casts_forgotten(), passes.done():
                 for step in range(steps):
-                    loss, lr = self._step(model, (begun + step) / length)
+                    loss, lr = self._step(passes, model, (begun + step) / length)
                     self.done += 1
                     callback.on_finetune_step(FinetuneStep(self.done, self.options.steps, loss, lr))
         finally:
             for module, training in modes.items():
                 module.training = training
 
-    def _step(self, model: nn.Module, share: float) -> tuple[float, float]:
+    def _step(self, passes: Phase, model: nn.Module, share: float) -> tuple[float, float]:
         """One step, when ``share`` of the phase is over; the loss and the learning rate."""
         assert self.optimizer is not None
-        device = model_device(model)
         lr = self._set_lr(share)
-        batch = to_device(next(self.stream), device, self.options.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
-        precision = self._precision(device)
-        with torch.autocast(device.type, dtype=precision) if precision else nullcontext():
-            loss = self._loss(model, batch)
-        value = float(loss.detach())  # here: read at the end, it would wait for the backward pass and the optimizer
-        if not math.isfinite(value):
-            raise DataError(
-                f"the fine-tuning loss is {value} at step {self.done + 1} of {self.options.steps}; lower lr "
-                f"(now {lr:g}), check the batches, or set amp=None"
-            )
+        value = passes.gradients(self.done + 1, lr)
         scaler = self.scaler
-        if not loss.requires_grad:
-            raise unmoved(f"it has no gradient at step {self.done + 1}")
-        (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call]
         self._see_movement(value)
         if self.options.clip_grad is not None:
             if scaler:
@@ -364,13 +355,6 @@ class Tuner:
         self._still += 1
         if self._still >= min(self.options.steps, _STILL):
             raise unmoved(f"no parameter had a gradient other than zero in {self._still} steps")
-
-    def _precision(self, device: torch.device) -> torch.dtype | None:
-        if self.options.amp == "auto":
-            if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
-                return None
-            return torch.bfloat16
-        return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.options.amp]
 
     def _set_lr(self, share: float) -> float:
         assert self.optimizer is not None

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from singe_plugin.ranks import Ranks
+
 from .ridge import exact, regularised
 
 __all__ = ["Rows"]
@@ -50,6 +52,14 @@ class Rows:
     def include(self, x: Tensor, y: Tensor) -> None:
         """Count more rows in."""
         self.parts.append((x.clone(), y.clone()))
+
+    def of_all(self, ranks: Ranks, empty: bool) -> Rows:
+        """The rows of all ranks; this one has none if ``empty``."""
+        if ranks.world == 1:
+            return self
+        device = self.parts[0][0].device
+        found = ranks.gather("rows", [] if empty else [(x.cpu(), y.cpu()) for x, y in self.parts])
+        return Rows([(x.to(device), y.to(device)) for parts in found for x, y in parts])
 
     def joined(self, other: Rows) -> Rows:
         """All rows of both."""

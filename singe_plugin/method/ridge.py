@@ -22,6 +22,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from singe_plugin.ranks import Ranks
+
 __all__ = ["LARGEST", "Moments", "Solution", "exact", "regularised", "solve"]
 
 LARGEST = 8192  # features, or rows; a larger matrix is neither kept nor factorised
@@ -108,6 +110,13 @@ class Moments:
         for name in ("x", "y", "xx", "xy", "yy"):
             getattr(self, name).add_(getattr(other, name))
         return self
+
+    def of_all(self, ranks: Ranks, empty: bool) -> Moments:
+        """Of the rows of all ranks; this one's do not count if ``empty``."""
+        count = torch.tensor(float(self.count), dtype=torch.float64, device=self.x.device)
+        mine = [count, self.x, self.y, self.xx, self.xy, self.yy]
+        summed = ranks.add_up("moments", [torch.zeros_like(t) for t in mine] if empty else mine)
+        return Moments(round(float(summed[0])), *summed[1:])
 
     def finite(self) -> bool:
         """Whether all numbers are."""

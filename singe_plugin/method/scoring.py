@@ -30,6 +30,7 @@ from singe_plugin.method.timeline import Prefix, Timeline
 from singe_plugin.method.units import UnitGroup, refuse_tied, tied_parameters
 from singe_plugin.method.walk import Walker
 from singe_plugin.nested import call_model, to_device
+from singe_plugin.ranks import Division, current
 from singe_plugin.state import forget_caches, model_device, plain_layers, preserved
 
 __all__ = ["measuring", "passes_together", "path_gradient_norms", "score_error", "score_groups", "score_units"]
@@ -152,7 +153,7 @@ def _walk(
         )
 
     model, batches, options = as_step(model, batches, options)
-    _measure(model, {group.name: group}, batches, options, path, keep, True, True)
+    _measure(model, {group.name: group}, batches, options, path, keep, True, True, divided=False)
     return found
 
 
@@ -185,6 +186,8 @@ def _score(
                 total += rule.combine(norm[None] * scale, grads[None], inner[None], weight.to(norm.device))
 
     count = _measure(model, groups, batches, options, path, add_up, rule.norms, rule.inner)
+    if rule.needs_gradient:
+        count, totals = _of_all_ranks(count, totals)
     means = {name: [total / count for total in totals[name]] for name in groups}
     zeros = [name for name in groups if not any(bool(mean.any()) for mean in means[name])]
     if batches is not None and rule.needs_gradient and zeros:
@@ -192,6 +195,14 @@ def _score(
             for name in zeros:
                 check_zeros(model, groups[name], batches, options)
     return {name: _scores(group, means[name], covered[name], options) for name, group in groups.items()}
+
+
+def _of_all_ranks(count: int, totals: dict[str, list[Tensor]]) -> tuple[int, dict[str, list[Tensor]]]:
+    """The batches and the sums over them, of all ranks: each has some of the batches."""
+    ranks = current()
+    summed = iter(ranks.add_up("the scores", [total for mine in totals.values() for total in mine]))
+    totals = {name: [next(summed).to(total) for total in mine] for name, mine in totals.items()}
+    return sum(ranks.gather("the number of batches", count)), totals
 
 
 def _scores(group: UnitGroup, means: list[Tensor], covered: list[Tensor], options: Scoring) -> Tensor:
@@ -216,11 +227,14 @@ def _measure(
     take: Callable[[str, Norms, Iterator[Measured]], None],
     norms: bool,
     inner: bool,
+    divided: bool = True,
 ) -> int:
     """Hand the norms of every group, and what is measured along its path on every batch, to ``take``.
 
+    Where several ranks have the same batches, these are ``divided``; one that gets none takes nothing but zeros.
+
     Returns:
-        how often that was done: the number of batches.
+        on how many batches that was done.
     """
     ties = tied_parameters(model)
     for group in groups.values():
@@ -242,17 +256,22 @@ def _measure(
     check_head(model, options.objective)
     if not norms:
         groups = {name: on_norms(group) for name, group in groups.items()}
-    device, count, starts = model_device(model), 0, dict[str, Norms]()
+    device, count, starts, division = model_device(model), 0, dict[str, Norms](), Division()
     alone = options.path == "layer" and path.is_start
     together = list(_apart(groups)) if alone else []
     with measuring(model):
         model.requires_grad_(False)
         for index, batch in enumerate(read(batches, "reading the batches to score on")):
             check_batch(batch)
+            if not index and divided:
+                division = current().division(batch)
+            count += 1
+            if index not in division:
+                continue
             inputs, targets = inputs_for(model, batch)
             moved = to_device(inputs, device, options.channels_last), to_device(targets, device)
             run = partial(call_model, model, moved[0])
-            if not index:
+            if index == division.first:
                 forget_caches(model, run)
 
             def walker(name: str, rows: list[Row], index: int = index, moved: tuple[Any, Any] = moved) -> Walker:
@@ -270,10 +289,13 @@ def _measure(
                 with substituted(groups[name]) as rows, prefix() as cache:
                     mine = walker(name, rows)
                     take(name, starts[name], mine.nodes(cache))
-            count += 1
     if not count:
         raise DataError("batches is empty: scoring needs at least one batch of (inputs, targets)")
-    return count
+    for name, group in groups.items() if not division.of(count) else ():
+        with substituted(group, runs=False) as rows:
+            start = weight_norms(group, rows, options.degree)
+        take(name, start, iter([[(n.new_zeros(()).expand_as(n),) * 2 for n in start[0]]] * path.nodes))
+    return len(division.of(count))
 
 
 def passes_together(groups: Mapping[str, UnitGroup]) -> int:

@@ -34,6 +34,7 @@ __all__ = [
     "forget",
     "is_checkpoint",
     "read_checkpoint",
+    "record_progress",
     "restore_progress",
     "restore_run",
     "seed_everything",
@@ -69,17 +70,7 @@ def write_checkpoint(
         "format": FORMAT,
         "fingerprint": dict(fingerprint),
         "extra": dict(extra),
-        "progress": {
-            "plan": progress.plan,
-            "next_layer": progress.next_layer,
-            "removals": [[layer, units] for layer, units in progress.removals],
-            "alive": progress.alive,
-            "end_done": progress.end_done,
-            "finished": progress.finished,
-            "goal": progress.goal,
-            "before": progress.before,
-            "stopped": progress.stopped,
-        },
+        "progress": record_progress(progress),
         "history": history.rows,
         "rng": _pack_rng(RngState.capture(), "rng", tensors),
     }
@@ -168,6 +159,16 @@ def forget(path: Path) -> None:
     """Delete the checkpoint of a run that is finished, once its result is safe; that of another run stays."""
     if is_checkpoint(path) and _read(path)[0]["progress"]["finished"]:
         path.unlink()
+
+
+def record_progress(progress: Progress) -> dict[str, Any]:
+    """A progress as plain values, for :func:`restore_progress`.
+
+    Example:
+        >>> record_progress(Progress({"conv": 1}))["plan"]
+        {'conv': 1}
+    """
+    return {**vars(progress), "removals": [[layer, list(units)] for layer, units in progress.removals]}
 
 
 def restore_progress(record: Mapping[str, Any], kind: type[Progress] = Progress) -> Progress:

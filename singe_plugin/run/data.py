@@ -14,6 +14,7 @@ from singe_plugin.errors import DataError, SingeError
 from singe_plugin.method.batches import materialise, read, split_batch
 from singe_plugin.method.step import BatchObjective
 from singe_plugin.nested import are_images, call_model, map_tensors, tensors_in, to_device
+from singe_plugin.ranks import Division, current
 from singe_plugin.state import model_device, preserved
 
 __all__ = ["as_loader", "evaluate", "example_from", "few", "is_dataset", "lone_example", "scoring_batches"]
@@ -171,6 +172,8 @@ def few(value: Any, count: int) -> Any:
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
     """Measure top-1 accuracy in [0, 1], in eval mode; None if outputs are no class scores or targets no class indices.
 
+    Of several ranks each takes some of the batches, if all have the same; those of all are counted.
+
     Scores may also be the ``logits`` of what a model returns, as Transformers' models do: an attribute, or a key. Right
     answers are counted, not averaged over batches, so that the figure is exact.
 
@@ -178,11 +181,15 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
         >>> evaluate(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))])
         0.5
     """
-    device = model_device(model)
-    right = total = 0
+    device, ranks, division = model_device(model), current(), Division()
+    right, total, usable = 0, 0, True
     with preserved(model), torch.no_grad():
         model.eval()
-        for batch in read(batches, "reading val_data"):
+        for number, batch in enumerate(read(batches, "reading val_data")):
+            if not number:
+                division = ranks.division(batch)
+            if number not in division:
+                continue
             inputs, targets = split_batch(to_device(batch, device))
             try:
                 outputs = _class_scores(call_model(model, inputs))
@@ -194,8 +201,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
                     "form it was made for"
                 ) from error
             usable = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim == 2
-            if not usable or targets.ndim != 1 or targets.is_floating_point():
-                return None
+            usable = usable and targets.ndim == 1 and not targets.is_floating_point()
+            if not usable:
+                break
             if len(outputs) != len(targets):
                 raise DataError(
                     f"a batch of val_data has {len(targets)} targets, and the model returns {len(outputs)} outputs for "
@@ -203,7 +211,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
                 )
             right += int((outputs.argmax(1) == targets).sum())
             total += len(targets)
-    return right / total if total else None
+    found = ranks.gather("right answers", (right, total, usable))
+    right, total = sum(one for one, _, _ in found), sum(one for _, one, _ in found)
+    return right / total if total and all(fits for _, _, fits in found) else None
 
 
 def _class_scores(outputs: Any) -> Any:

@@ -15,6 +15,7 @@ from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.nested import call_model
+from singe_plugin.ranks import current
 from singe_plugin.run.data import few, lone_example
 from singe_plugin.state import RngState, preserved
 
@@ -22,7 +23,7 @@ __all__ = ["check_alone", "check_here", "check_launcher", "check_lone", "check_m
 
 
 _PLAIN = "prune the plain float model, then convert it"
-_ALONE = "prune in one process, save the result, and load it in all of them"
+_ALONE = "prune in one process, save the result, and load it in all of them, or call singe_plugin.prune in all of them"
 
 
 def check_here() -> None:
@@ -36,12 +37,12 @@ def check_here() -> None:
 
 
 def check_alone() -> None:
-    """Raise :class:`ConfigError` if this is one of several processes of a process group.
+    """Raise :class:`ConfigError` if this is one of several processes of a process group that do not prune together.
 
     Each would score on data of its own and remove other units: the networks would no longer be the same.
     """
     group = torch.distributed
-    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+    if current().world == 1 and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         raise ConfigError(
             f"torch.distributed is initialised and this is process {group.get_rank()} of {group.get_world_size()}; "
             f"each would score on its own data and remove other units; {_ALONE}"
@@ -52,8 +53,11 @@ def check_launcher() -> None:
     """As :func:`check_here`, for a command that a launcher (``torchrun``) runs in several processes."""
     check_here()
     count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        raise ConfigError(f"WORLD_SIZE={count}: a launcher runs this command in {count} processes; {_ALONE}")
+    if current().world == 1 and count.isdigit() and int(count) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={count}: a launcher runs this command in {count} processes, which can prune units together if "
+            f"torchrun starts them; else {_ALONE}"
+        )
 
 
 def check_model(model: Any) -> None:
@@ -65,6 +69,11 @@ def check_model(model: Any) -> None:
         raise ConfigError("a compiled or scripted model cannot be pruned; prune the plain model, then compile it")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"{type(model).__name__} wraps the model; prune model.module, then wrap it again")
+    if any(type(part).__name__.startswith(("FullyShardedDataParallel", "FSDP")) for part in model.modules()):
+        raise ConfigError(
+            "the model is divided among processes (FSDP), and units are removed from whole models; prune the plain "
+            "model, save the result, and load it before it is divided"
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ConfigError(

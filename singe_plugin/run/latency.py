@@ -20,6 +20,7 @@ from singe_plugin.loop.costs import structure_of
 from singe_plugin.loop.distillation import frozen_copy
 from singe_plugin.loop.times import Timing
 from singe_plugin.nested import are_images, examples_in, map_tensors, tensors_in
+from singe_plugin.ranks import current
 from singe_plugin.run.backends import Runner, find_backend, now
 from singe_plugin.state import model_device, preserved
 
@@ -207,10 +208,11 @@ class Stopwatch:
         self._runner: Runner | None = None
 
     def compare(self, model: nn.Module) -> tuple[Latency, Latency]:
-        """The time of the first network and of this one, measured in turn."""
+        """The time of the first network and of this one, measured in turn; by rank 0, of several."""
         structure = structure_of(model)
         if structure not in self._found:
-            self._found[structure] = self._compare(model)
+            ranks = current()
+            self._found[structure] = ranks.first("the latency", self._compare(model) if ranks.main else None)  # type: ignore[assignment]
         return self._found[structure]
 
     def ratio(self, model: nn.Module) -> float:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from singe_plugin.loop.events import History
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.watch import Watch
+from singe_plugin.ranks import current
 from singe_plugin.run.architecture import describe_structure
 from singe_plugin.run.checkpoint import (
     fitting,
@@ -61,8 +65,8 @@ def _carried(
         "layers": [row.name for row in job.rows()],
         **({} if checkpoint is None else fingerprints(model, stage)),
     }
-    if resume and checkpoint is not None and checkpoint.exists():
-        record, tensors = read_checkpoint(checkpoint, fingerprint)
+    if (found := _found(checkpoint if resume else None, fingerprint)) is not None:
+        record, tensors = found
         with fitting():
             before = Metrics(**record["extra"]["before"])
             progress, history = restore_progress(record, job.kind), History(list(record["history"]))
@@ -83,7 +87,9 @@ def _carried(
 
     def write(state: Progress) -> None:
         assert checkpoint is not None
-        write_checkpoint(checkpoint, model, state, tuner, history, fingerprint, {"before": vars(before)})
+        if current().main:
+            write_checkpoint(checkpoint, model, state, tuner, history, fingerprint, {"before": vars(before)})
+        current().gather("the checkpoint", None)  # nobody is ahead of what could be continued
 
     job.run(progress, write if checkpoint is not None else None, history)
     rows, numbers, masks = job.rows(), job.numbers(), job.fold()
@@ -93,3 +99,11 @@ def _carried(
         {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,
         describe_structure(model, stage.structure, list(folded)), masks, checkpoint,
     )  # fmt: skip
+
+
+def _found(checkpoint: Path | None, fingerprint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What is to be continued, if anything: rank 0 reads it for all, whose folders need not be one."""
+    found = None
+    if checkpoint is not None and current().main and checkpoint.exists():
+        found = read_checkpoint(checkpoint, fingerprint)
+    return None if checkpoint is None else current().first("the checkpoint", found)

@@ -22,7 +22,7 @@ from singe_plugin.loop.costs import Counted, count_params
 from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.shown import LogCallback
+from singe_plugin.loop.shown import LogCallback, ProgressBar
 from singe_plugin.loop.stream import loader_generators
 from singe_plugin.loop.survivors import images_of
 from singe_plugin.loop.times import Timing
@@ -33,6 +33,7 @@ from singe_plugin.method.batches import split_batch
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.step import BatchObjective, check_form, model_inputs
 from singe_plugin.nested import examples_in, tensors_in, to_device
+from singe_plugin.ranks import Ranks, current
 from singe_plugin.rollback import all_or_nothing
 from singe_plugin.run.architecture import Builder, Structure
 from singe_plugin.run.checkpoint import CHECKPOINT, seed_everything
@@ -126,11 +127,12 @@ def set_stage(
         raise ConfigError(
             "example_inputs are on meta and have no values; move them to the model's device, or leave them out"
         )
-    home = model_device(model)
-    where = resolve_device(device, home)
+    home, ranks = model_device(model), current()
+    where = _own_device(resolve_device(device, home), finetune, ranks)
     if where.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]  # it has random states from then on
-    with nullcontext() if out_dir is None else _alone_in(out_dir):
+    ranks.same("the weights", _before(model, ranks), _EQUAL)
+    with nullcontext() if out_dir is None or not ranks.main else _alone_in(out_dir):
         rng = RngState.capture()
         generators = [(g, g.get_state()) for source in (data, val_data) for g in loader_generators(source)]
         ema = finetune.ema if isinstance(finetune.ema, nn.Module) else None
@@ -165,6 +167,7 @@ def set_stage(
                 stage.images = images_of(drawn, images, model, scoring.objective)
             with all_or_nothing(model, tuner, Trackers(list(tuner.optimizers), [] if ema is None else [ema])):
                 yield stage
+                ranks.gather("the result", None)  # no rank keeps what another one has to roll back
         finally:
             if tuner is not None:
                 _move(model, tuner, ema, home)
@@ -181,6 +184,25 @@ def _stopwatch(model: nn.Module, example: Any, timing: Timing) -> Stopwatch | No
             raise
         _logger.warning("the latency before and after is not measured in turn: %s", error)
         return None
+
+
+_EQUAL = (
+    "load the same checkpoint in every process, or call torch.manual_seed with the same number before the model is made"
+)
+
+
+def _before(model: nn.Module, ranks: Ranks) -> str | None:
+    """A checksum of the model, where there are others to compare it with."""
+    return None if ranks.world == 1 else fingerprint_of(model)
+
+
+def _own_device(device: torch.device, finetune: FineTune, ranks: Ranks) -> torch.device:
+    """The device of this rank: where just CUDA is asked for, its accelerator's, or the card of its number here."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    if finetune.accelerator is not None:
+        return torch.device(finetune.accelerator.device)
+    return device if ranks.world == 1 else torch.device("cuda", ranks.local % torch.cuda.device_count())
 
 
 def _check_batches(batches: list[Any], example_inputs: Any, objective: Any) -> None:
@@ -211,9 +233,11 @@ def _move(model: nn.Module, tuner: Tuner, ema: nn.Module | None, device: torch.d
 
 
 def with_log(given: Iterable[Callback]) -> list[Callback]:
-    """The callbacks of a run: the user's, and the log."""
+    """The callbacks of a run: the user's, and the log. Of several ranks, the first alone shows what is going on."""
     if not isinstance(given, Iterable):
         raise ConfigError(f"callbacks must be a list of singe_plugin.Callback objects, got {given!r}")
+    if not current().main:
+        return [callback for callback in given if not isinstance(callback, ProgressBar)]
     return [*given, LogCallback()]
 
 
@@ -257,7 +281,7 @@ def judged(model: nn.Module, stage: Stage) -> dict[str, float]:
     if stage.judge is None:
         return {}
     if stage.validation is None:
-        return measured_by(stage.judge.by, model)
+        return current().first("the judge's numbers", measured_by(stage.judge.by, model))
     accuracy = evaluate(model, stage.validation)
     return {} if accuracy is None else {"accuracy": accuracy}
 
@@ -280,7 +304,7 @@ def timed(model: nn.Module, stage: Stage, before: Metrics, after: Metrics) -> tu
     That of the unpruned one is not known if it could not be copied.
     """
     if stage.watch is None:
-        return before, _with_latency(after, latency_of(model, stage.example))
+        return before, _with_latency(after, current().first("the latency", latency_of(model, stage.example)))
     first, last = stage.watch.compare(model)
     return _with_latency(before, first), _with_latency(after, last)
 
