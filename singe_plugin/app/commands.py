@@ -46,8 +46,12 @@ _model = _stacked(
     click.option("--model", required=True, help="timm's name of the architecture."),
     click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
     click.option("--checkpoint", type=click.Path(), help="Start from the weights in this .safetensors or .pth file."),
-    click.option("--num-classes", type=click.IntRange(1), help="Classes; by default the model's or the data's."),
-    click.option("--in-chans", type=click.Choice(["1", "3"]), help="Channels of the images."),
+    click.option("--num-classes", type=click.IntRange(1), help="Classes; by default the weights' or the data's."),
+    click.option(
+        "--in-chans",
+        type=click.Choice(["1", "3"]),
+        help="Of the images; by default the weights' or the model's.",
+    ),
     click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="More for timm.create_model; repeatable."),
     click.option("--img-size", type=click.IntRange(1), help="Image size; by default the model's (digits: 32)."),
     click.option("--device", help="cpu, cuda, ...; by default CUDA when there is one (inspect: cpu)."),
@@ -282,7 +286,8 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
         asked = {"target": _target_of(options, pace), "scoring": scoring, "pace": pace, "finetune": finetune}
         size, device, ignored = (options.pop(key) for key in ("img_size", "device", "ignored_layers"))
         found, values = run_inspect(model, size, device, **asked, ignored_layers=ignored)
-    text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"
+    read = "".join(f", {end}={size} as these have" for end, size in values["from_checkpoint"].items())
+    text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights{read}\n{found.text()}"
     _finish(values, text, as_json, quiet)
 
 

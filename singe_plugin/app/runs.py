@@ -34,7 +34,7 @@ _RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a 
 def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -> tuple[NamedModel, DataConfig, Splits]:
     """The model and the data that fit each other.
 
-    The classes of the data are the model's, unless ``num_classes`` says so or the weights are trained ones.
+    The number of classes is what ``num_classes`` says, else the trained weights', else the data's.
 
     Raises:
         ConfigError: if the model has another number of classes than the data.
@@ -45,12 +45,23 @@ def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -
     if outputs != splits.classes:
         if named.weights == "random" and model_options.get("num_classes") is None:
             named = create_model(**{**model_options, "num_classes": splits.classes})
+        elif "num_classes" in named.sizes:
+            raise ConfigError(
+                f"{model_options['checkpoint']} was trained for {outputs} classes, and {splits.name} has "
+                f"{splits.classes}; give the data that it was trained on, or weights for {splits.classes} classes"
+            )
         else:
             raise ConfigError(
                 f"{named.builder.name} has {outputs} classes and {splits.name} has {splits.classes}; give "
                 f"--num-classes {splits.classes} with weights that fit, or the data the weights were trained on"
             )
     return named, config, splits
+
+
+def _sizes(named: NamedModel) -> str:
+    """What was read off the weights, in words."""
+    words = {"num_classes": "classes", "in_chans": "input channels"}
+    return ", ".join(f"{size} {words[end]}" for end, size in named.sizes.items())
 
 
 def _data_for(named: NamedModel, options: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
@@ -177,6 +188,8 @@ def _prune(
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
         say(f"note: {_RANDOM}")
+    if named.sizes:
+        say(f"note: {_sizes(named)}, as {model_options['checkpoint']} has")
     seed, batch_size, workers = prune_options["seed"], data_options["batch_size"], data_options["workers"]
     loader = as_loader(splits.train, batch_size, workers, True, seed)
     prune_options = {**prune_options, "finetune": replace(prune_options["finetune"], loader=loader)}
@@ -223,7 +236,12 @@ def run_inspect(
     where = resolve_device(device or "cpu")
     example = torch.zeros(2, config.channels, config.size, config.size, device=where)
     found = inspect_model(named.model.to(where), example, **options)
-    about = {"model": named.builder.name, "weights": named.weights, "img_size": config.size}
+    about = {
+        "model": named.builder.name,
+        "weights": named.weights,
+        "img_size": config.size,
+        "from_checkpoint": named.sizes,
+    }
     return found, {**about, **found.as_dict()}
 
 
