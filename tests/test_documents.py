@@ -107,7 +107,13 @@ def test_flags(page: str) -> None:
     assert isinstance(main, click.Group)
     context = click.Context(main)
     commands = [main.get_command(context, name) for name in main.list_commands(context)]
-    known = {flag for command in commands if command for option in command.params for flag in option.opts}
+    known = {
+        flag
+        for command in commands
+        if command
+        for option in command.params
+        for flag in (*option.opts, *option.secondary_opts)
+    }
     text = (ROOT / page).read_text()
     lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("singe ")]
     found = {flag for line in lines for flag in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", line)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from singe_plugin.app.config import config_option, config_text
 from singe_plugin.app.datasets import NO_DATA, TORCHVISION
 from singe_plugin.app.models import parse_pairs
 from singe_plugin.app.options import (
@@ -225,6 +226,7 @@ def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
     OUTPUT, "--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results."
 )
 @option(OUTPUT, "--resume", is_flag=True, help="Continue the unfinished run in --output.")
+@config_option()
 @_output
 def prune(
     output: str, resume: bool, no_curves: bool, granularity: str, as_json: bool, quiet: bool, **options: Any
@@ -252,7 +254,8 @@ def prune(
         options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, distill)}
         options["repair"] = _repair_of(options, repair)
         say, curves = _teller(as_json, quiet), not no_curves
-        result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity)
+        config = config_text(click.get_current_context())
+        result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity, config)
     files = "\n".join(f"  {path}" for path in values["files"])
     _finish(values, f"{result.summary()}\nfiles:\n{files}", as_json, quiet)
 
@@ -263,6 +266,7 @@ def prune(
 @_ignore
 @_verify
 @generated(*_OPTIONS)
+@config_option()
 @_output
 def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     """Show what can be pruned, what is left whole and why, and what scoring costs."""

@@ -7,7 +7,7 @@ options class (see :mod:`singe_plugin.fields`) are in the class's section.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,16 +24,18 @@ from singe_plugin.method.options import Scoring
 
 __all__ = [
     "DATA", "FINETUNING", "MODEL", "OUTPUT", "PACE", "REMOVAL", "REPAIR", "SCORING", "Placed", "Sectioned", "generated",
-    "is_given", "objects", "option", "section_of", "stacked",
+    "given_texts", "is_given", "objects", "option", "section_of", "stacked",
 ]  # fmt: skip
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 MODEL, DATA, REMOVAL = "Model", "Data", "What to remove"
 SCORING, PACE, REPAIR = "How units are scored", "How fast, and in which order", "How the survivors take over"
-FINETUNING, OUTPUT = "Fine-tuning", "Output"
+FINETUNING, OUTPUT = "Fine-tuning", "The run, and its output"
 SECTIONS = (MODEL, DATA, REMOVAL, SCORING, PACE, REPAIR, FINETUNING, OUTPUT)
 _CLASSES: dict[type, str] = {Scoring: SCORING, Pace: PACE, Repair: REPAIR, FineTune: FINETUNING, Distill: FINETUNING}
 _REST = "Options"
+_GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT)
+_TEXTS = f"{__name__}.texts"
 
 
 def section_of(cls: type) -> str:
@@ -62,6 +64,13 @@ class Placed(click.Option):
             attributes.setdefault("default", False)
         super().__init__(declarations, **attributes)
         self.section = section
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        """What the user said; it is kept as it is, so that it can be written down (see :func:`given_texts`)."""
+        value, source = super().consume_value(ctx, opts)
+        if source in _GIVEN:
+            ctx.meta.setdefault(_TEXTS, {})[self.name] = value
+        return value, source
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """The line of the help, without the opposite."""
@@ -174,5 +183,10 @@ def objects(options: dict[str, Any], *classes: type) -> list[Any]:
 
 def is_given(name: str, context: click.Context | None = None) -> bool:
     """Whether a user said something of the present command's option, on the command line or in a file."""
-    source = (context or click.get_current_context()).get_parameter_source(name)
-    return source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT)
+    return (context or click.get_current_context()).get_parameter_source(name) in _GIVEN
+
+
+def given_texts(context: click.Context) -> dict[str, Any]:
+    """What a user said, by the options' names, before anything was made of it."""
+    found: dict[str, Any] = context.meta.get(_TEXTS, {})
+    return found

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from singe_plugin.app.config import CONFIG
 from singe_plugin.app.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.app.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.app.models import NamedModel, create_model
 from singe_plugin.app.report import FILES, Curves, read_extras, report_data, write_report
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.fields import describe, to_plain
-from singe_plugin.files import locked
+from singe_plugin.files import locked, write_text
 from singe_plugin.loop.shown import ProgressBar
 from singe_plugin.loop.watch import Evaluate
 from singe_plugin.run.artifact import MASKS, RECORD, TENSORS, read, save
@@ -84,8 +85,11 @@ def run_prune(
     progress: bool,
     say: Say,
     granularity: str = "unit",
+    config: str | None = None,
 ) -> tuple[Result, dict[str, Any]]:
     """``singe prune``: prune units or single weights, save the result and its report to a folder.
+
+    A ``config`` is the text of a file that repeats the run; it lies in the folder from the start.
 
     Returns:
         the result, and everything that is said of it as plain values. Where a finished run is to be resumed, that is
@@ -104,7 +108,15 @@ def run_prune(
             )
         if resume and not (output / CHECKPOINT).exists() and (output / RECORD).exists():
             return _finished(model_options, data_options, prune_options, output, say, granularity)
-        return _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
+        kept = output / CONFIG
+        if config is not None and not resume:
+            write_text(kept, config)
+        found = _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
+        if config is not None and not kept.exists():  # it went on, with the same options, in a folder without one
+            write_text(kept, config)
+        if kept.exists():
+            found[1]["files"].append(str(kept))
+        return found
 
 
 def _finished(
