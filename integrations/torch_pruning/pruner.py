@@ -235,12 +235,18 @@ class SInGEPruner(SteppingPruner):
 
     def start(self, host: TorchPruningHost) -> Progress:
         """Nothing done: with the plan, or with what the rounds need."""
+        kinds = ("params",) if self.target is None else ("params", self.target.kind)
         if self.pace.order == "layers":
-            return Progress(self._plan(host))
+            return Progress(self._plan(host), before=host.sizes(*kinds))
         by_ratio = bool(self.target is None and self.pruning_ratio_dict)
-        kinds = () if self.target is None else (self.target.kind,)
         fixed = isinstance(self.pace.ratios, Mapping) or self.pace.ratios not in BY_SCORE or by_ratio
         return Progress({}, goal=self._plan(host) if fixed else {}, before=host.sizes(*kinds))
+
+    @property
+    def goal(self) -> float | None:
+        """The share of the multiply-adds that is left in the end, where the target counts these."""
+        target = self.target
+        return None if target is None or target.kind != "macs" else 1 - target.fraction
 
     def turns(self, loop: Loop) -> Iterator[Turn]:
         """Algorithm 1 or rounds, as the pace says."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -21,11 +22,12 @@ from singe_plugin.loop.distillation import Teacher, find_teacher
 from singe_plugin.loop.events import Callback, FinetuneStep
 from singe_plugin.loop.finetune import FineTune, make_optimizer
 from singe_plugin.loop.losses import check_loss, loss_of, loss_on, name_of, unmoved
+from singe_plugin.loop.outlook import Rates
 from singe_plugin.loop.stream import BatchStream
 from singe_plugin.method.batches import inputs_for
 from singe_plugin.method.objective import Objective, ObjectiveLike, get_objective
 from singe_plugin.method.step import BatchObjective
-from singe_plugin.nested import to_device
+from singe_plugin.nested import examples_in, to_device
 from singe_plugin.state import casts_forgotten, model_device, train_mode_of
 
 __all__ = ["Tuner", "place_state"]
@@ -96,6 +98,7 @@ class Tuner:
         self._still = 0  # steps without a gradient, up to the first that has one
         self.stream = BatchStream(batches)
         self.done = 0
+        self.rates = Rates()  # for those who say how long it takes
         self.scaler: torch.amp.GradScaler | None = None
         self.teacher: Teacher | None = None
         self._distils: str | None = None  # the name of the last one
@@ -224,9 +227,11 @@ class Tuner:
         """
         if self.options.steps and self.step_fn is None:
             inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.options.channels_last)
+            started = time.perf_counter()
             check_loss(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
             if self.teacher is not None:
                 self.teacher.check(to_device(batch, model_device(model), self.options.channels_last))
+            self.rates.trial = (time.perf_counter() - started) / max(examples_in(inputs), 1)
 
     def follow(self) -> None:
         """Bring the optimizer's state to where the parameters are; after the model was moved to another device."""

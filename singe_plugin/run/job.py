@@ -48,6 +48,10 @@ class Job(Protocol):
     watch: Watch | None
 
     @property
+    def goal(self) -> float | None:
+        """The share of the multiply-adds that is left in the end, as far as that is known."""
+
+    @property
     def graph(self) -> AxisGraph | None: ...
 
     @property
@@ -114,6 +118,10 @@ def carry_out(
                 parts = host if job.graph is None else job.graph, job.tuner, host.unpruned
                 job.watch.remember = lambda: remembered(job.model, job.trackers(), parts)
             loop = Loop(host, progress, schedule, Callbacks([history, *job.callbacks]), save, watch=job.watch)
+            if job.tuner is not None:
+                loop.rates = job.tuner.rates
+            loop.goal, unpruned = job.goal, host.unpruned
+            loop.repairs_every = None if unpruned is None else unpruned.options.every
             loop.run(job.turns(loop), job.tuner)
         yield host, progress
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from singe_plugin.loop.events import History
+from singe_plugin.loop.events import Callbacks, History
+from singe_plugin.loop.outlook import Measured, Rates
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.watch import Watch
 from singe_plugin.run.architecture import describe_structure
@@ -65,6 +67,8 @@ def _carried(
         record, tensors = read_checkpoint(checkpoint, fingerprint)
         with fitting():
             before = Metrics(**record["extra"]["before"])
+            rates = Rates(**record["extra"].get("rates", {}))  # batches are read, and the loss is tried, only once
+            tuner.rates.trial, tuner.rates.closing = rates.trial, rates.closing
             progress, history = restore_progress(record, job.kind), History(list(record["history"]))
         job.host()  # before the optimizer is made, as it was in the run that is continued: a mask moves its weight
         tuner.prepare(model)  # behind the bias, and the norm of all gradients is summed in that order
@@ -73,9 +77,12 @@ def _carried(
             host.remove(layer, units)
         restore_run(record, tensors, model, tuner)
     else:
+        started = time.perf_counter()
         plain = measure(model, stage)  # before the masks, which take time, are put on to be counted
         before = replace(plain, **job.numbers())
-
+        tuner.rates.closing = time.perf_counter() - started
+    callbacks = Callbacks(job.callbacks)
+    callbacks.on_measured(Measured(before.known(), tuner.rates.closing, last=False))
     if judge is not None and judge.every == "round":
         known = {name: value for name, value in before.measured.items() if value is not None}
         start = known if before.accuracy is None else {"accuracy": before.accuracy}
@@ -83,12 +90,17 @@ def _carried(
 
     def write(state: Progress) -> None:
         assert checkpoint is not None
-        write_checkpoint(checkpoint, model, state, tuner, history, fingerprint, {"before": vars(before)})
+        write_checkpoint(
+            checkpoint, model, state, tuner, history, fingerprint, {"before": vars(before), "rates": vars(tuner.rates)}
+        )
 
     job.run(progress, write if checkpoint is not None else None, history)
     rows, numbers, masks = job.rows(), job.numbers(), job.fold()
+    started = time.perf_counter()
+    after = replace(measure(model, stage), **numbers)
+    callbacks.on_measured(Measured(after.known(), time.perf_counter() - started, last=True))
     return Result(
-        model, before, replace(measure(model, stage), **numbers), rows, dict(job.left_whole), history,
+        model, before, after, rows, dict(job.left_whole), history,
         {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,
         describe_structure(model, stage.structure, list(folded)), masks, checkpoint,
     )  # fmt: skip
