@@ -28,6 +28,7 @@ from singe_plugin.app.options import (
     SCORING,
     Sectioned,
     generated,
+    given_texts,
     is_given,
     objects,
     option,
@@ -225,18 +226,29 @@ def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
 @option(
     OUTPUT, "--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results."
 )
+@option(
+    OUTPUT, "--log", multiple=True, type=click.Choice(["tensorboard", "wandb"]),
+    help="Log losses, rates, what is left and what is measured there, too (into --output); repeatable.",
+)  # fmt: skip
 @option(OUTPUT, "--resume", is_flag=True, help="Continue the unfinished run in --output.")
 @config_option()
 @_output
 def prune(
-    output: str, resume: bool, no_curves: bool, granularity: str, as_json: bool, quiet: bool, **options: Any
+    output: str,
+    resume: bool,
+    no_curves: bool,
+    granularity: str,
+    log: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Prune a timm model and fine-tune it on the way; save it with a report.
 
     Needs data: --data-dir or --dataset. Units (channels, heads) are removed; with --granularity weight, single weights
     are masked.
     """
-    from singe_plugin.app.runs import run_prune
+    from singe_plugin.app.runs import Extras, run_prune
     from singe_plugin.run.guards import check_launcher
 
     if options["dataset"] is None and options["data_dir"] is None:
@@ -253,9 +265,9 @@ def prune(
             options["target"] = _target_of(options, pace)
         options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, distill)}
         options["repair"] = _repair_of(options, repair)
-        say, curves = _teller(as_json, quiet), not no_curves
-        config = config_text(click.get_current_context())
-        result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity, config)
+        context = click.get_current_context()
+        extras = Extras(config_text(context), log, given_texts(context), curves=not no_curves, progress=not quiet)
+        result, values = run_prune(model, data, options, output, resume, _teller(as_json, quiet), granularity, extras)
     files = "\n".join(f"  {path}" for path in values["files"])
     _finish(values, f"{result.summary()}\nfiles:\n{files}", as_json, quiet)
 

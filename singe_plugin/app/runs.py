@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from singe_plugin.app.report import FILES, Curves, read_extras, report_data, wri
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.fields import describe, to_plain
 from singe_plugin.files import locked, write_text
+from singe_plugin.integrations.loggers import Logger, make_logger
 from singe_plugin.loop.shown import ProgressBar
 from singe_plugin.loop.watch import Evaluate
 from singe_plugin.run.artifact import MASKS, RECORD, TENSORS, read, save
@@ -26,9 +27,30 @@ from singe_plugin.run.data import as_loader
 from singe_plugin.run.result import Result
 from singe_plugin.run.staging import resolve_device
 
-__all__ = ["prepare", "run_inspect", "run_prune", "run_report"]
+__all__ = ["Extras", "prepare", "run_inspect", "run_prune", "run_report"]
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What there is besides the pruned network.
+
+    Attributes:
+        config: the text of a file that repeats the run, which lies in the folder from the start; None writes none.
+        log: where to log, too: names of ``singe_plugin.integrations.loggers.LOGGERS``.
+        texts: what the run was asked for, for these.
+        curves: whether the gradients along the path are plotted.
+        progress: whether it is shown how far it is.
+    """
+
+    config: str | None = None
+    log: tuple[str, ...] = ()
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    curves: bool = True
+    progress: bool = True
+
+
 _RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
 
 
@@ -81,15 +103,11 @@ def run_prune(
     prune_options: Mapping[str, Any],
     output: str | Path,
     resume: bool,
-    curves: bool,
-    progress: bool,
     say: Say,
     granularity: str = "unit",
-    config: str | None = None,
+    extras: Extras = Extras(),
 ) -> tuple[Result, dict[str, Any]]:
     """``singe prune``: prune units or single weights, save the result and its report to a folder.
-
-    A ``config`` is the text of a file that repeats the run; it lies in the folder from the start.
 
     Returns:
         the result, and everything that is said of it as plain values. Where a finished run is to be resumed, that is
@@ -108,10 +126,10 @@ def run_prune(
             )
         if resume and not (output / CHECKPOINT).exists() and (output / RECORD).exists():
             return _finished(model_options, data_options, prune_options, output, say, granularity)
-        kept = output / CONFIG
+        kept, config = output / CONFIG, extras.config
         if config is not None and not resume:
             write_text(kept, config)
-        found = _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
+        found = _prune(model_options, data_options, prune_options, output, resume, say, granularity, extras)
         if config is not None and not kept.exists():  # it went on, with the same options, in a folder without one
             write_text(kept, config)
         if kept.exists():
@@ -188,10 +206,9 @@ def _prune(
     prune_options: Mapping[str, Any],
     output: Path,
     resume: bool,
-    curves: bool,
-    progress: bool,
     say: Say,
     granularity: str,
+    extras: Extras,
 ) -> tuple[Result, dict[str, Any]]:
     from singe_plugin.integrations.prune import prune
     from singe_plugin.integrations.unstructured import prune_weights
@@ -206,7 +223,7 @@ def _prune(
     loader = as_loader(splits.train, batch_size, workers, True, seed)
     prune_options = {**prune_options, "finetune": replace(prune_options["finetune"], loader=loader)}
     panels: list[Curves] = []
-    if curves and granularity == "unit":
+    if extras.curves and granularity == "unit":
         named.model.to(resolve_device(prune_options["device"]))
         panels = figure_two(named.model, splits.train, prune_options["scoring"].batch_size, seed)
     if (pattern := prune_options.pop("pattern", None)) is not None:
@@ -214,16 +231,16 @@ def _prune(
     judge = _judge(prune_options, as_loader(splits.val, batch_size, workers, shuffle=False))
     prune_options.pop("max_drop", None)
     started = time.perf_counter()
-    bar = ProgressBar() if progress else None
+    shown: list[ProgressBar | Logger] = [ProgressBar()] if extras.progress else []
     try:
+        shown += [make_logger(name, output, extras.texts) for name in extras.log]
         result: Result = runs[granularity](
             named.model, splits.train, val_data=judge,
-            out_dir=output, resume=resume,
-            callbacks=() if bar is None else (bar,), **prune_options,
+            out_dir=output, resume=resume, callbacks=shown, **prune_options,
         )  # fmt: skip
     finally:
-        if bar is not None:
-            bar.close()  # an error message must not end up in the middle of it
+        for callback in shown:
+            callback.close()  # an error message must not end up in the middle of a bar
     seconds = time.perf_counter() - started
     result.builder = named.builder
     save(result, output)
