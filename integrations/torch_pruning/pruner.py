@@ -142,7 +142,7 @@ class SInGEPruner(SteppingPruner):
         self.pace = settle_with(asked, options)
         options["ignored_layers"] = parts_of(model, options["ignored_layers"])
         check_parts(model, finetune, callbacks := list(callbacks), options["ignored_layers"])
-        self.tuner, self.callbacks = make_tuner(finetune), callbacks
+        self.tuner, self.callbacks = make_tuner(finetune, model), callbacks
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
         self.counted = Counted(model, example_inputs)

@@ -154,7 +154,7 @@ class UnstructuredPruner:
     ) -> None:
         check_model(model)
         check_parts(model, finetune, callbacks := list(callbacks), ())
-        self.model, self.tuner, self.callbacks = model, make_tuner(finetune), callbacks
+        self.model, self.tuner, self.callbacks = model, make_tuner(finetune, model), callbacks
         fraction, self.pattern = split_sparsity(sparsity)
         self.pace = settle_pace(as_options(Pace, pace, "pace", "order"), 1)
         assert self.pace.order is not None

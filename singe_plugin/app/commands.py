@@ -215,6 +215,10 @@ def _target_of(options: dict[str, Any], pace: Pace) -> str | None:
 @generated(*_OPTIONS, Repair)
 @option(REPAIR, "--no-repair", is_flag=True, help="Leave the layers that read what is gone as they are.")
 @option(
+    FINETUNING, "--model-ema", is_flag=True,
+    help="End with the moving average of the weights over the fine-tuning: --model-ema-decay 0.998 in short.",
+)  # fmt: skip
+@option(
     REMOVAL,
     "--max-drop",
     type=float,
@@ -254,7 +258,10 @@ def prune(
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
     check_launcher()
+    average = options.pop("model_ema")
     scoring, pace, finetune, distill, repair = objects(options, *_OPTIONS, Repair)
+    if average and finetune.ema_decay is None:
+        finetune = replace(finetune, ema_decay=0.998)
     options = _for(granularity, options)
     with _stdout_for_json(as_json):
         model = _model_options(options)

@@ -47,7 +47,7 @@ def as_time(seconds: float | None) -> str:
 
     Example:
         >>> as_time(7.4), as_time(200), as_time(7300), as_time(None)
-        ('7 s', '3 min 20 s', '2 h 2 min', 'unknown')
+        ('7 s', '3 min 20 s', '2 h 1 min', 'unknown')
     """
     if seconds is None:
         return "unknown"
