@@ -216,16 +216,18 @@ class Outlook:
         """Seconds until the end; None while nothing is known of something that is to be done."""
         goal = self.size if self.ahead.goal is None else min(self.ahead.goal, self.size)
         total, longest = 0.0, 0.0
+        running = self._pending + self.clock() - self._last
         for kind, count in self._count.items():
             if not count:
                 continue
             one = self.one(kind)
             if one is None:
                 return None
+            if kind == "scoring" and not self._taken[kind]:
+                one = max(one, running / effort(self.size))  # the first one takes longer than was guessed
             items = self._efforts(kind, count, goal)
             total += one * items
             longest = max(longest, one * (effort(self.size) if kind == "scoring" else items / max(count, 1)))
-        running = self._pending + self.clock() - self._last
         return max(total - min(running, longest), 0.0)
 
     def _efforts(self, kind: str, count: int, goal: float) -> float:
