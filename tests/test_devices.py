@@ -16,7 +16,8 @@ from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.integrations.unstructured import UnstructuredPruner
 from singe_plugin.loop.costs import count_macs
 from singe_plugin.loop.events import Callback
-from singe_plugin.loop.tuner import Tuner, place_state
+from singe_plugin.loop.finetune import place_state
+from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import score_units
 from singe_plugin.nested import to_device

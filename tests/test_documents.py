@@ -120,7 +120,13 @@ def test_flags(page: str) -> None:
     assert isinstance(main, click.Group)
     context = click.Context(main)
     commands = [main.get_command(context, name) for name in main.list_commands(context)]
-    known = {flag for command in commands if command for option in command.params for flag in option.opts}
+    known = {
+        flag
+        for command in commands
+        if command
+        for option in command.params
+        for flag in (*option.opts, *option.secondary_opts)
+    }
     text = (ROOT / page).read_text()
     lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("singe ")]
     found = {flag for line in lines for flag in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", line)}
@@ -149,3 +155,13 @@ def test_links(page: str) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
+
+
+def test_nobody_is_told_to_install_this_from_an_index() -> None:
+    """It is on none: what is missing is named itself, or comes with a checkout."""
+    files = [
+        path for folder in ("singe_plugin", "integrations", "docs", "examples") for path in (ROOT / folder).rglob("*")
+    ]
+    pages = [path for path in [ROOT / "README.md", *files] if path.suffix in (".py", ".md")]
+    assert len(pages) > 100
+    assert [str(path) for path in pages if re.search(r"install\b.{0,4}\bsinge_plugin\b", path.read_text())] == []

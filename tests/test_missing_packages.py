@@ -28,7 +28,7 @@ assert callable(singe_plugin.prune)
 def test_nni(module: str) -> None:
     found = subprocess.run([sys.executable, "-c", HIDDEN.format(module=module)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert "pip install 'singe_plugin[nni]'" in found.stdout
+    assert "pip install nni==3.0" in found.stdout
 
 
 def test_shrinking_needs_no_nni() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
-from singe_plugin.app.models import load_weights
+from singe_plugin.app.weights import load_weights
 from singe_plugin.errors import ArtifactError
 
 State = dict[str, Tensor]

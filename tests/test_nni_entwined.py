@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
+pytest.importorskip("nni", reason="NNI is an extra: pip install nni==3.0")
 
 from nni.compression.distillation import DynamicLayerwiseDistiller
 from nni.compression.pruning import AGPPruner, LinearPruner

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
+pytest.importorskip("nni", reason="NNI is an extra: pip install nni==3.0")
 
 import nni
 import timm

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
+pytest.importorskip("nni", reason="NNI is an extra: pip install nni==3.0")
 
 import nni
 from nni.compression.distillation import Adaptive1dLayerwiseDistiller, DynamicLayerwiseDistiller

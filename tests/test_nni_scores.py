@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
+pytest.importorskip("nni", reason="NNI is an extra: pip install nni==3.0")
 
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.nni import SInGEPruner

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("nni", reason="NNI is an extra: pip install 'singe_plugin[nni]'")
+pytest.importorskip("nni", reason="NNI is an extra: pip install nni==3.0")
 
 from nni.compression.pruning.tools import generate_sparsity
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import singe_plugin
 from singe_plugin import Distill, FineTune, Pace, Repair, Scoring, SInGEImportance, SInGEPruner
-from singe_plugin.app import commands
+from singe_plugin.app.options import generated, objects
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import as_options, describe, spellings
 from singe_plugin.loop.budget import Target
@@ -268,9 +268,9 @@ def test_options_with_objects_can_be_compared_and_printed() -> None:
 def test_what_can_be_none_can_be_switched_off_at_the_command() -> None:
     seen: list[Any] = []
     command = click.Command(
-        "try", params=[], callback=lambda **options: seen.append(commands._objects(options, FineTune, Scoring))
+        "try", params=[], callback=lambda **options: seen.append(objects(options, FineTune, Scoring))
     )
-    command = commands._generated(FineTune, Scoring)(command)
+    command = generated(FineTune, Scoring)(command)
     for arguments, expected in (
         (["--amp", "none", "--clip-grad", "none"], (None, None)), ([], ("auto", 1.0)),
         (["--amp", "bf16", "--clip-grad", "0.5"], ("bf16", 0.5)),

@@ -137,7 +137,7 @@ def test_without_matplotlib(result: Result, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     files = write_report(result, tmp_path, POINTS, CURVES)
     assert [f.name for f in files] == ["report.md", "report.json"]
-    assert 'No plots: matplotlib is not installed (`pip install "singe_plugin[plot]"`).' in files[0].read_text()
+    assert "No plots: matplotlib is not installed (`pip install matplotlib`)." in files[0].read_text()
 
 
 def test_no_extras(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from torch import Tensor
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.loop.events import Callbacks, History, Removed, RunStarted
+from singe_plugin.loop.events import Callbacks, History
 from singe_plugin.loop.loop import Loop, in_rounds
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import CountedProgress, Progress
-from singe_plugin.loop.shown import LogCallback, ProgressBar
+from singe_plugin.loop.shown import LogCallback
 
 from memory_host import MemoryHost, MemoryTuner
 
@@ -91,21 +91,6 @@ def test_courses() -> None:
             Pace(rounds=rounds)
     with pytest.raises(ConfigError, match="unknown course 'step'; choose one of cubic, linear"):
         Pace(course="step")
-
-
-def test_a_bar_of_millions_of_removals_leaves_room_for_the_steps() -> None:
-    bar = ProgressBar()
-    bar.on_run_start(RunStarted({"a": 3_000_000}, 500))
-    assert bar.bar.total == 1500
-    for _ in range(3):
-        bar.on_removed(Removed("a", (), 0, 1_000_000))
-    assert bar.bar.n == 1000
-    bar.close()
-    bar = ProgressBar()
-    bar.on_run_start(RunStarted({"a": 30}, 5))
-    bar.on_removed(Removed("a", (1, 2, 3), 27))
-    assert (bar.bar.total, bar.bar.n) == (35, 3)
-    bar.close()
 
 
 def test_a_round_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

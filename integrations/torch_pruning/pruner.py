@@ -143,7 +143,7 @@ class SInGEPruner(SteppingPruner):
         self.pace = settle_with(asked, options)
         options["ignored_layers"] = parts_of(model, options["ignored_layers"])
         check_parts(model, finetune, callbacks := list(callbacks), options["ignored_layers"])
-        self.tuner, self.callbacks = make_tuner(finetune), callbacks
+        self.tuner, self.callbacks = make_tuner(finetune, model), callbacks
         self.batches = None if batches is None else materialise(batches)
         self.model, self.example_inputs, self.importance = model, example_inputs, importance
         self.counted = Counted(model, example_inputs)
@@ -247,12 +247,18 @@ class SInGEPruner(SteppingPruner):
 
     def start(self, host: TorchPruningHost) -> Progress:
         """Nothing done: with the plan, or with what the rounds need."""
+        kinds = ("params",) if self.target is None else ("params", *self.target.kinds, self.target.kind)
         if self.pace.order == "layers":
-            return Progress(self._plan(host))
+            return Progress(self._plan(host), before=host.sizes(*kinds))
         by_ratio = bool(self.target is None and self.pruning_ratio_dict)
-        kinds = () if self.target is None else (*self.target.kinds, self.target.kind)
         fixed = isinstance(self.pace.ratios, Mapping) or self.pace.ratios not in BY_SCORE or by_ratio
         return Progress({}, goal=self._plan(host) if fixed else {}, before=host.sizes(*kinds))
+
+    @property
+    def goal(self) -> float | None:
+        """The share of the multiply-adds that is left in the end, where the target counts these."""
+        target = self.target
+        return None if target is None or target.kind != "macs" else 1 - target.fraction
 
     def turns(self, loop: Loop) -> Iterator[Turn]:
         """Algorithm 1 or rounds, as the pace says."""

@@ -107,6 +107,10 @@ class WeightHost:
         """Where in the flat weight the units are, ``[N]``."""
         return self.masks[layer].mask.flatten().nonzero().flatten()
 
+    def sizes(self, *kinds: str) -> dict[str, int]:
+        """The weights of the pruned layers that are not masked; no target counts anything else here."""
+        return {"units": sum(self.left(name) for name in self.by_name)}
+
     def params(self) -> int:
         """All parameters of the model that are not masked."""
         return sum(p.numel() for p in self.model.parameters()) - sum(

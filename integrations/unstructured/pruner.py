@@ -154,7 +154,7 @@ class UnstructuredPruner:
     ) -> None:
         check_model(model)
         check_parts(model, finetune, callbacks := list(callbacks), ())
-        self.model, self.tuner, self.callbacks = model, make_tuner(finetune), callbacks
+        self.model, self.tuner, self.callbacks = model, make_tuner(finetune, model), callbacks
         fraction, self.pattern = split_sparsity(sparsity)
         self.pace = settle_pace(as_options(Pace, pace, "pace", "order"), 1)
         assert self.pace.order is not None
@@ -264,13 +264,18 @@ class UnstructuredPruner:
             for batch in first:
                 self.tuner.check(self.model, batch)
 
+    @property
+    def goal(self) -> float | None:
+        """Masked weights are computed with all the same."""
+        return 1.0
+
     def start(self, host: WeightHost) -> Progress:
         """Nothing done; for layers one after the other, with the plan, which may need all scores."""
         if self.pace.order == "rounds":
-            return CountedProgress({})
+            return CountedProgress({}, before=host.sizes())
         allocation = self._allocation(host, {})
         units = {spec.name: spec.units for spec in host.layers()} if allocation.needs_scores else {}
-        return CountedProgress(allocation.plan(score_layers(host, units)))
+        return CountedProgress(allocation.plan(score_layers(host, units)), before=host.sizes())
 
     def _allocation(self, host: WeightHost, removed: Mapping[str, int]) -> Allocation:
         assert self.pace.max_pruning_ratio is not None

@@ -59,7 +59,7 @@ class Singe(click.Group):
             ctx.exit(130)
 
 
-@click.group(cls=Singe, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Singe, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="singe")
 def main() -> None:
     """Prune networks with SInGE: integrated-gradient relevance of neurons, fine-tuning in between."""

@@ -7,20 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from singe_plugin.app.config import config_option, config_text
 from singe_plugin.app.datasets import NO_DATA, TORCHVISION
 from singe_plugin.app.models import parse_pairs
-from singe_plugin.errors import SingeError
-from singe_plugin.fields import Spelling, spellings
+from singe_plugin.app.options import (
+    DATA,
+    FINETUNING,
+    MODEL,
+    OUTPUT,
+    PACE,
+    REMOVAL,
+    REPAIR,
+    SCORING,
+    Sectioned,
+    generated,
+    given_texts,
+    is_given,
+    objects,
+    option,
+    stacked,
+)  # fmt: skip
+from singe_plugin.fields import spellings
 from singe_plugin.loop.budget import Target
 from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.finetune import FineTune
@@ -31,107 +45,84 @@ from singe_plugin.method.options import Scoring
 
 __all__ = ["demo", "inspect", "prune", "report"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+_DEMO = [
+    ("a minute or two: train, prune by 50 and 75 %, repair, fine-tune, report", "singe demo --output singe_demo"),
+    ("a few seconds, to see that everything is installed", "singe demo --quick"),
+    ("another seed, and the numbers alone", "singe demo --seed 1 --json > demo.json"),
+]
+_PRUNE = [
+    (
+        "half of the multiply-adds of a network that was fine-tuned on a folder of images",
+        "singe prune --model resnet18 --checkpoint best.pth --data-dir images --target macs=0.5 --output out",
+    ),
+    (
+        "no training, only the repair; stop before two points of accuracy are lost",
+        "singe prune --model resnet18 --checkpoint best.pth --data-dir images --finetune-steps 0 --max-drop 0.02",
+    ),
+    (
+        "nine of ten weights masked, and learned from the unpruned network in between",
+        "singe prune --granularity weight --sparsity 0.9 --distill unpruned --model resnet18 --checkpoint best.pth "
+        "--data-dir images",
+    ),
+]
+_INSPECT = [
+    ("what can be pruned of timm's architecture", "singe inspect --model resnet18"),
+    ("what the paper's order would cost", "singe inspect --model resnet18 --order layers --criterion ig"),
+    ("for a program to read", "singe inspect --model vit_tiny_patch16_224 --target params=0.3 --json"),
+]
+_REPORT = [
+    ("write report.md and the plots again", "singe report out"),
+    ("what is in a folder, as JSON", "singe report out --json"),
+    ("write it again, and say nothing", "singe report out --quiet"),
+]
 _OPTIONS = (Scoring, Pace, FineTune, Distill)
 
-
-def _stacked(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_model = _stacked(
-    click.option("--model", required=True, help="timm's name of the architecture."),
-    click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
-    click.option("--checkpoint", type=click.Path(), help="Start from the weights in this .safetensors or .pth file."),
-    click.option("--num-classes", type=click.IntRange(1), help="Classes; by default the model's or the data's."),
-    click.option("--in-chans", type=click.Choice(["1", "3"]), help="Channels of the images."),
-    click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="More for timm.create_model; repeatable."),
-    click.option("--img-size", type=click.IntRange(1), help="Image size; by default the model's (digits: 32)."),
-    click.option("--device", help="cpu, cuda, ...; by default CUDA when there is one (inspect: cpu)."),
-    click.option("--seed", default=0, show_default=True, help="Of everything random."),
+_model = stacked(
+    option(MODEL, "--model", required=True, help="timm's name of the architecture."),
+    option(MODEL, "--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
+    option(MODEL, "--checkpoint", type=click.Path(), help="Start from the weights in this .safetensors or .pth file."),
+    option(MODEL, "--num-classes", type=click.IntRange(1), help="Classes; by default the weights' or the data's."),
+    option(
+        MODEL,
+        "--in-chans",
+        type=click.Choice(["1", "3"]),
+        help="Of the images; by default the weights' or the model's.",
+    ),
+    option(MODEL, "--model-kwargs", multiple=True, metavar="KEY=VALUE", help="More for timm.create_model; repeatable."),
+    option(MODEL, "--img-size", type=click.IntRange(1), help="Image size; by default the model's (digits: 32)."),
+    option(MODEL, "--device", help="cpu, cuda, ...; by default CUDA when there is one (inspect: cpu)."),
+    option(MODEL, "--seed", default=0, show_default=True, help="Of everything random."),
 )
-_data = _stacked(
-    click.option("--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}, hfds/NAME; default: folder."),
-    click.option("--data-dir", type=click.Path(), help="Folder of images (train/ and val/ in it, or classes)."),
-    click.option("--dataset-download", is_flag=True, help="Let the dataset be downloaded."),
-    click.option("--no-aug", is_flag=True, help="No training augmentation."),
-    click.option("-b", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Of fine-tuning."),
-    click.option("-j", "--workers", default=0, show_default=True, type=click.IntRange(0), help="Loader processes."),
+_data = stacked(
+    option(DATA, "--dataset", help=f"digits, folder, {', '.join(TORCHVISION)}, hfds/NAME; default: folder."),
+    option(DATA, "--data-dir", type=click.Path(), help="Folder of images (train/ and val/ in it, or classes)."),
+    option(DATA, "--dataset-download", is_flag=True, help="Let the dataset be downloaded."),
+    option(DATA, "--no-aug", is_flag=True, help="No training augmentation."),
+    option(DATA, "-b", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Of fine-tuning."),
+    option(DATA, "-j", "--workers", default=0, show_default=True, type=click.IntRange(0), help="Loader processes."),
 )
-_target = click.option(
+_target = option(
+    REMOVAL,
     "--target",
     default="macs=0.5",
     show_default=True,
     help="What to remove: macs=X, params=X, latency=X, or several with commas, which are all met; or none: what a "
     "ratio per layer says (the default with such).",
 )
-_verify = click.option("--no-verify", is_flag=True, help="Skip the oracles that prove the groups.")
-_ignore = click.option("--ignore", "ignored_layers", multiple=True, metavar="NAME", help="Leave it whole; repeatable.")
-_weights = _stacked(
-    click.option("--sparsity", type=float, help="Fraction of the weights to mask; 0.9, or what the pattern needs."),
-    click.option("--pattern", metavar="N:M", help="At most N of every M consecutive weights stay, e.g. 2:4."),
+_verify = option(PACE, "--no-verify", is_flag=True, help="Skip the oracles that prove the groups.")
+_ignore = option(
+    REMOVAL, "--ignore", "ignored_layers", multiple=True, metavar="NAME", help="Leave it whole; repeatable."
+)
+_weights = stacked(
+    option(REMOVAL, "--sparsity", type=float, help="Fraction of the weights to mask; 0.9, or what the pattern needs."),
+    option(REMOVAL, "--pattern", metavar="N:M", help="At most N of every M consecutive weights stay, e.g. 2:4."),
 )
 _OF_WEIGHTS = ("sparsity", "pattern")
 _OF_UNITS = ("target", "no_verify")
-_output = _stacked(
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
-    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+_output = stacked(
+    option(OUTPUT, "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on stdout."),
+    option(OUTPUT, "-q", "--quiet", is_flag=True, help="Print errors only."),
 )
-
-
-def _generated(*classes: type) -> Callable[[Command], Command]:
-    """A command's options for the fields of some options classes, as these say."""
-    made = []
-    for spelling in spellings(*classes):
-        text = spelling.text if spelling.default in (None, False) else f"{spelling.text} [default: {spelling.default}]"
-        text = re.sub(r":\w+:`([^`]*)`", r"\1", text).replace("``", "")
-        about: dict[str, Any] = {"help": text, "metavar": spelling.metavar}
-        if spelling.kind is bool:
-            about["is_flag"] = True
-        else:
-            about["type"] = click.Choice(spelling.choices) if spelling.choices else spelling.kind
-        if spelling.none:
-            about["type"] = str
-            about["metavar"] = "|".join([*(spelling.choices or [spelling.kind.__name__.upper()]), "none"])
-            about["callback"] = partial(_or_none, spelling)
-        if spelling.read is not None:
-            about |= {"type": str, "callback": partial(_converted, spelling.read)}
-        made.append(click.option(*spelling.flags, spelling.name, **about))
-    return _stacked(*made)
-
-
-def _or_none(spelling: Spelling, context: Any, param: Any, value: str | None) -> Any:
-    """A value, or what says that there is to be none."""
-    if value is None or value == "none":
-        return value
-    kind = click.Choice(spelling.choices) if spelling.choices else click.types.convert_type(spelling.kind)
-    return kind.convert(value, param, context)
-
-
-def _converted(read: Callable[[str], Any], context: Any, param: Any, value: str | None) -> Any:
-    try:
-        return None if value is None else read(value)
-    except SingeError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def _objects(options: dict[str, Any], *classes: type) -> list[Any]:
-    """Take the generated options out of a command's, as objects; a usage error for a value that cannot be."""
-    fields: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
-    for spelling in spellings(*classes):
-        value = options.pop(spelling.name)
-        if value is not None and value is not False:
-            for cls, field in spelling.targets:
-                fields[cls][field] = None if spelling.none and value == "none" else value
-    try:
-        return [cls(**fields[cls]) for cls in classes]
-    except SingeError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def _taught(finetune: FineTune, distill: Distill) -> FineTune:
@@ -172,10 +163,10 @@ def _teller(as_json: bool, quiet: bool) -> Callable[[str], None]:
     return lambda line: None if quiet else click.echo(line, err=as_json)
 
 
-@click.command()
-@click.option("--output", default="singe_demo", show_default=True, type=click.Path(), help="Folder for the results.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--quick", is_flag=True, help="A few seconds' worth; the accuracies mean nothing.")
+@click.command(cls=Sectioned, examples=_DEMO)
+@option(OUTPUT, "--output", default="singe_demo", show_default=True, type=click.Path(), help="Folder for the results.")
+@option(MODEL, "--seed", default=0, show_default=True, help="Of everything random.")
+@option(FINETUNING, "--quick", is_flag=True, help="A few seconds' worth; the accuracies mean nothing.")
 @_output
 def demo(output: str, seed: int, quick: bool, as_json: bool, quiet: bool) -> None:
     """Train a small network on real digits and prune it four ways; a minute or two, offline."""
@@ -192,7 +183,7 @@ def _for(granularity: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that a granularity has; a usage error if one of the other's was given."""
     context = click.get_current_context()
     mine, others = (_OF_UNITS, _OF_WEIGHTS) if granularity == "unit" else (_OF_WEIGHTS, _OF_UNITS)
-    given = [name for name in others if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    given = [name for name in others if is_given(name, context)]
     if given:
         flag = next(p.opts[0] for p in context.command.params if p.name == given[0])
         instead = ", ".join(p.opts[0] for p in context.command.params if p.name in mine)
@@ -209,49 +200,73 @@ def _repair_of(options: dict[str, Any], repair: Repair) -> Repair | str | None:
 
 def _target_of(options: dict[str, Any], pace: Pace, timing: Timing) -> Target | None:
     """What to remove: nothing is said where ratios per layer say it."""
-    given = click.get_current_context().get_parameter_source("target") is ParameterSource.COMMANDLINE
     target: str = options.pop("target")
-    if target.lower() == "none" or (isinstance(pace.ratios, Mapping) and not given):
+    if target.lower() == "none" or (isinstance(pace.ratios, Mapping) and not is_given("target")):
         return None
     return Target.parse(target, None if timing == Timing() else timing)
 
 
-@click.command()
+@click.command(cls=Sectioned, examples=_PRUNE)
 @_model
 @_data
-@click.option("--granularity", default="unit", show_default=True, type=click.Choice(["unit", "weight"]))
+@option(
+    REMOVAL, "--granularity", default="unit", show_default=True, type=click.Choice(["unit", "weight"]),
+    help="Whether units (channels, heads) are removed or single weights masked.",
+)  # fmt: skip
 @_target
 @_weights
 @_ignore
 @_verify
-@_generated(*_OPTIONS, Repair, Timing)
-@click.option("--no-repair", is_flag=True, help="Leave the layers that read what is gone as they are.")
-@click.option(
+@generated(*_OPTIONS, Repair, Timing)
+@option(REPAIR, "--no-repair", is_flag=True, help="Leave the layers that read what is gone as they are.")
+@option(
+    FINETUNING, "--model-ema", is_flag=True,
+    help="End with the moving average of the weights over the fine-tuning: --model-ema-decay 0.998 in short.",
+)  # fmt: skip
+@option(
+    REMOVAL,
     "--max-drop",
     type=float,
     help="Stop when the accuracy on the validation images, in [0, 1], has fallen by more than this after a round: the "
     "round is undone, and the survivors are repaired in every round if nothing is said of that.",
 )
-@click.option("--fold", is_flag=True, help="Fold batch-norm for good first, as in the paper.")
-@click.option("--no-curves", is_flag=True, help="Leave the plot of gradients along the path out.")
-@click.option("--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results.")
-@click.option("--resume", is_flag=True, help="Continue the unfinished run in --output.")
+@option(SCORING, "--fold", is_flag=True, help="Fold batch-norm for good first, as in the paper.")
+@option(OUTPUT, "--no-curves", is_flag=True, help="Leave the plot of gradients along the path out.")
+@option(
+    OUTPUT, "--output", default="singe_output", show_default=True, type=click.Path(), help="Folder for the results."
+)
+@option(
+    OUTPUT, "--log", multiple=True, type=click.Choice(["tensorboard", "wandb"]),
+    help="Log losses, rates, what is left and what is measured there, too (into --output); repeatable.",
+)  # fmt: skip
+@option(OUTPUT, "--resume", is_flag=True, help="Continue the unfinished run in --output.")
+@config_option()
 @_output
 def prune(
-    output: str, resume: bool, no_curves: bool, granularity: str, as_json: bool, quiet: bool, **options: Any
+    output: str,
+    resume: bool,
+    no_curves: bool,
+    granularity: str,
+    log: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Prune a timm model and fine-tune it on the way; save it with a report.
 
     Needs data: --data-dir or --dataset. Units (channels, heads) are removed; with --granularity weight, single weights
     are masked.
     """
-    from singe_plugin.app.runs import run_prune
+    from singe_plugin.app.runs import Extras, run_prune
     from singe_plugin.ranks import current, together
     from singe_plugin.run.guards import check_launcher
 
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
-    scoring, pace, finetune, distill, repair, timing = _objects(options, *_OPTIONS, Repair, Timing)
+    average = options.pop("model_ema")
+    scoring, pace, finetune, distill, repair, timing = objects(options, *_OPTIONS, Repair, Timing)
+    if average and finetune.ema_decay is None:
+        finetune = replace(finetune, ema_decay=0.998)
     options = _for(granularity, options)
     with _stdout_for_json(as_json), together() if granularity == "unit" else contextlib.nullcontext():
         check_launcher()
@@ -266,18 +281,20 @@ def prune(
             raise click.UsageError("--latency-... is not for --granularity weight, whose masks change no latency")
         options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, distill)}
         options["repair"] = _repair_of(options, repair)
-        say, curves = _teller(as_json, quiet), not no_curves
-        result, values = run_prune(model, data, options, output, resume, curves, not quiet, say, granularity)
+        context = click.get_current_context()
+        extras = Extras(config_text(context), log, given_texts(context), curves=not no_curves, progress=not quiet)
+        result, values = run_prune(model, data, options, output, resume, _teller(as_json, quiet), granularity, extras)
     files = "\n".join(f"  {path}" for path in values["files"])
     _finish(values, f"{result.summary()}\nfiles:\n{files}", as_json, quiet)
 
 
-@click.command()
+@click.command(cls=Sectioned, examples=_INSPECT)
 @_model
 @_target
 @_ignore
 @_verify
-@_generated(*_OPTIONS, Timing)
+@generated(*_OPTIONS, Timing)
+@config_option()
 @_output
 def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     """Show what can be pruned, what is left whole and why, and what scoring costs."""
@@ -286,16 +303,17 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     with _stdout_for_json(as_json):
         model = _model_options(options)
         options.pop("seed")
-        scoring, pace, finetune, distill, timing = _objects(options, *_OPTIONS, Timing)
+        scoring, pace, finetune, distill, timing = objects(options, *_OPTIONS, Timing)
         pace, finetune = replace(pace, verify=not options.pop("no_verify")), _taught(finetune, distill)
         asked = {"target": _target_of(options, pace, timing), "scoring": scoring, "pace": pace, "finetune": finetune}
         size, device, ignored = (options.pop(key) for key in ("img_size", "device", "ignored_layers"))
         found, values = run_inspect(model, size, device, **asked, ignored_layers=ignored)
-    text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights\n{found.text()}"
+    read = "".join(f", {end}={size} as these have" for end, size in values["from_checkpoint"].items())
+    text = f"{values['model']} at {values['img_size']} pixels, {values['weights']} weights{read}\n{found.text()}"
     _finish(values, text, as_json, quiet)
 
 
-@click.command()
+@click.command(cls=Sectioned, examples=_REPORT)
 @click.argument("directory", type=click.Path())
 @_output
 def report(directory: str, as_json: bool, quiet: bool) -> None:

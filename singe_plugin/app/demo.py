@@ -210,7 +210,9 @@ def train(network: nn.Module, splits: Splits, settings: DemoSettings, seed: int,
     optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.train_steps)
     network.train()
-    bar = tqdm(total=settings.train_steps, desc="training", unit="step", disable=not progress, leave=False)
+    bar = tqdm(
+        total=settings.train_steps, desc="training", unit="step", disable=None if progress else True, leave=False
+    )
     done = 0
     while done < settings.train_steps:
         for images, labels in loader:

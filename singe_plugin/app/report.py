@@ -40,7 +40,7 @@ __all__ = [
 MARKDOWN, DATA = "report.md", "report.json"
 UNITS_PLOT, POINTS_PLOT, CURVES_PLOT = "units.png", "accuracy.png", "gradients.png"
 FILES = (MARKDOWN, DATA, UNITS_PLOT, POINTS_PLOT, CURVES_PLOT)
-NO_PLOTS = 'No plots: matplotlib is not installed (`pip install "singe_plugin[plot]"`).'
+NO_PLOTS = "No plots: matplotlib is not installed (`pip install matplotlib`)."
 
 
 @dataclass(frozen=True)

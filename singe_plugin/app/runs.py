@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from singe_plugin.app.config import CONFIG
 from singe_plugin.app.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.app.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.app.models import NamedModel, create_model
 from singe_plugin.app.report import FILES, Curves, read_extras, report_data, write_report
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.fields import describe, to_plain
-from singe_plugin.files import locked
+from singe_plugin.files import locked, write_text
+from singe_plugin.integrations.loggers import Logger, make_logger
 from singe_plugin.loop.shown import ProgressBar
 from singe_plugin.loop.watch import Evaluate
 from singe_plugin.ranks import current
@@ -27,16 +29,37 @@ from singe_plugin.run.data import as_loader
 from singe_plugin.run.result import Result
 from singe_plugin.run.staging import resolve_device
 
-__all__ = ["prepare", "run_inspect", "run_prune", "run_report"]
+__all__ = ["Extras", "prepare", "run_inspect", "run_prune", "run_report"]
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What there is besides the pruned network.
+
+    Attributes:
+        config: the text of a file that repeats the run, which lies in the folder from the start; None writes none.
+        log: where to log, too: names of ``singe_plugin.integrations.loggers.LOGGERS``.
+        texts: what the run was asked for, for these.
+        curves: whether the gradients along the path are plotted.
+        progress: whether it is shown how far it is.
+    """
+
+    config: str | None = None
+    log: tuple[str, ...] = ()
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    curves: bool = True
+    progress: bool = True
+
+
 _RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
 
 
 def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -> tuple[NamedModel, DataConfig, Splits]:
     """The model and the data that fit each other.
 
-    The classes of the data are the model's, unless ``num_classes`` says so or the weights are trained ones.
+    The number of classes is what ``num_classes`` says, else the trained weights', else the data's.
 
     Raises:
         ConfigError: if the model has another number of classes than the data.
@@ -47,12 +70,23 @@ def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -
     if outputs != splits.classes:
         if named.weights == "random" and model_options.get("num_classes") is None:
             named = create_model(**{**model_options, "num_classes": splits.classes})
+        elif "num_classes" in named.sizes:
+            raise ConfigError(
+                f"{model_options['checkpoint']} was trained for {outputs} classes, and {splits.name} has "
+                f"{splits.classes}; give the data that it was trained on, or weights for {splits.classes} classes"
+            )
         else:
             raise ConfigError(
                 f"{named.builder.name} has {outputs} classes and {splits.name} has {splits.classes}; give "
                 f"--num-classes {splits.classes} with weights that fit, or the data the weights were trained on"
             )
     return named, config, splits
+
+
+def _sizes(named: NamedModel) -> str:
+    """What was read off the weights, in words."""
+    words = {"num_classes": "classes", "in_chans": "input channels"}
+    return ", ".join(f"{size} {words[end]}" for end, size in named.sizes.items())
 
 
 def _data_for(named: NamedModel, options: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
@@ -71,10 +105,9 @@ def run_prune(
     prune_options: Mapping[str, Any],
     output: str | Path,
     resume: bool,
-    curves: bool,
-    progress: bool,
     say: Say,
     granularity: str = "unit",
+    extras: Extras = Extras(),
 ) -> tuple[Result, dict[str, Any]]:
     """``singe prune``: prune units or single weights, save the result and its report to a folder.
 
@@ -95,7 +128,17 @@ def run_prune(
             )
         if resume and ranks.first("the folder", not (output / CHECKPOINT).exists() and (output / RECORD).exists()):
             return _finished(model_options, data_options, prune_options, output, say, granularity)
-        return _prune(model_options, data_options, prune_options, output, resume, curves, progress, say, granularity)
+        kept, config = output / CONFIG, extras.config
+        if config is not None and not resume and ranks.main:
+            write_text(kept, config)
+        found = _prune(model_options, data_options, prune_options, output, resume, say, granularity, extras)
+        if (
+            config is not None and ranks.main and not kept.exists()
+        ):  # it went on, with the same options, in a folder without one
+            write_text(kept, config)
+        if kept.exists():
+            found[1]["files"].append(str(kept))
+        return found
 
 
 def _finished(
@@ -171,10 +214,9 @@ def _prune(
     prune_options: Mapping[str, Any],
     output: Path,
     resume: bool,
-    curves: bool,
-    progress: bool,
     say: Say,
     granularity: str,
+    extras: Extras,
 ) -> tuple[Result, dict[str, Any]]:
     from singe_plugin.integrations.prune import prune
     from singe_plugin.integrations.unstructured import prune_weights
@@ -183,12 +225,14 @@ def _prune(
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
         say(f"note: {_RANDOM}")
+    if named.sizes:
+        say(f"note: {_sizes(named)}, as {model_options['checkpoint']} has")
     seed, batch_size, workers = prune_options["seed"], data_options["batch_size"], data_options["workers"]
     loader = as_loader(splits.train, batch_size, workers, True, seed)
     prune_options = {**prune_options, "finetune": replace(prune_options["finetune"], loader=loader)}
     panels: list[Curves] = []
     main = current().main
-    if curves and granularity == "unit" and main:
+    if extras.curves and granularity == "unit" and main:
         named.model.to(resolve_device(prune_options["device"]))
         panels = figure_two(named.model, splits.train, prune_options["scoring"].batch_size, seed)
     if (pattern := prune_options.pop("pattern", None)) is not None:
@@ -196,16 +240,16 @@ def _prune(
     judge = _judge(prune_options, as_loader(splits.val, batch_size, workers, shuffle=False))
     prune_options.pop("max_drop", None)
     started = time.perf_counter()
-    bar = ProgressBar() if progress and main else None
+    shown: list[ProgressBar | Logger] = [ProgressBar()] if extras.progress and main else []
     try:
+        shown += [make_logger(name, output, extras.texts) for name in extras.log if main]
         result: Result = runs[granularity](
             named.model, splits.train, val_data=judge,
-            out_dir=output, resume=resume,
-            callbacks=() if bar is None else (bar,), **prune_options,
+            out_dir=output, resume=resume, callbacks=shown, **prune_options,
         )  # fmt: skip
     finally:
-        if bar is not None:
-            bar.close()  # an error message must not end up in the middle of it
+        for callback in shown:
+            callback.close()  # an error message must not end up in the middle of a bar
     seconds = time.perf_counter() - started
     result.builder = named.builder
     if main:
@@ -231,7 +275,12 @@ def run_inspect(
     where = resolve_device(device or "cpu")
     example = torch.zeros(2, config.channels, config.size, config.size, device=where)
     found = inspect_model(named.model.to(where), example, **options)
-    about = {"model": named.builder.name, "weights": named.weights, "img_size": config.size}
+    about = {
+        "model": named.builder.name,
+        "weights": named.weights,
+        "img_size": config.size,
+        "from_checkpoint": named.sizes,
+    }
     return found, {**about, **found.as_dict()}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.files import write_text
+from singe_plugin.loop.outlook import Ahead, Measured
 from singe_plugin.loop.repair import Solved
 
 __all__ = [
@@ -93,25 +94,28 @@ class FinetuneStep:
 
 @dataclass(frozen=True)
 class LayerDone:
-    """A layer reached its ratio and the fine-tuning that follows it is done."""
+    """A layer reached its ratio and the fine-tuning that follows it is done; ``shares`` as in :class:`RoundDone`."""
 
     layer: str
     index: int
     layers: int
     params: int
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RoundDone:
     """A round over all layers and the fine-tuning that follows it are done: the ``round``-th of ``rounds`` (from 1).
 
-    ``removed`` units went in this round, ``left`` remain in the pruned layers.
+    ``removed`` units went in this round, ``left`` remain in the pruned layers. The ``shares`` of what there was before
+    the first round that are left, in [0, 1]: of ``units``, ``params``, and of what the target counts.
     """
 
     round: int
     rounds: int
     removed: int
     left: int
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,12 @@ class Callback:
 
     def on_model(self, model: nn.Module) -> None:
         """Before everything else, also of a run that goes on: the model, which a callback may act on."""
+
+    def on_measured(self, event: Measured) -> None:
+        """The network was measured, before and after the run; not where a pruner's ``run`` is called by itself."""
+
+    def on_ahead(self, event: Ahead) -> None:
+        """What is to be done is known, also of a run that goes on."""
 
     def on_run_start(self, event: RunStarted) -> None:
         """Before the first layer."""
@@ -189,6 +199,14 @@ class Callbacks(Callback):
     def on_model(self, model: nn.Module) -> None:
         for callback in self.callbacks:
             callback.on_model(model)
+
+    def on_measured(self, event: Measured) -> None:
+        for callback in self.callbacks:
+            callback.on_measured(event)
+
+    def on_ahead(self, event: Ahead) -> None:
+        for callback in self.callbacks:
+            callback.on_ahead(event)
 
     def on_run_start(self, event: RunStarted) -> None:
         for callback in self.callbacks:
@@ -270,7 +288,8 @@ class History(Callback):
         self._add("finetune_step", step=event.step, loss=event.loss, lr=event.lr)
 
     def on_layer_done(self, event: LayerDone) -> None:
-        self._add("layer_done", layer=event.layer, params=event.params)
+        shares = {"shares": event.shares} if event.shares else {}
+        self._add("layer_done", layer=event.layer, params=event.params, **shares)
 
     def on_round_done(self, event: RoundDone) -> None:
         self._add("round_done", **asdict(event))

@@ -11,7 +11,8 @@ lose the most, a rate near zero):
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from singe_plugin.fields import documented, option
 from singe_plugin.loop.distill import TEACHERS, Distill
 from singe_plugin.method.objective import Objective
 
-__all__ = ["EVERY", "FineTune", "OptimizerLike", "make_optimizer", "phase_share"]
+__all__ = ["EVERY", "FineTune", "OptimizerLike", "held_by", "make_optimizer", "phase_share", "place_state"]
 
 EVERY = ("removal", "layer", "end")
 OptimizerLike = (
@@ -118,6 +119,18 @@ class FineTune:
         text="An averaged copy of the model, cut along with it; with a method ``update`` it is updated every step.",
         command=False,
     )
+    ema_decay: float | None = option(
+        default=None,
+        text="The decay of a moving average of the weights over the steps (timm's ``ModelEmaV3``, which warms up), "
+        "which the network ends with; 0.998 suits a thousand steps. None leaves it with the last weights.",
+        flag="--model-ema-decay",
+    )
+    mixup: float = option(
+        default=0.0, text="How much two images are mixed, the alpha of timm's ``Mixup``; 0 leaves it out."
+    )
+    cutmix: float = option(
+        default=0.0, text="The alpha of a part of one image in another, or, with ``mixup``, in half of the batches."
+    )
     channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
     step_fn: Callable[[nn.Module, Any], Tensor] | None = option(
         default=None,
@@ -146,6 +159,17 @@ class FineTune:
             value = getattr(self, name)
             if not (is_number(value) and value >= 0):
                 raise ConfigError(f"{name}={value!r} is not a setting of SGD; give a number >= 0")
+        if self.ema_decay is not None:
+            check_number("ema_decay", self.ema_decay, 0, 1, "[[", "decay of an average; None has none: a number")
+            if self.ema is not None:
+                raise ConfigError("ema and ema_decay were both given; an average of your own has its own decay")
+        for name in ("mixup", "cutmix"):
+            check_number(name, getattr(self, name), 0, math.inf, "[[", "strength of mixing: a number")
+        if (self.mixup or self.cutmix) and (self.loss is not None or self.step_fn is not None):
+            raise ConfigError(
+                "mixup and cutmix make shares of classes, which the cross-entropy learns from; with a loss or step_fn "
+                "of your own mix in the loader, or there"
+            )
         check_count("warmup", self.warmup, 0, "number of optimisation steps")
         check_number("label_smoothing", self.label_smoothing, 0, 1, "[[", "smoothing; 0 switches it off: a number")
         if self.step_fn is not None and isinstance(self.distill, Distill) and self.distill.teacher != "auto":
@@ -235,3 +259,17 @@ def make_optimizer(options: FineTune, parameters: list[nn.Parameter]) -> torch.o
             "a scheduler is given itself: FineTune(optimizer=scheduler)"
         )
     return made
+
+
+def place_state(parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
+    """A value of an optimizer's state where its step expects it: beside the parameter, but counts on the CPU.
+
+    Only optimizers that are fused or captured in a graph count on the parameter's device.
+    """
+    counted = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return value if counted or not isinstance(value, Tensor) else value.to(parameter.device)
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer updates."""
+    return {id(p) for g in optimizer.param_groups for p in g["params"]}

@@ -20,7 +20,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from singe_plugin.loop.events import (
     RunStarted,
 )
 from singe_plugin.loop.finetune import phase_share
+from singe_plugin.loop.outlook import Rates, plan, shares_of
 from singe_plugin.loop.pace import Pace, units_per_turn
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.tuner import Tuner
@@ -88,6 +89,13 @@ class Repairing(Protocol):
         Returns:
             what was done, or None if there was nothing to do.
         """
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A host that says how large the network is: units of the prunable layers, and what targets count."""
+
+    def sizes(self, *kinds: str) -> dict[str, Any]: ...
 
 
 class Schedule(Protocol):
@@ -184,6 +192,9 @@ class Loop:
         self.choose, self.save_steps = choose, save_steps
         self.every = "end" if schedule is None else schedule.every or "layer"
         self.steps = 0 if schedule is None else schedule.steps
+        self.rates = Rates()  # this and the next are for the outlook
+        self.goal: float | None = None
+        self.repairs_every: str | None = "end"
 
     def run(self, turns: Iterator[Turn], tuner: Tuner | None = None) -> Progress:
         """Take all turns, and fine-tune at every pause.
@@ -205,6 +216,8 @@ class Loop:
         started = time.perf_counter()
         self.callback.on_model(self.host.model)
         progress, watch = self.progress, self.watch
+        if progress.stopped is not None:
+            self.look_ahead((), 0, 1)
         for turn in turns if progress.stopped is None else ():
             if watch is not None:
                 watch.before_turn(progress)
@@ -262,6 +275,17 @@ class Loop:
         names = self.progress.remove(layer, positions)
         self.callback.on_removed(Removed(layer, names, self.progress.left(layer), len(positions)))
 
+    def look_ahead(self, way: Sequence[float], done: int, phases: int) -> None:
+        """Tell what is to be done: see :func:`~singe_plugin.loop.outlook.plan`."""
+        behind = self.progress.end_done if self.every == "end" else done * self.steps // max(phases, 1)
+        repairs = self.repairs_every if isinstance(self.host, Repairing) else None
+        steps = self.steps - behind, self.every == "end"
+        self.callback.on_ahead(plan(way, self.goal, repairs, self.watch is not None, *steps, self.rates))
+
+    def shares(self) -> dict[str, float]:
+        """What is left of what the progress says was there before, in [0, 1]."""
+        return shares_of(self.host.sizes, self.progress.before) if isinstance(self.host, Sized) else {}
+
     def share(self, phase: int, phases: int) -> int:
         """How many steps of fine-tuning phase number ``phase`` of ``phases`` has."""
         return phase_share(self.steps, phase, max(phases, 1))
@@ -314,6 +338,9 @@ def in_layers(loop: Loop, pace: Pace) -> Iterator[Turn]:
     removals = [math.ceil(progress.plan[name] / chunk) for name, chunk in zip(todo, chunks, strict=True)]
     if not progress.removals and not progress.next_layer and not progress.end_done:
         callback.on_run_start(RunStarted(dict(progress.plan), loop.steps))
+    total, behind = sum(removals), sum(removals[: progress.next_layer])
+    phases = (behind, total) if loop.every == "removal" else (progress.next_layer, len(todo))
+    loop.look_ahead([number / total for number in range(behind, total)], *phases)
     for index in range(progress.next_layer, len(todo)):
         name, chunk, before = todo[index], chunks[index], sum(removals[:index])
         for number in range(removals[index]):
@@ -325,7 +352,7 @@ def in_layers(loop: Loop, pace: Pace) -> Iterator[Turn]:
                 steps = loop.share(index, len(todo))
             closing, last = number == removals[index] - 1, index == len(todo) - 1
             yield Turn((name,), lambda _, name=name, count=count: {name: count}, steps, closing, closing and last)  # type: ignore[misc]
-        callback.on_layer_done(LayerDone(name, index, len(todo), host.params()))
+        callback.on_layer_done(LayerDone(name, index, len(todo), host.params(), loop.shares()))
         progress.next_layer = index + 1
         loop.save(progress)
 
@@ -346,7 +373,9 @@ def in_rounds(
     progress, host, callback = loop.progress, loop.host, loop.callback
     assert pace.rounds is not None
     progress.begin(host.layers())
-    for number in range(progress.next_layer, pace.rounds):
+    rounds = range(progress.next_layer, pace.rounds)
+    loop.look_ahead([pace.share_after(number) for number in rounds], progress.next_layer, pace.rounds)
+    for number in rounds:
         counts: dict[str, int] = {}
 
         def decide(scores: Scores, number: int = number, counts: dict[str, int] = counts) -> dict[str, int]:
@@ -367,7 +396,7 @@ def in_rounds(
         for name, count in counts.items():
             progress.plan[name] = progress.plan.get(name, 0) + count
         left = sum(progress.left(name) for name in names)
-        callback.on_round_done(RoundDone(number + 1, pace.rounds, sum(counts.values()), left))
+        callback.on_round_done(RoundDone(number + 1, pace.rounds, sum(counts.values()), left, loop.shares()))
         progress.next_layer = number + 1
         if number + 1 == pace.rounds:
             for index, name in enumerate(names):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,36 +18,25 @@ from torch.optim.lr_scheduler import LRScheduler
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.errors import ConfigError, DataError, SingeError
 from singe_plugin.fields import describe
+from singe_plugin.loop.averaging import Average
 from singe_plugin.loop.distillation import Teacher, find_teacher
 from singe_plugin.loop.events import Callback, FinetuneStep
-from singe_plugin.loop.finetune import FineTune, make_optimizer
+from singe_plugin.loop.finetune import FineTune, held_by, make_optimizer, place_state
 from singe_plugin.loop.losses import check_loss, loss_of, loss_on, name_of, unmoved
+from singe_plugin.loop.mixing import Mixing
+from singe_plugin.loop.outlook import Rates
 from singe_plugin.loop.phase import Phase, precision_of
 from singe_plugin.loop.stream import BatchStream
 from singe_plugin.method.batches import inputs_for
 from singe_plugin.method.objective import Objective, ObjectiveLike, get_objective
 from singe_plugin.method.step import BatchObjective
-from singe_plugin.nested import to_device
+from singe_plugin.nested import examples_in, to_device
 from singe_plugin.state import casts_forgotten, model_device, train_mode_of
 
-__all__ = ["Tuner", "place_state"]
+__all__ = ["Tuner"]
 
 _STILL = 10  # steps without any gradient: one batch may have none, so many have a reason
 _logger = logging.getLogger("singe_plugin")
-
-
-def place_state(parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
-    """A value of an optimizer's state where its step expects it: beside the parameter, but counts on the CPU.
-
-    Only optimizers that are fused or captured in a graph count on the parameter's device.
-    """
-    counted = key == "step" and not (group.get("fused") or group.get("capturable"))
-    return value if counted or not isinstance(value, Tensor) else value.to(parameter.device)
-
-
-def _held(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The ids of the parameters that an optimizer updates."""
-    return {id(p) for g in optimizer.param_groups for p in g["params"]}
 
 
 class Tuner:
@@ -97,9 +87,24 @@ class Tuner:
         self._still = 0  # steps without a gradient, up to the first that has one
         self.stream = BatchStream(batches)
         self.done = 0
+        self.rates = Rates()  # for those who say how long it takes
+        self.average: Average | None = None
+        self._mixing = Mixing(options) if options.mixup or options.cutmix else None
+        self._smoothing = options.label_smoothing if self._mixing is None else 0.0  # mixed targets are smooth already
         self.scaler: torch.amp.GradScaler | None = None
         self.teacher: Teacher | None = None
         self._distils: str | None = None  # the name of the last one
+
+    def begin_average(self, model: nn.Module) -> None:
+        """Hold the moving average that the options ask for, before anything is removed; it is then their ``ema``."""
+        if (decay := self.options.ema_decay) is not None:
+            self.average = Average(model, decay)
+            self.options = replace(self.options, ema=self.average.ema, ema_decay=None)
+
+    def finish(self, model: nn.Module) -> None:
+        """Leave the model with the average of its weights, if there is one of the steps that were taken."""
+        if self.average is not None and self.done:
+            self.average.give_to(model)
 
     def prepare(self, model: nn.Module) -> None:
         """Make the optimizer, if none was given, and start at step 0; called once, before the first removal.
@@ -113,12 +118,12 @@ class Tuner:
         self._find_teacher(model)
         self.done, self._still, self.stream = 0, 0, BatchStream(self.stream.batches)
         mine = {id(p) for p in trainable}
-        if self._own_schedule and self.optimizer is not None and not _held(self.optimizer) & mine:
+        if self._own_schedule and self.optimizer is not None and not held_by(self.optimizer) & mine:
             self.optimizer = None  # it was made for another model
         if self.optimizer is None and trainable:
             self.optimizer = make_optimizer(self.options, trainable)
         if self.optimizer is not None:
-            if trainable and not _held(self.optimizer) & mine:
+            if trainable and not held_by(self.optimizer) & mine:
                 raise ConfigError(
                     "the optimizer holds none of the model's parameters; build it from model.parameters()"
                 )
@@ -183,6 +188,8 @@ class Tuner:
         it is made: see :meth:`rate`.
         """
         made = describe(self.options)
+        if self.average is not None:
+            made |= {"ema": None, "ema_decay": self.average.ema.decay}
         course = "constant"
         if self.scheduler is not None:
             course, made["optimizer"] = type(self.scheduler).__name__, type(self.optimizer).__qualname__
@@ -227,9 +234,11 @@ class Tuner:
         """
         if self.options.steps and self.step_fn is None:
             inputs, targets = to_device(inputs_for(model, batch), model_device(model), self.options.channels_last)
+            started = time.perf_counter()
             check_loss(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
             if self.teacher is not None:
                 self.teacher.check(to_device(batch, model_device(model), self.options.channels_last))
+            self.rates.trial = (time.perf_counter() - started) / max(examples_in(inputs), 1)
 
     def follow(self) -> None:
         """Bring the optimizer's state to where the parameters are; after the model was moved to another device."""
@@ -317,9 +326,8 @@ class Tuner:
             self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        update = getattr(self.options.ema, "update", None)
-        if callable(update):
-            update(model)
+        if callable(update := getattr(self.options.ema, "update", None)):
+            update(model, *([self.done + 1] if self.average is not None else []))
         return value, lr
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -330,10 +338,12 @@ class Tuner:
                 raise ConfigError(f"step_fn(model, batch), here {name_of(step)}, must return the loss, a scalar tensor")
             return loss.reshape(())
         try:
+            if self._mixing is not None:
+                batch = self._mixing(model, batch)
             if self.teacher is not None:
                 return self.teacher.loss_on(model, batch, self._hard_loss)
             inputs, targets = inputs_for(model, batch)
-            return loss_on(model, inputs, self._chosen_loss(), targets, self.options.label_smoothing)
+            return loss_on(model, inputs, self._chosen_loss(), targets, self._smoothing)
         except (SingeError, torch.cuda.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -341,7 +351,7 @@ class Tuner:
 
     def _hard_loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss without a teacher."""
-        return loss_of(outputs, self._chosen_loss(), targets, self.options.label_smoothing)
+        return loss_of(outputs, self._chosen_loss(), targets, self._smoothing)
 
     def _see_movement(self, loss: float) -> None:
         """Raise if no step so far had a gradient; whoever says just what its teacher says needs none."""

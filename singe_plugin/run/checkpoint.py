@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from singe_plugin.errors import ArtifactError, SingeError
 from singe_plugin.files import describe, parse, seal, unseal, write_atomically
 from singe_plugin.loop.events import History
+from singe_plugin.loop.finetune import place_state
 from singe_plugin.loop.progress import Progress
-from singe_plugin.loop.tuner import Tuner, place_state
+from singe_plugin.loop.tuner import Tuner
 from singe_plugin.masks import named_tensors
 from singe_plugin.state import RngState
 

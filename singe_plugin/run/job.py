@@ -48,6 +48,10 @@ class Job(Protocol):
     watch: Watch | None
 
     @property
+    def goal(self) -> float | None:
+        """The share of the multiply-adds that is left in the end, as far as that is known."""
+
+    @property
     def graph(self) -> AxisGraph | None: ...
 
     @property
@@ -114,7 +118,13 @@ def carry_out(
                 parts = host if job.graph is None else job.graph, job.tuner, host.unpruned
                 job.watch.remember = lambda: remembered(job.model, job.trackers(), parts)
             loop = Loop(host, progress, schedule, Callbacks([history, *job.callbacks]), save, watch=job.watch)
+            if job.tuner is not None:
+                loop.rates = job.tuner.rates
+            loop.goal, unpruned = job.goal, host.unpruned
+            loop.repairs_every = None if unpruned is None else unpruned.options.every
             loop.run(job.turns(loop), job.tuner)
+        if job.tuner is not None:
+            job.tuner.finish(job.model)
         yield host, progress
 
 
@@ -126,6 +136,9 @@ def _taught(job: Job, progress: Progress | None) -> AbstractContextManager[None]
     return job.tuner.taught(job.model, job.example_inputs, begun, job.graph)
 
 
-def make_tuner(finetune: FineTune | Tuner | None) -> Tuner | None:
-    """The fine-tuning of a pruner, as it was given or to be begun."""
-    return Tuner(finetune) if isinstance(finetune, FineTune) else finetune
+def make_tuner(finetune: FineTune | Tuner | None, model: nn.Module) -> Tuner | None:
+    """The fine-tuning of a model's pruner, as it was given or to be begun; with the average that it asks for."""
+    tuner = Tuner(finetune) if isinstance(finetune, FineTune) else finetune
+    if tuner is not None:
+        tuner.begin_average(model)
+    return tuner

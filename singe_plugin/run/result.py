@@ -61,6 +61,16 @@ class Metrics:
     effective_macs: int | None = None
     measured: dict[str, float | None] = field(default_factory=dict)
 
+    def known(self) -> dict[str, float]:
+        """What was measured, by name.
+
+        Example:
+            >>> Metrics(10, 20, accuracy=0.5).known()
+            {'params': 10, 'macs': 20, 'accuracy': 0.5}
+        """
+        found = {name: value for name, value in vars(self).items() if name != "measured"} | self.measured
+        return {name: value for name, value in found.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class GroupRow:

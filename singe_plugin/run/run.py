@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from singe_plugin.loop.events import History
+from singe_plugin.loop.events import Callbacks, History
+from singe_plugin.loop.outlook import Measured, Rates
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.watch import Watch
 from singe_plugin.ranks import current
@@ -69,6 +71,8 @@ def _carried(
         record, tensors = found
         with fitting():
             before = Metrics(**record["extra"]["before"])
+            rates = Rates(**record["extra"].get("rates", {}))  # batches are read, and the loss is tried, only once
+            tuner.rates.trial, tuner.rates.closing = rates.trial, rates.closing
             progress, history = restore_progress(record, job.kind), History(list(record["history"]))
         job.host()  # before the optimizer is made, as it was in the run that is continued: a mask moves its weight
         tuner.prepare(model)  # behind the bias, and the norm of all gradients is summed in that order
@@ -77,9 +81,12 @@ def _carried(
             host.remove(layer, units)
         restore_run(record, tensors, model, tuner)
     else:
+        started = time.perf_counter()
         plain = measure(model, stage)  # before the masks, which take time, are put on to be counted
         before = replace(plain, **job.numbers())
-
+        tuner.rates.closing = time.perf_counter() - started
+    callbacks = Callbacks(job.callbacks)
+    callbacks.on_measured(Measured(before.known(), tuner.rates.closing, last=False))
     if judge is not None and judge.every == "round":
         known = {name: value for name, value in before.measured.items() if value is not None}
         start = known if before.accuracy is None else {"accuracy": before.accuracy}
@@ -88,12 +95,15 @@ def _carried(
     def write(state: Progress) -> None:
         assert checkpoint is not None
         if current().main:
-            write_checkpoint(checkpoint, model, state, tuner, history, fingerprint, {"before": vars(before)})
+            extra = {"before": vars(before), "rates": vars(tuner.rates)}
+            write_checkpoint(checkpoint, model, state, tuner, history, fingerprint, extra)
         current().gather("the checkpoint", None)  # nobody is ahead of what could be continued
 
     job.run(progress, write if checkpoint is not None else None, history)
     rows, numbers, masks = job.rows(), job.numbers(), job.fold()
+    started = time.perf_counter()
     before, after = timed(model, stage, before, replace(measure(model, stage), **numbers))
+    callbacks.on_measured(Measured(after.known(), time.perf_counter() - started, last=True))
     return Result(
         model, before, after, rows, dict(job.left_whole), history,
         {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -144,7 +145,9 @@ def set_stage(
             tuner = Tuner(finetune, trained)
             _move(model, tuner, ema, where)
             assert scoring.batches is not None
+            started = time.perf_counter()
             batches = scoring_batches(data, loader, scoring.batch_size, scoring.batches, seed)
+            _note_rates(tuner, batches, time.perf_counter() - started, images)
             _check_batches(batches, example_inputs, scoring.objective)
             example = (
                 example_from(batches[0], where, objective=scoring.objective)
@@ -203,6 +206,14 @@ def _own_device(device: torch.device, finetune: FineTune, ranks: Ranks) -> torch
     if finetune.accelerator is not None:
         return torch.device(finetune.accelerator.device)
     return device if ranks.world == 1 else torch.device("cuda", ranks.local % torch.cuda.device_count())
+
+
+def _note_rates(tuner: Tuner, batches: list[Any], seconds: float, images: int) -> None:
+    """Note how much there is to do at once, and how long reading takes where nobody does it beside the rest."""
+    rates, loader = tuner.rates, tuner.stream.batches
+    rates.scored, rates.repaired = sum(count_examples(batch) for batch in batches), images
+    rates.batch = getattr(loader, "batch_size", None) or rates.scored // max(len(batches), 1)
+    rates.reading = 0.0 if getattr(loader, "num_workers", 0) else seconds / max(rates.scored, 1)
 
 
 def _check_batches(batches: list[Any], example_inputs: Any, objective: Any) -> None:
