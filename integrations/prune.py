@@ -31,7 +31,7 @@ from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 from .transformers.config import follow_config as follow_transformers
 
-__all__ = ["Result", "prune", "usual_every", "what_repairs"]
+__all__ = ["Result", "prune", "usual_every", "what_repairs", "what_scores"]
 
 _logger = logging.getLogger("singe_plugin")
 
@@ -105,7 +105,7 @@ def prune(
     finetune = as_options(FineTune, finetune, "finetune", "steps").settle(usual_every(pace))
     judge = as_judge(val_data)
     mended = what_repairs(repair, finetune, judge)
-    scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
+    scoring, importance = what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
     if isinstance(target, Target):
         target = str(target)
     options = {
@@ -172,7 +172,7 @@ def what_repairs(repair: Repair | int | str | None, finetune: FineTune, judge: E
     return None if repair is None else as_options(Repair, repair, "repair", "images")
 
 
-def _what_scores(scoring: Scoring, pace: Pace, repaired: bool) -> tuple[Scoring, Callable[..., Any]]:
+def what_scores(scoring: Scoring, pace: Pace, repaired: bool) -> tuple[Scoring, Callable[..., Any]]:
     """What is recorded of the scoring, with everything decided, and the importance that does it.
 
     Raises:

@@ -28,6 +28,7 @@ from singe_plugin.version import __version__  # noqa: F401 - of the package
 
 if TYPE_CHECKING:
     from singe_plugin.integrations.prune import prune
+    from singe_plugin.integrations.sensitivity import sensitivity
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
     from singe_plugin.loop.distill import Distill
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from singe_plugin.run.architecture import Builder
     from singe_plugin.run.artifact import load, save
     from singe_plugin.run.result import Result
+    from singe_plugin.run.sensitivity import Sensitivity
 
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "SInGEPruner",
     "Scoring",
     "ScoringError",
+    "Sensitivity",
     "SingeError",
     "TiedParameterError",
     "UnstructuredPruner",
@@ -84,6 +87,7 @@ __all__ = [
     "save",
     "score_error",
     "score_units",
+    "sensitivity",
 ]
 
 _LAZY = {
@@ -95,6 +99,7 @@ _LAZY = {
     "loop.finetune": ("FineTune",),
     "method.folding": ("fold_batchnorm",),
     "integrations.prune": ("Result", "prune"),
+    "integrations.sensitivity": ("sensitivity",),
     "integrations.torch_pruning": ("SInGEImportance", "SInGEPruner"),
     "integrations.unstructured": ("UnstructuredPruner", "prune_weights"),
     "masks": ("hold_masks",),
@@ -105,6 +110,7 @@ _LAZY = {
     "loop.watch": ("Evaluate",),
     "method.scoring": ("score_error", "score_units"),
     "method.step": ("BatchObjective",),
+    "run.sensitivity": ("Sensitivity",),
 }
 
 

@@ -18,7 +18,6 @@ from singe_plugin.app.report import (
     gradient_curves,
     history_summary,
     markdown,
-    markdown_table,
     read_extras,
     report_data,
     write_report,
@@ -28,6 +27,7 @@ from singe_plugin.loop.events import History
 from singe_plugin.method.units import Producer, Slot, UnitGroup
 from singe_plugin.run.architecture import Builder
 from singe_plugin.run.result import GroupRow, Metrics, Result
+from singe_plugin.tables import markdown_table
 
 POINTS = [Point("unpruned", 0.0, 0.9), Point("a", 0.5, 0.8), Point("a", 0.75, 0.6), Point("b", 0.5, 0.7)]
 CURVES = [Curves("conv", (0, 2), ((2.0, 1.0), (3.0, 1.5)), ((0.1, 0.2), (0.3, 0.1)))]

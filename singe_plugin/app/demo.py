@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from singe_plugin.app.datasets import Splits, data_config, digits
 from singe_plugin.app.inspection import figure_two
-from singe_plugin.app.report import Point, markdown_table, write_report
+from singe_plugin.app.report import Point, write_report
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import write_atomically
 from singe_plugin.loop.finetune import FineTune
@@ -33,6 +33,7 @@ from singe_plugin.run.data import evaluate
 from singe_plugin.run.latency import measure_latency
 from singe_plugin.run.result import Result
 from singe_plugin.state import RngState, preserved
+from singe_plugin.tables import markdown_table
 
 __all__ = ["METHODS", "Demo", "DemoSettings", "run_demo"]
 

@@ -24,6 +24,7 @@ from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import path_gradient_norms
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.run.result import Metrics, Result, latency_cells, measured_cells
+from singe_plugin.tables import markdown_table
 
 __all__ = [
     "Curves",
@@ -31,7 +32,6 @@ __all__ = [
     "gradient_curves",
     "history_summary",
     "markdown",
-    "markdown_table",
     "read_extras",
     "report_data",
     "write_report",
@@ -146,25 +146,6 @@ def report_data(result: Result) -> dict[str, Any]:
         "versions": dict(result.versions),
         "builder": None if result.builder is None else asdict(result.builder),
     }
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table whose columns line up as plain text; all but the first are set right.
-
-    Example:
-        >>> print(markdown_table(["layer", "units"], [["conv1", 64]]))
-        | layer | units |
-        |:------|------:|
-        | conv1 |    64 |
-    """
-    cells = [[str(c).replace("|", "\\|") for c in row] for row in [header, *rows]]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    lines = []
-    for first, *rest in cells:
-        row = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
-        lines.append(f"| {' | '.join(row)} |")
-    rule = "|".join("-" * (w + 1) + ":" if i else ":" + "-" * (w + 1) for i, w in enumerate(widths))
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
 def markdown(
