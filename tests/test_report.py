@@ -12,11 +12,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from singe_plugin.app.curves import Curves, gradient_curves, history_summary
+from singe_plugin.app.plots import Point
 from singe_plugin.app.report import (
-    Curves,
-    Point,
-    gradient_curves,
-    history_summary,
     markdown,
     read_extras,
     report_data,

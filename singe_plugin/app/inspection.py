@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from singe_plugin.app.report import Curves, gradient_curves
+from singe_plugin.app.curves import Curves, gradient_curves
 from singe_plugin.errors import BudgetError
 from singe_plugin.fields import as_options, describe
 from singe_plugin.loop.costs import count_macs, count_params

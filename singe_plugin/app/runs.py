@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from singe_plugin.app.cli import typed_command
+from singe_plugin.app.curves import Curves
 from singe_plugin.app.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.app.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.app.models import NamedModel, create_model
-from singe_plugin.app.report import FILES, Curves, read_extras, report_data, write_report
+from singe_plugin.app.report import FILES, read_extras, report_data, write_report
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.fields import describe, to_plain
 from singe_plugin.files import locked
@@ -25,10 +27,10 @@ from singe_plugin.run.data import as_loader
 from singe_plugin.run.result import Result
 from singe_plugin.run.staging import resolve_device
 
-__all__ = ["prepare", "run_inspect", "run_prune", "run_report"]
+__all__ = ["RANDOM", "prepare", "run_inspect", "run_prune", "run_report"]
 
 Say = Callable[[str], None]
-_RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
+RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
 
 
 def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -> tuple[NamedModel, DataConfig, Splits]:
@@ -176,7 +178,7 @@ def _prune(
     runs: dict[str, Callable[..., Result]] = {"unit": prune, "weight": prune_weights}
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
-        say(f"note: {_RANDOM}")
+        say(f"note: {RANDOM}")
     seed, batch_size, workers = prune_options["seed"], data_options["batch_size"], data_options["workers"]
     loader = as_loader(splits.train, batch_size, workers, True, seed)
     prune_options = {**prune_options, "finetune": replace(prune_options["finetune"], loader=loader)}
@@ -204,8 +206,8 @@ def _prune(
     save(result, output)
     intro = [f"Weights: {named.weights}. Data: {splits.name}."]
     if named.weights == "random":
-        intro.append(f"Note: {_RANDOM}.")
-    extra = {"weights": named.weights, "data": splits.name, "wall_seconds": seconds}
+        intro.append(f"Note: {RANDOM}.")
+    extra = {"weights": named.weights, "data": splits.name, "wall_seconds": seconds, "command": typed_command()}
     files = write_report(result, output, curves=panels, intro=intro, extra=extra)
     return result, {**report_data(result), **extra, "files": [str(f) for f in [*files, *_saved(output)]]}
 

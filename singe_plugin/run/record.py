@@ -99,12 +99,22 @@ def _row(value: Any) -> bool:
     return right and value["units_after"] <= value["units_before"]
 
 
+def _pair(value: Any) -> bool:
+    return _list_of(_count)(value) and len(value) == 2
+
+
+_LATER = {"size_bytes", "by_layer"}  # fields that earlier versions did not write
+
+
 def _metrics(value: Any) -> bool:
-    if type(value) is not dict or set(value) != {f.name for f in fields(Metrics)}:
+    names = {f.name for f in fields(Metrics)}
+    if type(value) is not dict or not names - _LATER <= set(value) <= names:
         return False
-    if not _dict_of(_real)(value["measured"]) or not all(_number(v) for k, v in value.items() if k != "measured"):
+    if not _dict_of(_real)(value["measured"]) or not _dict_of(_pair)(value.get("by_layer", {})):
         return False
-    counts = [value["params"], value["macs"], value["nonzero"] or 0, value["effective_macs"] or 0]
+    if not all(_number(v) for k, v in value.items() if k not in ("measured", "by_layer")):
+        return False
+    counts = [value["params"], value["macs"], *(value.get(k) or 0 for k in ("nonzero", "effective_macs", "size_bytes"))]
     return all(map(_count, counts)) and (value["accuracy"] or 0) <= 1
 
 
