@@ -45,16 +45,25 @@ class Ink:
 
     def __init__(self, axes: Any, narrow: bool) -> None:
         self.axes, self.narrow = axes, narrow
-        self.tips: dict[str, str] = {}
+        self.tips: dict[str, tuple[str, ...]] = {}
 
-    def tip(self, artist: Any, text: str) -> None:
-        """Let a text show when the pointer is over an element."""
+    def tip(self, artist: Any, *texts: str) -> None:
+        """Let a text show when the pointer is over an element; of a collection, one for each of its parts."""
         artist.set_gid(f"tip{len(self.tips)}")
-        self.tips[artist.get_gid()] = text
+        self.tips[artist.get_gid()] = texts
 
-    def band(self, left: float, right: float, text: str) -> None:
-        """Let a text show when the pointer is in a part of the x axis, however small what is drawn there."""
-        self.tip(self.axes.axvspan(left, right, alpha=0, linewidth=0, facecolor=INKS["grid"]), text)
+    def bands(self, edges: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+        """Let texts show when the pointer is in parts of the x axis, however small what is drawn there."""
+        low, high = self.axes.get_ylim()
+        self.axes.set_ylim(low, high)
+        made = self.boxes([(left, right, low, high) for left, right in edges], INKS["grid"], alpha=0)
+        self.tip(made, *texts)
+
+    def boxes(self, corners: Sequence[tuple[float, float, float, float]], color: str, **more: Any) -> Any:
+        """Rectangles (left, right, bottom, top), all in one: hundreds of single ones take seconds."""
+        collections = importlib.import_module("matplotlib.collections")
+        shapes = [[(x0, y0), (x0, y1), (x1, y1), (x1, y0)] for x0, x1, y0, y1 in corners]
+        return self.axes.add_collection(collections.PolyCollection(shapes, facecolors=color, linewidths=0, **more))
 
 
 def spread(label: str, draw: Callable[[Ink], None], height: float = 2.9, narrow_height: float | None = None) -> Chart:
@@ -96,11 +105,11 @@ def _plain_axes(axes: Any) -> None:
         axis.label.set_color(INKS["muted"])
 
 
-def _themed(text: str, tips: Mapping[str, str], label: str) -> str:
+def _themed(drawn: str, tips: Mapping[str, Sequence[str]], label: str) -> str:
     """The SVG with hover texts, the page's colours and fonts, and no names that another SVG of the page could have."""
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _LINK)
-    root = ElementTree.fromstring(text[text.index("<svg") :])
+    root = ElementTree.fromstring(drawn[drawn.index("<svg") :])
     for unused in [child for child in root if child.tag.endswith("metadata")]:
         root.remove(unused)
     used = {value for e in root.iter() for value in e.attrib.values() if "#" in value}
@@ -108,9 +117,12 @@ def _themed(text: str, tips: Mapping[str, str], label: str) -> str:
         name = element.attrib.get("id", "")
         if name in tips:
             element.set("class", "tip")
-            title = ElementTree.Element(f"{{{_SVG}}}title")
-            title.text = tips[name]
-            element.insert(0, title)
+            parts = [e for e in element.iter() if e.tag.rpartition("}")[2] in ("path", "use")]
+            several = len(tips[name]) > 1
+            for part, text in zip(parts if several else [element], tips[name], strict=True):
+                title = ElementTree.Element(f"{{{_SVG}}}title")
+                title.text = text
+                part.insert(0, title)
         if name and not any(f"#{name}" in value for value in used):
             del element.attrib["id"]
     for key in ("width", "height"):
@@ -142,17 +154,16 @@ def bars(ink: Ink, rows: Sequence[tuple[str, float, float, str]], what: str) -> 
         rows: name, before, after, and the text that shows on hovering.
         what: is counted.
     """
-    places = range(len(rows))
-    ink.axes.bar(places, [r[1] for r in rows], width=0.84, color=INKS["before"], label="before")
-    ink.axes.bar(places, [r[2] for r in rows], width=0.84, color=INKS["after"], label="after")
-    for place, row in enumerate(rows):
-        ink.band(place - 0.5, place + 0.5, row[3])
+    for name, heights in (("before", [row[1] for row in rows]), ("after", [row[2] for row in rows])):
+        ink.boxes([(n - 0.42, n + 0.42, 0.0, height) for n, height in enumerate(heights)], INKS[name], label=name)
+    ink.axes.set_ylim(0, 1.05 * max(max(row[1:3]) for row in rows) or 1)
+    ink.bands([(n - 0.5, n + 0.5) for n in range(len(rows))], [row[3] for row in rows])
     ink.axes.set_xlim(-0.6, len(rows) - 0.4)
     ink.axes.set_ylabel(what)
     _compact(ink.axes.yaxis)
     if len(rows) <= (18 if ink.narrow else 44):
         names = [short(r[0], 22) for r in rows]
-        ink.axes.set_xticks(places, names, rotation=90, fontsize=7.5, parse_math=False)
+        ink.axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7.5, parse_math=False)
     else:
         ink.axes.set_xlabel(f"{len(rows)} layers, in network order")
         ink.axes.set_xticks([])
@@ -201,11 +212,14 @@ def steps(
     middle = [(first + last) / 2 for first, last, _ in windows]
     ink.axes.plot(middle, [value for _, _, value in windows], color=INKS["after"], linewidth=1.8)
     size = math.ceil(len(windows) / 60)
+    edges, texts = [], []
     for start in range(0, len(windows), size):
         part = windows[start : start + size]
         mean = sum(value for _, _, value in part) / len(part)
         span = f"step {part[0][0]:g}" if part[0][0] == part[-1][1] else f"steps {part[0][0]:g} to {part[-1][1]:g}"
-        ink.band(part[0][0] - 0.5, part[-1][1] + 0.5, f"{span}: {y_label} {mean:.4g}")
+        edges.append((part[0][0] - 0.5, part[-1][1] + 0.5))
+        texts.append(f"{span}: {y_label} {mean:.4g}")
+    ink.bands(edges, texts)
     for number, (step, text) in enumerate(marks.items()):
         line = ink.axes.axvline(
             step + 0.5,

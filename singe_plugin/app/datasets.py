@@ -189,7 +189,7 @@ def digits(config: DataConfig, val: int = 500, seed: int = 0) -> Splits:
         >>> digits(DataConfig(size=16, channels=1, mean=(0.5,), std=(0.5,))).classes
         10
     """
-    found = _need("sklearn.datasets", "scikit-learn", '"singe_plugin[demo]"').load_digits()
+    found = _need("sklearn.datasets", "scikit-learn", "scikit-learn").load_digits()
     images = torch.as_tensor(found.images, dtype=torch.float32)[:, None] / 16
     labels = torch.as_tensor(found.target, dtype=torch.int64)
     if config.size != images.shape[-1]:

@@ -46,6 +46,7 @@ def report_page(record: Plain, sensitivity: Plain | None = None) -> str:
     Raises:
         MissingPackageError: without jinja2 or matplotlib.
     """
+    _check_packages()
     weights = record["sparsity"] is not None
     return _filled(
         "report.html",
@@ -75,6 +76,7 @@ def sensitivity_page(record: Plain, command: str | None = None) -> str:
     Raises:
         MissingPackageError: without jinja2 or matplotlib.
     """
+    _check_packages()
     return _filled(
         "sensitivity.html",
         record=record,
@@ -85,10 +87,13 @@ def sensitivity_page(record: Plain, command: str | None = None) -> str:
     )
 
 
-def _filled(template: str, **values: Any) -> str:
+def _check_packages() -> None:
     missing = missing_for_pages()
     if missing:
         raise MissingPackageError(f"a page needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _filled(template: str, **values: Any) -> str:
     jinja2 = importlib.import_module("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("singe_plugin.app", "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -152,7 +157,6 @@ def _percent(before: float, after: float) -> str:
 def _layer_rows(record: Plain) -> list[dict[str, Any]]:
     """A row for every group of layers, with the length of its bars."""
     costs = [record[when].get("by_layer", {}) for when in ("before", "after")]
-    widest = max((row["units_before"] for row in record["layers"]), default=1)
     found = []
     for row in record["layers"]:
         before, after = row["units_before"], row["units_after"]
@@ -163,8 +167,7 @@ def _layer_rows(record: Plain) -> list[dict[str, Any]]:
                 "change": _percent(before, after),
                 "params": params,
                 "macs": macs,
-                "full": 100 * before / widest,
-                "left": 100 * after / widest,
+                "share": 100 * after / max(before, 1),
             }
         )
     return found
@@ -256,9 +259,10 @@ def _part_tip(part: Plain, key: str, what: str) -> str:
 def _judged(ink: Ink, values: Sequence[tuple[int, float]], name: str) -> None:
     text = "\n".join(f"{'before' if not number else f'round {number}'}: {value:.4g}" for number, value in values)
     lines(ink, [(name, [v[0] for v in values], [v[1] for v in values], text)], "round", name)
-    ink.axes.set_xticks([v[0] for v in values][:: max(1, len(values) // 12)])
-    for number, value in values:
-        ink.band(number - 0.5, number + 0.5, f"{'before' if not number else f'round {number}'}: {value:.4g}")
+    shown_numbers = [v[0] for v in values][:: max(1, len(values) // 12)]
+    ink.axes.set_xticks(shown_numbers, [str(number) if number else "before" for number in shown_numbers])
+    texts = [f"{'before' if not number else f'round {number}'}: {value:.4g}" for number, value in values]
+    ink.bands([(number - 0.5, number + 0.5) for number, _ in values], texts)
 
 
 def _points(ink: Ink, points: Sequence[Plain]) -> None:
@@ -283,15 +287,11 @@ def _curves(record: Plain) -> list[dict[str, Any]]:
 
 def _curve(record: Plain, name: str) -> dict[str, Any] | None:
     start, asked = record["whole"][name], sorted({p["ratio"] for row in record["layers"] for p in row["points"]})
-    values = [
-        abs(p["values"][name] - start)
-        for row in record["layers"]
-        for p in row["points"]
-        if start is not None and p["values"].get(name) is not None
-    ]
     if start is None or not asked:
         return None
-    most = max(values, default=0.0) or 1.0
+    worse = partial(_worse, start=start, name=name)
+    found = [worse(p["values"].get(name)) for row in record["layers"] for p in row["points"]]
+    most = max((value for value in found if value < LOST), default=0.0) or 1.0
     rows = []
     for row in record["layers"]:
         points = {p["ratio"]: p for p in row["points"]}
@@ -302,28 +302,41 @@ def _curve(record: Plain, name: str) -> dict[str, Any] | None:
                 cells.append({"text": "", "heat": 0.0, "tip": ""})
                 continue
             value = point["values"].get(name)
-            heat = 100.0 if value is None else 100 * abs(value - start) / most
             tip = f"{row['name']}: {point['removed']} of {row['units']} units removed"
-            cells.append({"text": shown(value, name).removesuffix(" %"), "heat": heat, "tip": tip})
-        rows.append({"name": row["name"], "units": row["units"], "cells": cells, "worst": _area(row, name, start)})
-    order = sorted(range(len(rows)), key=lambda i: -rows[i]["worst"])
+            text, heat = shown(value, name).removesuffix(" %"), min(100 * worse(value) / most, 100.0)
+            cells.append({"text": text, "heat": heat, "tip": tip})
+        mean = sum(worse(p["values"].get(name)) for p in row["points"]) / max(len(row["points"]), 1)
+        rows.append({"name": row["name"], "units": row["units"], "cells": cells, "worse": mean})
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["worse"])
     series = [_series(record["layers"][i], name, start) for i in order]
     scale = " (%)" if name == "accuracy" else ""
     chart = spread(
         f"{name} when units of one layer are removed",
-        lambda ink: lines(ink, series, "units of the layer removed (%)", f"{name}{scale}"), 3.8, 4.4,
+        partial(lines, series=series, x_label="units of the layer removed (%)", y_label=f"{name}{scale}"), 3.8, 4.4,
     )  # fmt: skip
-    percent = " %" if name == "accuracy" else ""
     return {
         "name": name, "start": shown(start, name), "ratios": [f"{100 * r:g} %" for r in asked], "rows": rows,
-        "chart": chart, "percent": percent, "most": rows[order[0]]["name"], "least": rows[order[-1]]["name"],
+        "chart": chart, "most": rows[order[0]]["name"], "least": rows[order[-1]]["name"],
+        "moves": rows[order[0]]["worse"] > 0,
     }  # fmt: skip
 
 
-def _area(row: Plain, name: str, start: float) -> float:
-    """How far a layer's curve is from the start, on average; what is not finite is farthest."""
-    values = [p["values"].get(name) for p in row["points"]]
-    return sum(1e30 if v is None else abs(v - start) for v in values) / max(len(values), 1)
+LOST = 1e30
+"""How much worse a network is whose value is not finite."""
+
+
+def _worse(value: float | None, start: float, name: str) -> float:
+    """How much worse a value is than at the start; of a number that somebody else measures, how far away.
+
+    Example:
+        >>> _worse(0.75, 0.875, "accuracy"), _worse(0.75, 0.875, "loss"), _worse(0.75, 0.875, "mAP")
+        (0.125, 0.0, 0.125)
+    """
+    if value is None:
+        return LOST
+    if name in ("loss", "accuracy"):
+        return max(value - start if name == "loss" else start - value, 0.0)
+    return abs(value - start)
 
 
 def _series(row: Plain, name: str, start: float) -> tuple[str, list[float], list[float], str]:
