@@ -80,9 +80,9 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_usage(names: dict[str, Any]) -> None:
-    objectives, weights, repairing, distilling, judging, saving, shrinking = blocks("docs/usage.md", "python")
+    objectives, losing, weights, repairing, distilling, judging, saving, shrinking = blocks("docs/usage.md", "python")
     exec(objectives, {"torch": torch, "Scoring": Scoring, "scheduler": None})  # their models are of other libraries
-    for code in (weights, repairing, distilling, judging):
+    for code in (losing, weights, repairing, distilling, judging):
         names["model"] = net()
         exec(shorter(code), names)
     assert "singe_plugin.load" in saving  # its factory is somebody's

@@ -151,7 +151,7 @@ def test_numbers_of_the_report(result: Result, page: Parsed) -> None:
 def test_words_of_the_report(result: Result, page: Parsed) -> None:
     said = page.said()
     gone = sorted([(result.removed_params, "parameters"), (result.removed_macs, "multiply-adds")], reverse=True)
-    headline = " and ".join(f"{100 * share:.1f} % fewer {name}" for share, name in gone)
+    headline = " and ".join(f"{100 * share:.1f} % fewer {name}" for share, name in gone)  # said() splits at any space
     assert headline in said
     assert "top-1 accuracy 87.50% → 75.00% (\N{MINUS SIGN}12.50 points)" in said
     assert said.index(headline) < said.index("Before and after") < said.index("Units of every layer")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.nn import functional
 
 import singe_plugin
 from singe_plugin import Evaluate, Pace, Sensitivity
+from singe_plugin.app.cli import main
+from singe_plugin.app.datasets import data_config, digits
+from singe_plugin.app.models import create_model
 from singe_plugin.axes import Trackers, remove_units
 from singe_plugin.errors import ArtifactError, ConfigError, DataError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
@@ -294,3 +300,57 @@ def test_files_of_something_else(tmp_path: Path) -> None:
     saved.write_text(saved.read_text().replace("0.85", "0.86"))
     with pytest.raises(ArtifactError, match="is damaged"):
         Sensitivity.load(saved)
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+SHAPE = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
+ASKED = ["--model", "resnet18", "--in-chans", "1", "--img-size", "16", "--dataset", "digits", "--no-verify"]
+ASKED += [part for key, value in SHAPE.items() for part in ("--model-kwargs", f"{key}={value}")]
+ASKED += ["--images", "60", "--criterion", "l2", "--device", "cpu"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    arguments = ["sensitivity", *ASKED, "--ratios", "0.5", "--output", str(tmp_path), "--json"]
+    said = CliRunner().invoke(main, arguments)
+    assert said.exit_code == 0, said.stderr
+    assert "note: the weights are random" in said.stderr
+    assert "judged on 60 validation images of digits" in said.stderr
+    found, values = Sensitivity.load(tmp_path / "sensitivity.json"), json.loads(said.stdout)
+    assert {k: values[k] for k in found.as_dict()} == json.loads(json.dumps(found.as_dict()))
+    assert values["ratios"] == found.ratios(0.01)
+    assert [Path(f).name for f in values["files"]] == ["sensitivity.json", "sensitivity.html"]
+    net = create_model("resnet18", num_classes=10, in_chans=1, kwargs=SHAPE).model
+    splits = digits(data_config(net, 16))
+    chosen = sorted(torch.randperm(len(splits.val), generator=torch.Generator().manual_seed(0))[:60].tolist())
+    batch = torch.stack([splits.val[i][0] for i in chosen]), torch.tensor([int(splits.val[i][1]) for i in chosen])
+    loss, accuracy = literal(net, [batch])
+    assert found.whole == {"loss": pytest.approx(loss, rel=1e-5), "accuracy": pytest.approx(accuracy)}
+    assert "singe sensitivity --model resnet18" in (tmp_path / "sensitivity.html").read_text()
+    more = CliRunner().invoke(main, [*arguments[:-1], "--resume", "--ratios", "0.25", "--max-drop", "0.5", "-q"])
+    assert (more.exit_code, more.output) == (0, "")
+    again = Sensitivity.load(tmp_path / "sensitivity.json")
+    assert again.ratios_asked == [0.25, 0.5]
+    assert [row.points[1] for row in again.layers] == [row.points[0] for row in found.layers]
+
+
+def test_an_unfinished_run_is_not_overwritten_by_the_command(tmp_path: Path) -> None:
+    replace(curves(), finished=False).save(tmp_path / "sensitivity.json")
+    before = (tmp_path / "sensitivity.json").read_bytes()
+    said = CliRunner().invoke(main, ["sensitivity", *ASKED, "--output", str(tmp_path)])
+    assert said.exit_code == 1
+    assert "is unfinished; give --resume to continue" in said.stderr
+    other = CliRunner().invoke(main, ["sensitivity", *ASKED, "--output", str(tmp_path), "--resume"])
+    assert other.exit_code == 1
+    assert "holds curves of another run" in other.stderr
+    assert (tmp_path / "sensitivity.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(["--ratios", "half"], "no list of fractions"), (["--max-drop", "-1"], "is not in the range")],
+)
+def test_wrong_usage_of_the_command(given: list[str], said: str) -> None:
+    found = CliRunner().invoke(main, ["sensitivity", *ASKED, *given])
+    assert found.exit_code == 2
+    assert said in found.stderr

@@ -82,15 +82,17 @@ def spread(label: str, draw: Callable[[Ink], None], height: float = 2.9, narrow_
 def _svg(draw: Callable[[Ink], None], size: tuple[float, float], narrow: int, label: str) -> str:
     matplotlib = importlib.import_module("matplotlib")
     figure_class = importlib.import_module("matplotlib.figure").Figure
-    importlib.import_module("matplotlib.backends.backend_svg")
+    canvas = importlib.import_module("matplotlib.backends.backend_svg").FigureCanvasSVG
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{label} {narrow}", "font.size": 9}):
         figure = figure_class(figsize=size, layout="constrained")  # no pyplot: its backend and state are the user's
         axes = figure.add_subplot()
+        for ground in (figure.patch, axes.patch):
+            ground.set_visible(False)  # it is the page's
         _plain_axes(axes)
         ink = Ink(axes, bool(narrow))
         draw(ink)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return _themed(buffer.getvalue(), ink.tips, label)
 
 

@@ -116,7 +116,7 @@ def _gained(record: Plain) -> str:
         if before[key]
     ]
     words = [f"{abs(share):.1%} {'fewer' if share >= 0 else 'more'} {name}" for share, name in sorted(shares)[::-1]]
-    return " and ".join(words).replace("%", " %")
+    return " and ".join(words).replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def _lost(record: Plain) -> str:

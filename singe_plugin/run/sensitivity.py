@@ -25,7 +25,7 @@ from singe_plugin.run.staging import count_examples
 from singe_plugin.state import model_device, plain_layers, preserved
 from singe_plugin.tables import markdown_table
 
-__all__ = ["LayerSensitivity", "Sensitivity", "SensitivityPoint", "loss_and_accuracy"]
+__all__ = ["LayerSensitivity", "Sensitivity", "SensitivityPoint", "loss_and_accuracy", "shown"]
 
 FORMAT = 1
 Values = dict[str, float | None]
