@@ -22,7 +22,7 @@ COMMANDS = {
     "inspect": "Show what can be pruned, what is left whole and why, and what scoring costs.",
     "prune": "Prune a timm model and fine-tune it on the way; save it with a report.",
     "report": "Write the report of the result saved in DIRECTORY again, and print its summary.",
-    "sensitivity": "Measure what every layer alone can lose: loss and accuracy when 10, 20, ... 90 % of its units go.",
+    "sensitivity": "Measure what every layer alone can lose: loss and accuracy without 10 to 90 % of its units.",
 }
 _USUAL = "singe_plugin.app.commands"
 _MODULES = {"sensitivity": "singe_plugin.app.sensitivity"}  # commands that are written elsewhere

@@ -142,7 +142,7 @@ def _fractions(context: Any, param: Any, value: str | None) -> tuple[float, ...]
 def sensitivity(
     output: str, resume: bool, max_drop: float, measure: str | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Measure what every layer alone can lose: loss and accuracy when 10, 20, ... 90 % of its units go."""
+    """Measure what every layer alone can lose: loss and accuracy without 10 to 90 % of its units."""
     with only_json(as_json):
         model = model_given(options)
         data = {key: options.pop(key) for key in ("dataset", "data_dir", "img_size", "batch_size", "workers")}
