@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import singe_plugin
-from singe_plugin.app.report import markdown_table
 from singe_plugin.integrations.torch_pruning import SInGEImportance
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.run.data import evaluate
+from singe_plugin.tables import markdown_table
 
 from records import append, environment, read
 from settings import Setting, load_setting

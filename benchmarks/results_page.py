@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from singe_plugin.app.report import Curves, markdown_table
+from singe_plugin.app.curves import Curves
+from singe_plugin.tables import markdown_table
 
 from cells import (
     PAPER_BATCH,
@@ -423,7 +424,7 @@ def draw(rows: Rows, folder: Path) -> None:
     figure.savefig(folder / "results_one_shot.svg", metadata={"Date": None})
     curves = read(HERE / "results" / "figure_2.jsonl")
     if curves:
-        draw_curves = importlib.import_module("singe_plugin.app.report")._draw_curves
+        draw_curves = importlib.import_module("singe_plugin.app.plots").draw_curves
         figure = figures.Figure(figsize=(9, 4), layout="constrained")
         draw_curves(figure, [Curves(**panel) for panel in curves[-1]["panels"]])
         figure.savefig(folder / "results_figure_2.svg", metadata={"Date": None})

@@ -17,9 +17,9 @@ import torch
 from singe_plugin import FineTune, Pace, prune_weights
 from singe_plugin.app.datasets import data_config, digits
 from singe_plugin.app.demo import DemoSettings, train
-from singe_plugin.app.report import markdown_table
 from singe_plugin.run.architecture import Builder
 from singe_plugin.run.data import evaluate
+from singe_plugin.tables import markdown_table
 
 CRITERIA = ("l1", "grad", "norm_grad", "sg", "ig")
 COLUMNS = {

@@ -34,7 +34,7 @@ from .torch_pruning.importance import SInGEImportance
 from .torch_pruning.pruner import SInGEPruner
 from .transformers.config import follow_config as follow_transformers
 
-__all__ = ["Result", "describe_target", "prune", "settle_target", "usual_every", "what_repairs"]
+__all__ = ["Result", "describe_target", "prune", "settle_target", "usual_every", "what_repairs", "what_scores"]
 
 LATENCY_TABLE = "latency.json"
 _logger = logging.getLogger("singe_plugin")
@@ -114,7 +114,7 @@ def prune(
     finetune = as_options(FineTune, finetune, "finetune", "steps").settle(usual_every(pace))
     judge = as_judge(val_data)
     mended = what_repairs(repair, finetune, judge)
-    scoring, importance = _what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
+    scoring, importance = what_scores(as_options(Scoring, scoring, "scoring", "criterion"), pace, mended is not None)
     wanted, pace = settle_target(target, pace)
     wanted = wanted if wanted is None else _with_table(wanted, out_dir)
     options = {
@@ -213,7 +213,7 @@ def what_repairs(repair: Repair | int | str | None, finetune: FineTune, judge: E
     return None if repair is None else as_options(Repair, repair, "repair", "images")
 
 
-def _what_scores(scoring: Scoring, pace: Pace, repaired: bool) -> tuple[Scoring, Callable[..., Any]]:
+def what_scores(scoring: Scoring, pace: Pace, repaired: bool) -> tuple[Scoring, Callable[..., Any]]:
     """What is recorded of the scoring, with everything decided, and the importance that does it.
 
     Raises:

@@ -29,6 +29,7 @@ from singe_plugin.version import __version__  # noqa: F401 - of the package
 
 if TYPE_CHECKING:
     from singe_plugin.integrations.prune import prune
+    from singe_plugin.integrations.sensitivity import sensitivity
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
     from singe_plugin.loop.budget import Target
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from singe_plugin.run.architecture import Builder
     from singe_plugin.run.artifact import load, save
     from singe_plugin.run.result import Result
+    from singe_plugin.run.sensitivity import Sensitivity
 
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "SInGEPruner",
     "Scoring",
     "ScoringError",
+    "Sensitivity",
     "SingeError",
     "Target",
     "TiedParameterError",
@@ -91,6 +94,7 @@ __all__ = [
     "save",
     "score_error",
     "score_units",
+    "sensitivity",
 ]
 
 _LAZY = {
@@ -104,6 +108,7 @@ _LAZY = {
     "loop.finetune": ("FineTune",),
     "method.folding": ("fold_batchnorm",),
     "integrations.prune": ("Result", "prune"),
+    "integrations.sensitivity": ("sensitivity",),
     "integrations.torch_pruning": ("SInGEImportance", "SInGEPruner"),
     "integrations.unstructured": ("UnstructuredPruner", "prune_weights"),
     "masks": ("hold_masks",),
@@ -114,6 +119,7 @@ _LAZY = {
     "loop.watch": ("Evaluate",),
     "method.scoring": ("score_error", "score_units"),
     "method.step": ("BatchObjective",),
+    "run.sensitivity": ("Sensitivity",),
 }
 
 

@@ -86,7 +86,9 @@ def test_prune_says_what_is_true_of_the_saved_model(pruned: tuple[Path, dict[str
     assert said["options"]["scoring"]["nodes"] == 2
     for file in said["files"]:
         assert Path(file).stat().st_size > 0
-    assert {"report.md", "report.json", "units.png", "gradients.png"} <= {Path(f).name for f in said["files"]}
+    assert {"report.md", "report.html", "report.json", "units.png", "gradients.png"} <= {
+        Path(f).name for f in said["files"]
+    }
 
 
 def test_report_rewrites_the_same_report(pruned: tuple[Path, dict[str, Any]]) -> None:

@@ -51,13 +51,18 @@ def test_numbers(demo: tuple[Path, dict[str, Any], str]) -> None:
 
 def test_files_and_words(demo: tuple[Path, dict[str, Any], str]) -> None:
     output, found, said = demo
-    names = {"report.md", "report.json", "units.png", "accuracy.png", "gradients.png", "pruned", "trained.safetensors"}
+    plots = {"units.png", "accuracy.png", "gradients.png"}
+    names = {"report.md", "report.html", "report.json", *plots, "pruned", "trained.safetensors"}
     assert {Path(f).name for f in found["files"]} == names
     assert all(Path(f).exists() for f in found["files"])
     text = (output / "report.md").read_text()
-    assert HONESTY in text
+    assert HONESTY.capitalize() in text
+    page = (output / "report.html").read_text()
+    assert HONESTY.capitalize() in page
+    assert "singe demo --quick" in page
     for method in METHODS:
         assert f"{method}, -50%" in text
+        assert f"{method}, -50%" in page
         assert method in said
     record = json.loads((output / "report.json").read_text())
     assert [len(panel["units"]) for panel in record["curves"]] == [5, 5]

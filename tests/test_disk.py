@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from singe_plugin import Builder, Callback, History, Result, files, load, prune, save
 from singe_plugin.app.cli import main
-from singe_plugin.app.report import Curves, write_report
+from singe_plugin.app.curves import Curves
+from singe_plugin.app.report import write_report
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import locked, write_atomically, write_text
 from singe_plugin.integrations.unstructured import prune_weights

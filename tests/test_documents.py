@@ -82,12 +82,12 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_usage(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    objectives, timing, weights, repairing, distilling, *training, judging, saving, shrinking = blocks(
+    objectives, losing, timing, weights, repairing, distilling, *training, judging, saving, shrinking = blocks(
         "docs/usage.md", "python"
     )
     exec(objectives, {"torch": torch, "Scoring": Scoring, "scheduler": None})  # their models are of other libraries
     install(monkeypatch, 8, "onnxruntime")  # a package of its own, and this network is nothing but overhead
-    for code in (timing, weights, repairing, distilling, judging):
+    for code in (losing, timing, weights, repairing, distilling, judging):
         names["model"] = net()
         exec(shorter(code), names)
     lightning, transformers, own = training

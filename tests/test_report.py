@@ -12,13 +12,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from singe_plugin.app.curves import Curves, gradient_curves, history_summary
+from singe_plugin.app.plots import Point
 from singe_plugin.app.report import (
-    Curves,
-    Point,
-    gradient_curves,
-    history_summary,
+    Table,
     markdown,
-    markdown_table,
     read_extras,
     report_data,
     write_report,
@@ -28,8 +26,10 @@ from singe_plugin.loop.events import History
 from singe_plugin.method.units import Producer, Slot, UnitGroup
 from singe_plugin.run.architecture import Builder
 from singe_plugin.run.result import GroupRow, Metrics, Result
+from singe_plugin.tables import markdown_table
 
 POINTS = [Point("unpruned", 0.0, 0.9), Point("a", 0.5, 0.8), Point("a", 0.75, 0.6), Point("b", 0.5, 0.7)]
+TABLE = Table("Others", ("", "x"), (("a", "1"), ("b", "2")))
 CURVES = [Curves("conv", (0, 2), ((2.0, 1.0), (3.0, 1.5)), ((0.1, 0.2), (0.3, 0.1)))]
 
 
@@ -112,19 +112,24 @@ def test_table_lines_up() -> None:
 
 
 def test_files_and_round_trip(result: Result, tmp_path: Path) -> None:
-    files = write_report(result, tmp_path / "out", POINTS, CURVES, "T", ["I."], {"data": "digits"})
-    assert [f.name for f in files] == ["report.md", "report.json", "units.png", "accuracy.png", "gradients.png"]
-    for file in files[2:]:
+    files = write_report(result, tmp_path / "out", POINTS, CURVES, "T", ["I."], [TABLE], {"data": "digits"})
+    assert [f.name for f in files] == [
+        "report.md", "report.html", "report.json", "units.png", "accuracy.png", "gradients.png",
+    ]  # fmt: skip
+    for file in files[3:]:
         with Image.open(file) as image:
             assert image.format == "PNG"
             assert min(image.size) > 200
-    record = json.loads(files[1].read_text())
+    record = json.loads(files[2].read_text())
     assert {k: record[k] for k in report_data(result)} == json.loads(json.dumps(report_data(result)))
     extras = read_extras(tmp_path / "out")
-    assert extras == {"title": "T", "intro": ["I."], "points": POINTS, "curves": CURVES, "extra": {"data": "digits"}}
-    before = [f.read_text() for f in files[:2]]
+    assert extras == {
+        "title": "T", "intro": ["I."], "tables": [TABLE], "points": POINTS, "curves": CURVES,
+        "extra": {"data": "digits"},
+    }  # fmt: skip
+    before = [f.read_text() for f in files[:3]]
     write_report(result, tmp_path / "out", **extras)
-    assert [f.read_text() for f in files[:2]] == before
+    assert [f.read_text() for f in files[:3]] == before
 
 
 def test_plots_leave_pyplot_alone(result: Result, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ it is asked for: PyTorch takes seconds, which ``--help`` and ``--version`` need 
 from __future__ import annotations
 
 import importlib
+import shlex
 from typing import Any
 
 import click
@@ -14,16 +15,26 @@ import click
 from singe_plugin.errors import SingeError
 from singe_plugin.version import __version__
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "typed_command"]
 
 COMMANDS = {
     "demo": "Train a small network on real digits and prune it four ways; a minute or two, offline.",
     "inspect": "Show what can be pruned, what is left whole and why, and what scoring costs.",
     "prune": "Prune a timm model and fine-tune it on the way; save it with a report.",
     "report": "Write the report of the result saved in DIRECTORY again, and print its summary.",
+    "sensitivity": "Measure what every layer alone can lose: loss and accuracy without 10 to 90 % of its units.",
 }
 _USUAL = "singe_plugin.app.commands"
-_MODULES: dict[str, str] = {}  # commands that are written elsewhere
+_MODULES = {"sensitivity": "singe_plugin.app.sensitivity"}  # commands that are written elsewhere
+
+
+_TYPED = "singe_plugin.command"
+
+
+def typed_command() -> str | None:
+    """The command line that is being run, as it could be typed again; None where none is."""
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.meta.get(_TYPED)
 
 
 class Singe(click.Group):
@@ -45,6 +56,11 @@ class Singe(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line, and remember it."""
+        ctx.meta[_TYPED] = shlex.join(["singe", *args])
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
@@ -53,8 +69,8 @@ class Singe(click.Group):
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            resume = ctx.invoked_subcommand == "prune"
-            hint = "; the same command with --resume continues after the last finished round or layer" if resume else ""
+            resumed = {"prune": "round or layer", "sensitivity": "point"}.get(ctx.invoked_subcommand or "")
+            hint = f"; the same command with --resume continues after the last finished {resumed}" if resumed else ""
             click.echo(f"interrupted{hint}", err=True)
             ctx.exit(130)
 

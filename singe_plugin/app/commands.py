@@ -324,3 +324,9 @@ def report(directory: str, as_json: bool, quiet: bool) -> None:
         result, values = run_report(directory)
     files = "\n".join(f"  {path}" for path in values["files"])
     _finish(values, f"{result.summary()}\nfiles:\n{files}", as_json, quiet)
+
+
+# for commands that are written elsewhere
+with_model, with_data, with_ignored, with_verify, with_output = _model, _data, _ignore, _verify, _output
+with_fields, fields_given, model_given = generated, objects, _model_options
+only_json, finish, teller = _stdout_for_json, _finish, _teller

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from singe_plugin.app.report import Curves, gradient_curves, markdown_table
+from singe_plugin.app.curves import Curves, gradient_curves
 from singe_plugin.errors import BudgetError
 from singe_plugin.fields import as_options, describe
 from singe_plugin.loop.budget import Target
@@ -22,6 +22,7 @@ from singe_plugin.nested import to_device
 from singe_plugin.run.data import scoring_batches
 from singe_plugin.run.staging import count_examples
 from singe_plugin.state import model_device
+from singe_plugin.tables import markdown_table
 
 __all__ = ["InspectedGroup", "Inspection", "RunCost", "figure_two", "inspect_model", "pruner_of"]
 

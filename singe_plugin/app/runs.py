@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from singe_plugin.app.cli import typed_command
 from singe_plugin.app.config import CONFIG
+from singe_plugin.app.curves import Curves
 from singe_plugin.app.datasets import DataConfig, Splits, data_config, load_splits
 from singe_plugin.app.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.app.models import NamedModel, create_model
-from singe_plugin.app.report import FILES, Curves, read_extras, report_data, write_report
+from singe_plugin.app.report import FILES, read_extras, report_data, write_report
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.fields import describe, to_plain
 from singe_plugin.files import locked, write_text
@@ -29,9 +31,10 @@ from singe_plugin.run.data import as_loader
 from singe_plugin.run.result import Result
 from singe_plugin.run.staging import resolve_device
 
-__all__ = ["Extras", "prepare", "run_inspect", "run_prune", "run_report"]
+__all__ = ["RANDOM", "Extras", "prepare", "run_inspect", "run_prune", "run_report"]
 
 Say = Callable[[str], None]
+RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,6 @@ class Extras:
     texts: Mapping[str, Any] = field(default_factory=dict)
     curves: bool = True
     progress: bool = True
-
-
-_RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
 
 
 def prepare(model_options: Mapping[str, Any], data_options: Mapping[str, Any]) -> tuple[NamedModel, DataConfig, Splits]:
@@ -132,9 +132,7 @@ def run_prune(
         if config is not None and not resume and ranks.main:
             write_text(kept, config)
         found = _prune(model_options, data_options, prune_options, output, resume, say, granularity, extras)
-        if (
-            config is not None and ranks.main and not kept.exists()
-        ):  # it went on, with the same options, in a folder without one
+        if config is not None and ranks.main and not kept.exists():  # one of before
             write_text(kept, config)
         if kept.exists():
             found[1]["files"].append(str(kept))
@@ -224,7 +222,7 @@ def _prune(
     runs: dict[str, Callable[..., Result]] = {"unit": prune, "weight": prune_weights}
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
-        say(f"note: {_RANDOM}")
+        say(f"note: {RANDOM}")
     if named.sizes:
         say(f"note: {_sizes(named)}, as {model_options['checkpoint']} has")
     seed, batch_size, workers = prune_options["seed"], data_options["batch_size"], data_options["workers"]
@@ -256,8 +254,8 @@ def _prune(
         save(result, output)
     intro = [f"Weights: {named.weights}. Data: {splits.name}."]
     if named.weights == "random":
-        intro.append(f"Note: {_RANDOM}.")
-    extra = {"weights": named.weights, "data": splits.name, "wall_seconds": seconds}
+        intro.append(f"Note: {RANDOM}.")
+    extra = {"weights": named.weights, "data": splits.name, "wall_seconds": seconds, "command": typed_command()}
     files = [*write_report(result, output, curves=panels, intro=intro, extra=extra), *_saved(output)] if main else []
     return result, {**report_data(result), **extra, "files": [str(f) for f in files]}
 

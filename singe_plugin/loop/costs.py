@@ -21,7 +21,7 @@ from singe_plugin.state import plain_layers, preserved
 
 __all__ = [
     "ALL", "KINDS", "LATENCY", "POINT", "CostModel", "Counted", "Goal", "Kind", "TensorCost", "all_of", "check_kind",
-    "count_macs", "count_macs_by_module", "count_params", "structure_of",
+    "count_macs", "count_macs_by_module", "count_params", "own_costs", "structure_of",
 ]  # fmt: skip
 
 
@@ -78,6 +78,40 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         6
     """
     return count_macs_by_module(model, example_inputs)[""]
+
+
+def own_costs(model: nn.Module, by_module: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The parameters and MACs of every module alone, without those of the modules in it.
+
+    Args:
+        model: the model; a shared parameter counts where it is met first, and what a parametrization holds counts for
+            the layer.
+        by_module: as :func:`count_macs_by_module` counts.
+
+    Returns:
+        module -> its parameters and its MACs, of those that have any, in the order of the model; ``""`` is what the
+        model does itself.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> own_costs(net, count_macs_by_module(net, torch.zeros(1, 3)))
+        {'0': (8, 6)}
+    """
+    found: dict[str, tuple[int, int]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        layer, inside, _ = name.rpartition(".parametrizations.")
+        owner, params, macs = (layer if inside else name), 0, 0
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                params += parameter.numel()
+        if not inside:
+            parts = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+            macs = max(by_module.get(name, 0) - sum(by_module.get(part, 0) for part in parts), 0)
+        before = found.get(owner, (0, 0))
+        found[owner] = before[0] + params, before[1] + macs
+    return {name: costs for name, costs in found.items() if any(costs)}
 
 
 class Counted:

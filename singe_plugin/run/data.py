@@ -17,7 +17,16 @@ from singe_plugin.nested import are_images, call_model, map_tensors, tensors_in,
 from singe_plugin.ranks import Division, current
 from singe_plugin.state import model_device, preserved
 
-__all__ = ["as_loader", "evaluate", "example_from", "few", "is_dataset", "lone_example", "scoring_batches"]
+__all__ = [
+    "as_loader",
+    "evaluate",
+    "example_from",
+    "few",
+    "is_dataset",
+    "lone_example",
+    "right_answers",
+    "scoring_batches",
+]
 
 
 def as_loader(data: Any, batch_size: int, workers: int = 0, shuffle: bool = True, seed: int = 0) -> Iterable[Any]:
@@ -192,7 +201,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
                 continue
             inputs, targets = split_batch(to_device(batch, device))
             try:
-                outputs = _class_scores(call_model(model, inputs))
+                outputs = call_model(model, inputs)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
@@ -200,23 +209,34 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float | None:
                     f"the model fails on a batch of val_data with {type(error).__name__}: {error}; give batches of the "
                     "form it was made for"
                 ) from error
-            usable = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim == 2
-            usable = usable and targets.ndim == 1 and not targets.is_floating_point()
-            if not usable:
+            counted = right_answers(outputs, targets)
+            if counted is None:
+                usable = False
                 break
-            if len(outputs) != len(targets):
-                raise DataError(
-                    f"a batch of val_data has {len(targets)} targets, and the model returns {len(outputs)} outputs for "
-                    "it; give one class for each example"
-                )
-            right += int((outputs.argmax(1) == targets).sum())
+            right += counted
             total += len(targets)
     found = ranks.gather("right answers", (right, total, usable))
     right, total = sum(one for one, _, _ in found), sum(one for _, one, _ in found)
     return right / total if total and all(fits for _, _, fits in found) else None
 
 
-def _class_scores(outputs: Any) -> Any:
-    if isinstance(outputs, Mapping):
-        return outputs.get("logits")
-    return getattr(outputs, "logits", outputs)
+def right_answers(outputs: Any, targets: Any) -> int | None:
+    """How many examples of a batch have their class right; None if the outputs are no class scores, or targets none.
+
+    Raises:
+        DataError: if there are not as many outputs as targets.
+
+    Example:
+        >>> right_answers({"logits": torch.eye(2)}, torch.tensor([0, 0])), right_answers(torch.eye(2), None)
+        (1, None)
+    """
+    outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    usable = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim == 2
+    if not usable or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    if len(outputs) != len(targets):
+        raise DataError(
+            f"a batch of val_data has {len(targets)} targets, and the model returns {len(outputs)} outputs for "
+            "it; give one class for each example"
+        )
+    return int((outputs.argmax(1) == targets).sum())

@@ -99,7 +99,11 @@ def _row(value: Any) -> bool:
     return right and value["units_after"] <= value["units_before"]
 
 
-_LATER = {"latency_conditions"}  # fields that earlier versions did not write
+def _pair(value: Any) -> bool:
+    return _list_of(_count)(value) and len(value) == 2
+
+
+_LATER = {"latency_conditions", "size_bytes", "by_layer"}  # fields that earlier versions did not write
 
 
 def _metrics(value: Any) -> bool:
@@ -108,9 +112,11 @@ def _metrics(value: Any) -> bool:
         return False
     if not isinstance(value.get("latency_conditions"), (str, type(None))) or not _dict_of(_real)(value["measured"]):
         return False
-    if not all(_number(v) for k, v in value.items() if k not in ("measured", "latency_conditions")):
+    if not _dict_of(_pair)(value.get("by_layer", {})):
         return False
-    counts = [value["params"], value["macs"], value["nonzero"] or 0, value["effective_macs"] or 0]
+    if not all(_number(v) for k, v in value.items() if k not in ("measured", "by_layer", "latency_conditions")):
+        return False
+    counts = [value["params"], value["macs"], *(value.get(k) or 0 for k in ("nonzero", "effective_macs", "size_bytes"))]
     return all(map(_count, counts)) and (value["accuracy"] or 0) <= 1
 
 

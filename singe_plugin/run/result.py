@@ -49,6 +49,9 @@ class Metrics:
         effective_macs: multiply-adds with a weight that is not masked, for one example; None likewise.
         measured: what the user's own function says, by name (see :class:`~singe_plugin.Evaluate`); None for what is
             not finite.
+        size_bytes: of all parameters and buffers, as :func:`singe_plugin.save` writes them (without the file's header).
+        by_layer: module -> its own parameters and multiply-adds for one example (see
+            :func:`~singe_plugin.loop.costs.own_costs`); empty for a result of an earlier version.
     """
 
     params: int
@@ -60,6 +63,8 @@ class Metrics:
     nonzero: int | None = None
     effective_macs: int | None = None
     measured: dict[str, float | None] = field(default_factory=dict)
+    size_bytes: int | None = None
+    by_layer: dict[str, list[int]] = field(default_factory=dict)
 
     def known(self) -> dict[str, float]:
         """What was measured, by name.

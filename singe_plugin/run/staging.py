@@ -19,7 +19,7 @@ from singe_plugin.axes import Trackers
 from singe_plugin.checks import check_count
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.files import digest, locked, sweep
-from singe_plugin.loop.costs import Counted, count_params
+from singe_plugin.loop.costs import Counted, count_params, own_costs
 from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
@@ -29,7 +29,7 @@ from singe_plugin.loop.survivors import images_of
 from singe_plugin.loop.times import Timing
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.loop.watch import Evaluate, measured_by
-from singe_plugin.masks import named_tensors
+from singe_plugin.masks import named_tensors, plain_tensors
 from singe_plugin.method.batches import split_batch
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.step import BatchObjective, check_form, model_inputs
@@ -298,14 +298,20 @@ def judged(model: nn.Module, stage: Stage) -> dict[str, float]:
 
 
 def measure(model: nn.Module, stage: Stage) -> Metrics:
-    """Parameters, MACs of one example, and what it is judged by."""
+    """Parameters, MACs of one example, what it is judged by, and size."""
     values = judged(model, stage)
     accuracy = None if stage.validation is None else values.pop("accuracy", None)
+    examples = count_examples(stage.example)
     return Metrics(
         count_params(model),
-        stage.counted.macs // count_examples(stage.example),
+        stage.counted.macs // examples,
         accuracy,
         measured={name: value if math.isfinite(value) else None for name, value in values.items()},
+        size_bytes=sum(t.numel() * t.itemsize for _, t in plain_tensors(model)),
+        by_layer={
+            name: [params, macs // examples]
+            for name, (params, macs) in own_costs(model, stage.counted.by_module).items()
+        },
     )
 
 
