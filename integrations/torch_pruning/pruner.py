@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.axes import AxisGraph, Trackers, verify_groups
+from singe_plugin.axes import AxisGraph, Trackers, find_blocks, verify_groups
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.fields import as_options
 from singe_plugin.loop.budget import Target, plan_removals
@@ -41,6 +42,8 @@ from .importance import SInGEImportance
 from .stepping import SteppingPruner
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
+
+_logger = logging.getLogger("singe_plugin")
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class SInGEPruner(SteppingPruner):
             [e for e in (ema, None if self.tuner is None else self.tuner.options.ema) if e is not None],
         )
         usual = Pace("layers")
-        run_only = ("order", "rounds", "course", "units_per_step", "ratios")
+        run_only = ("order", "rounds", "course", "units_per_step", "ratios", "blocks")
         self._only_run = [
             f"pace.{name}" for name in run_only if getattr(asked, name) not in (None, getattr(usual, name))
         ]
@@ -164,7 +167,11 @@ class SInGEPruner(SteppingPruner):
         if self.pace.verify:
             for name, reason in verify_groups(graph).items():
                 graph.drop(name, reason)
+        if self.pace.blocks:
+            self._find_blocks(graph)
         self.DG = AxisDependencyGraph(graph, self._cut_along)
+        self._block_names = frozenset(graph.blocks)
+        self._initial = {g.name: g.initial for g in self.layers} | dict.fromkeys(graph.blocks, 1)
         self._forward, self._unpruned = forward_of(options), None
         if repair is not None:
             chosen = as_options(Repair, repair, "repair", "images")
@@ -281,9 +288,41 @@ class SInGEPruner(SteppingPruner):
             dict(self.left_whole),
         )  # fmt: skip
 
+    def _find_blocks(self, graph: AxisGraph) -> None:
+        """Find the residual blocks that may go, but for those with layers that stay."""
+        normalizer = getattr(getattr(self.importance, "scoring", None), "normalizer", None)
+        if normalizer is not None:
+            raise ConfigError(
+                f"blocks=True compares a block with units of other layers, and normalizer={normalizer!r} makes the score "
+                "of every block the same; leave one of them out"
+            )
+        find_blocks(graph, verify=self.pace.verify)
+        ignored = {*self.ignored_layers, *self.ignored_params}
+        distill = None if self.tuner is None else self.tuner.options.distill
+        watched = {graph.model.get_submodule(name) for name in getattr(distill, "features", ())}
+        reasons = {}
+        for name, block in graph.blocks.items():
+            if any(m in ignored or not ignored.isdisjoint(m._parameters.values()) for m in block.modules):
+                reasons[name] = "a layer in it is in ignored_layers"
+            elif any(m in watched for m in block.modules - {block.module}):
+                reasons[name] = "the fine-tuning learns from the features of a layer in it"
+        graph.leave_blocks(reasons)
+        if not graph.blocks:
+            why = next(iter(reasons.values()), "none was found whose shortcut is an identity")
+            _logger.warning("no residual block of %s can go as a whole: %s", type(graph.model).__name__, why)
+
     def rows(self) -> list[GroupRow]:
-        """The pruned layers: the units they had, and those they have."""
-        return [GroupRow(g.name, block_of(g.name), g.initial, g.size) for g in self.layers]
+        """The pruned layers, and the residual blocks that could go: the units they had, and those they have.
+
+        Nothing is left of a layer that went with its block.
+        """
+        there = {g.name: g.size for g in self.layers} | dict.fromkeys(self.graph.blocks, 1)
+        first = self._initial | {g.name: g.initial for g in self.layers}
+        blocks = self._block_names
+        return [
+            GroupRow(name, name if name in blocks else block_of(name), units, there.get(name, 0))
+            for name, units in first.items()
+        ]
 
     def numbers(self) -> dict[str, Any]:
         """Nothing: what is removed is gone."""

@@ -213,6 +213,9 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""
         self.DG.trackers = self.trackers()
         for name, is_out, idxs in list(pruning_history):
+            if name in self.graph.blocks:
+                self.DG.remove_block(self.graph.blocks[name], self.trackers())
+                continue
             module = self.model.get_submodule(name)
             pruner = self.DG.get_pruner_of_module(module)
             function = pruner.prune_out_channels if is_out else pruner.prune_in_channels

@@ -80,8 +80,10 @@ class GroupSpec:
         block: the name of its block; layers of a block get one ratio under ``ratios="block"``.
         channels_per_unit: above 1 for grouped layers and heads.
         max_ratio: the largest fraction of its units that may go.
-        min_units: how many of its units stay at least; all of them, if there are fewer.
+        min_units: how many of its units stay at least; all of them, if there are fewer. Of a residual block, which is
+            one unit, none has to.
         multiple: the number of units that stay is a multiple of this.
+        inside: the residual block that it goes with, or None.
     """
 
     name: str
@@ -91,12 +93,18 @@ class GroupSpec:
     max_ratio: float = 1.0
     min_units: int = 1
     multiple: int = 1
+    inside: str | None = None
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a residual block, which goes as a whole."""
+        return self.min_units == 0
 
     def kept_for(self, kept: float, round_to: int | None) -> int:
         """The number of units kept that is nearest to ``kept`` and allowed: at least ``min_units``, channels a multiple
         of ``round_to``."""
         quantum = self.quantum(round_to)
-        floor = max(1, self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
+        floor = max(self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
         if quantum == 1:
             return min(self.units, max(floor, round(kept)))
         lowest = math.ceil(floor / quantum) * quantum
@@ -163,19 +171,42 @@ def plan_removals(
     if target is None:
         if pruning_ratio is None or not 0 <= pruning_ratio < 1:
             raise ConfigError(f"pruning_ratio={pruning_ratio!r} is not a fraction of units inside [0, 1[")
-        return spread(pruning_ratio)
+        counts = spread(pruning_ratio)
+        return counts | _blocks_in(layers, counts)
     wanted = target.fraction if aim is None else aim
-    low, high = 0.0, 2.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if cost.removed_fraction(target.kind, spread(middle)) < wanted:
-            low = middle
-        else:
-            high = middle
-    # with coarse steps the way from below and the way from above end in different places
-    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
+
+    def levelled(spread: Callable[[float], Counts]) -> tuple[Counts, Counts]:
+        low, high = 0.0, 2.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            if cost.removed_fraction(target.kind, spread(middle)) < wanted:
+                low = middle
+            else:
+                high = middle
+        return spread(low), spread(high)
+
+    def met(layers: Sequence[GroupSpec], spread: Callable[[float], Counts]) -> Counts:
+        # with coarse steps the way from below and the way from above end in different places
+        return _refine(layers, cost, target.kind, wanted, list(levelled(spread)), round_to)
+
+    if not any(layer.is_block for layer in layers):
+        best = met(layers, spread)
+    else:  # the blocks below the level go, and channels make up for the rest; with one more, if they cannot
+        for start in levelled(spread):
+            gone = _blocks_in(layers, start)
+            left = [layer for layer in layers if layer.name not in gone]
+            rest = _spreader(left, ratios, scores, round_to)
+            best = met(left, lambda level, gone=gone, rest=rest: gone | rest(level))  # type: ignore[misc]
+            if abs(cost.removed_fraction(target.kind, best) - wanted) <= point:
+                break
     _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
     return best
+
+
+def _blocks_in(layers: Sequence[GroupSpec], counts: Counts) -> Counts:
+    """The counts of all blocks, and of the layers in those that go: nothing is removed from these before."""
+    found = {layer.name: counts[layer.name] for layer in layers if layer.is_block}
+    return found | {layer.name: 0 for layer in layers if layer.inside is not None and found.get(layer.inside)}
 
 
 def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: float | None, point: float) -> None:
@@ -286,7 +317,8 @@ def _refine(
     if miss(best) > POINT:
         best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
     if miss(best) > POINT:
-        met = [counts for counts in _every(layers, round_to) if miss(counts) <= POINT]
+        every = ({**starts[0], **counts} for counts in _every(layers, round_to))
+        met = [counts for counts in every if miss(counts) <= POINT]
         best = min(met, key=lambda counts: _apart(layers, counts, starts[0]), default=best)
     return dict(best)
 

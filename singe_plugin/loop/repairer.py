@@ -60,7 +60,11 @@ class Repairer:
 
     @torch.no_grad()
     def repair(
-        self, pruned: nn.Module, kept: Mapping[str, Sequence[int]], masks: Mapping[str, Tensor] | None = None
+        self,
+        pruned: nn.Module,
+        kept: Mapping[str, Sequence[int]],
+        masks: Mapping[str, Tensor] | None = None,
+        gone: Collection[str] = (),
     ) -> list[Solved]:
         """Solve the layers of a pruned network again, and bring its batch-norms along.
 
@@ -70,6 +74,7 @@ class Repairer:
             masks: parameter -> which weights may be other than zero; of others, those that are not, or never were. The
                 layers themselves are plain ones (:func:`singe_plugin.masks.plain_weights`). Biases, norms, embeddings
                 and other parameters can have masks, too: what comes after them gets other inputs.
+            gone: parameters that are no part of the network any more, and stand in it at zero while it is repaired.
 
         Returns:
             every layer whose inputs are others than in the unpruned network, with its error before and after.
