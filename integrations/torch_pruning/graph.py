@@ -35,7 +35,9 @@ class GroupView(Group):  # type: ignore[misc]
         units: the units it is about, all or some.
     """
 
-    def __init__(self, graph: AxisDependencyGraph, group: axes.Group | axes.Block, units: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, graph: AxisDependencyGraph, group: axes.Group | axes.Block, units: Sequence[int] | None = None
+    ) -> None:
         self.axis_group: Any = group
         self.units = list(range(group.size)) if units is None else sorted({int(u) for u in units})
         self._items: list[Any] | None = None

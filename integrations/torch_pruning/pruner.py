@@ -167,9 +167,9 @@ class SInGEPruner(SteppingPruner):
         if self.pace.verify:
             for name, reason in verify_groups(graph).items():
                 graph.drop(name, reason)
-        if self.pace.blocks:
-            self._find_blocks(graph)
         self.DG = AxisDependencyGraph(graph, self._cut_along)
+        if self.pace.blocks:
+            self.find_blocks()
         self._block_names = frozenset(graph.blocks)
         self._initial = {g.name: g.initial for g in self.layers} | dict.fromkeys(graph.blocks, 1)
         self._forward, self._unpruned = forward_of(options), None
@@ -288,8 +288,9 @@ class SInGEPruner(SteppingPruner):
             dict(self.left_whole),
         )  # fmt: skip
 
-    def _find_blocks(self, graph: AxisGraph) -> None:
-        """Find the residual blocks that may go, but for those with layers that stay."""
+    def find_blocks(self) -> None:
+        """Find the residual blocks that may go, but for those with layers that stay: they are ``graph.blocks`` then."""
+        graph = self.graph
         normalizer = getattr(getattr(self.importance, "scoring", None), "normalizer", None)
         if normalizer is not None:
             raise ConfigError(

@@ -318,7 +318,9 @@ def remove_block(graph: AxisGraph, block: Block, trackers: Trackers | None = Non
     """
     trackers = trackers or Trackers()
     if graph.blocks.get(block.name) is not block:
-        raise RemovalError(f"block {block.name!r} is not there (any more); there are {', '.join(graph.blocks) or 'none'}")
+        raise RemovalError(
+            f"block {block.name!r} is not there (any more); there are {', '.join(graph.blocks) or 'none'}"
+        )
     parent, _ = _place(graph.model, block.name)
     before = Snapshot(graph.model, graph, [parent], trackers) if undo else None
     try:

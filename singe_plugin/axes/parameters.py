@@ -310,7 +310,9 @@ class ModelAxes:
         """Return a function that takes in again whatever is :meth:`taken out <take_out>` from now on."""
         trace, mine = self.trace, ("held", "places", "computed", "weights")
         noted = ("contractions", "contracted_in", "links", "caches")
-        saved = [(owner, name, getattr(owner, name)) for owner, names in ((self, mine), (trace, noted)) for name in names]
+        saved = [
+            (owner, name, getattr(owner, name)) for owner, names in ((self, mine), (trace, noted)) for name in names
+        ]
         scales = list(self.scales)
 
         def rewind() -> None:

@@ -13,9 +13,7 @@ Look: TypeAlias = Callable[[Sequence[_T]], list[tuple[_T, str]]]
 _FEW = 4  # groups, which are halved twice in hardly more tests than a look takes
 
 
-def sorted_out(
-    test: Test[_T], groups: list[_T], look: Look[_T] | None = None
-) -> tuple[list[_T], list[tuple[_T, str]]]:
+def sorted_out(test: Test[_T], groups: list[_T], look: Look[_T] | None = None) -> tuple[list[_T], list[tuple[_T, str]]]:
     """Tell the groups that pass a test together from the others, which come with the reason.
 
     Args:

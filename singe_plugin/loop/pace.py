@@ -180,7 +180,9 @@ class Pace:
         if layers and self.course != "cubic":
             raise ConfigError(f"course={self.course!r} is for order='rounds'; leave it out, or give Pace('rounds')")
         if self.blocks and layers:
-            raise ConfigError("blocks=True is for order='rounds', where blocks and channels are compared; give that order")
+            raise ConfigError(
+                "blocks=True is for order='rounds', where blocks and channels are compared; give that order"
+            )
         if self.blocks and self.ratios is not None and self.ratios not in BY_SCORE:
             raise ConfigError(
                 f"blocks=True is for ratios by score ({' or '.join(BY_SCORE)}), got ratios={self.ratios!r}: a block goes "

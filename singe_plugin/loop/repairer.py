@@ -9,7 +9,7 @@ is the same as in the pass before (:mod:`singe_plugin.axes.tape`), as far as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ class Repairer:
         self.original, self.graph, self.batches, self.options = original, graph, batches, options
         self.seed, self.forward = seed, forward
         self.masks: Mapping[str, Tensor] = {}
+        self.gone: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def repair(
@@ -79,7 +80,7 @@ class Repairer:
         Returns:
             every layer whose inputs are others than in the unpruned network, with its error before and after.
         """
-        self.masks = masks or {}
+        self.masks, self.gone = masks or {}, frozenset(gone)
         left: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
         readers: set[str] = set()
         self.unread: set[str] = set()
@@ -99,7 +100,7 @@ class Repairer:
         with torch.autocast(model_device(pruned).type, enabled=False):  # casts would stand between layer and weight
             masked = [name for name, mask in self.masks.items() if not bool(mask.all())]
             players = [Player(self.original, self.forward, self.batches)]
-            players.append(Player(pruned, self.forward, self.batches, masked))
+            players.append(Player(pruned, self.forward, self.batches, [*masked, *gone]))
             for window in self.targets.windows(players[0], list(self._stages(*players))):
                 targets = self.targets.collect(players[0], [site for stage in window for site in stage])
                 for stage in window:
@@ -107,9 +108,9 @@ class Repairer:
                     found += [(site.numbers[0], self._solved(pruned, site)) for site in stage]
             renew_statistics(pruned, self.batches, self.forward, self._held_norms())
         place = {number: place for place, number in enumerate(players[1].tape.order)}
-        found += [(number, solved) for number, solved in self.left.values()]
+        found += [(number, solved) for number, solved in self.left.values() if solved.name not in self.gone]
         layers = [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
-        missed = sorted(readers - {solved.name for solved in layers})
+        missed = sorted(readers - {solved.name for solved in layers} - self.gone)
         return layers + [Solved(name, reason=_UNKNOWN) for name in missed]
 
     def _stages(self, original: Player, pruned: Player) -> Iterator[list[Site]]:
@@ -148,7 +149,7 @@ class Repairer:
             differs = weight is not None and _differs(mine[weight], theirs[weight], reads)
             if differs or weight in self.unread or pruned.tape.depends[number] & changed:
                 changed.add(number)
-            if weight is None or sites[weight].numbers[0] != number:
+            if weight is None or weight in self.gone or sites[weight].numbers[0] != number:
                 continue
             site = sites[weight]
             reach = frozenset().union(*(pruned.tape.depends[n] for n in site.numbers))
