@@ -294,8 +294,8 @@ class SInGEPruner(SteppingPruner):
         normalizer = getattr(getattr(self.importance, "scoring", None), "normalizer", None)
         if normalizer is not None:
             raise ConfigError(
-                f"blocks=True compares a block with units of other layers, and normalizer={normalizer!r} makes the score "
-                "of every block the same; leave one of them out"
+                f"blocks=True compares a block with units of other layers, and normalizer={normalizer!r} makes the "
+                "score of every block the same; leave one of them out"
             )
         find_blocks(graph, verify=self.pace.verify)
         ignored = {*self.ignored_layers, *self.ignored_params}

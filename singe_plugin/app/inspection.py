@@ -158,8 +158,8 @@ def inspect_model(
         example_inputs: a batch to trace with: a tensor, a tuple of arguments or a dict of keywords. The first dimension
             of its first tensor is the number of examples.
         target, scoring, pace, finetune: of the run whose cost is wanted, as :func:`singe_plugin.prune` takes them.
-            Ratios by score need scores; the cost is then that of ``"uniform"`` without any block gone, plus one scoring of every layer where
-            the layers are pruned one after the other.
+            Ratios by score need scores; the cost is then that of ``"uniform"`` without any block gone, plus one
+            scoring of every layer where the layers are pruned one after the other.
         options: further arguments of ``SInGEPruner`` (``ignored_layers``, ...).
 
     Example:

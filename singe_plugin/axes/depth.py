@@ -82,7 +82,7 @@ def find_blocks(graph: AxisGraph, inputs: Any | None = None, verify: bool = True
         found = dict(sorted(found.items(), key=lambda item: order[item[1].module]))
         kinds, right = {type(block.module) for block in found.values()}, list(found.values())
         reasons = {graph.names[m]: why for m, why in failed.items() if type(m) in kinds}
-        for number, block in enumerate(right):
+        for block in right:
             why = _why_not(graph, block)
             if why is not None:
                 reasons[block.name] = why
@@ -241,7 +241,7 @@ def _half_gone(bench: Bench, blocks: Sequence[Block], turn: int) -> str | None:
 
 
 def _gone(bench: Bench, blocks: Sequence[Block]) -> str | None:
-    """Why the model without blocks, and without a few channels of the rest, is not the one with zeros in their place."""
+    """Why the model without blocks, and without a few channels of the rest, is not the one with zeros there."""
     graph, trials = bench.graph, Trials(bench)
     left = [g for g in graph.groups.values() if not any(block.holds(g.writers) for block in blocks)]
     chosen = {g: units for g in left if (units := trials.some(g))}
@@ -339,8 +339,8 @@ def remove_block(graph: AxisGraph, block: Block, trackers: Trackers | None = Non
             before.restore()
         if isinstance(error, Exception) and not isinstance(error, SingeError) and not is_of_the_machine(error):
             raise RemovalError(
-                f"block {block.name!r}: removing it failed with {type(error).__name__}: {error}; the model is as it was "
-                "before"
+                f"block {block.name!r}: removing it failed with {type(error).__name__}: {error}; the model is as it "
+                "was before"
             ) from error
         raise
 

@@ -147,8 +147,8 @@ class Pace:
     )
     blocks: bool = option(
         default=False,
-        text="Whether whole residual blocks may go, too, where the shortcut is an identity: each is one unit, ranked among "
-        "the others by its score per cost. Only in rounds, with ratios by score.",
+        text="Whether whole residual blocks may go, too, where the shortcut is an identity: each is one unit, ranked "
+        "among the others by score. Only in rounds, with ratios by score.",
     )
     verify: bool = option(
         default=True,
@@ -185,8 +185,8 @@ class Pace:
             )
         if self.blocks and self.ratios is not None and self.ratios not in BY_SCORE:
             raise ConfigError(
-                f"blocks=True is for ratios by score ({' or '.join(BY_SCORE)}), got ratios={self.ratios!r}: a block goes "
-                "or stays; leave one of them out"
+                f"blocks=True is for ratios by score ({' or '.join(BY_SCORE)}), got ratios={self.ratios!r}: a block "
+                "goes or stays; leave one of them out"
             )
         if isinstance(self.ratios, Mapping):
             for name, ratio in self.ratios.items():

@@ -1,8 +1,9 @@
 """Stand-ins for residual blocks that are gone, while the network is repaired.
 
-The repair compares the pruned network with the unpruned one operator by operator. A block that is gone is as good as one
-whose branch gives zeros: so one of the unpruned network's, with the channels that are left and zeros in the layers that
-write its results, stands in its place until the repair is over. What it would have added, the layers behind make up for.
+The repair compares the pruned network with the unpruned one operator by operator. A block that is gone is as good as
+one whose branch gives zeros: so one of the unpruned network's, with the channels that are left and zeros in the layers
+that write its results, stands in its place until the repair is over. What it would have added, the layers behind make
+up for.
 """
 
 from __future__ import annotations
