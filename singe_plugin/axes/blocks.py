@@ -14,7 +14,7 @@ from .algebra import Atom, leaves
 from .parameters import LAYERS, Held, ModelAxes
 from .producers import producers_of
 
-__all__ = ["AFTER", "Block", "is_matrix", "producers_in"]
+__all__ = ["AFTER", "Block", "is_matrix", "producers_in", "tensors_of"]
 
 AFTER: Mapping[str, Callable[[], nn.Module]] = {
     "Identity": nn.Identity,
@@ -67,7 +67,7 @@ class Block:
 
     def unit_group(self) -> UnitGroup:
         """Return the rows that write the branch's results as one unit, for the scoring engine."""
-        return UnitGroup(self.name, 1, tuple(whole(producer) for producer in self.producers))
+        return UnitGroup(self.name, 1, tuple(_whole(producer) for producer in self.producers))
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what has to be zero for the block to be gone: rows, biases, and the batch-norms behind."""
@@ -78,7 +78,7 @@ class Block:
         return f"Block({self.name!r}, {self.after} is left)"
 
 
-def whole(producer: Producer) -> Producer:
+def _whole(producer: Producer) -> Producer:
     """Return all rows that a layer has now, as those of one unit."""
     slot = next(slot for slot in producer.slots if slot.tensor is not None)
     assert slot.tensor is not None
@@ -120,4 +120,4 @@ def producers_in(axes: ModelAxes, module: nn.Module) -> list[Producer]:
         if owner not in folded:
             leaf, places = next(iter(found[owner].items()))
             producers += producers_of(axes, owner, places, leaf, folded)
-    return [whole(p) for p in producers if p.slots[0].owner not in folded and any(True for _ in tensors_of(p))]
+    return [_whole(p) for p in producers if p.slots[0].owner not in folded and any(True for _ in tensors_of(p))]
