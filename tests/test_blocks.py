@@ -468,6 +468,14 @@ def test_ignored_layers_keep_their_block() -> None:
     assert "blocks.0" not in result.removed_blocks
 
 
+def test_features_that_are_learned_from_keep_their_block() -> None:
+    """A block itself may go: what is left of it is compared. A layer in it would not be there any more."""
+    distill = singe_plugin.Distill("unpruned", features=("blocks.0.conv2", "blocks.1"))
+    result = run(finetune=FineTune(steps=2, every="layer", distill=distill))
+    assert result.left_whole["blocks.0"] == "the fine-tuning learns from the features of a layer in it"
+    assert "blocks.1" not in result.left_whole
+
+
 def test_the_inspection_lists_blocks() -> None:
     found = inspect_model(basic(), BATCHES[0][0], pace=Pace(blocks=True, min_width=1))
     rows = {group.name: group for group in found.groups}

@@ -18,6 +18,7 @@ from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.fields import as_options
 from singe_plugin.loop.budget import Target, plan_removals
 from singe_plugin.loop.costs import Counted, count_params
+from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.events import Callback, History
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
@@ -300,7 +301,8 @@ class SInGEPruner(SteppingPruner):
         find_blocks(graph, verify=self.pace.verify)
         ignored = {*self.ignored_layers, *self.ignored_params}
         distill = None if self.tuner is None else self.tuner.options.distill
-        watched = {graph.model.get_submodule(name) for name in getattr(distill, "features", ())}
+        names = (distill.features or ()) if isinstance(distill, Distill) else ()
+        watched = {module for name, module in graph.model.named_modules() if name in names}
         reasons = {}
         for name, block in graph.blocks.items():
             if any(m in ignored or not ignored.isdisjoint(m._parameters.values()) for m in block.modules):
