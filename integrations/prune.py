@@ -14,12 +14,12 @@ from torch import nn
 
 from singe_plugin.errors import ConfigError, is_of_the_machine
 from singe_plugin.fields import as_options, describe, to_plain
-from singe_plugin.loop.budget import Target
 from singe_plugin.loop.costs import LATENCY
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import AUTO, Pace
 from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.times import Timing
 from singe_plugin.loop.watch import Evaluate
 from singe_plugin.method.folding import fold_batchnorm

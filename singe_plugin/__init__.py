@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from singe_plugin.integrations.sensitivity import sensitivity
     from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
-    from singe_plugin.loop.budget import Target
     from singe_plugin.loop.distill import Distill
     from singe_plugin.loop.events import Callback, History
     from singe_plugin.loop.finetune import FineTune
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from singe_plugin.loop.repair import Repair
     from singe_plugin.loop.shown import ProgressBar
     from singe_plugin.loop.survivors import repair
+    from singe_plugin.loop.target import Target
     from singe_plugin.loop.times import LatencyTable, Timing
     from singe_plugin.loop.watch import Evaluate
     from singe_plugin.masks import hold_masks
@@ -100,7 +100,7 @@ __all__ = [
 _LAZY = {
     "run.architecture": ("Builder",),
     "run.artifact": ("load", "save"),
-    "loop.budget": ("Target",),
+    "loop.target": ("Target",),
     "loop.times": ("LatencyTable", "Timing"),
     "loop.events": ("Callback", "History"),
     "loop.shown": ("ProgressBar",),

@@ -15,9 +15,10 @@ from torch.nn import functional
 from singe_plugin.errors import ConfigError, ScoringError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
 from singe_plugin.loop.events import Callback, Callbacks, History
-from singe_plugin.loop.loop import Loop, in_layers
+from singe_plugin.loop.loop import Loop
 from singe_plugin.loop.pace import Pace, units_per_turn
 from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.turns import in_layers
 
 from asked import asked
 from memory_host import MemoryHost, MemoryTuner, RepairingHost

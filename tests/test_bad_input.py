@@ -28,8 +28,8 @@ from singe_plugin.errors import (
     SingeError,
 )
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.loop.budget import Target
 from singe_plugin.loop.events import History
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.run.architecture import Structure, describe_structure
 from singe_plugin.run.result import Metrics, Result

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from singe_plugin import FineTune, UnstructuredPruner, prune, prune_weights, save
 from singe_plugin.errors import BudgetError, ConfigError, DataError, GroupError, ScoringError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.loop.budget import Target
 from singe_plugin.loop.costs import CostModel
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.batches import MOST_BATCHES
 from singe_plugin.run.data import as_loader, is_dataset, lone_example, scoring_batches

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import BudgetError, ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.loop.budget import GroupSpec, Target, plan_removals
+from singe_plugin.loop.budget import GroupSpec, plan_removals
 from singe_plugin.loop.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.target import Target
 
 from references import Net
 from small_nets import Chain, Dense, Grouped, Residual, Trace

@@ -19,8 +19,9 @@ from singe_plugin.app.cli import main
 from singe_plugin.app.inspection import inspect_model
 from singe_plugin.errors import ConfigError
 from singe_plugin.integrations.torch_pruning import SInGEPruner
-from singe_plugin.loop.budget import GroupSpec, Target, plan_removals
+from singe_plugin.loop.budget import GroupSpec, plan_removals
 from singe_plugin.loop.costs import CostModel, TensorCost, count_params
+from singe_plugin.loop.target import Target
 
 from asked import asked
 from small_nets import Chain, Residual, StopAt, images

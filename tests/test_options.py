@@ -25,7 +25,7 @@ from singe_plugin import Distill, FineTune, Pace, Repair, Scoring, SInGEImportan
 from singe_plugin.app.options import generated, objects
 from singe_plugin.errors import ConfigError
 from singe_plugin.fields import as_options, describe, spellings
-from singe_plugin.loop.budget import Target
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ from torch import nn
 import singe_plugin
 from singe_plugin import FineTune, Pace, SInGEImportance, Scoring
 from singe_plugin.app.cli import main
-from singe_plugin.loop.budget import Target
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.fields import table
 

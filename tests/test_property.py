@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from singe_plugin.errors import BudgetError, SingeError
 from singe_plugin.integrations.torch_pruning import SInGEImportance, SInGEPruner
-from singe_plugin.loop.budget import Target
+from singe_plugin.loop.target import Target
 
 from asked import asked
 from masking import Masked

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from singe_plugin.errors import ConfigError
 from singe_plugin.loop.events import Callbacks, History
-from singe_plugin.loop.loop import Loop, in_rounds
+from singe_plugin.loop.loop import Loop
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import CountedProgress, Progress
 from singe_plugin.loop.shown import LogCallback
+from singe_plugin.loop.turns import in_rounds
 
 from memory_host import MemoryHost, MemoryTuner
 

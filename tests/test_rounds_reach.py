@@ -12,9 +12,10 @@ from torch import Tensor
 
 from singe_plugin.errors import BudgetError
 from singe_plugin.integrations.torch_pruning.allocation import Rounds
-from singe_plugin.loop.budget import GroupSpec, Target
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import CostModel, TensorCost
 from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.target import Target
 
 
 class Numbers:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import count_params
 from singe_plugin.loop.events import FinetuneStep, Repaired
-from singe_plugin.loop.loop import Loop, Pause, in_layers
+from singe_plugin.loop.loop import Loop, Pause
 from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.turns import in_layers
 
 from .pieces import MaskedGroup
 from .repairing import RepairingPruner

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from singe_plugin.errors import BudgetError
-from singe_plugin.loop.budget import GroupSpec, Target, plan_removals, points
+from singe_plugin.loop.budget import GroupSpec, plan_removals
 from singe_plugin.loop.costs import LATENCY, CostModel
 from singe_plugin.loop.progress import Progress
+from singe_plugin.loop.target import Target, points
 
 from .host import TorchPruningHost
 
@@ -188,6 +189,7 @@ class Rounds:
 
         after, behind = [_after(spec, counts[spec.name]) for spec in specs], costs.after(counts)
         further = 1 - (1 - end.fraction) * costs.cost(end.kind, {}) / behind.cost(end.kind, {})
+        after = [spec for spec in after if not spec.is_block and not counts.get(spec.inside or "")]
         if further <= 0 or self._steps_are_small(after, behind, end.kind, further, point):
             return counts
         if goal(after, behind, replace(end, fraction=further), "uniform") is not None:
@@ -195,7 +197,11 @@ class Rounds:
         whole = goal(specs, costs, end, self.ratios)
         if whole is None:
             return counts
-        within = [replace(spec, min_units=max(spec.min_units, spec.units - whole[spec.name])) for spec in specs]
+        within = [
+            replace(spec, min_units=max(spec.min_units, spec.units - whole[spec.name]))
+            for spec in specs
+            if whole[spec.name] or not spec.is_block
+        ]
         return plan_removals(within, costs, left, self.ratios, self.round_to, scores, point=1.0)
 
     def _steps_are_small(
@@ -221,6 +227,8 @@ class Rounds:
 def _after(spec: GroupSpec, count: int) -> GroupSpec:
     """A layer when some of its units are gone; what it keeps at least stays the same."""
     kept = spec.units - count
+    if not kept:
+        return replace(spec, units=0)  # a block that is gone
     return replace(spec, units=kept, max_ratio=max(0.0, 1 - (1 - spec.max_ratio) * spec.units / kept))
 
 
@@ -231,5 +239,5 @@ def few_units(specs: list[GroupSpec], costs: CostModel, kind: str) -> float:
     they keep are no choice.
     """
     whole = costs.cost(kind, {})
-    can_go = (spec for spec in specs if spec.kept_for(spec.units - 1, None) < spec.units)
+    can_go = (spec for spec in specs if not spec.is_block and spec.kept_for(spec.units - 1, None) < spec.units)
     return 6 * min((whole - costs.cost(kind, {spec.name: 1}) for spec in can_go), default=0.0)

@@ -18,7 +18,7 @@ from singe_plugin.errors import GroupError
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.stale import remember_shapes
 
-__all__ = ["AxisDependencyGraph", "GroupView", "is_rooted"]
+__all__ = ["AxisDependencyGraph", "BlockView", "GroupView", "is_rooted"]
 
 _OPTYPE = tp.ops.OPTYPE
 _CLASSES = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)  # of root_module_types; there is none for the others
@@ -35,8 +35,10 @@ class GroupView(Group):  # type: ignore[misc]
         units: the units it is about, all or some.
     """
 
-    def __init__(self, graph: AxisDependencyGraph, group: axes.Group, units: Sequence[int] | None = None) -> None:
-        self.axis_group = group
+    def __init__(
+        self, graph: AxisDependencyGraph, group: axes.Group | axes.Block, units: Sequence[int] | None = None
+    ) -> None:
+        self.axis_group: Any = group
         self.units = list(range(group.size)) if units is None else sorted({int(u) for u in units})
         self._items: list[Any] | None = None
         self._unit_of_number: list[int] = []
@@ -66,7 +68,8 @@ class GroupView(Group):  # type: ignore[misc]
 
     def unit_group(self) -> UnitGroup:
         """Return the rows that produce all units of the group (see :mod:`singe_plugin.method.units`)."""
-        return self.axis_group.unit_group()
+        found: UnitGroup = self.axis_group.unit_group()
+        return found
 
     def per_unit(self, scores: Tensor) -> Tensor:
         """Compute the mean score of each unit from the scores that an importance gives to the root's indices."""
@@ -81,11 +84,15 @@ class GroupView(Group):  # type: ignore[misc]
         self._group  # numbers the indices  # noqa: B018
         return scores[torch.tensor(self._unit_of_number, device=scores.device)]
 
-    def _make_items(self) -> Iterator[Any]:
+    def _parts(self) -> Iterator[tuple[Node, Any, list[int]]]:
+        """Yield ``(node, pruning function, unit of every channel)`` for every layer that torch-pruning is to see."""
         graph: AxisDependencyGraph = self._DG
+        yield from graph.parts(self.axis_group)
+
+    def _make_items(self) -> Iterator[Any]:
         found: dict[tuple[Any, Any], list[tuple[int, int]]] = {}
         chosen = set(self.units)
-        for node, handler, units in graph.parts(self.axis_group):
+        for node, handler, units in self._parts():
             wanted = [(i, u) for i, u in enumerate(units) if u in chosen]
             if wanted:
                 found.setdefault((node, handler), wanted)
@@ -206,6 +213,11 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             raise GroupError(f"group {group.axis_group.name!r}: channels {sorted(idxs)} are not whole units")
         return GroupView(self, group.axis_group, sorted(units))
 
+    def remove_block(self, block: axes.Block, trackers: axes.Trackers) -> None:
+        """Remove a residual block and note it in the pruning history, as the one unit that it is."""
+        axes.remove_block(self.axis_graph, block, trackers)
+        self._pruning_history.append([block.name, True, [0]])
+
     def check_pruning_group(self, group: Any) -> bool:
         """Whether something would be left of the group."""
         return bool(len(group.units) < group.axis_group.size)
@@ -248,6 +260,33 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             handler = pruner.prune_in_channels if part.reads else pruner.prune_out_channels
             units = self._units_of(group, owner, part.reads)
             yield self.module2node[owner], handler, units
+
+
+class BlockView(GroupView):
+    """A residual block as torch-pruning's importances read a group: the layers that write its branch's results.
+
+    Attributes:
+        axis_group: the :class:`singe_plugin.axes.Block`.
+    """
+
+    def __init__(self, graph: AxisDependencyGraph, block: axes.Block) -> None:
+        super().__init__(graph, block)
+
+    def per_unit(self, scores: Tensor) -> Tensor:
+        """Add up the scores of all channels: what goes is all of them."""
+        return scores.sum().reshape(1)
+
+    def per_channel(self, scores: Tensor) -> Tensor:
+        """Return the score of the block for each of the root's indices."""
+        return scores.expand(len(self[0].idxs))
+
+    def _parts(self) -> Iterator[tuple[Node, Any, list[int]]]:
+        graph: AxisDependencyGraph = self._DG
+        for producer in self.axis_group.unit_group().producers:
+            for owner in (producer.slots[0].owner, producer.norm):
+                if owner in graph.module2node:
+                    pruner = graph.REGISTERED_PRUNERS[tp.ops.module2type(owner)]
+                    yield graph.module2node[owner], pruner.prune_out_channels, producer.units.tolist()
 
 
 def is_rooted(group: axes.Group, roots: Sequence[type]) -> bool:

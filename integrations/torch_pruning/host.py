@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from singe_plugin.axes import Group, Snapshot, Trackers, remove_units
+from singe_plugin.axes import Block, Group, Snapshot, Trackers, remove_block, remove_units
 from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import ALL, KINDS, LATENCY, CostModel, TensorCost, count_params
 from singe_plugin.loop.events import Repaired
 from singe_plugin.loop.survivors import Unpruned
 
-from .graph import AxisDependencyGraph, GroupView
+from .graph import AxisDependencyGraph, BlockView, GroupView
 from .meter import Meter
 from .scorers import Ranking
 
@@ -62,9 +62,22 @@ class TorchPruningHost:
         self.graph, self.trackers, self.meter, self.ranking = graph, trackers, meter, ranking
         self.max_ratio, self.min_width, self.unpruned = max_ratio, min_width, unpruned
         self.model: nn.Module = graph.model
-        self._groups: dict[str, Group] = {name: graph.axis_graph.groups[name] for name in groups}
+        self._names = list(groups)
+
+    @property
+    def _groups(self) -> dict[str, Group]:
+        """Those that are there: some may have gone with the block that they were in."""
+        there = self.graph.axis_graph.groups
+        return {name: there[name] for name in self._names if name in there}
+
+    @property
+    def _blocks(self) -> dict[str, Block]:
+        return self.graph.axis_graph.blocks
 
     def layers(self) -> list[GroupSpec]:
+        """The groups, and behind them the residual blocks, if these may go."""
+        blocks = self._blocks
+        inside = {n: b for n, g in self._groups.items() for b, block in blocks.items() if block.holds(g.writers)}
         return [
             GroupSpec(
                 name,
@@ -74,9 +87,10 @@ class TorchPruningHost:
                 self.max_ratio,
                 max(self.min_width, group.least),
                 group.multiple,
+                inside.get(name),
             )
             for name, group in self._groups.items()
-        ]
+        ] + [GroupSpec(name, 1, name, min_units=0) for name in blocks]
 
     def score(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """One score per unit of some layers, from any torch-pruning importance.
@@ -85,10 +99,16 @@ class TorchPruningHost:
             ScoringError: if one of torch-pruning's importances fails, or any gives something else than a score per
                 channel.
         """
-        return self.ranking.scores({name: GroupView(self.graph, self._groups[name]) for name in layers})
+        groups, blocks = self._groups, self._blocks
+        return self.ranking.scores(
+            {n: BlockView(self.graph, blocks[n]) if n in blocks else GroupView(self.graph, groups[n]) for n in layers}
+        )
 
     def remove(self, layer: str, units: Sequence[int]) -> None:
-        self.graph.remove(self._groups[layer], units, self.trackers)
+        if layer in self._blocks:
+            self.graph.remove_block(self._blocks[layer], self.trackers)
+        else:
+            self.graph.remove(self._groups[layer], units, self.trackers)
         if self.unpruned is not None:
             self.unpruned.removed()
 
@@ -124,27 +144,39 @@ class TorchPruningHost:
                     links.setdefault(id(part.tensor), []).append((part.dim, name, per_unit))
         kinds = [goal.kind for goal in self.meter.goals] if kind == ALL else [kind]
         by_module = self.meter.counted.by_module if any(KINDS[one].of_macs for one in kinds) else {}
+        block_of_module = {m: name for name, block in self._blocks.items() for m in block.modules}
+        rest = {name: float(by_module.get(name, 0)) for name in self._blocks}  # what no matrix accounts for
         tensors, fixed, seen = [], 0, set()
         for module_name, module in self.model.named_modules():
             macs = _macs_of(module_name, module, by_module)
+            block = block_of_module.get(module)
             for attr, parameter in module._parameters.items():
                 if parameter is None or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                found = links.get(id(parameter))
+                found, shape = links.get(id(parameter), []), tuple(parameter.shape)
+                if block is not None:  # nothing of it is left when all its positions along a dimension are gone
+                    shape = shape or (1,)
+                    found = [*found, (0, block, float(shape[0]))]
+                    rest[block] -= macs.get(attr, 0.0)
                 if not found:
                     fixed += parameter.numel()
                     continue
-                tensors.append(TensorCost(tuple(parameter.shape), tuple(found), macs.get(attr, 0.0)))
-        times = self.meter.times(links) if LATENCY in kinds else ()
+                tensors.append(TensorCost(shape, tuple(found), macs.get(attr, 0.0)))
+        tensors += [TensorCost((1.0,), ((0, n, 1.0),), more, False) for n, more in rest.items() if more > 0]
+        times = self.meter.times(links, block_of_module) if LATENCY in kinds else ()
         return CostModel(tuple(tensors), fixed, by_module.get("", 0), times, self.meter.goals if kind == ALL else ())
 
     def trial(self, plan: dict[str, int], kind: str) -> float:
         """What a kind of target counts after really removing that many (arbitrary) units; everything is put back."""
         undo = Snapshot(self.model, self.graph.axis_graph)
         try:
+            axes, groups, blocks = self.graph.axis_graph, self._groups, dict(self._blocks)
             for name, count in plan.items():
-                remove_units(self.graph.axis_graph, self._groups[name], range(count), undo=False)
+                if name in blocks and count:
+                    remove_block(axes, blocks[name], undo=False)
+                elif name in axes.groups:
+                    remove_units(axes, groups[name], range(count), undo=False)
             return self._measured(kind)
         finally:
             undo.restore()

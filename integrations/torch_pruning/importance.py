@@ -20,7 +20,7 @@ from singe_plugin.method.scoring import score_error, score_groups, score_units
 from singe_plugin.method.units import UnitGroup
 from singe_plugin.run.guards import check_alone
 
-from .graph import GroupView
+from .graph import BlockView, GroupView
 from .groups import unit_group
 
 __all__ = ["SInGEImportance"]
@@ -125,9 +125,10 @@ class SInGEImportance(tp.importance.Importance):  # type: ignore[misc]
                 )
             graph = next(iter(rest.values())).axis_group.axes
             assert isinstance(graph, AxisGraph)
-            own = {name: group.axis_group.name for name, group in rest.items()}
-            scores = costs_of_removal(graph, list(own.values()), self.batches, options)
-            found |= {name: scores[group] for name, group in own.items()}
+            blocks = {name: group.unit_group() for name, group in rest.items() if isinstance(group, BlockView)}
+            own = {name: group.axis_group.name for name, group in rest.items() if name not in blocks}
+            scores = costs_of_removal(graph, list(own.values()), self.batches, options, blocks=blocks)
+            found |= {name: scores[own.get(name, name)] for name in rest}
         else:
             with torch.no_grad():
                 found |= score_groups(

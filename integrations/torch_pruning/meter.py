@@ -16,8 +16,9 @@ from torch import nn
 from singe_plugin.axes import Group, Snapshot, remove_units
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.errors import ConfigError
-from singe_plugin.loop.budget import GroupSpec, Target
+from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import ALL, KINDS, LATENCY, Counted, Goal, all_of
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.times import LatencyTable, LayerTime, Timing
 from singe_plugin.ranks import current
 from singe_plugin.run.backends import find_backend
@@ -125,18 +126,20 @@ class Meter:
         parts = () if self.target is None else self.target.parts
         return tuple(Goal(part.kind, part.fraction, self.first[part.kind]) for part in parts)
 
-    def times(self, links: Links) -> tuple[LayerTime, ...]:
+    def times(self, links: Links, blocks: Mapping[nn.Module, str]) -> tuple[LayerTime, ...]:
         """What each layer takes by its widths, as the table says; in all, what is measured now.
 
         Args:
             links: of each parameter, by its ``id``: ``(dimension, group, positions that go with each unit)``.
+            blocks: module -> the residual block that it is in, if that may go as a whole.
         """
         assert self.table is not None
         found = []
         for name, weight in layers_with_weights(self.model).items():
             mine = tuple((dim, group, float(each)) for dim, group, each in links.get(id(weight), ()) if dim < 2)
             full, sizes = self.table.full[name], _sizes(weight)
-            found.append(LayerTime(name, full, sizes, mine, self.table.factors[name]))
+            block = blocks.get(self.model.get_submodule(name))
+            found.append(LayerTime(name, full, sizes, mine, self.table.factors[name], block))
         if self.watch is None or not self.is_here or LATENCY not in self.first:
             return tuple(found)
         scale = self.first[LATENCY] * self.watch.ratio(self.model) / max(sum(one.ms({}) for one in found), 1e-12)
@@ -177,6 +180,7 @@ def measure_table(
     Units are really removed, and put back.
     """
     model, timing = graph.model, watch.timing
+    specs = [spec for spec in specs if spec.name in groups]  # blocks go as a whole, with the times of their layers
     weights = layers_with_weights(model)
     full = {name: _sizes(weight) for name, weight in weights.items()}
     backend = find_backend(timing.backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -12,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe_plugin.axes import AxisGraph, Trackers, verify_groups
+from singe_plugin.axes import AxisGraph, Trackers, find_blocks, verify_groups
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.fields import as_options
-from singe_plugin.loop.budget import Target, plan_removals
+from singe_plugin.loop.budget import plan_removals
 from singe_plugin.loop.costs import Counted, count_params
+from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.events import Callback, History
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
+from singe_plugin.loop.loop import Loop, Turn, score_layers
 from singe_plugin.loop.pace import AUTO, BY_SCORE, WIDE, Pace
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.survivors import Unpruned, images_of
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.loop.turns import in_layers, in_rounds
 from singe_plugin.loop.watch import Watch
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.objective import ObjectiveLike
@@ -42,6 +46,8 @@ from .meter import Meter
 from .stepping import SteppingPruner
 
 __all__ = ["PruningOutcome", "SInGEPruner"]
+
+_logger = logging.getLogger("singe_plugin")
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class SInGEPruner(SteppingPruner):
             [e for e in (ema, None if self.tuner is None else self.tuner.options.ema) if e is not None],
         )
         usual = Pace("layers")
-        run_only = ("order", "rounds", "course", "units_per_step", "ratios")
+        run_only = ("order", "rounds", "course", "units_per_step", "ratios", "blocks")
         self._only_run = [
             f"pace.{name}" for name in run_only if getattr(asked, name) not in (None, getattr(usual, name))
         ]
@@ -167,6 +173,10 @@ class SInGEPruner(SteppingPruner):
             for name, reason in verify_groups(graph).items():
                 graph.drop(name, reason)
         self.DG = AxisDependencyGraph(graph, self._cut_along)
+        if self.pace.blocks:
+            self.find_blocks()
+        self._block_names = frozenset(graph.blocks)
+        self._initial = {g.name: g.initial for g in self.layers} | dict.fromkeys(graph.blocks, 1)
         self._forward, self._unpruned = forward_of(options), None
         if repair is not None:
             chosen = as_options(Repair, repair, "repair", "images")
@@ -299,9 +309,43 @@ class SInGEPruner(SteppingPruner):
             dict(self.left_whole),
         )  # fmt: skip
 
+    def find_blocks(self) -> None:
+        """Find the residual blocks that may go, but for those with layers that stay: they are ``graph.blocks`` then."""
+        graph = self.graph
+        normalizer = getattr(getattr(self.importance, "scoring", None), "normalizer", None)
+        if normalizer is not None:
+            raise ConfigError(
+                f"blocks=True compares a block with units of other layers, and normalizer={normalizer!r} makes the "
+                "score of every block the same; leave one of them out"
+            )
+        find_blocks(graph, verify=self.pace.verify)
+        ignored = {*self.ignored_layers, *self.ignored_params}
+        distill = None if self.tuner is None else self.tuner.options.distill
+        names = (distill.features or ()) if isinstance(distill, Distill) else ()
+        watched = {module for name, module in graph.model.named_modules() if name in names}
+        reasons = {}
+        for name, block in graph.blocks.items():
+            if any(m in ignored or not ignored.isdisjoint(m._parameters.values()) for m in block.modules):
+                reasons[name] = "a layer in it is in ignored_layers"
+            elif any(m in watched for m in block.modules - {block.module}):
+                reasons[name] = "the fine-tuning learns from the features of a layer in it"
+        graph.leave_blocks(reasons)
+        if not graph.blocks:
+            why = next(iter(reasons.values()), "none was found whose shortcut is an identity")
+            _logger.warning("no residual block of %s can go as a whole: %s", type(graph.model).__name__, why)
+
     def rows(self) -> list[GroupRow]:
-        """The pruned layers: the units they had, and those they have."""
-        return [GroupRow(g.name, block_of(g.name), g.initial, g.size) for g in self.layers]
+        """The pruned layers, and the residual blocks that could go: the units they had, and those they have.
+
+        Nothing is left of a layer that went with its block.
+        """
+        there = {g.name: g.size for g in self.layers} | dict.fromkeys(self.graph.blocks, 1)
+        first = self._initial | {g.name: g.initial for g in self.layers}
+        blocks = self._block_names
+        return [
+            GroupRow(name, name if name in blocks else block_of(name), units, there.get(name, 0))
+            for name, units in first.items()
+        ]
 
     def numbers(self) -> dict[str, Any]:
         """Nothing: what is removed is gone."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from singe_plugin.axes import AxisGraph, Group, Snapshot, Trackers
 from singe_plugin.errors import BudgetError, ConfigError
-from singe_plugin.loop.budget import Target
 from singe_plugin.loop.costs import Counted
 from singe_plugin.loop.loop import Loop, Turn
 from singe_plugin.loop.pace import AUTO, WIDE, Pace
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.survivors import Unpruned
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.method.objective import ObjectiveLike, get_objective
 from singe_plugin.run.guards import check_here
@@ -219,6 +219,9 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""
         self.DG.trackers = self.trackers()
         for name, is_out, idxs in list(pruning_history):
+            if name in self.graph.blocks:
+                self.DG.remove_block(self.graph.blocks[name], self.trackers())
+                continue
             module = self.model.get_submodule(name)
             pruner = self.DG.get_pruner_of_module(module)
             function = pruner.prune_out_channels if is_out else pruner.prune_in_channels

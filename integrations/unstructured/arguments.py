@@ -36,6 +36,8 @@ def settle_pace(pace: Pace, rounds: int) -> Pace:
             )
     if pace.heads != "dims":
         raise ConfigError(f"heads={pace.heads!r} is for units; single weights are of no head; leave it out")
+    if pace.blocks:
+        raise ConfigError("blocks=True is for units: single weights are masked, and no block goes; leave it out")
     if not pace.verify:
         raise ConfigError("verify=False is for units (channels, heads): single weights have no groups; leave it out")
     if isinstance(pace.ratios, str) and pace.ratios not in RATIOS:

@@ -14,12 +14,13 @@ from singe_plugin.fields import as_options
 from singe_plugin.loop.costs import count_macs_by_module, count_params
 from singe_plugin.loop.events import Callback, History
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.loop import Loop, Turn, in_layers, in_rounds, score_layers
+from singe_plugin.loop.loop import Loop, Turn, score_layers
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.progress import CountedProgress, Progress
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.survivors import Unpruned, images_of
 from singe_plugin.loop.tuner import Tuner
+from singe_plugin.loop.turns import in_layers, in_rounds
 from singe_plugin.loop.watch import Watch
 from singe_plugin.masks import fold_masks, masks_of
 from singe_plugin.method.batches import in_memory, materialise

@@ -35,11 +35,11 @@ from singe_plugin.app.options import (
     stacked,
 )  # fmt: skip
 from singe_plugin.fields import spellings
-from singe_plugin.loop.budget import Target
 from singe_plugin.loop.distill import Distill
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.repair import Repair
+from singe_plugin.loop.target import Target
 from singe_plugin.loop.times import Timing
 from singe_plugin.method.options import Scoring
 

@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from singe_plugin.app.curves import Curves, gradient_curves
 from singe_plugin.errors import BudgetError
 from singe_plugin.fields import as_options, describe
-from singe_plugin.loop.budget import Target
 from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.finetune import FineTune
 from singe_plugin.loop.pace import BY_SCORE, Pace, units_per_turn
+from singe_plugin.loop.target import Target
 from singe_plugin.method.options import Scoring
 from singe_plugin.method.scoring import passes_together
 from singe_plugin.nested import to_device
@@ -29,10 +29,10 @@ __all__ = ["InspectedGroup", "Inspection", "RunCost", "figure_two", "inspect_mod
 
 @dataclass(frozen=True)
 class InspectedGroup:
-    """A group of coupled layers that can be pruned.
+    """A group of coupled layers that can be pruned, or a residual block that can go as a whole, as one unit.
 
     Attributes:
-        name, block: of its first layer.
+        name, block: of its first layer; both are a residual block's name.
         units: how many can be removed one by one.
         channels_per_unit: above 1 in grouped convolutions and attention heads.
         params: parameters that would go with all its units, those of the layers that read them included; a weight
@@ -82,7 +82,7 @@ class Inspection:
 
     Attributes:
         params, macs: of the model; MACs for one example.
-        groups: what can be pruned, in forward order.
+        groups: what can be pruned, in forward order; with ``Pace(blocks=True)`` residual blocks are behind them.
         left_whole: group -> why it cannot.
         options: what the cost is for.
         cost: of a run for the target; None if the target cannot be met.
@@ -160,8 +160,8 @@ def inspect_model(
         example_inputs: a batch to trace with: a tensor, a tuple of arguments or a dict of keywords. The first dimension
             of its first tensor is the number of examples.
         target, scoring, pace, finetune: of the run whose cost is wanted, as :func:`singe_plugin.prune` takes them.
-            Ratios by score need scores; the cost is then that of ``"uniform"``, plus one scoring of every layer where
-            the layers are pruned one after the other.
+            Ratios by score need scores; the cost is then that of ``"uniform"`` without any block gone, plus one
+            scoring of every layer where the layers are pruned one after the other.
         options: further arguments of ``SInGEPruner`` (``ignored_layers``, ...).
 
     Example:
@@ -180,7 +180,7 @@ def inspect_model(
     steps, repaired = tuning.steps, what_repairs("auto", tuning) is not None
     scoring = as_options(Scoring, scoring, "scoring", "criterion").settle(pace.order, repaired=repaired)
     by_score = isinstance(pace.ratios, str) and pace.ratios in BY_SCORE
-    counted = replace(pace, ratios="uniform") if by_score else pace
+    counted = replace(pace, ratios="uniform", blocks=False) if by_score else pace
     pruner = pruner_of(model, example_inputs, target=target, pace=counted, **options)
     rows: list[InspectedGroup] = []
     cost, problem = None, None
@@ -202,11 +202,28 @@ def inspect_model(
         cost = _cost(alive, sum(plan.values()), scoring, pace, together, probing, steps)
     except BudgetError as error:
         problem = str(error)
+    if pace.blocks and pruner.layers:
+        pruner.find_blocks()
+        rows += _blocks(pruner)
     said = None if target is None else str(target)
     shown: dict[str, Any] = {"target": said, "pace": describe(pace.named(model)), "scoring": describe(scoring)}
     shown |= {"finetune_steps": steps}
     macs = count_macs(model, example_inputs) // count_examples(example_inputs)
     return Inspection(count_params(model), macs, rows, dict(pruner.left_whole), shown, cost, problem)
+
+
+def _blocks(pruner: Any) -> list[InspectedGroup]:
+    """The residual blocks that could go, each as one unit of all channels that its branch ends in."""
+    host = pruner.host()
+    costs, graph = host.costs("params"), pruner.graph
+    whole = costs.cost("params", {})
+    found = []
+    for name, block in graph.blocks.items():
+        producers = block.unit_group().producers
+        params = round(whole - costs.cost("params", {name: 1}))
+        names = tuple(producer.name for producer in producers)
+        found.append(InspectedGroup(name, name, 1, len(producers[0].rows), params, names))
+    return found
 
 
 def figure_two(model: nn.Module, data: Dataset[Any], batch_size: int = 64, seed: int = 0) -> list[Curves]:

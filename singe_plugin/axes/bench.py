@@ -29,7 +29,7 @@ from .substitutes import SharedNoise, double_inputs, in_double, random_inputs, r
 from .values import Copies, Values
 from .widths import tensor_of
 
-__all__ = ["EXACT", "TOLERANCE", "Bench", "bench_elsewhere", "opened_bench", "same_start"]
+__all__ = ["EXACT", "TOLERANCE", "Bench", "bench_elsewhere", "opened_bench", "own_start", "same_start"]
 
 TOLERANCE = 1e-4  # of the output, in single precision
 EXACT = 1e-10  # in double precision

@@ -52,6 +52,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _unknown(state, args, kwargs, out)
         if name in CONTRACTING:
             state.contractions.append((state.of(args[CONTRACTING[name]]), state.of(out)))
+            state.contracted_in.append(state.stack[-1] if state.stack else None)
         state.origins.note(name, args, list(tensors_in((args, kwargs))), list(tensors_in(out)))
         state.counted()
         return out
@@ -132,6 +133,10 @@ def _module_stack(state: Trace, forms: Mapping[nn.Module, Sequence[str]]) -> Ite
             aside.pop()
         state.stack.pop()
         state.outputs[module] = [state.of(t) for t in tensors_in(output)]
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            state.plain_calls.add(module)
+        else:
+            state.plain_calls.discard(module)
         if module in lists:
             state.note_computed(lists[module], output)
 

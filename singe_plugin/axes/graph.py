@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from singe_plugin.method.units import refuse_tied, tied_parameters
 from singe_plugin.nested import call_model
 
 from .algebra import Atom, Axis, expand, fix, fix_all, labels, leaves
+from .blocks import Block
 from .groups import Group
 from .layers import adapt
 from .parameters import ModelAxes
@@ -34,6 +35,8 @@ class AxisGraph(ModelAxes):
 
     Attributes:
         groups: by name, in forward order.
+        blocks: residual blocks that can go as a whole, by name; none until they are looked for
+            (:func:`singe_plugin.axes.depth.find_blocks`).
         left_whole: layer, or a parameter alone -> why nothing is removed from its outputs; all with two dimensions or
             more that no group writes are there.
         history: what a host notes of its removals; undone together with them.
@@ -63,6 +66,7 @@ class AxisGraph(ModelAxes):
         self._fix_what_cannot_go(ignored, {id(p) for p in ignored_parameters})
         self.find_places()
         self.groups: dict[str, Group] = {}
+        self.blocks: dict[str, Block] = {}
         self._dropped: dict[str, str] = {}
         self._find_groups()
         self._whole: dict[str, str] | None = dict(why_whole(self, self.groups.values()))
@@ -77,6 +81,47 @@ class AxisGraph(ModelAxes):
     def before_removal(self) -> None:
         """Say what is said of the sizes as they are: units are about to go."""
         self._whole = self.left_whole
+
+    def leave_blocks(self, reasons: Mapping[str, str]) -> None:
+        """Say why residual blocks stay: it is told with the other reasons."""
+        for name, reason in reasons.items():
+            self.blocks.pop(name, None)
+            self._dropped[name] = reason
+        self._whole = None
+
+    def take_out(self, module: nn.Module, after: nn.Module) -> None:
+        """Forget a block that is gone, with the groups that were in it; the others lose its layers."""
+        self.before_removal()
+        block = self.blocks.pop(self.names[module])
+        inside, begins = block.modules, f"{block.name}."
+        for name, group in list(self.groups.items()):
+            if block.holds(group.writers):
+                del self.groups[name]
+            else:
+                group.writers = {n: writer for n, writer in group.writers.items() if writer not in inside}
+        for other in [b for b in self.blocks.values() if b.module in inside]:
+            del self.blocks[other.name]
+        whole = self.left_whole.items()
+        self._whole = {name: why for name, why in whole if not f"{name}.".startswith(begins)}
+        super().take_out(module, after)
+
+    def back_in(self) -> Callable[[], None]:
+        """Return a function that takes in again whatever is :meth:`taken out <take_out>` from now on."""
+        inner, whole, blocks, groups = super().back_in(), self._whole, dict(self.blocks), dict(self.groups)
+        writers = [(group, group.writers) for group in groups.values()]
+
+        def rewind() -> None:
+            if len(self.blocks) != len(blocks):
+                self._whole = whole
+                self.blocks.clear()
+                self.blocks.update(blocks)
+                self.groups.clear()
+                self.groups.update(groups)
+                for group, mine in writers:
+                    group.writers = mine
+            inner()
+
+        return rewind
 
     def _fix_what_cannot_go(self, ignored: Collection[nn.Module], parameters: set[int]) -> None:
         for held in self.held:
@@ -182,9 +227,10 @@ class AxisGraph(ModelAxes):
         sizes = [(group.leaf.root(), group.size) for group in self.groups.values()]
         left = [(group, list(group.left)) for group in self.groups.values()]
         scale_rows = [[rows for _, _, rows in scale.rows] for scale in self.scales]
-        removals = len(self.history)
+        removals, back_in = len(self.history), self.back_in()
 
         def rewind() -> None:
+            back_in()
             for leaf, size in sizes:
                 leaf.resize(size)
             for group, units in left:

@@ -52,6 +52,10 @@ class Index:
         self._refresh()
         return list({id(s): s for owner in dict.fromkeys(owners) for s in self._rows.get(owner, [])}.values())
 
+    def forget(self) -> None:
+        """Make all of it again when it is next asked: something that was noted is gone, or there again."""
+        self._made = ()
+
     def _refresh(self) -> None:
         trace = self.trace
         now = (Atom.changes, len(trace.links), len(trace.mixing), len(self.scales))

@@ -118,6 +118,10 @@ class Trials:
                 return reason
         return None
 
+    def some(self, group: Group) -> list[int]:
+        """Some units of a group, of every group another number, as few as may go."""
+        return _order(group)[: self._few(group)]
+
     @staticmethod
     def _odd(group: Group) -> int:
         left = max(group.size - group.least, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -281,6 +281,50 @@ class ModelAxes:
             for dim, axis in enumerate(made.axes)
             if contains(axis, leaf)
         ]
+
+    def take_out(self, module: nn.Module, after: nn.Module) -> None:
+        """Forget everything in a module that is no part of the model any more.
+
+        Args:
+            module: what was in the model.
+            after: what is in its place, which holds no parameters.
+        """
+        gone, trace = set(module.modules()), self.trace
+        self.held = [held for held in self.held if held.owner not in gone]
+        self.places = {leaf: [p for p in places if p[0].owner not in gone] for leaf, places in self.places.items()}
+        self.computed = [made for made in self.computed if made.weight.layer not in gone]
+        self.weights = {owner: held for owner, held in self.weights.items() if owner not in gone}
+        self.scales[:] = [scale for scale in self.scales if not any(owner in gone for owner, _, _ in scale.rows)]
+        stays = [owner not in gone for owner in trace.contracted_in]
+        trace.contractions = [c for c, kept in zip(trace.contractions, stays, strict=True) if kept]
+        trace.contracted_in = [owner for owner in trace.contracted_in if owner not in gone]
+        trace.links = {place: found for place, found in trace.links.items() if place.owner not in gone}
+        trace.caches = [(owner, attr) for owner, attr in trace.caches if owner not in gone]
+        trace.inputs[after], trace.outputs[after] = trace.inputs[module], trace.outputs[module]
+        trace.runs[after] = trace.runs[module]
+        self.names[after] = self.names[module]
+        self.index.forget()
+        self.changed()
+
+    def back_in(self) -> Callable[[], None]:
+        """Return a function that takes in again whatever is :meth:`taken out <take_out>` from now on."""
+        trace, mine = self.trace, ("held", "places", "computed", "weights")
+        noted = ("contractions", "contracted_in", "links", "caches")
+        saved = [
+            (owner, name, getattr(owner, name)) for owner, names in ((self, mine), (trace, noted)) for name in names
+        ]
+        scales = list(self.scales)
+
+        def rewind() -> None:
+            if all(getattr(owner, name) is value for owner, name, value in saved):
+                return
+            for owner, name, value in saved:
+                setattr(owner, name, value)
+            self.scales[:] = scales
+            self.index.forget()
+            self.changed()
+
+        return rewind
 
     def changed(self) -> None:
         """Compute positions anew from now on: units were removed or put back."""

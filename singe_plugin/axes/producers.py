@@ -15,7 +15,7 @@ from singe_plugin.method.units import Producer, RowLayout, Slot, UnitGroup
 from .algebra import Atom, contains, labels
 from .parameters import CONV, LAYERS, Held, ModelAxes, out_axis
 
-__all__ = ["unit_group"]
+__all__ = ["producers_of", "unit_group"]
 
 
 def unit_group(axes: ModelAxes, name: str, leaf: Atom) -> UnitGroup:
@@ -42,14 +42,23 @@ def unit_group(axes: ModelAxes, name: str, leaf: Atom) -> UnitGroup:
     producers: list[Producer] = []
     folded: set[nn.Module] = set()
     for owner in sorted(owners, key=lambda m: axes.trace.order.get(m, 1 << 30)):
-        producers += _producers(axes, owner, owners[owner], leaf, folded)
+        producers += producers_of(axes, owner, owners[owner], leaf, folded)
     kept = tuple(p for p in producers if p.slots[0].owner not in folded)
     return UnitGroup(name, leaf.size, kept)
 
 
-def _producers(
+def producers_of(
     axes: ModelAxes, owner: nn.Module, places: list[tuple[Held, int]], leaf: Atom, folded: set[nn.Module]
 ) -> Iterator[Producer]:
+    """Describe how a module writes the units of a leaf.
+
+    Args:
+        axes: of the model.
+        owner: the module.
+        places: where it holds them.
+        leaf: the root of the units.
+        folded: gets the batch-norms that fold into it.
+    """
     name = axes.names[owner]
     if isinstance(owner, LAYERS) and axes.stands(axes.weights.get(owner, places[0][0])):
         for held, _ in places[:1]:

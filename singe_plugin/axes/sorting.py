@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
-
-from .groups import Group
+from typing import TypeAlias, TypeVar
 
 __all__ = ["Look", "Test", "sorted_out", "taken_apart"]
 
-Test: TypeAlias = Callable[[Sequence[Group]], str | None]
-Look: TypeAlias = Callable[[Sequence[Group]], list[tuple[Group, str]]]
+_T = TypeVar("_T")  # groups, or blocks
+Test: TypeAlias = Callable[[Sequence[_T]], str | None]
+Look: TypeAlias = Callable[[Sequence[_T]], list[tuple[_T, str]]]
 _FEW = 4  # groups, which are halved twice in hardly more tests than a look takes
 
 
-def sorted_out(
-    test: Test, groups: list[Group], look: Look | None = None
-) -> tuple[list[Group], list[tuple[Group, str]]]:
+def sorted_out(test: Test[_T], groups: list[_T], look: Look[_T] | None = None) -> tuple[list[_T], list[tuple[_T, str]]]:
     """Tell the groups that pass a test together from the others, which come with the reason.
 
     Args:
@@ -28,8 +25,8 @@ def sorted_out(
 
 
 def taken_apart(
-    test: Test, groups: list[Group], look: Look | None = None
-) -> tuple[list[Group], list[tuple[Group, str]]]:
+    test: Test[_T], groups: list[_T], look: Look[_T] | None = None
+) -> tuple[list[_T], list[tuple[_T, str]]]:
     """Tell them apart, as :func:`sorted_out` does, where it is known that they fail together."""
     if look is not None and len(groups) > _FEW and (seen := look(groups)):
         known = {group for group, _ in seen}
@@ -38,7 +35,7 @@ def taken_apart(
     right, wrong = _halve(test, groups)
     if len(right) < 2 or (wrong and test(right) is None):
         return right, wrong
-    together: list[Group] = []  # each passes alone, but not all of them together
+    together: list[_T] = []  # each passes alone, but not all of them together
     for group in right:
         reason = test([*together, group])
         if reason is None:
@@ -48,13 +45,13 @@ def taken_apart(
     return together, wrong
 
 
-def _halve(test: Test, groups: list[Group]) -> tuple[list[Group], list[tuple[Group, str]]]:
+def _halve(test: Test[_T], groups: list[_T]) -> tuple[list[_T], list[tuple[_T, str]]]:
     """Halve groups that fail together until those that fail alone are found."""
-    wrong: list[tuple[Group, str]] = []
+    wrong: list[tuple[_T, str]] = []
     if len(groups) == 1:
         return [], [(groups[0], test(groups) or "it fails together with others")]
     middle = len(groups) // 2
-    found: list[Group] = []
+    found: list[_T] = []
     for half in (groups[:middle], groups[middle:]):
         if test(half) is None:
             found += half

@@ -33,8 +33,8 @@ _SAME_VALUES = frozenset(
     }
 )  # fmt: skip
 _OF_THE_PASS = (
-    "order", "mixing", "attention", "heads", "stack", "outputs", "inputs", "runs", "contractions", "_counts", "_calls",
-    "_norm_calls", "operator",
+    "order", "mixing", "attention", "heads", "stack", "outputs", "inputs", "runs", "contractions", "contracted_in",
+    "plain_calls", "_counts", "_calls", "_norm_calls", "operator",
 )  # fmt: skip
 
 
@@ -78,6 +78,8 @@ class Trace:
         concatenations: by the sizes of the parts, who put them together last.
         contractions: the axes of the activation and of the result of every operator that contracts with one (see
             :mod:`singe_plugin.axes.contractions`).
+        contracted_in: the module that was running, for each of these operators; None outside of all.
+        plain_calls: modules that were called with one tensor alone, and returned one.
     """
 
     model: nn.Module
@@ -103,6 +105,8 @@ class Trace:
     )
     concatenations: dict[tuple[int, ...], str] = field(default_factory=dict, init=False)
     contractions: list[tuple[list[Axis], list[Axis]]] = field(default_factory=list, init=False)
+    contracted_in: list[nn.Module | None] = field(default_factory=list, init=False)
+    plain_calls: set[nn.Module] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._axes: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -10,109 +10,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from singe_plugin.errors import BudgetError, ConfigError
-from singe_plugin.loop.costs import ALL, KINDS, POINT, CostModel, check_kind
+from singe_plugin.loop.costs import POINT, CostModel
 from singe_plugin.loop.pace import BY_SCORE, RATIOS
-from singe_plugin.loop.times import Timing
+from singe_plugin.loop.target import Target, points
 
-__all__ = ["GroupSpec", "Target", "plan_removals", "points"]
+__all__ = ["GroupSpec", "Target", "plan_removals"]
 
 _BEAM, _PATIENCE = 16, 4  # of the search for the counts nearest to a target
 _EVERY = 4096  # allocations, if there are no more: all of them are tried
-
-
-@dataclass(frozen=True)
-class Target:
-    """A fraction of the parameters, MACs or latency to remove, or several of these, which are met together.
-
-    Attributes:
-        kind: what is counted; ``"all"`` for several.
-        fraction: what is to go of it; the largest of several.
-        parts: the targets that are met together: at least, and one of them exactly.
-        timing: with what the latency is measured, a target or not.
-
-    Example:
-        >>> Target.parse("params=0.5").fraction, str(Target.parse("macs=0.3, latency=0.5"))
-        (0.5, 'macs=0.3,latency=0.5')
-    """
-
-    kind: str
-    fraction: float
-    parts: tuple[Target, ...] = ()
-    timing: Timing | None = None
-
-    def __post_init__(self) -> None:
-        if not self.parts:
-            check_kind(self.kind)
-
-    def __str__(self) -> str:
-        return ",".join(map(str, self.parts)) or f"{self.kind}={self.fraction:g}"
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """What is counted."""
-        return tuple(part.kind for part in self.parts) or (self.kind,)
-
-    @property
-    def point(self) -> float:
-        """How far off it is still met, in what is removed of the whole."""
-        if not self.parts:
-            return KINDS[self.kind].point
-        return max(part.point * self.fraction / part.fraction for part in self.parts)
-
-    def said(self, reached: float) -> str:
-        """What a removed fraction is in the words of the target.
-
-        Example:
-            >>> Target("macs", 0.5).said(0.25), Target.parse("macs=0.5,params=0.3").said(0.25)
-            ('macs=0.2500', 'macs=0.2500,params=0.1500')
-        """
-        parts = self.parts or (self,)
-        return ",".join(f"{part.kind}={part.fraction * reached / self.fraction:.4f}" for part in parts)
-
-    @classmethod
-    def parse(cls, text: str | Target, timing: Timing | None = None) -> Target:
-        """Read ``"params=0.5"``, ``"macs=0.3"``, ``"latency=0.3"``, or several with commas between them.
-
-        Args:
-            text: the target; one that is read already stays what it is.
-            timing: with what the latency is measured.
-
-        Raises:
-            ConfigError: for another form, a fraction outside ]0, 1[, or a kind that comes twice.
-        """
-        if isinstance(text, Target):
-            parts = [cls._read(text, str(part)) for part in text.parts or (text,)]
-            timing = timing or text.timing
-        else:
-            parts = [cls._read(text, part) for part in (text.split(",") if isinstance(text, str) else [text])]
-        if len({part.kind for part in parts}) < len(parts):
-            raise ConfigError(f"target={str(text)!r} says one kind twice; give each once")
-        if len(parts) == 1:
-            return replace(parts[0], timing=timing)
-        return cls(ALL, max(part.fraction for part in parts), tuple(parts), timing)
-
-    @classmethod
-    def _read(cls, whole: object, text: object) -> Target:
-        kind, _, number = text.partition("=") if isinstance(text, str) else ("", "", "")
-        try:
-            fraction = float(number)
-        except ValueError:
-            fraction = math.nan
-        if (kind := kind.strip()) and not math.isnan(fraction):
-            check_kind(kind)
-        if kind not in KINDS or not 0 < fraction < 1:
-            shown = str(whole) if isinstance(whole, Target) else whole
-            raise ConfigError(
-                f"target={shown!r} is not a target; give the fraction to remove, inside ]0, 1[, as 'params=0.5', "
-                "'macs=0.5' or 'latency=0.3', or several with commas"
-            )
-        return cls(kind, fraction)
 
 
 @dataclass(frozen=True)
@@ -125,8 +36,10 @@ class GroupSpec:
         block: the name of its block; layers of a block get one ratio under ``ratios="block"``.
         channels_per_unit: above 1 for grouped layers and heads.
         max_ratio: the largest fraction of its units that may go.
-        min_units: how many of its units stay at least; all of them, if there are fewer.
+        min_units: how many of its units stay at least; all of them, if there are fewer. Of a residual block, which is
+            one unit, none has to.
         multiple: the number of units that stay is a multiple of this.
+        inside: the residual block that it goes with, or None.
     """
 
     name: str
@@ -136,12 +49,18 @@ class GroupSpec:
     max_ratio: float = 1.0
     min_units: int = 1
     multiple: int = 1
+    inside: str | None = None
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a residual block, which goes as a whole."""
+        return self.min_units == 0
 
     def kept_for(self, kept: float, round_to: int | None) -> int:
         """The number of units kept that is nearest to ``kept`` and allowed: at least ``min_units``, channels a multiple
         of ``round_to``."""
         quantum = self.quantum(round_to)
-        floor = max(1, self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
+        floor = max(self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
         if quantum == 1:
             return min(self.units, max(floor, round(kept)))
         lowest = math.ceil(floor / quantum) * quantum
@@ -210,20 +129,42 @@ def plan_removals(
     if target is None:
         if pruning_ratio is None or not 0 <= pruning_ratio < 1:
             raise ConfigError(f"pruning_ratio={pruning_ratio!r} is not a fraction of units inside [0, 1[")
-        return spread(pruning_ratio)
-    wanted = target.fraction if aim is None else aim
-    low, high = 0.0, 2.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if cost.removed_fraction(target.kind, spread(middle)) < wanted:
-            low = middle
-        else:
-            high = middle
-    # with coarse steps the way from below and the way from above end in different places
-    point = target.point if point is None else point
-    best = _refine(layers, cost, target.kind, wanted, [spread(low), spread(high)], round_to)
+        counts = spread(pruning_ratio)
+        return counts | _blocks_in(layers, counts)
+    wanted, point = target.fraction if aim is None else aim, target.point if point is None else point
+
+    def levelled(spread: Callable[[float], Counts]) -> tuple[Counts, Counts]:
+        low, high = 0.0, 2.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            if cost.removed_fraction(target.kind, spread(middle)) < wanted:
+                low = middle
+            else:
+                high = middle
+        return spread(low), spread(high)
+
+    def met(layers: Sequence[GroupSpec], spread: Callable[[float], Counts]) -> Counts:
+        # with coarse steps the way from below and the way from above end in different places
+        return _refine(layers, cost, target.kind, wanted, list(levelled(spread)), round_to)
+
+    if not any(layer.is_block for layer in layers):
+        best = met(layers, spread)
+    else:  # the blocks below the level go, and channels make up for the rest; with one more, if they cannot
+        for start in levelled(spread):
+            gone = _blocks_in(layers, start)
+            left = [layer for layer in layers if layer.name not in gone]
+            rest = _spreader(left, ratios, scores, round_to)
+            best = met(left, lambda level, gone=gone, rest=rest: gone | rest(level))  # type: ignore[misc]
+            if abs(cost.removed_fraction(target.kind, best) - wanted) <= point:
+                break
     _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
     return best
+
+
+def _blocks_in(layers: Sequence[GroupSpec], counts: Counts) -> Counts:
+    """The counts of all blocks, and of the layers in those that go: nothing is removed from these before."""
+    found = {layer.name: counts[layer.name] for layer in layers if layer.is_block}
+    return found | {layer.name: 0 for layer in layers if layer.inside is not None and found.get(layer.inside)}
 
 
 def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: float | None, point: float) -> None:
@@ -234,17 +175,6 @@ def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: floa
             f"target {target} cannot be met within {points(target)}: {what} {target.said(reached)}; choose that, prune "
             "more layers, or relax round_to, max_pruning_ratio and min_width"
         )
-
-
-def points(target: Target) -> str:
-    """How far off a target is still met, as messages say it.
-
-    Example:
-        >>> points(Target("macs", 0.5)), points(Target("latency", 0.5))
-        ('one point', '3 points')
-    """
-    number = round(100 * target.point)
-    return "one point" if number == 1 else f"{number} points"
 
 
 def _from_dict(layers: Sequence[GroupSpec], ratios: Mapping[str, float], round_to: int | None) -> Counts:
@@ -342,7 +272,8 @@ def _refine(
     if miss(best) > POINT:
         best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
     if miss(best) > POINT:
-        met = [counts for counts in _every(layers, round_to) if miss(counts) <= POINT]
+        every = ({**starts[0], **counts} for counts in _every(layers, round_to))
+        met = [counts for counts in every if miss(counts) <= POINT]
         best = min(met, key=lambda counts: _apart(layers, counts, starts[0]), default=best)
     return dict(best)
 

@@ -167,11 +167,13 @@ class TensorCost:
         shape: its shape now.
         links: ``(dimension, layer, positions that go with each unit)``.
         macs: multiply-adds that scale with its number of elements.
+        is_parameter: whether its elements are parameters; if not, it stands for multiply-adds alone.
     """
 
     shape: tuple[float, ...]
     links: tuple[tuple[int, str, float], ...] = ()
     macs: float = 0.0
+    is_parameter: bool = True
 
     def left(self, removed: Mapping[str, int]) -> tuple[float, ...]:
         """Its shape after ``removed[layer]`` units are gone."""
@@ -236,14 +238,14 @@ class CostModel:
         """The model of what is left after some removals: it counts further ones on top of these."""
         left = []
         for tensor in self.tensors:
-            share = tensor.elements(removed) / math.prod(tensor.shape) if tensor.macs else 0.0
-            left.append(TensorCost(tensor.left(removed), tensor.links, tensor.macs * share))
+            share = tensor.elements(removed) / max(math.prod(tensor.shape), 1e-12) if tensor.macs else 0.0
+            left.append(TensorCost(tensor.left(removed), tensor.links, tensor.macs * share, tensor.is_parameter))
         times = tuple(layer.after(removed) for layer in self.times)
         return CostModel(tuple(left), self.fixed_params, self.macs(removed), times, self.goals)
 
     def params(self, removed: Mapping[str, int]) -> float:
         """The parameters after the removals."""
-        return self.fixed_params + sum(t.elements(removed) for t in self.tensors)
+        return self.fixed_params + sum(t.elements(removed) for t in self.tensors if t.is_parameter)
 
     def macs(self, removed: Mapping[str, int]) -> float:
         """The multiply-adds after the removals."""

@@ -8,14 +8,14 @@ r"""The loop of the paper, written once: score, choose, remove, repair, fine-tun
         repair                               # if the host can
         fine-tune                            # as many steps as the turn says
 
-A *turn* says which layers are scored now, and how many units of each go. Algorithm 1 (:func:`in_layers`) and rounds
-(:func:`in_rounds`) are two generators of turns; what stands behind a ``yield`` in them happens when the turn is over. A
-*host* knows where units live, what they are worth and how to remove them; the loop asks nothing else of it.
+A *turn* says which layers are scored now, and how many units of each go. Algorithm 1 and rounds
+(:mod:`singe_plugin.loop.turns`) are two generators of turns; what stands behind a ``yield`` in them happens when the
+turn is over. A *host* knows where units live, what they are worth and how to remove them; the loop asks nothing else of
+it.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,25 +29,20 @@ from singe_plugin.errors import ScoringError
 from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.events import (
     Callback,
-    LayerDone,
     LayerScored,
     Removed,
     Repaired,
-    RoundDone,
     RunEnded,
-    RunStarted,
 )
 from singe_plugin.loop.finetune import phase_share
 from singe_plugin.loop.outlook import Rates, plan, shares_of
-from singe_plugin.loop.pace import Pace, units_per_turn
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.loop.watch import Watch
 from singe_plugin.ranks import current
 
 __all__ = [
-    "Allocation", "Choice", "Host", "Loop", "Pause", "Repairing", "Schedule", "Turn", "in_layers", "in_rounds",
-    "lowest", "score_layers",
+    "Allocation", "Choice", "Host", "Loop", "Pause", "Repairing", "Schedule", "Turn", "lowest", "score_layers",
 ]  # fmt: skip
 
 _APART = "give all ranks the same model, options and versions of PyTorch, and callbacks that leave scores as they are"
@@ -314,91 +309,3 @@ def score_layers(host: Host, units: Mapping[str, int], missing: bool = False) ->
         if bool(torch.isnan(found[layer]).any()):
             raise ScoringError(f"layer {layer!r}: the importance returned NaN; nothing can be ranked by it")
     return found
-
-
-def in_layers(loop: Loop, pace: Pace) -> Iterator[Turn]:
-    r"""Algorithm 1: one layer after the other, in forward order.
-
-    .. code-block:: text
-
-        for l in 1..L
-            while pruning_rate(W_l) <= rho_l
-                M <- C(W_l, F, D)            # score
-                n <- argmin M;  remove W_l^n # one unit, or units_per_step of them
-                fine-tune                    # here (every="removal"), or after the loop (every="layer")
-
-    The plan of the loop's progress says how many units of each layer go, ``next_layer`` how many layers are done.
-    """
-    progress, host, callback = loop.progress, loop.host, loop.callback
-    layers = list(host.layers())
-    progress.begin(layers)
-    todo = [layer.name for layer in layers if progress.plan.get(layer.name, 0) > 0]
-    assert pace.units_per_step is not None
-    chunks = [units_per_turn(pace.units_per_step, progress.original(name)) for name in todo]
-    removals = [math.ceil(progress.plan[name] / chunk) for name, chunk in zip(todo, chunks, strict=True)]
-    if not progress.removals and not progress.next_layer and not progress.end_done:
-        callback.on_run_start(RunStarted(dict(progress.plan), loop.steps))
-    total, behind = sum(removals), sum(removals[: progress.next_layer])
-    phases = (behind, total) if loop.every == "removal" else (progress.next_layer, len(todo))
-    loop.look_ahead([number / total for number in range(behind, total)], *phases)
-    for index in range(progress.next_layer, len(todo)):
-        name, chunk, before = todo[index], chunks[index], sum(removals[:index])
-        for number in range(removals[index]):
-            count = min(chunk, progress.plan[name] - number * chunk)
-            steps = 0
-            if loop.every == "removal":
-                steps = loop.share(before + number, sum(removals))
-            elif loop.every == "layer" and number == removals[index] - 1:
-                steps = loop.share(index, len(todo))
-            closing, last = number == removals[index] - 1, index == len(todo) - 1
-            yield Turn((name,), lambda _, name=name, count=count: {name: count}, steps, closing, closing and last)  # type: ignore[misc]
-        callback.on_layer_done(LayerDone(name, index, len(todo), host.params(), loop.shares()))
-        progress.next_layer = index + 1
-        loop.save(progress)
-
-
-def in_rounds(
-    loop: Loop, pace: Pace, allocate: Allocation, expect: Callable[[Scores], Mapping[str, int]] | None = None
-) -> Iterator[Turn]:
-    """All layers together, several times: units of different layers can be compared, and each loses a few every time.
-
-    The progress counts the rounds that are done in ``next_layer``, and in ``plan`` what they removed.
-
-    Args:
-        loop: whose turns these are.
-        pace: how many rounds there are, and how far each goes.
-        allocate: how many units go now, given all scores and how far the rounds are.
-        expect: what one round would do, for those who watch, where that is found with less than ``allocate``.
-    """
-    progress, host, callback = loop.progress, loop.host, loop.callback
-    assert pace.rounds is not None
-    progress.begin(host.layers())
-    rounds = range(progress.next_layer, pace.rounds)
-    loop.look_ahead([pace.share_after(number) for number in rounds], progress.next_layer, pace.rounds)
-    for number in rounds:
-        counts: dict[str, int] = {}
-
-        def decide(scores: Scores, number: int = number, counts: dict[str, int] = counts) -> dict[str, int]:
-            share = pace.share_after(number + 1)
-            counts.update({name: count for name, count in allocate(scores, share).items() if count > 0})
-            if number == 0 and not progress.end_done:
-                # what one round would do; later scores may spread it otherwise
-                if pace.rounds == 1:
-                    expected = dict(counts)
-                else:
-                    expected = dict(allocate(scores, 1.0) if expect is None else expect(scores))
-                callback.on_run_start(RunStarted(expected, loop.steps))
-            return counts
-
-        names = [layer.name for layer in host.layers()]
-        steps = 0 if loop.every == "end" else loop.share(number, pace.rounds)
-        yield Turn(names, decide, steps, last=number + 1 == pace.rounds)
-        for name, count in counts.items():
-            progress.plan[name] = progress.plan.get(name, 0) + count
-        left = sum(progress.left(name) for name in names)
-        callback.on_round_done(RoundDone(number + 1, pace.rounds, sum(counts.values()), left, loop.shares()))
-        progress.next_layer = number + 1
-        if number + 1 == pace.rounds:
-            for index, name in enumerate(names):
-                callback.on_layer_done(LayerDone(name, index, len(names), host.params()))
-        loop.save(progress)

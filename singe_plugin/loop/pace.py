@@ -167,6 +167,11 @@ class Pace:
         "as most configurations of transformers can say; or ``keep``, nothing.",
         choices=HEADS,
     )
+    blocks: bool = option(
+        default=False,
+        text="Whether whole residual blocks may go, too, where the shortcut is an identity: each is one unit, ranked "
+        "among the others by score. Only in rounds, with ratios by score.",
+    )
     verify: bool = option(
         default=True,
         text="Whether every group is proved before anything of it is removed (see docs/backbones.md); without that, a "
@@ -179,6 +184,7 @@ class Pace:
             check_choice("order", self.order, ORDERS)
         check_choice("course", self.course, COURSES)
         check_choice("heads", self.heads, HEADS)
+        check_flag("blocks", self.blocks)
         check_flag("verify", self.verify)
         if self.rounds is not None:
             why = ": every round scores all layers"
@@ -195,6 +201,15 @@ class Pace:
             raise ConfigError(f"rounds={self.rounds!r} is for order='rounds'; leave it out, or give Pace('rounds')")
         if layers and self.course != "cubic":
             raise ConfigError(f"course={self.course!r} is for order='rounds'; leave it out, or give Pace('rounds')")
+        if self.blocks and layers:
+            raise ConfigError(
+                "blocks=True is for order='rounds', where blocks and channels are compared; give that order"
+            )
+        if self.blocks and self.ratios is not None and self.ratios not in BY_SCORE:
+            raise ConfigError(
+                f"blocks=True is for ratios by score ({' or '.join(BY_SCORE)}), got ratios={self.ratios!r}: a block "
+                "goes or stays; leave one of them out"
+            )
         if isinstance(self.ratios, Mapping):
             for name, ratio in self.ratios.items():
                 if not is_number(ratio) or not 0 <= ratio < 1:
@@ -216,7 +231,7 @@ class Pace:
         usual = {"order": "rounds", "rounds": 4, "units_per_step": 0.1, "max_pruning_ratio": 0.95, "min_width": 4}
         found = {**usual, **defaults}
         order = self.order or ("layers" if self.units_per_step is not None else found["order"])
-        if self.order is None and (self.rounds not in (None, 1) or self.course != "cubic"):
+        if self.order is None and (self.rounds not in (None, 1) or self.course != "cubic" or self.blocks):
             order = "rounds"
         found |= {"order": order, "ratios": defaults.get("ratios", "per_cost" if order == "rounds" else "block")}
         found["rounds"] = 1 if order == "layers" else found["rounds"]

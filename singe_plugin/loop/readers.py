@@ -7,7 +7,7 @@ one with gradients how much the objective moves with what it gives. :mod:`singe_
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from singe_plugin.method.ridge import LARGEST, Moments, exact
 from singe_plugin.method.scoring import measuring, score_groups
 from singe_plugin.method.step import BatchObjective, as_step, check_form, model_inputs
 from singe_plugin.method.surgeon import LEAST, Reading, removal_costs, shrinkage
+from singe_plugin.method.units import UnitGroup
 from singe_plugin.nested import call_model, examples_in, map_tensors, to_device
 from singe_plugin.ranks import Division, current
 from singe_plugin.state import forget_caches, model_device
@@ -99,7 +100,12 @@ class _Reader:
 
 
 def costs_of_removal(
-    graph: AxisGraph, names: Collection[str], batches: Iterable[Any], options: Scoring, seed: int = 0
+    graph: AxisGraph,
+    names: Collection[str],
+    batches: Iterable[Any],
+    options: Scoring,
+    seed: int = 0,
+    blocks: Mapping[str, UnitGroup] | None = None,
 ) -> dict[str, Tensor]:
     """Score the units of groups by what their removal costs once all that read them were solved again.
 
@@ -114,9 +120,10 @@ def costs_of_removal(
         batches: ``(inputs, targets)`` or mappings.
         options: the objective, and how scores are normalised.
         seed: of the choice of positions.
+        blocks: of residual blocks, the layers that write their results; scored without what takes over, too.
 
     Returns:
-        group -> ``[N]`` float32 on the model's device.
+        group, or block -> ``[N]`` float32 on the model's device.
 
     Raises:
         DataError: if there are no batches.
@@ -149,12 +156,13 @@ def costs_of_removal(
             step, steps, plain = as_step(graph.model, batches, product)
             with measuring(step):
                 check_zeros(step, group.unit_group(), steps or (), plain)
-    if alone:
-        groups = {name: graph.groups[name].unit_group() for name in alone}
+    blocks = blocks or {}
+    if alone or blocks:
+        groups = {name: graph.groups[name].unit_group() for name in alone} | dict(blocks)
         products = score_groups(graph.model, groups, batches, product)
         costs |= {name: 0.5 * scores.double().square() for name, scores in products.items()}
     found = {}
-    for name in reading:
+    for name in [*reading, *blocks]:
         if not bool(torch.isfinite(costs[name]).all()):
             raise ScoringError(f"group {name!r}: the scores are not finite; check the batches for inf/NaN")
         found[name] = normalize(costs[name], options.normalizer).float().to(model_device(graph.model))

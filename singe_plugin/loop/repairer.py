@@ -9,7 +9,7 @@ is the same as in the pass before (:mod:`singe_plugin.axes.tape`), as far as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,10 +59,15 @@ class Repairer:
         self.original, self.graph, self.batches, self.options = original, graph, batches, options
         self.seed, self.forward = seed, forward
         self.masks: Mapping[str, Tensor] = {}
+        self.gone: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def repair(
-        self, pruned: nn.Module, kept: Mapping[str, Sequence[int]], masks: Mapping[str, Tensor] | None = None
+        self,
+        pruned: nn.Module,
+        kept: Mapping[str, Sequence[int]],
+        masks: Mapping[str, Tensor] | None = None,
+        gone: Collection[str] = (),
     ) -> list[Solved]:
         """Solve the layers of a pruned network again, and bring its batch-norms along.
 
@@ -72,11 +77,12 @@ class Repairer:
             masks: parameter -> which weights may be other than zero; of others, those that are not, or never were. The
                 layers themselves are plain ones (:func:`singe_plugin.masks.plain_weights`). Biases, norms, embeddings
                 and other parameters can have masks, too: what comes after them gets other inputs.
+            gone: parameters that are no part of the network any more, and stand in it at zero while it is repaired.
 
         Returns:
             every layer whose inputs are others than in the unpruned network, with its error before and after.
         """
-        self.masks = masks or {}
+        self.masks, self.gone = masks or {}, frozenset(gone)
         left: dict[Atom, np.ndarray[Any, np.dtype[np.bool_]]] = {}
         readers: set[str] = set()
         self.unread: set[str] = set()
@@ -98,7 +104,7 @@ class Repairer:
             own = current().division(self.batches[0]).of(len(self.batches))
             empty, played = not own, own or range(1)  # one of the others' shows how the layers are called
             players = [Player(self.original, self.forward, self.batches, mine=played)]
-            players.append(Player(pruned, self.forward, self.batches, masked, played))
+            players.append(Player(pruned, self.forward, self.batches, [*masked, *gone], played))
             for window in self.targets.windows(players[0], list(self._stages(*players))):
                 targets = self.targets.collect(players[0], [site for stage in window for site in stage])
                 for stage in window:
@@ -109,9 +115,9 @@ class Repairer:
             renew_statistics(pruned, self.batches, self.forward, self._held_norms())
         current().align("the repaired weights", [tensor for _, tensor in named_tensors(pruned)])
         place = {number: place for place, number in enumerate(players[1].tape.order)}
-        found += [(number, solved) for number, solved in self.left.values()]
+        found += [(number, solved) for number, solved in self.left.values() if solved.name not in self.gone]
         layers = [solved for _, solved in sorted(found, key=lambda pair: place[pair[0]])]
-        missed = sorted(readers - {solved.name for solved in layers})
+        missed = sorted(readers - {solved.name for solved in layers} - self.gone)
         return layers + [Solved(name, reason=_UNKNOWN) for name in missed]
 
     def _stages(self, original: Player, pruned: Player) -> Iterator[list[Site]]:
@@ -150,7 +156,7 @@ class Repairer:
             differs = weight is not None and _differs(mine[weight], theirs[weight], reads)
             if differs or weight in self.unread or pruned.tape.depends[number] & changed:
                 changed.add(number)
-            if weight is None or sites[weight].numbers[0] != number:
+            if weight is None or weight in self.gone or sites[weight].numbers[0] != number:
                 continue
             site = sites[weight]
             reach = frozenset().union(*(pruned.tape.depends[n] for n in site.numbers))

@@ -22,6 +22,7 @@ from singe_plugin.loop.distillation import frozen_copy
 from singe_plugin.loop.events import Repaired
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.repairer import Repairer
+from singe_plugin.loop.stand_ins import blocks_gone, standing_in
 from singe_plugin.masks import fold_masks, masks_of, plain_weights
 from singe_plugin.method.batches import has_targets, inputs_for, inputs_only, read
 from singe_plugin.method.step import BatchObjective
@@ -105,6 +106,7 @@ class Unpruned:
             ConfigError: if it cannot be copied.
         """
         removed = any(group.size < group.initial for group in self._groups.values())
+        removed = removed or (self._copy is not None and bool(blocks_gone(self._copy, self.model)))
         if removed or (self._copy is not None and not (anew and self._same_masks())):
             return
         try:
@@ -177,8 +179,8 @@ class Unpruned:
         model = self.model
         values = {name: tensor.clone() for name, tensor in _tensors(model).items()} if emas else {}
         kept = {name: group.left for name, group in self._groups.items()}
-        with self._plain(model) as masks:
-            found = self._repairer.repair(model, kept, masks)
+        with self._plain(model) as masks, standing_in(self._repairer.graph, model, kept) as gone:
+            found = self._repairer.repair(model, kept, masks, gone)
         for ema in emas:
             twins = _tensors(ema)
             for name, tensor in _tensors(model).items():
@@ -253,7 +255,8 @@ def repair(
             raise GroupError(
                 f"kept: {unknown[0]!r} is no group of the network; the groups are {', '.join(graph.groups)}"
             )
-        found = Repairer(original, graph, inputs, chosen, seed, forward).repair(pruned, left, masks)
+        with standing_in(graph, pruned, left) as gone:
+            found = Repairer(original, graph, inputs, chosen, seed, forward).repair(pruned, left, masks, gone)
     return Repaired(tuple(found), time.perf_counter() - start)
 
 
@@ -278,7 +281,9 @@ def survivors(graph: AxisGraph, pruned: nn.Module) -> dict[str, list[int]]:
     """
     modules = dict(pruned.named_modules())
     gone: dict[Any, set[int]] = {}  # leaf -> units
-    todo = [(held, _twin(graph, modules, held)) for held in graph.held]
+    missing = tuple(f"{name}." for name in blocks_gone(graph.model, pruned))
+    there = [held for held in graph.held if not (missing and f"{graph.names[held.owner]}.".startswith(missing))]
+    todo = [(held, _twin(graph, modules, held)) for held in there]
     for held, tensor in todo:
         if tensor.ndim != held.tensor.ndim:
             raise GroupError(f"{graph.names[held.owner]}.{held.attr} has another number of dimensions when pruned")

@@ -42,6 +42,7 @@ class LayerTime:
         sizes: the same, now.
         links: ``(dimension, group, positions that go with each unit)``.
         factors: a, b, c, d.
+        block: the residual block that it is in, if that may go as a whole, or None.
     """
 
     name: str
@@ -49,9 +50,12 @@ class LayerTime:
     sizes: tuple[float, float]
     links: tuple[tuple[int, str, float], ...]
     factors: tuple[float, float, float, float]
+    block: str | None = None
 
     def after(self, removed: Mapping[str, int]) -> LayerTime:
         """The same after removals: it counts further ones on top of these."""
+        if self.block is not None and removed.get(self.block):
+            return replace(self, factors=(0.0, 0.0, 0.0, 0.0))
         sizes = list(self.sizes)
         for dim, group, per_unit in self.links:
             sizes[dim] = max(sizes[dim] - per_unit * removed.get(group, 0), 0.0)
@@ -70,9 +74,9 @@ class LayerTime:
             >>> layer.ms({}), round(layer.ms({"conv": 4}), 3)
             (0.5, 0.3)
         """
-        left = self.after(removed).sizes
-        u, v = (size / full for size, full in zip(left, self.full, strict=True))
-        a, b, c, d = self.factors
+        left = self.after(removed)
+        u, v = (size / full for size, full in zip(left.sizes, self.full, strict=True))
+        a, b, c, d = left.factors
         return a + b * u + c * v + d * u * v
 
 

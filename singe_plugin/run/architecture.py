@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from singe_plugin.axes.blocks import AFTER
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.masks import plain_tensors, plain_types
 from singe_plugin.run.record import NOT_STRUCTURE, encode
@@ -213,9 +214,15 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass
 class Structure:
-    """The plain attributes of every module (widths, groups, heads, split sizes), to see what removals changed."""
+    """The plain attributes of every module (widths, groups, heads, split sizes), to see what removals changed.
+
+    Attributes:
+        modules: name -> attributes.
+        kinds: name -> class.
+    """
 
     modules: dict[str, dict[str, Any]]
+    kinds: dict[str, type] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
@@ -227,7 +234,21 @@ class Structure:
                 for key, value in module.__dict__.items()
                 if key not in NOT_STRUCTURE and not key.startswith("_") and _is_plain(value)
             }
-        return cls(found)
+        return cls(found, {name: type(module) for name, module in model.named_modules()})
+
+    def blocks_gone(self, model: nn.Module, folded: Collection[str] = ()) -> dict[str, str]:
+        """Return ``block -> what is left of it`` (see :data:`singe_plugin.axes.blocks.AFTER`) for what is gone now.
+
+        Args:
+            model: as it is now.
+            folded: names of batch-norms, in whose place something else was put, too.
+        """
+        names = {type(make()): name for name, make in AFTER.items()}
+        return {
+            name: names[type(module)]
+            for name, module in model.named_modules()
+            if name not in folded and type(module) in names and type(module) is not self.kinds.get(name, type(module))
+        }
 
     def changes_to(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """Return ``module -> {attribute: new value}`` for what is different now, ready for JSON."""
@@ -249,7 +270,9 @@ def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[s
         for name, t in plain_tensors(model)
         if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
     ]
+    blocks = before.blocks_gone(model, [norm for _, norm in folded])
     return {
+        **({"blocks": blocks} if blocks else {}),
         "attributes": before.changes_to(model),
         "folded": [list(pair) for pair in folded],
         "channels_last": channels_last,

@@ -36,6 +36,7 @@ from singe_plugin.run.record import (
     check_tensors,
     check_widths,
     decode,
+    replace_blocks,
 )  # fmt: skip
 from singe_plugin.run.result import GroupRow, Metrics, Result
 
@@ -208,6 +209,7 @@ def _rebuild(
     structure = record["structure"]
     for _, norm in structure["folded"]:
         replace_folded(model, norm)
+    replace_blocks(model, structure.get("blocks", {}))
     check_structure(model, structure["attributes"])
     check_tensors(model, tensors, {layer for layer, _ in structure["folded"]})
     strange = [name for name, t in tensors.items() if not _is_finite(t) and name not in record["not_finite"]]

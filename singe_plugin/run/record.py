@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from singe_plugin.axes.blocks import AFTER
 from singe_plugin.axes.widths import refresh_widths
 from singe_plugin.errors import ArtifactError
 from singe_plugin.run.result import Metrics
 
 __all__ = [
     "NOT_STRUCTURE", "allocating_at_most", "check_builder", "check_record", "check_structure", "check_tensors",
-    "check_widths", "decode", "encode",
+    "check_widths", "decode", "encode", "replace_blocks",
 ]  # fmt: skip
 
 NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")
@@ -90,6 +91,12 @@ def _form(**parts: _Check) -> _Check:
     return lambda value: type(value) is dict and set(value) == set(parts) and all(c(value[k]) for k, c in parts.items())
 
 
+def _structure(**parts: _Check) -> _Check:
+    """Check for a structure; residual blocks that are gone are in it only if there are any."""
+    plain, deeper = _form(**parts), _form(**parts, blocks=_dict_of(lambda v: type(v) is str and v in AFTER))
+    return lambda value: plain(value) or deeper(value)
+
+
 def _anything(value: Any) -> bool:
     return True
 
@@ -123,7 +130,7 @@ def _metrics(value: Any) -> bool:
 _FORMS: dict[str, _Check] = {
     "format": _count,
     "builder": _form(kind=_is(str), name=_is(str), options=_dict_of(_anything)),
-    "structure": _form(
+    "structure": _structure(
         attributes=_dict_of(_dict_of(_anything)),
         folded=_list_of(lambda v: _list_of(_is(str))(v) and len(v) == 2),
         channels_last=_list_of(_is(str)),
@@ -182,6 +189,20 @@ def check_builder(kind: str, name: str, options: Mapping[str, Any], is_model: Ca
     fetching = [key for key in options if any(word in key for word in _FETCHING)]
     if fetching:
         raise ArtifactError(f"its architecture is built with {fetching[0]!r}, which makes timm read files; {consent}")
+
+
+def replace_blocks(model: nn.Module, blocks: Mapping[str, str]) -> None:
+    """Put what is left of residual blocks that are gone in their places.
+
+    Raises:
+        ArtifactError: if the architecture has no such module.
+    """
+    modules = dict(model.named_modules())
+    for name, after in blocks.items():
+        path, _, attr = name.rpartition(".")
+        if name not in modules or attr not in modules[path]._modules:
+            raise ArtifactError(f"the architecture has no block {name!r}; it has changed since it was saved")
+        modules[path]._modules[attr] = AFTER[after]()
 
 
 def check_structure(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:

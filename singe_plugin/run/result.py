@@ -96,7 +96,7 @@ class GroupRow:
             >>> GroupRow("conv1", "conv1", 16, 4).narrow
         """
         few = self.units_after < NARROW or self.units_after < SHARE * self.units_before
-        if self.units_after >= self.units_before or not few:
+        if not 0 < self.units_after < self.units_before or not few:
             return None
         left = f"{self.units_after} of {self.units_before} units left"
         return f"layer {self.name!r} has {left}; the network may not recover, min_width keeps more"
@@ -158,6 +158,11 @@ class Result:
         return 1 - sum(r.units_after for r in self.layers) / max(sum(r.units_before for r in self.layers), 1)
 
     @property
+    def removed_blocks(self) -> list[str]:
+        """The residual blocks that are gone, by name (see ``Pace(blocks=)``)."""
+        return list(self.structure.get("blocks", {}))
+
+    @property
     def stopped(self) -> str | None:
         """Why less was removed than was asked for, see :class:`~singe_plugin.Evaluate`; None if the target was met."""
         rows = self.history.select("stopped")
@@ -200,6 +205,9 @@ class Result:
             )
         if self.after.latency_conditions:
             lines.append(f"latency: {self.after.latency_conditions}; medians of passes in turn")
+        if gone := self.removed_blocks:
+            more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
+            lines.append(f"removed as a whole: {', '.join(gone[:8])}{more}")
         lines += [f"stopped: {self.stopped}"] if self.stopped else []
         warnings = self.warnings
         lines += [f"warning: {text}" for text in warnings[:3]]
