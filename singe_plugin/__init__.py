@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from singe_plugin.method.step import BatchObjective
     from singe_plugin.run.architecture import Builder
     from singe_plugin.run.artifact import load, save
+    from singe_plugin.run.export import Exported, export
     from singe_plugin.run.result import Result
 
 
@@ -58,6 +59,7 @@ __all__ = [
     "DataError",
     "Distill",
     "Evaluate",
+    "Exported",
     "FineTune",
     "FoldingError",
     "GroupError",
@@ -75,6 +77,7 @@ __all__ = [
     "SingeError",
     "TiedParameterError",
     "UnstructuredPruner",
+    "export",
     "fold_batchnorm",
     "hold_masks",
     "load",
@@ -89,6 +92,7 @@ __all__ = [
 _LAZY = {
     "run.architecture": ("Builder",),
     "run.artifact": ("load", "save"),
+    "run.export": ("Exported", "export"),
     "loop.events": ("Callback", "History"),
     "loop.shown": ("ProgressBar",),
     "loop.distill": ("Distill",),

@@ -26,6 +26,7 @@ TRUE = (
     "docs/extending.md",
     "docs/decisions.md",
     "docs/options.md",
+    "docs/deploy.md",
     "CHANGELOG.md",
 )
 
@@ -80,12 +81,16 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_usage(names: dict[str, Any]) -> None:
-    objectives, weights, repairing, distilling, judging, saving, shrinking = blocks("docs/usage.md", "python")
+    objectives, weights, repairing, distilling, judging, saving, exporting, shrinking = blocks(
+        "docs/usage.md", "python"
+    )
     exec(objectives, {"torch": torch, "Scoring": Scoring, "scheduler": None})  # their models are of other libraries
     for code in (weights, repairing, distilling, judging):
         names["model"] = net()
         exec(shorter(code), names)
     assert "singe_plugin.load" in saving  # its factory is somebody's
+    exec(exporting, {**names, "torch": torch})
+    assert Path("out/model.pt2").is_file()
     names["model"] = net()
     exec(shorter(shrinking), names)
     assert names["small"].model is names["model"]

@@ -166,7 +166,7 @@ def test_help_says_of_every_command_what_it_says_of_itself() -> None:
         assert command is not None
         assert command.name == name
         assert command.get_short_help_str(1000) == text
-    assert cli.COMMANDS.keys() == set(commands.__all__)
+    assert cli.COMMANDS.keys() == {*commands.__all__, *cli._MODULES}
 
 
 def test_the_names_come_with_a_star_import() -> None:

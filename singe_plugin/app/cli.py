@@ -18,12 +18,13 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "demo": "Train a small network on real digits and prune it four ways; a minute or two, offline.",
+    "export": "Write the model saved in DIRECTORY as ONNX, a torch.export program or TorchScript, and compare it.",
     "inspect": "Show what can be pruned, what is left whole and why, and what scoring costs.",
     "prune": "Prune a timm model and fine-tune it on the way; save it with a report.",
     "report": "Write the report of the result saved in DIRECTORY again, and print its summary.",
 }
 _USUAL = "singe_plugin.app.commands"
-_MODULES: dict[str, str] = {}  # commands that are written elsewhere
+_MODULES = {"export": "singe_plugin.app.export"}  # commands that are written elsewhere
 
 
 class Singe(click.Group):

@@ -92,6 +92,7 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
         "history": result.history.rows,
         "masks": describe(masks),
         "tensors": describe(tensors),
+        "inputs": result.inputs,
         "not_finite": [name for name, t in tensors.items() if not _is_finite(t)],
     }
     try:
@@ -237,6 +238,7 @@ def _result(model: nn.Module, record: Mapping[str, Any], masks: dict[str, Tensor
         builder=Builder(**record["builder"]),
         structure=record["structure"],
         weight_masks=masks,
+        inputs=record.get("inputs"),
     )
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from singe_plugin.axes.widths import refresh_widths
 from singe_plugin.errors import ArtifactError
+from singe_plugin.run.inputs import are_described
 from singe_plugin.run.result import Metrics
 
 __all__ = [
@@ -129,14 +130,17 @@ _FORMS: dict[str, _Check] = {
     "tensors": _dict_of(_is(str)),
     "not_finite": _list_of(_is(str)),
 }
+_LATER: dict[str, _Check] = {"inputs": are_described}
+"""Parts that records of before do not have."""
 
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise :class:`ArtifactError` unless a record has all its parts, no others, and each has its form."""
-    for what, names in (("lacks", _FORMS.keys() - record.keys()), ("has an unknown", record.keys() - _FORMS.keys())):
+    forms = _FORMS | {name: check for name, check in _LATER.items() if name in record}
+    for what, names in (("lacks", forms.keys() - record.keys()), ("has an unknown", record.keys() - forms.keys())):
         if names:
             raise ArtifactError(f"the record {what} {min(names)!r}; it was not written by save()")
-    for name, check in _FORMS.items():
+    for name, check in forms.items():
         if not check(record[name]):
             raise ArtifactError(f"the record has {name!r}: {_short(record[name])}, a form that save() never writes")
 

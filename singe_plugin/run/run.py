@@ -18,6 +18,7 @@ from singe_plugin.run.checkpoint import (
     restore_run,
     write_checkpoint,
 )  # fmt: skip
+from singe_plugin.run.inputs import describe_inputs
 from singe_plugin.run.job import Job
 from singe_plugin.run.result import Metrics, Result, package_versions
 from singe_plugin.run.staging import Stage, fingerprints, judged, measure
@@ -90,5 +91,5 @@ def _carried(
     return Result(
         model, before, replace(measure(model, stage), **numbers), rows, dict(job.left_whole), history,
         {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,
-        describe_structure(model, stage.structure, list(folded)), masks, checkpoint,
+        describe_structure(model, stage.structure, list(folded)), masks, checkpoint, describe_inputs(stage.example),
     )  # fmt: skip
