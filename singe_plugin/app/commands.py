@@ -43,9 +43,13 @@ def _stacked(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 
 _model = _stacked(
-    click.option("--model", required=True, help="timm's name of the architecture."),
+    click.option("--model", help="timm's name of the architecture, hf-hub:OWNER/NAME or local-dir:FOLDER."),
     click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
-    click.option("--checkpoint", type=click.Path(), help="Start from the weights in this .safetensors or .pth file."),
+    click.option(
+        "--checkpoint",
+        type=click.Path(),
+        help="Weights (.safetensors, .pth), or a folder of singe prune to go on from.",
+    ),
     click.option("--num-classes", type=click.IntRange(1), help="Classes; by default the model's or the data's."),
     click.option("--in-chans", type=click.Choice(["1", "3"]), help="Channels of the images."),
     click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="More for timm.create_model; repeatable."),
@@ -144,6 +148,8 @@ def _taught(finetune: FineTune, distill: Distill) -> FineTune:
 
 
 def _model_options(options: dict[str, Any]) -> dict[str, Any]:
+    if options["model"] is None and options["checkpoint"] is None:
+        raise click.UsageError("Missing option '--model'.")
     in_chans = options.pop("in_chans")
     kwargs = parse_pairs(options.pop("model_kwargs"))
     found = {k: options.pop(k) for k in ("pretrained", "checkpoint", "num_classes")}

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from singe_plugin.app.sources import architecture_of, builder_of, from_folder, is_source
 from singe_plugin.checks import closest
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.run.architecture import Builder
@@ -43,7 +44,7 @@ class NamedModel:
 
 
 def create_model(
-    name: str,
+    name: str | None,
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
@@ -54,9 +55,10 @@ def create_model(
     """Make a timm model with pretrained weights, weights from a file, or random ones.
 
     Args:
-        name: timm's name.
+        name: timm's name, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``; None if ``checkpoint`` is a folder.
         pretrained: download timm's weights (or take them from the cache).
-        checkpoint: a file that :func:`load_weights` reads: ``.safetensors``, or tensors that ``torch.save`` wrote.
+        checkpoint: a file that :func:`load_weights` reads: ``.safetensors``, or tensors that ``torch.save`` wrote; or
+            the folder of a result that was saved: its pruned model.
         num_classes, in_chans: None is the architecture's own number.
         kwargs: more arguments of ``timm.create_model``.
         seed: of random weights; the caller's random state is left alone.
@@ -72,8 +74,11 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise ConfigError("pretrained weights and a checkpoint were both asked for; choose one")
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        return NamedModel(*from_folder(checkpoint, name, num_classes, in_chans, kwargs))
     timm = importlib.import_module("timm")
-    if not timm.is_model(name):
+    name = architecture_of(None, None) if name is None else name
+    if not is_source(name) and not timm.is_model(name):
         near = closest(name, timm.list_models())
         raise ConfigError(f"timm {timm.__version__} has no model {name!r}{near}; timm.list_models() has the names")
     options: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in (kwargs or {}).items()}
@@ -93,7 +98,7 @@ def create_model(
         weights = load_weights(model, checkpoint)
     else:
         weights = "pretrained" if pretrained else "random"
-    return NamedModel(model.eval(), Builder.timm(name, **options), weights)
+    return NamedModel(model.eval(), builder_of(name, options, model), weights)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:

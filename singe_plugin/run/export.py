@@ -29,7 +29,7 @@ from singe_plugin.run.formats import FORMATS, Format, Plan, sidecar
 from singe_plugin.run.inputs import describe_inputs, random_inputs, rows_of
 from singe_plugin.state import RngState
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exportable", "Exported", "copied_plain", "differences", "export"]
 
 _logger = logging.getLogger("singe_plugin")
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
@@ -148,7 +148,7 @@ def export(
     cases = list(_cases(described, example_inputs, batch_size))
     rng = RngState.capture()
     try:
-        exported = _Export(_copied(module), name, path, half, cases, limit)
+        exported = _Export(copied_plain(module), name, path, half, cases, limit)
         done = exported.write(opset, batch_size)
     finally:
         rng.restore()
@@ -199,8 +199,29 @@ def _cases(described: Any, real: Any, batch_size: int | None) -> Iterator[_Case]
     yield from (_Case(random_inputs(described, count, seed), count, False) for seed, count in enumerate(counts))
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, in eval mode, with its masks in its weights."""
+def differences(one: nn.Module, other: nn.Module, inputs: Any, tolerance: float) -> str:
+    """How the outputs of two models differ by more than a tolerance, in words; nothing if they do not.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> differences(net, net, torch.ones(1, 2), 0.0)
+        ''
+    """
+    with torch.no_grad():
+        made, expected = (list(tensors_in(call_model(m, map_tensors(torch.clone, inputs)))) for m in (one, other))
+    if [t.shape for t in made] != [t.shape for t in expected]:
+        return "its outputs have other shapes"
+    found = [_difference(a, b, tolerance) for a, b in zip(made, expected, strict=True)]
+    wrong = [d for d in found if not d.error <= d.allowed]
+    return f"its outputs differ by {max(wrong).error:.1e}" if wrong else ""
+
+
+def copied_plain(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode, with its masks in its weights.
+
+    Raises:
+        ArtifactError: if it cannot be copied.
+    """
     try:
         twin = copy.deepcopy(module)
     except Exception as error:

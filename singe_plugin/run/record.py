@@ -23,11 +23,11 @@ from singe_plugin.run.inputs import are_described
 from singe_plugin.run.result import Metrics
 
 __all__ = [
-    "NOT_STRUCTURE", "allocating_at_most", "check_builder", "check_record", "check_structure", "check_tensors",
-    "check_widths", "decode", "encode",
+    "NOT_STRUCTURE", "OVERLAY", "PREPROCESSING", "allocating_at_most", "check_builder", "check_record",
+    "check_structure", "check_tensors", "check_widths", "decode", "encode",
 ]  # fmt: skip
 
-NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")
+NOT_STRUCTURE = ("training", "pretrained_cfg", "pretrained_model_args", "default_cfg")
 _SCALARS = (bool, int, float, str, type(None))
 _Check = Callable[[Any], bool]
 
@@ -147,6 +147,12 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 # -- architectures ------------------------------------------------------------------------------------------------
 
+PREPROCESSING = (
+    "num_classes", "input_size", "test_input_size", "min_input_size", "fixed_input_size", "pool_size", "global_pool",
+    "crop_pct", "test_crop_pct", "crop_mode", "interpolation", "mean", "std",
+)  # fmt: skip
+OVERLAY = "pretrained_cfg_overlay"
+"""What of timm's ``pretrained_cfg`` says how images become inputs, and names no file."""
 _FETCHING = ("pretrained", "checkpoint", "cache_dir", "url", "hf_hub")
 
 
@@ -171,7 +177,9 @@ def check_builder(kind: str, name: str, options: Mapping[str, Any], is_model: Ca
             f"its architecture {name!r} is none of timm's own names (hf-hub: and local-dir: read files that somebody "
             f"else wrote); {consent}"
         )
-    fetching = [key for key in options if any(word in key for word in _FETCHING)]
+    overlay = options.get(OVERLAY)
+    harmless = isinstance(overlay, dict) and set(overlay) <= set(PREPROCESSING)
+    fetching = [k for k in options if any(word in k for word in _FETCHING) and not (k == OVERLAY and harmless)]
     if fetching:
         raise ArtifactError(f"its architecture is built with {fetching[0]!r}, which makes timm read files; {consent}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from singe_plugin.loop.events import History
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.watch import Watch
-from singe_plugin.run.architecture import describe_structure
+from singe_plugin.run.architecture import describe_structure, remember_origin
 from singe_plugin.run.checkpoint import (
     fitting,
     read_checkpoint,
@@ -88,8 +88,10 @@ def _carried(
 
     job.run(progress, write if checkpoint is not None else None, history)
     rows, numbers, masks = job.rows(), job.numbers(), job.fold()
+    structure = describe_structure(model, stage.structure, list(folded))
+    after = replace(measure(model, stage), **numbers)
+    remember_origin(model, stage.builder, structure)
     return Result(
-        model, before, replace(measure(model, stage), **numbers), rows, dict(job.left_whole), history,
-        {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,
-        describe_structure(model, stage.structure, list(folded)), masks, checkpoint, describe_inputs(stage.example),
+        model, before, after, rows, dict(job.left_whole), history, {**asked, "finetune": tuner.describe()},
+        package_versions(PACKAGES), stage.builder, structure, masks, checkpoint, describe_inputs(stage.example),
     )  # fmt: skip

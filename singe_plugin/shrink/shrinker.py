@@ -23,7 +23,7 @@ from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.events import History, Removed
 from singe_plugin.masks import mask_module
 from singe_plugin.nested import to_device
-from singe_plugin.run.architecture import Builder, Structure, describe_structure
+from singe_plugin.run.architecture import Builder, Structure, describe_structure, remember_origin
 from singe_plugin.run.data import few
 from singe_plugin.run.inputs import describe_inputs
 from singe_plugin.run.result import GroupRow, Metrics, package_versions
@@ -193,6 +193,7 @@ class _Shrinker:
             masks=left,
             difference=change_of(start, self.lab.outputs() if self.made is None else self.made),
         )  # fmt: skip
+        remember_origin(self.model, builder, result.structure)
         for line in result.summary().splitlines():
             _logger.info("%s", line)
         if self.still:
