@@ -147,9 +147,14 @@ def _taught(finetune: FineTune, distill: Distill) -> FineTune:
     return finetune
 
 
-def _model_options(options: dict[str, Any]) -> dict[str, Any]:
+def _need_model(options: Mapping[str, Any]) -> None:
+    """A usage error if nothing says which model; a checkpoint that is a folder may."""
     if options["model"] is None and options["checkpoint"] is None:
         raise click.UsageError("Missing option '--model'.")
+
+
+def _model_options(options: dict[str, Any]) -> dict[str, Any]:
+    _need_model(options)
     in_chans = options.pop("in_chans")
     kwargs = parse_pairs(options.pop("model_kwargs"))
     found = {k: options.pop(k) for k in ("pretrained", "checkpoint", "num_classes")}
@@ -249,6 +254,7 @@ def prune(
     from singe_plugin.app.runs import run_prune
     from singe_plugin.run.guards import check_launcher
 
+    _need_model(options)
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
     check_launcher()

@@ -14,7 +14,7 @@ from singe_plugin.nested import examples_in, map_tensors
 
 __all__ = ["are_described", "batched", "describe_inputs", "map_described", "random_inputs", "rows_of", "template_of"]
 
-_LARGEST = 2**32
+_LARGEST = 2**28
 """Numbers in one tensor that are made because a record says so."""
 
 
@@ -43,7 +43,7 @@ class _Undescribed(Exception):
 
 def _described(value: Any, count: int) -> Any:
     if isinstance(value, Tensor):
-        if value.layout is not torch.strided:
+        if value.layout is not torch.strided or value.numel() > _LARGEST:
             raise _Undescribed
         about = {"tensor": list(value.shape), "dtype": _name(value), "batched": batched(value, count)}
         if not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool and value.numel():

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -50,7 +51,8 @@ import torch
 model = torch.export.load("model.pt2").module()  # {inputs}
 ```
 
-A program for any number of examples, in eval mode. There are no timm arguments for this model: {why}.
+A program for any number of examples, in eval mode, written by PyTorch {version}.
+There are no timm arguments for this model: {why}.
 """
 
 
@@ -92,7 +94,9 @@ def write_standalone(result: Exportable, builder: Builder, directory: Path) -> s
                 f"{folder}: the model cannot be written to be loaded without singe_plugin, neither for timm ({why}) "
                 f"nor as a program ({error}); singe_plugin.load({str(directory)!r}) loads it"
             ) from error
-        write_text(folder / _README, _AS_PROGRAM.format(inputs=_shapes(result.inputs), why=why))
+        write_text(
+            folder / _README, _AS_PROGRAM.format(inputs=_shapes(result.inputs), why=why, version=torch.__version__)
+        )
         said = f"{folder / _PROGRAM} is loaded by PyTorch alone, torch.export.load(...).module(); timm: {why}"
     _logger.info("%s", said)
     return said
