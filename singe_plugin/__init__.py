@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from singe_plugin.method.step import BatchObjective
     from singe_plugin.run.architecture import Builder
     from singe_plugin.run.artifact import load, save
+    from singe_plugin.run.export import Exported, export
     from singe_plugin.run.result import Result
     from singe_plugin.run.sensitivity import Sensitivity
 
@@ -63,6 +64,7 @@ __all__ = [
     "DataError",
     "Distill",
     "Evaluate",
+    "Exported",
     "FineTune",
     "FoldingError",
     "GroupError",
@@ -85,6 +87,7 @@ __all__ = [
     "TiedParameterError",
     "Timing",
     "UnstructuredPruner",
+    "export",
     "fold_batchnorm",
     "hold_masks",
     "load",
@@ -102,6 +105,7 @@ _LAZY = {
     "run.artifact": ("load", "save"),
     "loop.target": ("Target",),
     "loop.times": ("LatencyTable", "Timing"),
+    "run.export": ("Exported", "export"),
     "loop.events": ("Callback", "History"),
     "loop.shown": ("ProgressBar",),
     "loop.distill": ("Distill",),

@@ -28,6 +28,7 @@ TRUE = (
     "docs/extending.md",
     "docs/decisions.md",
     "docs/options.md",
+    "docs/deploy.md",
     "CHANGELOG.md",
 )
 
@@ -82,8 +83,8 @@ def test_readme(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_usage(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    objectives, losing, timing, weights, repairing, distilling, *training, judging, saving, shrinking = blocks(
-        "docs/usage.md", "python"
+    objectives, losing, timing, weights, repairing, distilling, *training, judging, saving, exporting, shrinking = (
+        blocks("docs/usage.md", "python")
     )
     exec(objectives, {"torch": torch, "Scoring": Scoring, "scheduler": None})  # their models are of other libraries
     install(monkeypatch, 8, "onnxruntime")  # a package of its own, and this network is nothing but overhead
@@ -99,6 +100,8 @@ def test_usage(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     exec(own, names | {"torch": torch})
     assert names["model"][0].out_channels < 64
     assert "singe_plugin.load" in saving  # its factory is somebody's
+    exec(exporting, {**names, "torch": torch})
+    assert Path("out/model.pt2").is_file()
     names["model"] = net()
     exec(shorter(shrinking), names)
     assert names["small"].model is names["model"]

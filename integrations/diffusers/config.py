@@ -1,7 +1,7 @@
 """The configuration of a diffusers model follows its widths, where the class can say them.
 
 ``from_pretrained`` builds the class from its configuration, which has one number for many widths: see
-:mod:`singe_plugin.integrations.rebuilt`.
+:mod:`singe_plugin.run.rebuilt`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from singe_plugin.run.architecture import is_of_diffusers
+from singe_plugin.run.rebuilt import is_the_model, shapes_of, solved
 from singe_plugin.state import RngState
-
-from ..rebuilt import is_the_model, shapes_of, solved
 
 __all__ = ["follow_config"]
 

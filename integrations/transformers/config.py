@@ -1,7 +1,7 @@
 """The configuration of a transformers model follows its widths, where the class can say them.
 
 ``from_pretrained`` builds a model from its configuration, which has one number for all layers and none for many widths
-that a removal changes: see :mod:`singe_plugin.integrations.rebuilt`.
+that a removal changes: see :mod:`singe_plugin.run.rebuilt`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 from torch import nn
 
 from singe_plugin.run.architecture import is_of_transformers
+from singe_plugin.run.rebuilt import built, is_the_model, shapes_of, solved
 from singe_plugin.state import RngState
-
-from ..rebuilt import built, is_the_model, shapes_of, solved
 
 __all__ = ["follow_config"]
 

@@ -19,13 +19,17 @@ __all__ = ["COMMANDS", "main", "typed_command"]
 
 COMMANDS = {
     "demo": "Train a small network on real digits and prune it four ways; a minute or two, offline.",
+    "export": "Write the model saved in DIRECTORY as ONNX, a torch.export program or TorchScript, and compare it.",
     "inspect": "Show what can be pruned, what is left whole and why, and what scoring costs.",
     "prune": "Prune a timm model and fine-tune it on the way; save it with a report.",
     "report": "Write the report of the result saved in DIRECTORY again, and print its summary.",
     "sensitivity": "Measure what every layer alone can lose: loss and accuracy without 10 to 90 % of its units.",
 }
 _USUAL = "singe_plugin.app.commands"
-_MODULES = {"sensitivity": "singe_plugin.app.sensitivity"}  # commands that are written elsewhere
+_MODULES = {  # commands that are written elsewhere
+    "export": "singe_plugin.app.export",
+    "sensitivity": "singe_plugin.app.sensitivity",
+}
 
 
 _TYPED = "singe_plugin.command"

@@ -78,9 +78,14 @@ _REPORT = [
 _OPTIONS = (Scoring, Pace, FineTune, Distill)
 
 _model = stacked(
-    option(MODEL, "--model", required=True, help="timm's name of the architecture."),
+    option(MODEL, "--model", help="timm's name of the architecture, hf-hub:OWNER/NAME or local-dir:FOLDER."),
     option(MODEL, "--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
-    option(MODEL, "--checkpoint", type=click.Path(), help="Start from the weights in this .safetensors or .pth file."),
+    option(
+        MODEL,
+        "--checkpoint",
+        type=click.Path(),
+        help="Weights (.safetensors, .pth), or a folder of singe prune to go on from.",
+    ),
     option(MODEL, "--num-classes", type=click.IntRange(1), help="Classes; by default the weights' or the data's."),
     option(
         MODEL,
@@ -137,7 +142,14 @@ def _taught(finetune: FineTune, distill: Distill) -> FineTune:
     return finetune
 
 
+def _need_model(options: Mapping[str, Any]) -> None:
+    """A usage error if nothing says which model; a checkpoint that is a folder may."""
+    if options["model"] is None and options["checkpoint"] is None:
+        raise click.UsageError("Missing option '--model'.")
+
+
 def _model_options(options: dict[str, Any]) -> dict[str, Any]:
+    _need_model(options)
     in_chans = options.pop("in_chans")
     kwargs = parse_pairs(options.pop("model_kwargs"))
     found = {k: options.pop(k) for k in ("pretrained", "checkpoint", "num_classes")}
@@ -261,6 +273,7 @@ def prune(
     from singe_plugin.ranks import current, together
     from singe_plugin.run.guards import check_launcher
 
+    _need_model(options)
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
     average = options.pop("model_ema")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from singe_plugin.app.sources import architecture_of, builder_of, from_folder, is_source
 from singe_plugin.app.weights import Weights, read_weights
 from singe_plugin.checks import closest
 from singe_plugin.errors import ArtifactError, ConfigError
@@ -40,7 +41,7 @@ class NamedModel:
 
 
 def create_model(
-    name: str,
+    name: str | None,
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
@@ -51,10 +52,10 @@ def create_model(
     """Make a timm model with pretrained weights, weights from a file, or random ones.
 
     Args:
-        name: timm's name.
+        name: timm's name, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``; None if ``checkpoint`` is a folder.
         pretrained: download timm's weights (or take them from the cache).
         checkpoint: a file that :func:`~singe_plugin.app.weights.load_weights` reads: ``.safetensors``, or tensors that
-            ``torch.save`` wrote.
+            ``torch.save`` wrote; or the folder of a result that was saved: its pruned model.
         num_classes, in_chans: None is what the checkpoint has, else the architecture's own number.
         kwargs: more arguments of ``timm.create_model``.
         seed: of random weights; the caller's random state is left alone.
@@ -70,8 +71,11 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise ConfigError("pretrained weights and a checkpoint were both asked for; choose one")
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        return NamedModel(*from_folder(checkpoint, name, num_classes, in_chans, kwargs))
     timm = importlib.import_module("timm")
-    if not timm.is_model(name):
+    name = architecture_of(None, None) if name is None else name
+    if not is_source(name) and not timm.is_model(name):
         near = closest(name, timm.list_models())
         raise ConfigError(f"timm {timm.__version__} has no model {name!r}{near}; timm.list_models() has the names")
     options: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in (kwargs or {}).items()}
@@ -82,13 +86,13 @@ def create_model(
     file = None if checkpoint is None else read_weights(checkpoint)
     model = _make(timm, name, pretrained, options, seed)
     if file is None:
-        return NamedModel(model.eval(), Builder.timm(name, **options), "pretrained" if pretrained else "random")
+        return NamedModel(model.eval(), builder_of(name, options, model), "pretrained" if pretrained else "random")
     read = _read_off(file, model, options)
     if read:
         options |= read
         model = _make(timm, name, False, options, seed)
     weights = file.fill(model)
-    return NamedModel(model.eval(), Builder.timm(name, **options), weights, read)
+    return NamedModel(model.eval(), builder_of(name, options, model), weights, read)
 
 
 def _make(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any], seed: int) -> nn.Module:

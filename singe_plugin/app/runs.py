@@ -18,6 +18,7 @@ from singe_plugin.app.datasets import DataConfig, Splits, data_config, load_spli
 from singe_plugin.app.inspection import Inspection, figure_two, inspect_model
 from singe_plugin.app.models import NamedModel, create_model
 from singe_plugin.app.report import FILES, read_extras, report_data, write_report
+from singe_plugin.app.sources import architecture_of
 from singe_plugin.errors import ArtifactError, ConfigError
 from singe_plugin.fields import describe, to_plain
 from singe_plugin.files import locked, write_text
@@ -35,6 +36,7 @@ __all__ = ["RANDOM", "Extras", "prepare", "run_inspect", "run_prune", "run_repor
 
 Say = Callable[[str], None]
 RANDOM = "the weights are random: give --pretrained or --checkpoint to prune a trained model"
+_MASKED = "the weights that were masked are zeros to start with, and no longer held there"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ def run_prune(
         ArtifactError: if the folder holds an unfinished run and ``resume`` is false, or a finished one with other
             options and ``resume`` is true; or if another process is running in it.
     """
-    output, ranks = Path(output), current()
+    output, ranks, start = Path(output), current(), model_options.get("checkpoint")
+    if start is not None and Path(start).is_dir() and Path(start).resolve() == output.resolve():
+        raise ConfigError(f"--checkpoint and --output are both {output}; the new result needs a folder of its own")
     with locked(output, run=False) if ranks.main else nullcontext():
         if ranks.main and not resume and is_checkpoint(output / CHECKPOINT):
             raise ArtifactError(
@@ -150,7 +154,8 @@ def _finished(
     """What is there of a run that was asked to go on and is over; it must be the one that was meant."""
     result = read(output)
     asked = _asked(prune_options, granularity, result.options) | {"finetune.batch_size": data_options["batch_size"]}
-    mine, theirs = {"model": model_options["name"], **asked}, {"model": result.builder.name, **_flat(result.options)}
+    named = architecture_of(model_options["name"], model_options["checkpoint"])
+    mine, theirs = {"model": named, **asked}, {"model": result.builder.name, **_flat(result.options)}
     different = [key for key in mine if mine[key] != theirs.get(key)]
     if different:
         key = different[0]
@@ -223,6 +228,8 @@ def _prune(
     named, _, splits = prepare(model_options, data_options)
     if named.weights == "random":
         say(f"note: {RANDOM}")
+    if named.weights.startswith("masked"):
+        say(f"note: {_MASKED}")
     if named.sizes:
         say(f"note: {_sizes(named)}, as {model_options['checkpoint']} has")
     seed, batch_size, workers = prune_options["seed"], data_options["batch_size"], data_options["workers"]

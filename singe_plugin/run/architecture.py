@@ -18,8 +18,18 @@ from singe_plugin.masks import plain_tensors, plain_types
 from singe_plugin.run.record import NOT_STRUCTURE, encode
 from singe_plugin.state import RngState
 
-__all__ = ["Builder", "Structure", "build_by", "describe_structure", "is_of_diffusers", "is_of_transformers"]
+__all__ = [
+    "Builder",
+    "Structure",
+    "build_by",
+    "describe_structure",
+    "is_of_diffusers",
+    "is_of_transformers",
+    "origin_of",
+    "remember_origin",
+]
 
+_ORIGIN = "_singe_origin"
 _ATTENTION = "attn_implementation"
 _NOT_BUILT = frozenset({"_name_or_path", "transformers_version", "architectures", "auto_map"})
 
@@ -114,8 +124,12 @@ class Builder:
     def infer(cls, model: nn.Module) -> Builder | None:
         """Find the builder of a model of timm, transformers or diffusers from what it knows of itself.
 
-        None if that does not build the same model.
+        None if that does not build the same model. Of a model that was pruned already it is the builder of the unpruned
+        one, see :func:`remember_origin`.
         """
+        origin = origin_of(model)
+        if origin["builder"] is not None:
+            return cls(**origin["builder"])
         if is_of_transformers(model):
             with torch.device("meta"):  # only shapes and attributes are compared
                 return cls._checked(cls.transformers(model), model)
@@ -263,8 +277,31 @@ class Structure:
         return changes
 
 
+def remember_origin(model: nn.Module, builder: Builder | None, structure: dict[str, Any]) -> None:
+    """Let a pruned model know what it was made of, so that it can be pruned again and the result saved.
+
+    It is a text in an attribute: copies have it, and what pickles the model needs nothing of ours to read it.
+    """
+    known = None if builder is None else {"kind": builder.kind, "name": builder.name, "options": builder.options}
+    model.__dict__[_ORIGIN] = json.dumps({"builder": known, "structure": structure})
+
+
+def origin_of(model: nn.Module) -> dict[str, Any]:
+    """What a pruned model was made of: ``builder`` (None if it is not known) and ``structure`` (empty for others)."""
+    text = model.__dict__.get(_ORIGIN)
+    found: dict[str, Any] = {"builder": None, "structure": {}} if text is None else json.loads(text)
+    return found
+
+
 def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[str, str]]) -> dict[str, Any]:
-    """Describe what loading needs to turn the unpruned architecture into ``model``."""
+    """Describe what loading needs to turn the unpruned architecture into ``model``.
+
+    Where the model was pruned before, this is what was changed then and since.
+    """
+    earlier = origin_of(model)["structure"]
+    attributes = {name: dict(values) for name, values in earlier.get("attributes", {}).items()}
+    for name, values in before.changes_to(model).items():
+        attributes.setdefault(name, {}).update(values)
     channels_last = [
         name
         for name, t in plain_tensors(model)
@@ -272,9 +309,9 @@ def describe_structure(model: nn.Module, before: Structure, folded: list[tuple[s
     ]
     blocks = before.blocks_gone(model, [norm for _, norm in folded])
     return {
-        **({"blocks": blocks} if blocks else {}),
-        "attributes": before.changes_to(model),
-        "folded": [list(pair) for pair in folded],
+        **({"blocks": {**earlier.get("blocks", {}), **blocks}} if blocks or earlier.get("blocks") else {}),
+        "attributes": attributes,
+        "folded": [*earlier.get("folded", []), *(list(pair) for pair in folded)],
         "channels_last": channels_last,
         "frozen": [n for n, t in plain_tensors(model) if isinstance(t, nn.Parameter) and not t.requires_grad],
     }

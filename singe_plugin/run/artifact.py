@@ -26,7 +26,7 @@ from singe_plugin.files import REMEDY, describe, parse, seal, unseal, write_atom
 from singe_plugin.loop.events import History
 from singe_plugin.masks import masks_of, named_tensors, plain_tensors
 from singe_plugin.method.folding import replace_folded
-from singe_plugin.run.architecture import Builder, build_by
+from singe_plugin.run.architecture import Builder, build_by, remember_origin
 from singe_plugin.run.checkpoint import forget
 from singe_plugin.run.record import (
     allocating_at_most,
@@ -39,6 +39,7 @@ from singe_plugin.run.record import (
     replace_blocks,
 )  # fmt: skip
 from singe_plugin.run.result import GroupRow, Metrics, Result
+from singe_plugin.run.standalone import clear_standalone, write_standalone
 
 __all__ = ["FORMAT", "MASKS", "RECORD", "TENSORS", "load", "read", "save"]
 
@@ -46,13 +47,15 @@ FORMAT = 2
 TENSORS, RECORD, MASKS = "model.safetensors", "singe.json", "masks.safetensors"
 
 
-def save(result: Result, directory: str | Path, builder: Builder | None = None) -> Path:
+def save(result: Result, directory: str | Path, builder: Builder | None = None, standalone: bool = False) -> Path:
     """Write a result to a directory, without pickle.
 
     Args:
         result: what :func:`singe_plugin.prune` returned.
         directory: is made if it does not exist; files of an earlier result are replaced.
         builder: how to build the unpruned architecture; by default what the result knows.
+        standalone: write a folder ``standalone``, too, which is loaded without this library: by timm, where arguments
+            of ``timm.create_model`` give these widths, else as a ``torch.export`` program. Its README.md says how.
 
     Returns:
         the directory.
@@ -61,7 +64,8 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
 
     Raises:
         ArtifactError: if no builder is known (a model that is not from timm): pass
-            ``Builder.factory("package.module:function", ...)``; or if the files cannot be written.
+            ``Builder.factory("package.module:function", ...)``; or if the files cannot be written. If the folder
+            ``standalone`` alone cannot, the result is saved.
     """
     builder = builder or result.builder
     if builder is None:
@@ -93,6 +97,7 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
         "history": result.history.rows,
         "masks": describe(masks),
         "tensors": describe(tensors),
+        "inputs": result.inputs,
         "not_finite": [name for name, t in tensors.items() if not _is_finite(t)],
     }
     try:
@@ -108,6 +113,10 @@ def save(result: Result, directory: str | Path, builder: Builder | None = None) 
     write_text(directory / RECORD, text)
     if not masks:
         (directory / MASKS).unlink(missing_ok=True)  # of an earlier result
+    remember_origin(result.model, builder, result.structure)
+    clear_standalone(directory)
+    if standalone:
+        write_standalone(result, builder, directory)
     if result.checkpoint is not None:
         forget(result.checkpoint)
     return directory
@@ -129,7 +138,7 @@ def _check_masks(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
 
 def _try_out(builder: Builder, record: dict[str, Any], tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
     try:
-        _rebuild(record, tensors, masks, builder.build())
+        _rebuild(record, tensors, masks, builder.build(), known=True)
     except (*_ODD, ArtifactError) as error:
         raise ArtifactError(
             f"builder {builder.kind}:{builder.name} {builder.options} does not build the unpruned model: {error}; give "
@@ -163,7 +172,8 @@ def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None, 
     directory = Path(directory)
     record, tensors, masks = _read(directory)
     try:
-        return _rebuild(record, tensors, masks, _architecture(record, tensors, factory, trust))
+        model = _architecture(record, tensors, factory, trust)
+        return _rebuild(record, tensors, masks, model, known=trust or factory is None)
     except ArtifactError as error:
         raise ArtifactError(f"{directory}: {error}") from error
     except _ODD as error:
@@ -204,7 +214,7 @@ _LEAST_ROOM, _ROOM = 2**32, 1000
 
 
 def _rebuild(
-    record: Mapping[str, Any], tensors: Mapping[str, Tensor], masks: dict[str, Tensor], model: nn.Module
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], masks: dict[str, Tensor], model: nn.Module, known: bool
 ) -> Result:
     structure = record["structure"]
     for _, norm in structure["folded"]:
@@ -223,6 +233,8 @@ def _rebuild(
             modules[name].__dict__[key] = decode(value)
     for name in structure["attributes"]:
         check_widths(modules[name], name)
+    builder = Builder(**record["builder"]) if known else None  # what a file names is not built before it is trusted
+    remember_origin(model, builder, structure)
     return _result(model.eval(), record, masks)
 
 
@@ -239,6 +251,7 @@ def _result(model: nn.Module, record: Mapping[str, Any], masks: dict[str, Tensor
         builder=Builder(**record["builder"]),
         structure=record["structure"],
         weight_masks=masks,
+        inputs=record.get("inputs"),
     )
 
 

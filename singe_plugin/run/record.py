@@ -20,14 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from singe_plugin.axes.blocks import AFTER
 from singe_plugin.axes.widths import refresh_widths
 from singe_plugin.errors import ArtifactError
+from singe_plugin.run.inputs import are_described
 from singe_plugin.run.result import Metrics
 
 __all__ = [
-    "NOT_STRUCTURE", "allocating_at_most", "check_builder", "check_record", "check_structure", "check_tensors",
-    "check_widths", "decode", "encode", "replace_blocks",
+    "NOT_STRUCTURE", "OVERLAY", "PREPROCESSING", "allocating_at_most", "check_builder", "check_record",
+    "check_structure", "check_tensors", "check_widths", "decode", "encode", "replace_blocks",
 ]  # fmt: skip
 
-NOT_STRUCTURE = ("training", "pretrained_cfg", "default_cfg")
+NOT_STRUCTURE = ("training", "pretrained_cfg", "pretrained_model_args", "default_cfg")
 _SCALARS = (bool, int, float, str, type(None))
 _Check = Callable[[Any], bool]
 
@@ -110,12 +111,12 @@ def _pair(value: Any) -> bool:
     return _list_of(_count)(value) and len(value) == 2
 
 
-_LATER = {"latency_conditions", "size_bytes", "by_layer"}  # fields that earlier versions did not write
+_METRICS_LATER = {"latency_conditions", "size_bytes", "by_layer"}  # fields that earlier versions did not write
 
 
 def _metrics(value: Any) -> bool:
     names = {f.name for f in fields(Metrics)}
-    if type(value) is not dict or not names - _LATER <= set(value) <= names:
+    if type(value) is not dict or not names - _METRICS_LATER <= set(value) <= names:
         return False
     if not isinstance(value.get("latency_conditions"), (str, type(None))) or not _dict_of(_real)(value["measured"]):
         return False
@@ -148,20 +149,29 @@ _FORMS: dict[str, _Check] = {
     "tensors": _dict_of(_is(str)),
     "not_finite": _list_of(_is(str)),
 }
+_LATER: dict[str, _Check] = {"inputs": are_described}
+"""Parts that records of before do not have."""
 
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise :class:`ArtifactError` unless a record has all its parts, no others, and each has its form."""
-    for what, names in (("lacks", _FORMS.keys() - record.keys()), ("has an unknown", record.keys() - _FORMS.keys())):
+    forms = _FORMS | {name: check for name, check in _LATER.items() if name in record}
+    for what, names in (("lacks", forms.keys() - record.keys()), ("has an unknown", record.keys() - forms.keys())):
         if names:
             raise ArtifactError(f"the record {what} {min(names)!r}; it was not written by save()")
-    for name, check in _FORMS.items():
+    for name, check in forms.items():
         if not check(record[name]):
             raise ArtifactError(f"the record has {name!r}: {_short(record[name])}, a form that save() never writes")
 
 
 # -- architectures ------------------------------------------------------------------------------------------------
 
+PREPROCESSING = (
+    "num_classes", "input_size", "test_input_size", "min_input_size", "fixed_input_size", "pool_size", "global_pool",
+    "crop_pct", "test_crop_pct", "crop_mode", "interpolation", "mean", "std",
+)  # fmt: skip
+OVERLAY = "pretrained_cfg_overlay"
+"""What of timm's ``pretrained_cfg`` says how images become inputs, and names no file."""
 _FETCHING = ("pretrained", "checkpoint", "cache_dir", "url", "hf_hub")
 
 
@@ -186,7 +196,9 @@ def check_builder(kind: str, name: str, options: Mapping[str, Any], is_model: Ca
             f"its architecture {name!r} is none of timm's own names (hf-hub: and local-dir: read files that somebody "
             f"else wrote); {consent}"
         )
-    fetching = [key for key in options if any(word in key for word in _FETCHING)]
+    overlay = options.get(OVERLAY)
+    harmless = isinstance(overlay, dict) and set(overlay) <= set(PREPROCESSING)
+    fetching = [k for k in options if any(word in k for word in _FETCHING) and not (k == OVERLAY and harmless)]
     if fetching:
         raise ArtifactError(f"its architecture is built with {fetching[0]!r}, which makes timm read files; {consent}")
 

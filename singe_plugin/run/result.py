@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from singe_plugin.loop.events import History
+from singe_plugin.run.export import Exported, export
 
 __all__ = ["GroupRow", "Metrics", "Result", "latency_cells", "measured_cells", "package_versions"]
 
@@ -120,6 +121,8 @@ class Result:
             :func:`singe_plugin.masks.hold_masks` needs. Empty otherwise.
         checkpoint: the file with the state of the finished run, which goes when the result is saved; None without
             ``out_dir``.
+        inputs: what the model is called with, without the values: see
+            :func:`~singe_plugin.run.inputs.describe_inputs`. None if that is not known.
     """
 
     model: nn.Module
@@ -134,6 +137,11 @@ class Result:
     structure: dict[str, Any] = field(default_factory=dict)
     weight_masks: dict[str, Tensor] = field(default_factory=dict)
     checkpoint: Path | None = None
+    inputs: Any = None
+
+    def export(self, path: str | Path, format: str | None = None, **options: Any) -> Exported:
+        """Write the model as ONNX, a ``torch.export`` program or TorchScript: see :func:`singe_plugin.export`."""
+        return export(self, path, format, **options)
 
     @property
     def removed_params(self) -> float:

@@ -16,7 +16,7 @@ from singe_plugin.loop.outlook import Measured, Rates
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.watch import Watch
 from singe_plugin.ranks import current
-from singe_plugin.run.architecture import describe_structure
+from singe_plugin.run.architecture import describe_structure, remember_origin
 from singe_plugin.run.checkpoint import (
     fitting,
     read_checkpoint,
@@ -24,6 +24,7 @@ from singe_plugin.run.checkpoint import (
     restore_run,
     write_checkpoint,
 )  # fmt: skip
+from singe_plugin.run.inputs import describe_inputs
 from singe_plugin.run.job import Job
 from singe_plugin.run.result import Metrics, Result, package_versions
 from singe_plugin.run.staging import Stage, fingerprints, judged, measure, timed
@@ -102,12 +103,13 @@ def _carried(
     job.run(progress, write if checkpoint is not None else None, history)
     rows, numbers, masks = job.rows(), job.numbers(), job.fold()
     started = time.perf_counter()
+    structure = describe_structure(model, stage.structure, list(folded))
     before, after = timed(model, stage, before, replace(measure(model, stage), **numbers))
     callbacks.on_measured(Measured(after.known(), time.perf_counter() - started, last=True))
+    remember_origin(model, stage.builder, structure)
     return Result(
-        model, before, after, rows, dict(job.left_whole), history,
-        {**asked, "finetune": tuner.describe()}, package_versions(PACKAGES), stage.builder,
-        describe_structure(model, stage.structure, list(folded)), masks, checkpoint,
+        model, before, after, rows, dict(job.left_whole), history, {**asked, "finetune": tuner.describe()},
+        package_versions(PACKAGES), stage.builder, structure, masks, checkpoint, describe_inputs(stage.example),
     )  # fmt: skip
 
 

@@ -23,8 +23,9 @@ from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.loop.events import History, Removed
 from singe_plugin.masks import mask_module
 from singe_plugin.nested import to_device
-from singe_plugin.run.architecture import Builder, Structure, describe_structure
+from singe_plugin.run.architecture import Builder, Structure, describe_structure, remember_origin
 from singe_plugin.run.data import few
+from singe_plugin.run.inputs import describe_inputs
 from singe_plugin.run.result import GroupRow, Metrics, package_versions
 from singe_plugin.stale import remember_shapes
 from singe_plugin.state import model_device, preserved, train_mode_of
@@ -187,10 +188,12 @@ class _Shrinker:
             versions=package_versions(_PACKAGES),
             builder=builder,
             structure=describe_structure(self.model, self.before, []),
+            inputs=describe_inputs(self.example),
             still_masked=self.still,
             masks=left,
             difference=change_of(start, self.lab.outputs() if self.made is None else self.made),
         )  # fmt: skip
+        remember_origin(self.model, builder, result.structure)
         for line in result.summary().splitlines():
             _logger.info("%s", line)
         if self.still:

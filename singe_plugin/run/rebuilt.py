@@ -21,7 +21,7 @@ from singe_plugin.errors import is_of_the_machine
 from singe_plugin.nested import call_model, map_tensors, relative_change, results_in
 from singe_plugin.state import RngState, preserved
 
-__all__ = ["Shapes", "built", "computes_the_same", "is_the_model", "shapes_of", "solved"]
+__all__ = ["Shapes", "built", "computes_the_same", "is_the_model", "shapes_of", "solved", "value_of"]
 
 _EXACT, _ROUNDED = 1e-7, 1e-6  # in double precision, with constants in single precision, and in that
 
@@ -80,8 +80,10 @@ def solved(
             return {}, f"the class cannot be built with {changed}"
         if base == wanted:
             break
-        if key not in changed and (found := _value_of(key, numbers.get(key), changed, base, wanted, make)) is not None:
-            changed[key] = found
+        number = numbers.get(key)
+        found = None if key in changed else value_of(key, number, changed, base, wanted, make)
+        if found is not None and found.denominator == 1 and found != number:
+            changed[key] = int(found)
             base = built(lambda: make(changed))
     if base == wanted:
         return changed, ""
@@ -90,16 +92,31 @@ def solved(
     return {}, f"{name} has the shape {wanted.get(name)}, and would have {made.get(name)}"
 
 
-def _value_of(
+def value_of(
     key: Key,
     value: int | None,
-    changed: Mapping[Key, int],
+    changed: Mapping[Key, Any],
     base: Shapes,
     wanted: Shapes,
-    make: Callable[[Mapping[Key, int]], nn.Module],
-) -> int | None:
-    """The number for a key with which all that depends on it has the wanted shape, or None if there is none."""
-    first, second = (value, 2 * value) if value is not None else _TRIED
+    make: Callable[[Mapping[Key, Any]], nn.Module],
+    tried: tuple[int, int] = _TRIED,
+) -> Fraction | None:
+    """The number for a key with which all that depends on it has the wanted shape, or None if there is none.
+
+    Args:
+        key: of what is to be found.
+        value: what it is; None if that is not said.
+        changed: the other numbers, which stay.
+        base: the shapes with these.
+        wanted, make: as for :func:`solved`.
+        tried: two numbers to build with, where it is not said.
+
+    Example:
+        >>> base, wanted = shapes_of(nn.Linear(4, 8)), shapes_of(nn.Linear(4, 6))
+        >>> value_of("ratio", None, {}, base, wanted, lambda new: nn.Linear(4, int(4 * new["ratio"])), (1, 2))
+        Fraction(3, 2)
+    """
+    first, second = (value, 2 * value) if value is not None else tried
     other = built(lambda: make({**changed, key: second}))
     start = base if value is not None else built(lambda: make({**changed, key: first}))
     if other is None or start is None or not other.keys() == start.keys() == wanted.keys():
@@ -114,7 +131,7 @@ def _value_of(
     if len(found) != 1:
         return None
     (number,) = found
-    return int(number) if number.denominator == 1 and 0 < number != value else None
+    return number if number > 0 else None
 
 
 def is_the_model(model: nn.Module, fresh: nn.Module, inputs: Any) -> bool:
