@@ -203,7 +203,8 @@ class Stopwatch:
 
     def __init__(self, model: nn.Module, example_inputs: Any, timing: Timing) -> None:
         self.timing, self.inputs = timing, timed_inputs(example_inputs, timing.batch)
-        self._first = frozen_copy(model, "timing it against the pruned one needs", "give another model")
+        copy = frozen_copy(model, "timing it against the pruned one needs", "give another model")
+        self._first = copy.cpu()  # where memory is scarce, it is needed for moments only
         self._found: dict[Any, tuple[Latency, Latency]] = {}
         self._runner: Runner | None = None
 
