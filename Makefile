@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test gpu slow backbones beyond zoo tables perf docs lint types doctest examples coverage clean
+.PHONY: demo test gpu slow backbones beyond zoo tables perf docs package lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,13 @@ $(VENV)-docs/.installed: pyproject.toml
 	$(VENV)-docs/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-docs/bin/python -m pip install --quiet -e ".[docs]" pytest
 	touch $@
+
+# the wheel: complete, nothing else in it, and works where nothing but it is installed
+package: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_wheel.py dist
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ GUIDES = ("docs/index.md", "docs/targets.md", "docs/training.md", "docs/own_loop
 TRUE = (
     *RUN,
     *GUIDES,
+    "CONTRIBUTING.md",
     "docs/glossary.md",
     "docs/api.md",
     "docs/backbones.md",
