@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test gpu slow backbones beyond zoo tables perf docs package lint types doctest examples coverage clean
+.PHONY: demo test gpu slow backbones beyond zoo tables perf docs package notebooks lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +76,16 @@ package: $(STAMP)
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python .ci/check_wheel.py dist
 
+# every notebook, in an environment of its own
+notebooks: $(VENV)-notebooks/.installed
+	$(VENV)-notebooks/bin/python -m pytest -m "slow or not slow" tests/test_notebooks.py
+
+$(VENV)-notebooks/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-notebooks
+	$(VENV)-notebooks/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-notebooks/bin/python -m pip install --quiet -e ".[demo,dev,beyond,notebooks]"
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,4 +103,4 @@ coverage: $(STAMP)
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 clean:
-	rm -rf $(VENV) $(VENV)-beyond $(VENV)-docs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo
+	rm -rf $(VENV) $(VENV)-beyond $(VENV)-docs $(VENV)-notebooks site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo

@@ -48,6 +48,7 @@ def test_files_outside_of_the_pages_are_shown(site: Path) -> None:
     usage = (site / "usage.html").read_text()
     assert 'href="source/singe_plugin/method/surgeon.py.html"' in usage
     assert "SInGEPruner for TaylorPruner" in (site / "source/examples/nni_config.py.html").read_text()
+    assert "A YOLO of ultralytics" in (site / "source/examples/notebooks/yolo.ipynb.html").read_text()
     assert 'href="../results.html"' in (site / "source/README.md.html").read_text()
     assert 'href="source/README.md.html#limits"' in (site / "beyond.html").read_text()
 

@@ -6,6 +6,7 @@ site has only ``docs/``, so each such link leads to a page that shows the file, 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 DOCS = Path(__file__).parent.parent
 ROOT = DOCS.parent
 LINK = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
-LANGUAGES = {".py": "python", ".ipynb": "json", ".yml": "yaml", ".toml": "toml", ".sh": "sh"}
+LANGUAGES = {".py": "python", ".ipynb": "python", ".yml": "yaml", ".toml": "toml", ".sh": "sh"}
 
 
 def page_of(path: str) -> str:
@@ -32,7 +33,14 @@ def shown(path: str) -> str:
     text = there.read_text()
     if there.suffix == ".md":  # at the top: seen from the page of it, docs/ and the top are one level up
         return re.sub(r"\]\((?!http|#)(?:docs/)?", "](../", text)
+    if there.suffix == ".ipynb":
+        return "\n\n".join(_cell(cell) for cell in json.loads(text)["cells"])
     return f"# {path}\n\n````{LANGUAGES.get(there.suffix, 'text')}\n{text}````\n"
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    return text if cell["cell_type"] == "markdown" else f"````python\n{text}\n````"
 
 
 def on_files(files: Files, config: Any) -> Files:
