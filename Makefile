@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test gpu slow backbones beyond zoo tables perf lint types doctest examples coverage clean
+.PHONY: demo test gpu slow backbones beyond zoo tables perf docs package notebooks lint types doctest examples coverage clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,34 @@ tables: $(STAMP)
 perf: $(STAMP)
 	$(BIN)/python benchmarks/speed.py check
 
+# the site, into site/: fails at a warning; nothing of it is loaded from elsewhere
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict -f docs/site/mkdocs.yml
+	$(VENV)-docs/bin/python -m pytest tests/test_site.py
+
+$(VENV)-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-docs/bin/python -m pip install --quiet -e ".[docs]" pytest
+	touch $@
+
+# the wheel: complete, nothing else in it, and works where nothing but it is installed
+package: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_wheel.py dist
+
+# every notebook, in an environment of its own
+notebooks: $(VENV)-notebooks/.installed
+	$(VENV)-notebooks/bin/python -m pytest -m "slow or not slow" tests/test_notebooks.py
+
+$(VENV)-notebooks/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-notebooks
+	$(VENV)-notebooks/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-notebooks/bin/python -m pip install --quiet -e ".[demo,dev,beyond,notebooks]"
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,4 +103,4 @@ coverage: $(STAMP)
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 clean:
-	rm -rf $(VENV) $(VENV)-beyond build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo
+	rm -rf $(VENV) $(VENV)-beyond $(VENV)-docs $(VENV)-notebooks site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo

@@ -40,6 +40,7 @@ from harness import (
     RATED,
     RATES,
 )
+from headline import first_sentence, repaired
 from records import read
 
 HERE = Path(__file__).parent
@@ -386,6 +387,7 @@ def source(rows: Rows) -> str:
 
 
 PARTS: dict[str, Callable[[Rows], str]] = {
+    "main": first_sentence, "repaired": repaired,
     "source": source, "networks": networks, "devices": devices, "lead": lead, "more data": more_data,
     "table 1": table_1, "rounds": rounds, "table 2": table_2, "table 3": table_3, "weights": weights, "peers": peers,
     "cost": cost, "ablation": ablation, "depthwise": depthwise, "widths": widths, "ablation tuned": ablation_tuned,

@@ -21,8 +21,13 @@ from singe_plugin.app.cli import main
 
 ROOT = Path(__file__).parent.parent
 RUN = ("README.md", "docs/usage.md", "docs/nni.md")  # the others show no code, or parts of it
+GUIDES = ("docs/index.md", "docs/targets.md", "docs/training.md", "docs/own_loop.md", "docs/beyond.md", "docs/faq.md")
 TRUE = (
     *RUN,
+    *GUIDES,
+    "CONTRIBUTING.md",
+    "docs/glossary.md",
+    "docs/api.md",
     "docs/backbones.md",
     "docs/results.md",
     "docs/extending.md",
@@ -60,7 +65,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
     batches = [(images[:16], labels[:16]), (images[16:], labels[16:])]
     return {
         "model": net(), "train": data, "val": data, "batches": batches, "loader": batches, "out": str(tmp_path / "out"),
-        "example_inputs": images[:2], "dummy_input": images[:2], "singe_plugin": singe_plugin,
+        "example_inputs": images[:2], "dummy_input": images[:2], "singe_plugin": singe_plugin, "make_net": net,
     }  # fmt: skip
 
 
@@ -107,6 +112,23 @@ def test_usage(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["small"].model is names["model"]
 
 
+@pytest.mark.parametrize(
+    ("page", "number"), [(page, number) for page in GUIDES for number in range(len(blocks(page, "python")))]
+)
+def test_guides(page: str, number: int, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block runs with what the page leaves to the reader, behind the imports of the blocks before it."""
+    code = blocks(page, "python")[number]
+    Path("mymodels.py").write_text("from test_documents import net as make_net\n")
+    monkeypatch.syspath_prepend(".")
+    if "torch.onnx" in code:
+        pytest.importorskip("onnxscript")
+    for before in blocks(page, "python")[:number]:
+        exec("\n".join(re.findall(r"^(?:import|from) .*", before, re.M)), names)
+    widths = [parameter.shape for parameter in names["model"].parameters()]
+    exec(shorter(code), names)
+    assert [parameter.shape for parameter in names["model"].parameters()] != widths
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/nni.md"])
 def test_nni(page: str, names: dict[str, Any]) -> None:
     pytest.importorskip("nni")
@@ -117,7 +139,7 @@ def test_nni(page: str, names: dict[str, Any]) -> None:
     assert names["model"][0].out_channels == 32
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md", *GUIDES])
 def test_flags(page: str) -> None:
     """Every flag that a page names is one of the command's."""
     assert isinstance(main, click.Group)
@@ -135,6 +157,12 @@ def test_flags(page: str) -> None:
     found = {flag for line in lines for flag in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", line)}
     found |= set(re.findall(r"`(?:singe [^`]*)?(--[a-z][\w-]*)[^`]*`", text))
     assert found - known - {"--help", "--version"} == set()
+
+
+def test_api_has_every_public_name() -> None:
+    shown = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    assert len(shown) == len(set(shown))
+    assert {f"singe_plugin.{name}" for name in singe_plugin.__all__} - set(shown) == set()
 
 
 @pytest.mark.parametrize("page", TRUE)

@@ -23,6 +23,7 @@ import tables
 import singe_plugin
 
 import harness
+import headline
 import records
 from harness import LAYERS, PEERS, Spec
 from settings import Setting
@@ -408,8 +409,22 @@ def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
     results_page.write(rows, page)
     assert page.read_text() == text
     page.write_text("# Results")
-    with pytest.raises(SystemExit, match="has no place for 'source'"):
+    with pytest.raises(SystemExit, match="has no place for 'main'"):
         results_page.write(rows, page)
+
+
+def test_the_main_result_comes_first() -> None:
+    stored = [json.loads(line) for line in headline.STORED.read_text().splitlines()]
+    seen = [r["repaired"] for r in stored if r["method"] == "obs" and r["split"] == "test"
+            and r["target"] == "params=0.75" and r["network"] == "resnet56" and r["batches"] == 4]  # fmt: skip
+    assert len(seen) == 3
+    first = next(line for line in results_page.PAGE.read_text().splitlines()[1:] if line and line[0] != "<")
+    assert first == headline.first_sentence(results_page.Rows([]))
+    assert f"**{100 * sum(seen) / 3:.1f} %** with 75" in first
+    assert "ResNet-56 (90.0 % top-1) keeps " in first
+    line = next(t for t in headline.repaired(results_page.Rows([])).splitlines() if "`params=0.9`" in t)
+    assert cells(line)[2] == "90.0"
+    assert cells(line)[-1].startswith("80.8 ± 0.1 *")
 
 
 def test_the_page_in_the_repository_is_up_to_date(tmp_path: Path) -> None:
