@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[demo,dev,nni]"
+	$(BIN)/python -m pip install --quiet -e ".[demo,dev,nni,train]"
 	touch $@
 
 # trains a small residual network on real digits, prunes it, prints a table and writes a report
@@ -34,7 +34,7 @@ backbones: $(STAMP)
 
 # models of other libraries, in an environment of their own: the examples, the tests and the zoo's fast subset
 beyond: $(VENV)-beyond/.installed
-	$(VENV)-beyond/bin/python -m pytest tests/test_transformers.py tests/test_libraries.py tests/test_audio_models.py
+	$(VENV)-beyond/bin/python -m pytest tests/test_transformers.py tests/test_libraries.py tests/test_audio_models.py tests/test_in_training.py
 	$(VENV)-beyond/bin/python benchmarks/zoo.py run --fast
 	@set -e; for example in examples/beyond_timm/*.py; do echo "== $$example"; $(VENV)-beyond/bin/python $$example; done
 
@@ -47,7 +47,7 @@ zoo: $(VENV)-beyond/.installed
 $(VENV)-beyond/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-beyond
 	$(VENV)-beyond/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-beyond/bin/python -m pip install --quiet -e ".[demo,dev,beyond]"
+	$(VENV)-beyond/bin/python -m pip install --quiet -e ".[demo,dev,beyond,train]"
 	touch $@
 
 # docs/results.md and its plots again, from the stored rows

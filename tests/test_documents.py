@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from written_device import install
 
 import singe_plugin
 from singe_plugin import Distill, FineTune, Pace, Repair, Scoring
 from singe_plugin.app.cli import main
+
+from written_device import install
 
 ROOT = Path(__file__).parent.parent
 RUN = ("README.md", "docs/usage.md", "docs/nni.md")  # the others show no code, or parts of it

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from written_device import Device, install, layer_ms, whole_ms
 
 import singe_plugin
 from singe_plugin import BudgetError, ConfigError, Evaluate, LatencyTable, Pace, Target, Timing
 from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.run import latency
+
+from written_device import Device, install, layer_ms, whole_ms
 
 BATCHES = [(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)), torch.arange(4)) for i in range(2)]
 
