@@ -72,7 +72,7 @@ def main() -> None:
     loader = DataLoader(setting.train, args.batch, shuffle=True, drop_last=True, num_workers=args.workers)
     steps = args.epochs * len(loader)
     tuner = Tuner(singe_plugin.FineTune(
-        loader, steps, "end", warmup=2 * len(loader), label_smoothing=0.0, clip_grad=None,
+        loader, steps, "end", recipe=singe_plugin.Recipe(warmup=2 * len(loader)), label_smoothing=0.0, clip_grad=None,
         channels_last=args.channels_last, amp=None if args.amp == "none" else args.amp, step_fn=graphed_loss(0.0),
         optimizer=lambda p: torch.optim.SGD(p, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay),
     ))  # fmt: skip

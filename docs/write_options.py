@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from singe_plugin import Distill, FineTune, Pace, Repair, Scoring, Timing
+from singe_plugin import Distill, FineTune, Pace, Recipe, Repair, Scoring, Timing
 from singe_plugin.fields import table
 
 HEAD = """# Options
 
-Six frozen dataclasses hold every option; each is defined once, in the class, and this page, the docstrings, the
+Seven frozen dataclasses hold every option; each is defined once, in the class, and this page, the docstrings, the
 keywords of `SInGEImportance`, the command's flags and what a run records are read off it
 (`python docs/write_options.py` writes this page). Where `None` is the default, the text says what is decided then.
 """
@@ -18,6 +18,7 @@ INTROS = {
     Pace: "In which order units go, how fast, and how far: `prune(..., pace=Pace(...))`, or the name of an order.",
     Repair: "How the survivors take over: `prune(..., repair=Repair(...))`, or a number of images; None is no repair.",
     FineTune: "How the network is fine-tuned in between: `prune(..., finetune=FineTune(...))`, or a number of steps.",
+    Recipe: "What recipes of training add: `FineTune(recipe=Recipe(...))`.",
     Distill: "How fine-tuning learns from a teacher: `FineTune(distill=Distill(...))`, or the teacher; None is none.",
     Timing: "With what latency is measured: `prune(..., target=Target.parse('latency=0.3', Timing(...)))`.",
 }

@@ -1,6 +1,6 @@
 """Pruning inside of Lightning's ``Trainer``: a callback.
 
-Lightning is an extra (``pip install singe_plugin[train]``), and imported with this module, if it is installed.
+Lightning is a package of its own (``pip install lightning``), and imported with this module, if it is installed.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ class SInGEPruning(_Callback):  # type: ignore[misc]
         batches: Iterable[Any] | None = None,
     ) -> None:
         if not _FOUND:
-            raise MissingPackageError(
-                "Lightning is not installed; it is an extra: pip install 'singe_plugin[train]'", name="lightning"
-            )
+            raise MissingPackageError("Lightning is not installed: pip install lightning", name="lightning")
         super().__init__()
         self.module = module
         self.pruning = EpochPruning(epochs, target, scoring, pace, ignored_layers, example_inputs, batches)

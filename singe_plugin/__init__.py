@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from singe_plugin.integrations.unstructured import UnstructuredPruner, prune_weights
     from singe_plugin.loop.distill import Distill
     from singe_plugin.loop.events import Callback, History
-    from singe_plugin.loop.finetune import FineTune
+    from singe_plugin.loop.finetune import FineTune, Recipe
     from singe_plugin.loop.pace import Pace
     from singe_plugin.loop.repair import Repair
     from singe_plugin.loop.shown import ProgressBar
@@ -74,6 +74,7 @@ __all__ = [
     "Pace",
     "ProgressBar",
     "RankError",
+    "Recipe",
     "RemovalError",
     "Repair",
     "Result",
@@ -109,7 +110,7 @@ _LAZY = {
     "loop.events": ("Callback", "History"),
     "loop.shown": ("ProgressBar",),
     "loop.distill": ("Distill",),
-    "loop.finetune": ("FineTune",),
+    "loop.finetune": ("FineTune", "Recipe"),
     "method.folding": ("fold_batchnorm",),
     "integrations.prune": ("Result", "prune"),
     "integrations.sensitivity": ("sensitivity",),

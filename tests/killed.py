@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch.utils.data import DataLoader
 
-from singe_plugin import Builder, Callback, FineTune, Result, prune, save
+from singe_plugin import Builder, Callback, FineTune, Recipe, Result, prune, save
 from singe_plugin.errors import ArtifactError
 from singe_plugin.files import locked
 from singe_plugin.integrations.unstructured import prune_weights
@@ -56,7 +56,9 @@ class Run:
         net = Chain(dropout=0.5)
         steps = 210 if self.every == "end" else 20  # a checkpoint is written after 200 steps at the end
         loader = DataLoader(Pairs(BATCHES, noise=0.1), batch_size=8, shuffle=True)
-        tuning = FineTune(loader, steps, self.every, lr=0.05, warmup=2, clip_grad=0.1 if self.clip else None)
+        tuning = FineTune(
+            loader, steps, self.every, lr=0.05, recipe=Recipe(warmup=2), clip_grad=0.1 if self.clip else None
+        )
         folders: dict[str, Any] = {} if folder is None else {"out_dir": folder, "resume": resume}
         common: dict[str, Any] = {"finetune": tuning, "nodes": 1, "val_data": BATCHES, "callbacks": callbacks} | folders
         if self.granularity == "unit":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import singe_plugin
-from singe_plugin import FineTune
+from singe_plugin import FineTune, Recipe
 from singe_plugin.app.cli import main
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.loop.events import Callback, FinetuneStep
@@ -66,19 +66,24 @@ def test_the_network_ends_with_the_average() -> None:
     keep, model = Keep(), net()
     parameter = model[5].bias
     result = singe_plugin.prune(
-        model, batches(), target="params=0.2439", finetune=FineTune(steps=12, ema_decay=0.6), callbacks=[keep]
+        model,
+        batches(),
+        target="params=0.2439",
+        finetune=FineTune(steps=12, recipe=Recipe(ema_decay=0.6)),
+        callbacks=[keep],
     )
     assert result.model[5].bias is parameter
     expected = averaged(keep.states, 0.6)
     for name, tensor in result.model.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(result.model[0].weight.double(), keep.states[-1]["0.weight"], atol=1e-4)
-    assert (result.options["finetune"]["ema_decay"], result.options["finetune"]["ema"]) == (0.6, None)
+    used = result.options["finetune"]
+    assert (used["recipe"]["ema_decay"], used["ema"]) == (0.6, None)
 
 
 def test_masked_weights_stay_masked_in_the_average() -> None:
     keep = Keep()
-    finetune = FineTune(steps=8, ema_decay=0.9, every="end")
+    finetune = FineTune(steps=8, every="end", recipe=Recipe(ema_decay=0.9))
     result = singe_plugin.prune_weights(net(), batches(), sparsity=0.5, finetune=finetune, callbacks=[keep])
     for name, mask in result.weight_masks.items():
         weight = result.model.get_parameter(name)
@@ -90,7 +95,7 @@ def test_masked_weights_stay_masked_in_the_average() -> None:
 
 def test_a_run_with_both_goes_on_bit_for_bit(tmp_path: Path) -> None:
     options: dict[str, Any] = {"target": "params=0.2439", "pace": singe_plugin.Pace(rounds=1)}
-    options["finetune"] = FineTune(steps=220, ema_decay=0.9, mixup=0.5, cutmix=1.0)
+    options["finetune"] = FineTune(steps=220, recipe=Recipe(ema_decay=0.9, mixup=0.5, cutmix=1.0))
     whole = singe_plugin.prune(net(), batches(), **options)
     with pytest.raises(KeyboardInterrupt):
         singe_plugin.prune(net(), batches(), out_dir=tmp_path, callbacks=[Keep(stop=205)], **options)
@@ -103,7 +108,7 @@ def test_mixup_is_what_it_is_defined_as() -> None:
     images, classes = batches(1, 5)[0]
     given = images.clone()
     np.random.seed(3)
-    mixed, targets = Mixing(FineTune(mixup=0.4, label_smoothing=0.2))(net(), (images, classes))
+    mixed, targets = Mixing(FineTune(label_smoothing=0.2, recipe=Recipe(mixup=0.4)))(net(), (images, classes))
     np.random.seed(3)
     np.random.rand()  # whether the batch is mixed at all
     share = np.random.beta(0.4, 0.4)
@@ -117,19 +122,21 @@ def test_mixup_is_what_it_is_defined_as() -> None:
 def test_a_step_minimises_the_cross_entropy_of_the_shares() -> None:
     model, (batch,) = net(), batches(1)
     reference = copy.deepcopy(model).train()
-    tuner = Tuner(FineTune([batch], steps=1, lr=0.1, momentum=0.0, weight_decay=0.0, clip_grad=None, cutmix=1.0))
+    tuner = Tuner(
+        FineTune([batch], 1, lr=0.1, momentum=0.0, weight_decay=0.0, clip_grad=None, recipe=Recipe(cutmix=1.0))
+    )
     tuner.prepare(model)
     np.random.seed(5)
     tuner.run(model, 1, Callback())
     np.random.seed(5)
-    mixed, targets = Mixing(FineTune(cutmix=1.0))(net(), batch)
+    mixed, targets = Mixing(FineTune(recipe=Recipe(cutmix=1.0)))(net(), batch)
     loss = -(targets * functional.log_softmax(reference(mixed), 1)).sum(1).mean()
     (gradient,) = torch.autograd.grad(loss, [reference[5].weight])
     torch.testing.assert_close(model[5].weight, reference[5].weight - 0.1 * gradient)
 
 
 def test_a_teacher_sees_the_mixed_images() -> None:
-    finetune = FineTune(steps=3, mixup=1.0, distill="unpruned")
+    finetune = FineTune(steps=3, recipe=Recipe(mixup=1.0), distill="unpruned")
     result = singe_plugin.prune(net(), batches(), target="params=0.2439", finetune=finetune)
     assert result.options["finetune"]["distils"] == "unpruned"
     assert all(np.isfinite(row["loss"]) for row in result.history.select("finetune_step"))
@@ -146,18 +153,20 @@ def test_a_teacher_sees_the_mixed_images() -> None:
 )
 def test_what_cannot_be_mixed(batch: Any, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
-        Mixing(FineTune(mixup=1.0))(net(), batch)
+        Mixing(FineTune(recipe=Recipe(mixup=1.0)))(net(), batch)
 
 
 def test_what_does_not_go_together() -> None:
-    for options, message in (
-        ({"ema_decay": 0.9, "ema": net()}, "ema and ema_decay were both given"),
-        ({"ema_decay": 1.0}, "ema_decay=1.0 is not a decay of an average"),
-        ({"mixup": 1.0, "loss": functional.mse_loss}, "with a loss or step_fn of your own mix in the loader"),
-        ({"cutmix": -1.0}, "cutmix=-1.0 is not a strength of mixing"),
+    for options, recipe, message in (
+        ({"ema": net()}, {"ema_decay": 0.9}, "ema and ema_decay were both given"),
+        ({}, {"ema_decay": 1.0}, "ema_decay=1.0 is not a decay of an average"),
+        ({"loss": functional.mse_loss}, {"mixup": 1.0}, "with a loss or step_fn of your own mix in the loader"),
+        ({}, {"cutmix": -1.0}, "cutmix=-1.0 is not a strength of mixing"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            FineTune(**options)
+            FineTune(**options, recipe=Recipe(**recipe))
+    with pytest.raises(ConfigError, match="is no Recipe"):
+        FineTune(recipe=0.5)  # type: ignore[arg-type]
 
 
 def test_from_the_shell(tmp_path: Path) -> None:
@@ -169,7 +178,8 @@ def test_from_the_shell(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     used = singe_plugin.load(tmp_path).options["finetune"]
     assert (used["optimizer"], used["weight_decay"], used["label_smoothing"]) == ("adamw", 0.05, 0.2)
-    assert (used["ema_decay"], used["mixup"], used["cutmix"], used["distils"]) == (0.998, 0.2, 1.0, "unpruned")
+    assert (used["recipe"]["ema_decay"], used["recipe"]["mixup"], used["recipe"]["cutmix"]) == (0.998, 0.2, 1.0)
+    assert used["distils"] == "unpruned"
     for wrong, message in (
         (["--opt", "adamv"], "unknown optimizer 'adamv' (did you mean 'adam"),
         (["--model-ema-decay", "1"], "ema_decay=1.0 is not a decay"),

@@ -16,7 +16,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 import singe_plugin
-from singe_plugin import Builder, FineTune, Scoring, load, prune, save
+from singe_plugin import Builder, FineTune, Recipe, Scoring, load, prune, save
 from singe_plugin.errors import (
     ArtifactError,
     BudgetError,
@@ -253,7 +253,7 @@ CASES = [
     Case("tuning lr type", tuning(lr="fast"), ConfigError, ("'fast'", "positive")),
     Case("tuning momentum", tuning(momentum=-1), ConfigError, ("momentum=-1", ">= 0")),
     Case("tuning decay", tuning(weight_decay=float("nan")), ConfigError, ("weight_decay=nan", ">= 0")),
-    Case("tuning warmup", tuning(warmup=-1), ConfigError, ("warmup=-1", ">= 0")),
+    Case("tuning warmup", lambda m: Recipe(warmup=-1), ConfigError, ("warmup=-1", ">= 0")),
     Case("tuning smoothing", tuning(label_smoothing=1.0), ConfigError, ("label_smoothing=1.0", r"\[0, 1\[")),
     Case("tuning clip", tuning(clip_grad=0), ConfigError, ("clip_grad=0", "or None")),
     Case("tuning amp", tuning(amp="fp8"), ConfigError, ("fp8", "bf16, fp16")),

@@ -206,7 +206,7 @@ def test_unusable_options(tmp_path: Path, arguments: dict[str, str], error: type
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r'pip install "singe_plugin\[demo\]"'):
+    with pytest.raises(DataError, match="pip install scikit-learn"):
         digits(GREY)
 
 

@@ -202,7 +202,7 @@ def test_files_have_the_mode_that_the_umask_says(umask: int, mode: int, result: 
     finally:
         os.umask(before)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()}
-    assert len(modes) == 9
+    assert len(modes) == 10
     assert set(modes.values()) == {mode}
 
 

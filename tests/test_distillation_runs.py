@@ -19,9 +19,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from singe_plugin import Callback, Distill, FineTune, Pace, Scoring, SInGEImportance, SInGEPruner, prune, prune_weights
+from singe_plugin import (
+    Callback,
+    Distill,
+    FineTune,
+    Pace,
+    Recipe,
+    Scoring,
+    SInGEImportance,
+    SInGEPruner,
+    prune,
+    prune_weights,
+)  # fmt: skip
 from singe_plugin.app import commands
 from singe_plugin.app.cli import main
+from singe_plugin.app.options import generated, objects
 from singe_plugin.errors import ArtifactError, ConfigError, DataError, SingeError
 from singe_plugin.loop import tuner as tuners
 from singe_plugin.loop.distillation import Teacher
@@ -345,9 +357,9 @@ def teaching() -> tuple[click.Command, list[FineTune]]:
     seen: list[FineTune] = []
     command = click.Command(
         "try", params=[],
-        callback=lambda **options: seen.append(commands._taught(*commands._objects(options, FineTune, Distill))),
+        callback=lambda **options: seen.append(commands._taught(*objects(options, FineTune, Recipe, Distill))),
     )  # fmt: skip
-    return commands._generated(FineTune, Distill)(command), seen
+    return generated(FineTune, Recipe, Distill)(command), seen
 
 
 def test_the_command_switches_it_on_and_off() -> None:

@@ -56,7 +56,7 @@ def entry_points(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def _command(folder: Path) -> None:
-    found = CliRunner().invoke(main, [*COMMAND, str(folder / "out")])
+    found = CliRunner().invoke(main, [*COMMAND, str(folder / "out"), "--granularity", "weight"])
     assert found.exit_code == 1
     raise ConfigError(found.stderr)
 

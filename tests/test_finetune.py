@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from singe_plugin.errors import ConfigError, DataError
 from singe_plugin.loop.events import Callback, FinetuneStep
-from singe_plugin.loop.finetune import FineTune, phase_share
+from singe_plugin.loop.finetune import FineTune, Recipe, phase_share
 from singe_plugin.loop.stream import BatchStream
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.state import RngState
@@ -50,7 +50,7 @@ def take(model: nn.Module, tuning: FineTune | Tuner, steps: int) -> list[Finetun
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (10, 0), (10, 4), (7, 7)])
 def test_the_learning_rate_is_a_cosine_after_a_warmup(steps: int, warmup: int) -> None:
-    heard = take(mlp(), FineTune(DATA, steps, lr=0.2, warmup=warmup), steps)
+    heard = take(mlp(), FineTune(DATA, steps, lr=0.2, recipe=Recipe(warmup=warmup)), steps)
     expected = [
         0.2 * 0.5 * (1 + math.cos(math.pi * t / steps)) * (min(1.0, (t + 1) / warmup) if warmup else 1.0)
         for t in range(steps)

@@ -128,7 +128,8 @@ def test_events_are_those_of_the_pruner_of_torch_pruning(every: str) -> None:
     outcome = physical.run()
     assert kinds(pruner.history) == kinds(outcome.history)
     assert pruner.history.rows[0] == outcome.history.rows[0]
-    assert [set(row) for row in pruner.history.rows] == [set(row) for row in outcome.history.rows]
+    fields = [set(row) - {"shares"} for row in outcome.history.rows]  # masks leave all parameters where they are
+    assert [set(row) for row in pruner.history.rows] == fields
 
 
 def test_optimizer_momentum_and_scheduler_live_through_the_whole_run() -> None:

@@ -18,7 +18,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.utils.data import DataLoader
 
-from singe_plugin import Callback, FineTune, Result, fold_batchnorm, prune
+from singe_plugin import Callback, FineTune, Recipe, Result, fold_batchnorm, prune
 from singe_plugin.errors import ArtifactError
 from singe_plugin.run.checkpoint import CHECKPOINT
 
@@ -201,7 +201,7 @@ class Kill(Callback):
 def tuned(every: str = "layer", steps: int = 9) -> FineTune:
     """SGD with momentum on a shuffled, augmented loader: everything that has a state."""
     loader = DataLoader(Pairs(BATCHES, noise=0.1), batch_size=8, shuffle=True)
-    return FineTune(loader, steps, every, lr=0.05, warmup=2)
+    return FineTune(loader, steps, every, lr=0.05, recipe=Recipe(warmup=2))
 
 
 def entwined(model: nn.Module, folder: Path | None, **options: Any) -> Result:

@@ -167,7 +167,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert said["after"]["effective_macs"] < said["after"]["macs"] == said["before"]["macs"]
     assert said["options"]["scoring"]["mu"] == 0.8
     assert [Path(name).name for name in said["files"]] == [
-        "report.md", "report.json", "units.png", "model.safetensors", "masks.safetensors", "singe.json",
+        "report.md", "report.html", "report.json", "units.png", "model.safetensors", "masks.safetensors", "singe.json",
+        "config.yaml",
     ]  # fmt: skip
     loaded = load(tmp_path)
     assert loaded.after.nonzero == said["after"]["nonzero"]

@@ -178,6 +178,7 @@ def test_callbacks_hear_every_event_in_the_order_they_were_given() -> None:
 
 def test_the_log_has_one_line_per_layer(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp()
+    before = count_params(model)
     with caplog.at_level("INFO", "singe_plugin"):
         SInGEPruner(
             model, torch.zeros(2, 4), MAGNITUDE, **asked(ratios="uniform", pruning_ratio=0.5, callbacks=[LogCallback()])
@@ -185,7 +186,8 @@ def test_the_log_has_one_line_per_layer(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages[0] == "removing 16 units from 2 layers, 0 fine-tuning steps"
     left = count_params(model)
     assert [m.split(":")[0] for m in caplog.messages[1:]] == ["1/2 0 done", "2/2 2 done"]
-    assert caplog.messages[2] == f"2/2 2 done: {left} parameters left"
+    share = f"{100 * left / before:.1f} % of the parameters, 50.0 % of the units"
+    assert caplog.messages[2] == f"2/2 2 done: {left} parameters left ({share})"
 
 
 def test_the_smallest_norms_go_first() -> None:

@@ -36,7 +36,7 @@ from singe_plugin.app.options import (
 )  # fmt: skip
 from singe_plugin.fields import spellings
 from singe_plugin.loop.distill import Distill
-from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.finetune import FineTune, Recipe
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.target import Target
@@ -75,7 +75,7 @@ _REPORT = [
     ("what is in a folder, as JSON", "singe report out --json"),
     ("write it again, and say nothing", "singe report out --quiet"),
 ]
-_OPTIONS = (Scoring, Pace, FineTune, Distill)
+_OPTIONS = (Scoring, Pace, FineTune, Recipe, Distill)
 
 _model = stacked(
     option(MODEL, "--model", help="timm's name of the architecture, hf-hub:OWNER/NAME or local-dir:FOLDER."),
@@ -130,8 +130,10 @@ _output = stacked(
 )
 
 
-def _taught(finetune: FineTune, distill: Distill) -> FineTune:
-    """The fine-tuning that learns from its teacher as is said beside it; a usage error if it has none."""
+def _taught(finetune: FineTune, recipe: Recipe, distill: Distill) -> FineTune:
+    """The fine-tuning with its recipe, which learns from its teacher as is said; a usage error if it has none."""
+    if recipe != Recipe():
+        finetune = replace(finetune, recipe=recipe)
     if isinstance(finetune.distill, Distill):
         return replace(finetune, distill=replace(distill, teacher=finetune.distill.teacher))
     if distill != Distill():
@@ -277,9 +279,9 @@ def prune(
     if options["dataset"] is None and options["data_dir"] is None:
         raise click.UsageError(NO_DATA)
     average = options.pop("model_ema")
-    scoring, pace, finetune, distill, repair, timing = objects(options, *_OPTIONS, Repair, Timing)
-    if average and finetune.ema_decay is None:
-        finetune = replace(finetune, ema_decay=0.998)
+    scoring, pace, finetune, recipe, distill, repair, timing = objects(options, *_OPTIONS, Repair, Timing)
+    if average and recipe.ema_decay is None:
+        recipe = replace(recipe, ema_decay=0.998)
     options = _for(granularity, options)
     with _stdout_for_json(as_json), together() if granularity == "unit" else contextlib.nullcontext():
         check_launcher()
@@ -292,7 +294,7 @@ def prune(
             options["target"] = _target_of(options, pace, timing)
         elif timing != Timing():
             raise click.UsageError("--latency-... is not for --granularity weight, whose masks change no latency")
-        options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, distill)}
+        options |= {"scoring": scoring, "pace": pace, "finetune": _taught(finetune, recipe, distill)}
         options["repair"] = _repair_of(options, repair)
         context = click.get_current_context()
         extras = Extras(config_text(context), log, given_texts(context), curves=not no_curves, progress=not quiet)
@@ -316,8 +318,8 @@ def inspect(as_json: bool, quiet: bool, **options: Any) -> None:
     with _stdout_for_json(as_json):
         model = _model_options(options)
         options.pop("seed")
-        scoring, pace, finetune, distill, timing = objects(options, *_OPTIONS, Timing)
-        pace, finetune = replace(pace, verify=not options.pop("no_verify")), _taught(finetune, distill)
+        scoring, pace, finetune, recipe, distill, timing = objects(options, *_OPTIONS, Timing)
+        pace, finetune = replace(pace, verify=not options.pop("no_verify")), _taught(finetune, recipe, distill)
         asked = {"target": _target_of(options, pace, timing), "scoring": scoring, "pace": pace, "finetune": finetune}
         size, device, ignored = (options.pop(key) for key in ("img_size", "device", "ignored_layers"))
         found, values = run_inspect(model, size, device, **asked, ignored_layers=ignored)

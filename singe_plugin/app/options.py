@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from singe_plugin.errors import SingeError
 from singe_plugin.fields import Spelling, spellings
 from singe_plugin.loop.distill import Distill
-from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.finetune import FineTune, Recipe
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.times import Timing
@@ -38,6 +38,7 @@ _CLASSES: dict[type, str] = {
     Pace: PACE,
     Repair: REPAIR,
     FineTune: FINETUNING,
+    Recipe: FINETUNING,
     Distill: FINETUNING,
     Timing: LATENCY,
 }

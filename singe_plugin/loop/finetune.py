@@ -26,7 +26,9 @@ from singe_plugin.fields import documented, option
 from singe_plugin.loop.distill import TEACHERS, Distill
 from singe_plugin.method.objective import Objective
 
-__all__ = ["EVERY", "FineTune", "OptimizerLike", "held_by", "make_optimizer", "phase_share", "place_state"]
+__all__ = [
+    "EVERY", "FineTune", "OptimizerLike", "Recipe", "held_by", "make_optimizer", "phase_share", "place_state",
+]  # fmt: skip
 
 EVERY = ("removal", "layer", "end")
 OptimizerLike = (
@@ -42,6 +44,45 @@ def phase_share(steps: int, phase: int, phases: int) -> int:
         [2, 3, 2, 3]
     """
     return (phase + 1) * steps // phases - phase * steps // phases
+
+
+@documented
+class Recipe:
+    """What recipes of training add to the fine-tuning: a warm-up, an average that is kept, mixed images.
+
+    Raises:
+        ConfigError: for values that cannot mean anything.
+
+    Example:
+        >>> Recipe(ema_decay=0.998, mixup=0.2).cutmix
+        0.0
+    """
+
+    warmup: int = option(default=0, text="Over how many steps the cosine's learning rate rises from zero.")
+    ema_decay: float | None = option(
+        default=None,
+        text="The decay of a moving average of the weights over the steps (timm's ``ModelEmaV3``, which warms up), "
+        "which the network ends with; 0.998 suits a thousand steps. None leaves it with the last weights.",
+        flag="--model-ema-decay",
+    )
+    mixup: float = option(
+        default=0.0, text="How much two images are mixed, the alpha of timm's ``Mixup``; 0 leaves it out."
+    )
+    cutmix: float = option(
+        default=0.0, text="The alpha of a part of one image in another, or, with ``mixup``, in half of the batches."
+    )
+
+    def __post_init__(self) -> None:
+        check_count("warmup", self.warmup, 0, "number of optimisation steps")
+        if self.ema_decay is not None:
+            check_number("ema_decay", self.ema_decay, 0, 1, "[[", "decay of an average; None has none: a number")
+        for name in ("mixup", "cutmix"):
+            check_number(name, getattr(self, name), 0, math.inf, "[[", "strength of mixing: a number")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return bool(self.mixup or self.cutmix)
 
 
 @documented
@@ -90,7 +131,6 @@ class FineTune:
         read=str,
         metavar="NAME",
     )
-    warmup: int = option(default=0, text="Over how many steps the cosine's learning rate rises from zero.")
     label_smoothing: float = option(default=0.1, text="The label smoothing of the cross-entropy.")
     loss: Objective | None = option(
         default=None, text="A function of outputs and targets that is minimised in the place of F.", command=False
@@ -119,17 +159,10 @@ class FineTune:
         text="An averaged copy of the model, cut along with it; with a method ``update`` it is updated every step.",
         command=False,
     )
-    ema_decay: float | None = option(
+    recipe: Recipe | None = option(
         default=None,
-        text="The decay of a moving average of the weights over the steps (timm's ``ModelEmaV3``, which warms up), "
-        "which the network ends with; 0.998 suits a thousand steps. None leaves it with the last weights.",
-        flag="--model-ema-decay",
-    )
-    mixup: float = option(
-        default=0.0, text="How much two images are mixed, the alpha of timm's ``Mixup``; 0 leaves it out."
-    )
-    cutmix: float = option(
-        default=0.0, text="The alpha of a part of one image in another, or, with ``mixup``, in half of the batches."
+        text="What recipes of training add, see :class:`~singe_plugin.Recipe`; None adds nothing.",
+        command=False,
     )
     channels_last: bool = option(default=False, text="Whether batches of images are converted to that memory format.")
     step_fn: Callable[[nn.Module, Any], Tensor] | None = option(
@@ -139,6 +172,11 @@ class FineTune:
         command=False,
     )
 
+    @property
+    def added(self) -> Recipe:
+        """The recipe; one that adds nothing, if there is none."""
+        return self.recipe or Recipe()
+
     def settle(self, every: str) -> FineTune:
         """This fine-tuning with everything decided; it happens ``every`` so, if nothing was said."""
         return self if self.every is not None else replace(self, every=every)
@@ -146,6 +184,8 @@ class FineTune:
     def __post_init__(self) -> None:
         if self.distill is not None and not isinstance(self.distill, Distill):
             object.__setattr__(self, "distill", Distill(self.distill))
+        if not isinstance(self.recipe, (Recipe, type(None))):
+            raise ConfigError(f"recipe={self.recipe!r} is no Recipe; give FineTune(recipe=Recipe(...)), or None")
         check_count("steps", self.steps, 0, "number of optimisation steps")
         check_choice("every", self.every, (*EVERY, None))
         check_flag("channels_last", self.channels_last)
@@ -159,18 +199,13 @@ class FineTune:
             value = getattr(self, name)
             if not (is_number(value) and value >= 0):
                 raise ConfigError(f"{name}={value!r} is not a setting of SGD; give a number >= 0")
-        if self.ema_decay is not None:
-            check_number("ema_decay", self.ema_decay, 0, 1, "[[", "decay of an average; None has none: a number")
-            if self.ema is not None:
-                raise ConfigError("ema and ema_decay were both given; an average of your own has its own decay")
-        for name in ("mixup", "cutmix"):
-            check_number(name, getattr(self, name), 0, math.inf, "[[", "strength of mixing: a number")
-        if (self.mixup or self.cutmix) and (self.loss is not None or self.step_fn is not None):
+        if self.added.ema_decay is not None and self.ema is not None:
+            raise ConfigError("ema and ema_decay were both given; an average of your own has its own decay")
+        if self.added.mixes and (self.loss is not None or self.step_fn is not None):
             raise ConfigError(
                 "mixup and cutmix make shares of classes, which the cross-entropy learns from; with a loss or step_fn "
                 "of your own mix in the loader, or there"
             )
-        check_count("warmup", self.warmup, 0, "number of optimisation steps")
         check_number("label_smoothing", self.label_smoothing, 0, 1, "[[", "smoothing; 0 switches it off: a number")
         if self.step_fn is not None and isinstance(self.distill, Distill) and self.distill.teacher != "auto":
             raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from singe_plugin.errors import DataError
-from singe_plugin.loop.finetune import FineTune
+from singe_plugin.loop.finetune import FineTune, Recipe  # noqa: F401 - the second for the example
 from singe_plugin.nested import call_model
 from singe_plugin.state import preserved
 
@@ -25,7 +25,7 @@ class Mixing:
         >>> import numpy
         >>> numpy.random.seed(0)
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        >>> mix = Mixing(FineTune(mixup=1.0, label_smoothing=0.0))
+        >>> mix = Mixing(FineTune(label_smoothing=0.0, recipe=Recipe(mixup=1.0)))
         >>> mixed, targets = mix(net, (torch.ones(2, 1, 2, 2), torch.arange(2)))
         >>> mixed.shape, targets.shape, targets.sum(1).tolist(), targets[:, 2].tolist()
         (torch.Size([2, 1, 2, 2]), torch.Size([2, 3]), [1.0, 1.0], [0.0, 0.0])
@@ -57,7 +57,7 @@ class Mixing:
             from timm.data import Mixup
 
             self._mix = Mixup(
-                self.options.mixup, self.options.cutmix, label_smoothing=self.options.label_smoothing,
+                self.options.added.mixup, self.options.added.cutmix, label_smoothing=self.options.label_smoothing,
                 num_classes=_classes(model, images[:even]),
             )  # fmt: skip
         mixed: tuple[Tensor, Tensor] = self._mix(images[:even].clone(), classes[:even])  # it mixes in place

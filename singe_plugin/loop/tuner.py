@@ -89,7 +89,7 @@ class Tuner:
         self.done = 0
         self.rates = Rates()  # for those who say how long it takes
         self.average: Average | None = None
-        self._mixing = Mixing(options) if options.mixup or options.cutmix else None
+        self._mixing = Mixing(options) if options.added.mixes else None
         self._smoothing = options.label_smoothing if self._mixing is None else 0.0  # mixed targets are smooth already
         self.scaler: torch.amp.GradScaler | None = None
         self.teacher: Teacher | None = None
@@ -97,9 +97,10 @@ class Tuner:
 
     def begin_average(self, model: nn.Module) -> None:
         """Hold the moving average that the options ask for, before anything is removed; it is then their ``ema``."""
-        if (decay := self.options.ema_decay) is not None:
+        if (decay := self.options.added.ema_decay) is not None:
             self.average = Average(model, decay)
-            self.options = replace(self.options, ema=self.average.ema, ema_decay=None)
+            recipe = replace(self.options.added, ema_decay=None)
+            self.options = replace(self.options, ema=self.average.ema, recipe=recipe)
 
     def finish(self, model: nn.Module) -> None:
         """Leave the model with the average of its weights, if there is one of the steps that were taken."""
@@ -189,7 +190,7 @@ class Tuner:
         """
         made = describe(self.options)
         if self.average is not None:
-            made |= {"ema": None, "ema_decay": self.average.ema.decay}
+            made |= {"ema": None, "recipe": {**made["recipe"], "ema_decay": self.average.ema.decay}}
         course = "constant"
         if self.scheduler is not None:
             course, made["optimizer"] = type(self.scheduler).__name__, type(self.optimizer).__qualname__
@@ -370,8 +371,8 @@ class Tuner:
         assert self.optimizer is not None
         if self._own_schedule:
             factor = 0.5 * (1 + math.cos(math.pi * share))
-            if self.done < self.options.warmup:
-                factor *= (self.done + 1) / self.options.warmup
+            if self.done < self.options.added.warmup:
+                factor *= (self.done + 1) / self.options.added.warmup
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"])

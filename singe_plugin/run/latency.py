@@ -26,7 +26,7 @@ from singe_plugin.state import model_device, preserved
 
 __all__ = ["Latency", "Stopwatch", "latency_of", "measure_latency", "timed_inputs"]
 
-FEWEST, MOST, SECONDS = 30, 300, 1.0  # passes of each of two networks, and how long those of one may take
+FEWEST, MOST, SECONDS = 30, 300, 2.0  # passes of each of two networks, and how long those of one may take
 _WARM = 3
 
 
@@ -205,23 +205,29 @@ class Stopwatch:
         self.timing, self.inputs = timing, timed_inputs(example_inputs, timing.batch)
         copy = frozen_copy(model, "timing it against the pruned one needs", "give another model")
         self._first = copy.cpu()  # where memory is scarce, it is needed for moments only
-        self._found: dict[Any, tuple[Latency, Latency]] = {}
+        self._found: dict[Any, tuple[Latency, Latency, float]] = {}
         self._runner: Runner | None = None
 
     def compare(self, model: nn.Module) -> tuple[Latency, Latency]:
         """The time of the first network and of this one, measured in turn; by rank 0, of several."""
+        before, after, _ = self._of(model)
+        return before, after
+
+    def ratio(self, model: nn.Module) -> float:
+        """The time of this network, as a fraction of the first one's: the median over the pairs of passes.
+
+        What a machine does besides for longer than a pass is in both of a pair, and in no ratio.
+        """
+        return self._of(model)[2]
+
+    def _of(self, model: nn.Module) -> tuple[Latency, Latency, float]:
         structure = structure_of(model)
         if structure not in self._found:
             ranks = current()
             self._found[structure] = ranks.first("the latency", self._compare(model) if ranks.main else None)  # type: ignore[assignment]
         return self._found[structure]
 
-    def ratio(self, model: nn.Module) -> float:
-        """The time of this network, as a fraction of the first one's."""
-        before, after = self.compare(model)
-        return after.median_ms / before.median_ms
-
-    def _compare(self, model: nn.Module) -> tuple[Latency, Latency]:
+    def _compare(self, model: nn.Module) -> tuple[Latency, Latency, float]:
         device, backend = model_device(model), find_backend(self.timing.backend)
         if model_device(self._first) != device:
             self._first.to(device)
@@ -234,4 +240,5 @@ class Stopwatch:
         return (
             _latency(first, self._first, self.inputs, threads, self.timing),
             _latency(this, model, self.inputs, threads, self.timing),
+            float(np.median(np.divide(this, first))),
         )

@@ -74,8 +74,8 @@ class Metrics:
             >>> Metrics(10, 20, accuracy=0.5).known()
             {'params': 10, 'macs': 20, 'accuracy': 0.5}
         """
-        found = {name: value for name, value in vars(self).items() if name != "measured"} | self.measured
-        return {name: value for name, value in found.items() if value is not None}
+        found = vars(self) | self.measured
+        return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
 @dataclass(frozen=True)
