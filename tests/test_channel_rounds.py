@@ -312,7 +312,8 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_removed() -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    options = {"model": "resnet10t", "model-kwargs": "channels=[16, 24, 32, 48]", "img-size": 32, "num-classes": 10, "in-chans": 1, "dataset": "digits",
+    options = {"model": "resnet10t", "model-kwargs": "channels=[16, 24, 32, 48]", "img-size": 32, "num-classes": 10,
+               "in-chans": 1, "dataset": "digits",
                "target": "params=0.3", "order": "rounds", "rounds": 2, "finetune-steps": 0, "scoring-batches": 3,
                "criterion": "l2", "output": tmp_path}  # fmt: skip
     words = ["prune", "--no-curves", "--json", *(f"--{name}={value}" for name, value in options.items())]
