@@ -10,7 +10,7 @@ from torch import Tensor
 
 from singe_plugin.errors import BudgetError
 from singe_plugin.loop.budget import GroupSpec, plan_removals
-from singe_plugin.loop.costs import LATENCY, CostModel
+from singe_plugin.loop.costs import LATENCY, POINT, CostModel
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.target import Target, points
 
@@ -55,8 +55,8 @@ def _nearest(
     before: float,
     point: float,
 ) -> Counts:
-    """As :func:`counts_for`, given what the host says: as near as a target is met, or the best within ``point``."""
-    aim, near = target.fraction, min(target.point, point)
+    """As :func:`counts_for`, given what the host says: within a point, or else the best that is within ``point``."""
+    aim, near = target.fraction, min(POINT, point)
     tried: list[tuple[float, float, Counts]] = []  # how far off, what was reached, by what
     for _ in range(6):
         try:
