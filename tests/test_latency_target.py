@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import singe_plugin
 from singe_plugin import BudgetError, ConfigError, Evaluate, LatencyTable, Pace, Target, Timing
+from singe_plugin.app.report import write_report
 from singe_plugin.loop.costs import count_macs, count_params
 from singe_plugin.run import latency
 
@@ -72,6 +73,17 @@ def test_the_whole_network_is_as_much_faster_as_was_asked_for(device: Device, fr
     assert "float32, written down" in result.summary()
     for row in result.layers:
         assert row.units_after == row.units_before or row.units_after % 8 == 0
+
+
+def test_the_reports_say_what_was_measured(device: Device, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    target = Target.parse("latency=0.3", Timing(batch=7, threads=1))
+    result = singe_plugin.prune(net(), BATCHES, target=target, finetune=0, scoring="l2")
+    write_report(result, tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "7 examples, 1 thread, cpu, float32, written down" in text, name
+        assert f"{result.after.latency_ms:.2f}" in text
 
 
 @pytest.mark.parametrize("step", [1, 4, 8, 16])

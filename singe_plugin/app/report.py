@@ -83,6 +83,10 @@ def markdown(
     for table in tables:
         parts += [f"## {table.title}", markdown_table(table.header, table.rows)]
     parts += ["## Before and after", markdown_table(["", "before", "after", "change"], data["changes"])]
+    if conditions := data["after"].get("latency_conditions"):
+        parts.append(
+            f"Latency: {conditions}; medians of passes in turn, with half of the distance between the quartiles."
+        )
     if data["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {text}" for text in data["warnings"])]
     if data["builder"]:
