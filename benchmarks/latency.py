@@ -1,6 +1,7 @@
 """Targets of latency: whether they are reached, and what they keep against targets of MACs that are as fast.
 
     python benchmarks/latency.py reach                       # four timm networks at 224 pixels, random weights
+    python benchmarks/latency.py steps                       # the same, for MACs with ragged and with rounded widths
     python benchmarks/latency.py accuracy --network tf_efficientnet_lite0 --size 64 --weights W --data D
     python benchmarks/latency.py write                       # docs/latency.md, from the stored rows
 
@@ -47,6 +48,13 @@ Random weights, pruned by magnitude: the time is that of widths alone. *Seconds*
 
 {reach}
 
+## Widths in steps
+
+Targets of MACs, pruned by magnitude in one round, with widths as they come and with `Pace(round_to=8)`: the change of
+the latency, {pairs} pairs of passes. ONNX Runtime has fast kernels for multiples of 8 alone.
+
+{steps}
+
 ## What is kept
 
 Without training: scored by `Scoring.fast()`, repaired on 512 images, one column of accuracies for each seed. *MACs as
@@ -77,6 +85,23 @@ def reach(name: str, fraction: float) -> dict[str, Any]:
     share, before, after = reached(first, model, images[:1])
     found = {"reached": share, "before_ms": before, "after_ms": after, "removed_macs": result.removed_macs}
     return found | {"seconds": seconds}
+
+
+def steps(name: str, fraction: float) -> dict[str, Any]:
+    """A target of MACs with widths as they come and with multiples of 8: how much faster both are, by backend."""
+    found: dict[str, Any] = {}
+    for word, step in (("ragged", None), ("rounded", 8)):
+        torch.manual_seed(0)
+        model, images = timm.create_model(name, num_classes=10).eval(), torch.randn(8, 3, 224, 224)
+        first = timm.create_model(name, num_classes=10).eval()
+        singe_plugin.prune(
+            model, [(images, torch.arange(8))], target=f"macs={fraction}", scoring="l2", finetune=0, repair=None,
+            pace=Pace(rounds=1, round_to=step),
+        )  # fmt: skip
+        for backend in ("torch", "onnxruntime"):
+            timing = replace(TIMING, backend=backend, repeats=100)
+            found[f"{word}_{backend}"] = 1 - Stopwatch(first, images[:1], timing).ratio(model)
+    return found
 
 
 def pruned(setting: Setting, target: Target, seed: int) -> nn.Module:
@@ -131,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
                         continue
                     try:
                         if setting is None:
-                            found = reach(name, fraction)
+                            found = (steps if args.command == "steps" else reach)(name, fraction)
                         else:
                             found = compare(setting, fraction, seed, Path(folder))
                     except singe_plugin.SingeError as error:
@@ -157,6 +182,16 @@ def reach_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def steps_table(rows: list[dict[str, Any]]) -> str:
+    """What a target of MACs gives with ragged and with rounded widths."""
+    lines = ["| network at 224 px | MACs | ragged, torch | rounded, torch | ragged, ONNX | rounded, ONNX |",
+             "| --- | --: | --: | --: | --: | --: |"]  # fmt: skip
+    for row in rows:
+        ends = [f"{-100 * row[f'{w}_{b}']:+.0f} %" for b in ("torch", "onnxruntime") for w in ("ragged", "rounded")]
+        lines.append(f"| {row['network']} | -{row['target']:.0%} | {' | '.join(ends)} |")
+    return "\n".join(lines)
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
     """The accuracies of both kinds of targets, seed by seed."""
     lines = ["| network | latency | reached | accuracy (%) | MACs as fast | reached | accuracy (%) |",
@@ -174,16 +209,17 @@ def write() -> None:
     """The page, from the stored rows."""
     rows = read(ROWS)
     where = "; ".join(dict.fromkeys(f"{r['device']}, commit {r['commit']}, {r['versions']}" for r in rows))
-    kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in ("reach", "accuracy")}
+    kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in ("reach", "steps", "accuracy")}
     right = [r for r in kinds["accuracy"] if "error" not in r]
-    PAGE.write_text(
-        HEAD.format(passes=PASSES, reach=reach_table(kinds["reach"]), accuracy=accuracy_table(right), where=where)
-    )
+    tables = {
+        "reach": reach_table(kinds["reach"]), "steps": steps_table(kinds["steps"]), "accuracy": accuracy_table(right),
+    }  # fmt: skip
+    PAGE.write_text(HEAD.format(passes=PASSES, pairs=100, where=where, **tables))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("reach", "accuracy", "write"))
+    parser.add_argument("command", choices=("reach", "steps", "accuracy", "write"))
     parser.add_argument("--network", default="resnet56")
     parser.add_argument("--weights")
     parser.add_argument("--data")
