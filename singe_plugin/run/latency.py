@@ -240,5 +240,5 @@ class Stopwatch:
         return (
             _latency(first, self._first, self.inputs, threads, self.timing),
             _latency(this, model, self.inputs, threads, self.timing),
-            float(np.median(np.divide(this, first))),
+            float(np.median(np.divide(this, np.maximum(first, 1e-9)))),  # a clock may stand still
         )
