@@ -222,6 +222,20 @@ def test_a_table_that_does_not_fit_is_refused(device: Device, tmp_path: Path, ch
         singe_plugin.prune(net(), BATCHES, target=target, finetune=0, scoring="l2")
 
 
+@pytest.mark.parametrize(
+    ("timing", "message"),
+    [({"batch": 3}, r"inputs \[\[2, 3, 8, 8\]\], and \[\[3, 3, 8, 8\]\]"), ({"threads": 9}, "threads 1, and 9")],
+)
+def test_a_table_is_of_what_is_asked_for(device: Device, tmp_path: Path, timing: dict[str, Any], message: str) -> None:
+    path = tmp_path / "table.json"
+    singe_plugin.prune(
+        net(), BATCHES, target=Target.parse("latency=0.3", Timing(table=path, threads=1)), finetune=0, scoring="l2"
+    )
+    other = Target.parse("latency=0.3", Timing(table=path, **{"threads": 1, **timing}))
+    with pytest.raises(ConfigError, match=message):
+        singe_plugin.prune(net(), BATCHES, target=other, finetune=0, scoring="l2")
+
+
 @pytest.mark.parametrize("text", ["latency=0.3,latency=0.5", "latency=1.5", "latency", "macs=0.5;params=0.3", ""])
 def test_what_is_no_target_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="target"):

@@ -20,6 +20,7 @@ from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import ALL, KINDS, LATENCY, Counted, Goal, all_of
 from singe_plugin.loop.target import Target
 from singe_plugin.loop.times import LatencyTable, LayerTime, Timing
+from singe_plugin.nested import tensors_in
 from singe_plugin.ranks import current
 from singe_plugin.run.backends import find_backend
 from singe_plugin.run.latency import Stopwatch
@@ -65,7 +66,7 @@ class Meter:
     @property
     def is_here(self) -> bool:
         """Whether the network is timed on this device, and not only planned by a table of another one."""
-        return self.table is None or self.table.about.get("device") == _about(self.model, self.timing)["device"]
+        return self.table is None or self.table.about.get("device") == _device(self.model, self.timing)
 
     def begin(
         self, graph: AxisGraph, groups: Mapping[str, Group], specs: Sequence[GroupSpec], costs: Callable[[str], Any]
@@ -84,10 +85,11 @@ class Meter:
         elif given is not None:
             stored = LatencyTable.load(given) if current().main and Path(given).exists() else None
             self.table = current().first("the latency table", stored)
-        if self.table is not None:
-            _check_table(self.table, self.model)
         if self.watch is None:
             self.watch = Stopwatch(self.model, self.counted.example_inputs, self.timing)
+        if self.table is not None:
+            _check_table(self.table, self.model)
+            _check_conditions(self.table, _about(self.model, self.watch), self.is_here)
         if self.table is None:
             self.table = measure_table(graph, groups, specs, self.watch)
             if isinstance(given, (str, Path)) and current().main:
@@ -197,7 +199,7 @@ def measure_table(
                 u, v = (now / size for now, size in zip(_sizes(weight), full[name], strict=True))
                 points[name].append((u, v, taken[name]))
     whole = watch.compare(model)[0].median_ms
-    table = LatencyTable(_about(model, timing), full, points, whole)
+    table = LatencyTable(_about(model, watch), full, points, whole)
     table.step = _best_step(graph, groups, specs, watch, table)
     return table
 
@@ -248,16 +250,33 @@ def _best_step(
     return next(step for step in STEPS if found[step] <= (1 + _BETTER) * min(found.values()))
 
 
-def _about(model: nn.Module, timing: Timing) -> dict[str, Any]:
-    """What a table was measured with."""
+def _device(model: nn.Module, timing: Timing) -> str:
+    """The device and what runs networks on it."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {_processor()}".strip()
+    return f"{device.type} {name}, {timing.backend}"
+
+
+def _about(model: nn.Module, watch: Stopwatch) -> dict[str, Any]:
+    """What a table is measured with."""
+    timing = watch.timing
     return {
-        "device": f"{device.type} {name}, {timing.backend}", "version": find_backend(timing.backend).version(),
-        "batch": timing.batch, "threads": torch.get_num_threads() if timing.threads is None else timing.threads,
+        "device": _device(model, timing), "version": find_backend(timing.backend).version(),
+        "inputs": [list(tensor.shape) for tensor in tensors_in(watch.inputs)],
+        "threads": torch.get_num_threads() if timing.threads is None else timing.threads,
         "dtype": next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), ""),
     }  # fmt: skip
+
+
+def _check_conditions(table: LatencyTable, asked: Mapping[str, Any], is_here: bool) -> None:
+    """Raise :class:`ConfigError` for a table of other inputs or another precision; on this device, of other threads."""
+    for name in ("inputs", "dtype", *(["threads"] if is_here else [])):
+        if name in table.about and table.about[name] != asked[name]:
+            raise ConfigError(
+                f"the latency table was measured with {name} {table.about[name]}, and {asked[name]} is asked for; give "
+                "what it was measured with (Timing(batch=, threads=), example_inputs), or measure another one"
+            )
 
 
 def _processor() -> str:

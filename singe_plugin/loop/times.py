@@ -117,7 +117,7 @@ class LatencyTable:
     """The times of a network's layers on a device, at several widths.
 
     Attributes:
-        about: what was measured with: device, machine, backend, examples, threads, dtype, versions.
+        about: what was measured with: device and backend, version, shapes of the inputs, threads, dtype.
         full: layer -> its first two dimensions in the unpruned network.
         points: layer -> ``(u, v, milliseconds)``, a row for each network that was measured.
         whole_ms: what the unpruned network took in all.
