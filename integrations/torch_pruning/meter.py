@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,27 +205,19 @@ def measure_table(
     return table
 
 
-class _narrowed:
-    """The network with a share of the units of its groups, for a while."""
-
-    def __init__(
-        self, graph: AxisGraph, groups: Mapping[str, Group], specs: Sequence[GroupSpec], kept: Mapping[str, float],
-        round_to: int,
-    ) -> None:  # fmt: skip
-        self.graph, self.groups = graph, groups
-        self.counts = {s.name: s.units - s.kept_for(kept[s.name] * s.units, round_to) for s in specs}
-        self.undo = Snapshot(graph.model, graph)
-
-    def __enter__(self) -> None:
-        try:
-            for name, count in self.counts.items():
-                remove_units(self.graph, self.groups[name], range(count), undo=False)
-        except BaseException:
-            self.undo.restore()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self.undo.restore()
+@contextmanager
+def _narrowed(
+    graph: AxisGraph, groups: Mapping[str, Group], specs: Sequence[GroupSpec], kept: Mapping[str, float], round_to: int
+) -> Iterator[None]:
+    """Let the network have a share of the units of its groups, for a while."""
+    undo = Snapshot(graph.model, graph)
+    try:
+        for spec in specs:
+            count = spec.units - spec.kept_for(kept[spec.name] * spec.units, round_to)
+            remove_units(graph, groups[spec.name], range(count), undo=False)
+        yield
+    finally:
+        undo.restore()
 
 
 def _best_step(
