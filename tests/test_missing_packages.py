@@ -40,7 +40,7 @@ def test_shrinking_needs_no_nni() -> None:
 @pytest.mark.parametrize(
     ("package", "name", "remedy"),
     [
-        ("lightning", "singe_plugin.integrations.lightning.SInGEPruning", "pip install 'singe_plugin[train]'"),
+        ("lightning", "singe_plugin.integrations.lightning.SInGEPruning", "pip install lightning"),
         ("transformers", "singe_plugin.integrations.transformers.SInGEPruningCallback", "pip install transformers"),
     ],
 )
