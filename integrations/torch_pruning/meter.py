@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from singe_plugin.loop.times import LatencyTable, LayerTime, Timing
 from singe_plugin.nested import tensors_in
 from singe_plugin.ranks import current
 from singe_plugin.run.backends import find_backend
-from singe_plugin.run.latency import Stopwatch
+from singe_plugin.run.latency import Stopwatch, dtype_of, threads_of
+from singe_plugin.state import model_device
 
 __all__ = ["Meter", "layers_with_weights", "measure_table"]
 
@@ -137,12 +139,7 @@ class Meter:
             blocks: module -> the residual block that it is in, if that may go as a whole.
         """
         assert self.table is not None
-        found = []
-        for name, weight in layers_with_weights(self.model).items():
-            mine = tuple((dim, group, float(each)) for dim, group, each in links.get(id(weight), ()) if dim < 2)
-            full, sizes = self.table.full[name], _sizes(weight)
-            block = blocks.get(self.model.get_submodule(name))
-            found.append(LayerTime(name, full, sizes, mine, self.table.factors[name], block))
+        found = _layer_times(self.table, self.model, links, blocks)
         if self.watch is None or not self.is_here or LATENCY not in self.first:
             return tuple(found)
         scale = self.first[LATENCY] * self.watch.ratio(self.model) / max(sum(one.ms({}) for one in found), 1e-12)
@@ -161,6 +158,18 @@ def layers_with_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         own = [p for p in module._parameters.values() if p is not None and p.ndim > 1]
         if own and not any(own[0] is p for p in found.values()):
             found[name] = max(own, key=nn.Parameter.numel)
+    return found
+
+
+def _layer_times(
+    table: LatencyTable, model: nn.Module, links: Links, blocks: Mapping[nn.Module, str]
+) -> list[LayerTime]:
+    """What a table says of a model's layers as they are now."""
+    found = []
+    for name, weight in layers_with_weights(model).items():
+        mine = tuple((dim, group, float(each)) for dim, group, each in links.get(id(weight), ()) if dim < 2)
+        block = blocks.get(model.get_submodule(name))
+        found.append(LayerTime(name, table.full[name], _sizes(weight), mine, table.factors[name], block))
     return found
 
 
@@ -186,16 +195,15 @@ def measure_table(
     specs = [spec for spec in specs if spec.name in groups]  # blocks go as a whole, with the times of their layers
     weights = layers_with_weights(model)
     full = {name: _sizes(weight) for name, weight in weights.items()}
-    backend = find_backend(timing.backend)
-    threads = torch.get_num_threads() if timing.threads is None else timing.threads
     points: dict[str, list[tuple[float, float, float]]] = {name: [] for name in full}
     drawn = np.random.default_rng(seed)
-    _logger.info("measuring %d layers at %d widths each (%s)", len(full), NETWORKS, backend.version())
+    _logger.info(
+        "measuring %d layers at %d widths each (%s)", len(full), NETWORKS, find_backend(timing.backend).version()
+    )
     for number in range(NETWORKS):
         kept = {s.name: 1.0 if number == 0 else float(drawn.uniform(_LEAST, 1)) for s in specs}
         with _narrowed(graph, groups, specs, kept, 8):
-            spread = backend.spread(model, watch.inputs, list(full), threads) if current().main else {}
-            taken = current().first("the latency of the layers", spread)
+            taken = watch.spread(model, list(full))
             for name, weight in weights.items():
                 u, v = (now / size for now, size in zip(_sizes(weight), full[name], strict=True))
                 points[name].append((u, v, taken[name]))
@@ -228,16 +236,11 @@ def _best_step(
     Widths of multiples of 16 are multiples of 8, too: only what is ragged may be slower than its size.
     """
     found: dict[int, float] = {}
-    weights = layers_with_weights(graph.model)
     for step in STEPS:
         ratios = []
         for share in (0.45, 0.7):
             with _narrowed(graph, groups, specs, dict.fromkeys((s.name for s in specs), share), step):
-                predicted = 0.0
-                for name, weight in weights.items():
-                    u, v = (now / size for now, size in zip(_sizes(weight), table.full[name], strict=True))
-                    a, b, c, d = table.factors[name]
-                    predicted += a + b * u + c * v + d * u * v
+                predicted = sum(layer.ms({}) for layer in _layer_times(table, graph.model, {}, {}))
                 ratios.append(watch.ratio(graph.model) / max(predicted, 1e-12))
         found[step] = math.exp(sum(map(math.log, ratios)) / len(ratios))
     return next(step for step in STEPS if found[step] <= (1 + _BETTER) * min(found.values()))
@@ -245,7 +248,7 @@ def _best_step(
 
 def _device(model: nn.Module, timing: Timing) -> str:
     """The device and what runs networks on it."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = model_device(model)
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {_processor()}".strip()
     return f"{device.type} {name}, {timing.backend}"
@@ -257,8 +260,7 @@ def _about(model: nn.Module, watch: Stopwatch) -> dict[str, Any]:
     return {
         "device": _device(model, timing), "version": find_backend(timing.backend).version(),
         "inputs": [list(tensor.shape) for tensor in tensors_in(watch.inputs)],
-        "threads": torch.get_num_threads() if timing.threads is None else timing.threads,
-        "dtype": next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), ""),
+        "threads": threads_of(timing), "dtype": dtype_of(model),
     }  # fmt: skip
 
 
@@ -272,6 +274,7 @@ def _check_conditions(table: LatencyTable, asked: Mapping[str, Any], is_here: bo
             )
 
 
+@cache
 def _processor() -> str:
     """The name of the processor, where the system says one."""
     try:

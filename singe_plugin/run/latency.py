@@ -5,7 +5,7 @@ Two are timed in turn, pass by pass, so that whatever else a machine does happen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,9 @@ from singe_plugin.ranks import current
 from singe_plugin.run.backends import Runner, find_backend, now
 from singe_plugin.state import model_device, preserved
 
-__all__ = ["Latency", "Stopwatch", "latency_of", "measure_latency", "timed_inputs"]
+__all__ = [
+    "Latency", "Stopwatch", "dtype_of", "latency_of", "measure_latency", "threads_of", "timed_inputs",
+]  # fmt: skip
 
 FEWEST, MOST, SECONDS = 30, 300, 2.0  # passes of each of two networks, and how long those of one may take
 _WARM = 3
@@ -142,7 +144,7 @@ def timed_inputs(example_inputs: Any, batch: int | None) -> Any:
 def _quiet(model: nn.Module, timing: Timing) -> Iterator[int]:
     """Eval mode, no gradients, the model's device, and the threads that were asked for: their number."""
     before, device = torch.get_num_threads(), model_device(model)
-    threads = before if timing.threads is None else timing.threads
+    threads = threads_of(timing)
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     torch.set_num_threads(threads)
     try:
@@ -176,8 +178,22 @@ def _latency(times: list[float], model: nn.Module, inputs: Any, threads: int, ti
     low, median, high = np.percentile(times, (25, 50, 75)).tolist()
     batch = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 1)
     named = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "")
-    return Latency(median, high - low, batch, threads, named, dtype, find_backend(timing.backend).version())
+    return Latency(median, high - low, batch, threads, named, dtype_of(model), find_backend(timing.backend).version())
+
+
+def threads_of(timing: Timing) -> int:
+    """How many threads a backend may use on the CPU."""
+    return torch.get_num_threads() if timing.threads is None else timing.threads
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The precision of a model's weights, in a word.
+
+    Example:
+        >>> dtype_of(nn.Linear(1, 1)), dtype_of(nn.ReLU())
+        ('float32', '')
+    """
+    return next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "")
 
 
 class Stopwatch:
@@ -219,6 +235,14 @@ class Stopwatch:
         What a machine does besides for longer than a pass is in both of a pair, and in no ratio.
         """
         return self._of(model)[2]
+
+    def spread(self, model: nn.Module, layers: Collection[str]) -> dict[str, float]:
+        """How this network's time is spread over layers, see :class:`~singe_plugin.run.backends.Backend`; rank 0's."""
+        ranks, found = current(), {}
+        if ranks.main:
+            with _quiet(model, self.timing) as threads:
+                found = find_backend(self.timing.backend).spread(model, self.inputs, layers, threads)
+        return ranks.first("the latency of the layers", found)
 
     def _of(self, model: nn.Module) -> tuple[Latency, Latency, float]:
         structure = structure_of(model)
