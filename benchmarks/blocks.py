@@ -24,7 +24,7 @@ from singe_plugin.loop.pace import Pace
 
 from harness import BASE, OF_PACE, accuracy, scoring_of, taken
 from records import append, environment, read
-from settings import Setting, load_setting
+from settings import Setting, load_setting, setting_options
 
 ROWS = Path(__file__).parent / "results" / "blocks.jsonl"
 NAMES = ("network", "method", "target", "seed", "blocks")
@@ -89,15 +89,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="action", required=True)
     asked = commands.add_parser("run", help="compute the rows that are missing")
-    asked.add_argument("--network", default="resnet56")
-    asked.add_argument("--weights", help="a safetensors file; default: timm's pretrained weights")
-    asked.add_argument("--data", required=True, help="an .npz of JPEG files, torch/cifar10:FOLDER, or an image folder")
-    asked.add_argument("--size", type=int, help="resize the images of an .npz")
+    setting_options(asked)
     asked.add_argument("--targets", nargs="+", type=float, default=[0.3, 0.5])
     asked.add_argument("--methods", nargs="+", default=["fast", "obs"])
     asked.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     asked.add_argument("--threads", type=int, default=1)
-    asked.add_argument("--test-images", type=int, help="fewer, for a rehearsal; not for results")
     asked.add_argument("--rows", type=Path, default=ROWS)
     commands.add_parser("write", help="the table of the stored rows")
     args = parser.parse_args()

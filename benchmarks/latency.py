@@ -29,7 +29,7 @@ from singe_plugin.run.latency import Stopwatch
 
 from harness import accuracy
 from records import append, environment, read
-from settings import Setting, load_setting
+from settings import Setting, load_setting, setting_options
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "results" / "latency.jsonl", HERE.parent / "docs" / "latency.md"
@@ -220,11 +220,7 @@ def write() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("reach", "steps", "accuracy", "write"))
-    parser.add_argument("--network", default="resnet56")
-    parser.add_argument("--weights")
-    parser.add_argument("--data")
-    parser.add_argument("--size", type=int)
-    parser.add_argument("--test-images", type=int)
+    setting_options(parser, needed=False)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()

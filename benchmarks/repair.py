@@ -35,7 +35,7 @@ from singe_plugin.state import model_device
 from graphs import graphed_loss
 from harness import BASE, OF_PACE, accuracy, scoring_of, taken
 from records import append, environment, peak_mb, read
-from settings import Setting, load_setting
+from settings import Setting, load_setting, setting_options
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "results" / "repair.jsonl", HERE.parent / "docs" / "repair.md"
@@ -292,10 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="action", required=True)
     asked = commands.add_parser("run", help="compute the rows that are missing")
-    asked.add_argument("--network", default="resnet56")
-    asked.add_argument("--weights", help="a safetensors file; default: timm's pretrained weights")
-    asked.add_argument("--data", required=True, help="an .npz of JPEG files, torch/cifar10:FOLDER, or an image folder")
-    asked.add_argument("--size", type=int, help="resize the images of an .npz")
+    setting_options(asked)
     asked.add_argument("--kind", default="params", choices=("params", "macs"))
     asked.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     asked.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -310,7 +307,6 @@ def main() -> None:
     asked.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every N-th row from I on")
     asked.add_argument("--split", default="test", choices=("test", "held_out"))
     asked.add_argument("--threads", type=int, default=1)
-    asked.add_argument("--test-images", type=int, help="fewer, for a rehearsal; not for results")
     asked.add_argument("--rows", type=Path, default=ROWS)
     commands.add_parser("write", help="the page from the stored rows")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ safetensors file, or timm's own. Images are an ``.npz`` of JPEG files, torchvisi
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from singe_plugin.run.staging import resolve_device
 
 from cifar_resnet import MEAN, STD, decode, resnet56
 
-__all__ = ["HELD_OUT", "Augmented", "Setting", "architecture", "load_setting"]
+__all__ = ["HELD_OUT", "Augmented", "Setting", "architecture", "load_setting", "setting_options"]
 
 HELD_OUT = 5000  # training images that neither scoring nor fine-tuning sees: what choices are made on
 
@@ -104,6 +105,21 @@ def architecture(name: str, classes: int, small_images: bool, pretrained: bool =
         stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
         stem.stride = (1, 1)
     return model
+
+
+def setting_options(parser: argparse.ArgumentParser, needed: bool = True) -> None:
+    """The options that say which setting :func:`load_setting` loads.
+
+    Args:
+        parser: they are added to it.
+        needed: whether the data must be given.
+    """
+    parser.add_argument("--network", default="resnet56")
+    parser.add_argument("--weights", help="a safetensors file; default: timm's pretrained weights")
+    data = "an .npz of JPEG files, torch/cifar10:FOLDER, or an image folder"
+    parser.add_argument("--data", required=needed, help=data)
+    parser.add_argument("--size", type=int, help="resize the images of an .npz")
+    parser.add_argument("--test-images", type=int, help="fewer, for a rehearsal; not for results")
 
 
 def load_setting(

@@ -256,3 +256,15 @@ def assert_same_state(got: Any, expected: Any) -> None:
             assert_same_state(a, b)
     else:
         assert got == expected
+
+
+class Branching(nn.Module):
+    """What is computed depends on the values: a trace sees one of the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x) if x.sum() > 0 else self.fc(-x)
+        return out

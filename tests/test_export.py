@@ -21,7 +21,7 @@ from singe_plugin.nested import call_model, tensors_in
 from singe_plugin.run import formats
 from singe_plugin.run.inputs import are_described, describe_inputs, random_inputs, rows_of
 
-from small_nets import assert_same_values, values_of
+from small_nets import Branching, assert_same_values, values_of
 
 FORMATS = {"onnx": "net.onnx", "torch-export": "net.pt2", "torchscript": "net.pt"}
 WRITTEN = pytest.mark.parametrize("format", list(FORMATS))
@@ -188,18 +188,6 @@ def test_half_precision_is_compared_with_the_model_as_it_is(format: str, tmp_pat
     with pytest.raises(ArtifactError, match=r"differs from the model by .* is allowed \(tolerance=1e-07 times"):
         export(model, tmp_path / f"exact{path.suffix}", example_inputs=x, half=True, tolerance=1e-7)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-class Branching(nn.Module):
-    """What is computed depends on the values: a trace sees one of the two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(x) if x.sum() > 0 else self.fc(-x)
-        return out
 
 
 @WRITTEN

@@ -86,6 +86,19 @@ def test_the_reports_say_what_was_measured(device: Device, tmp_path: Path) -> No
         assert f"{result.after.latency_ms:.2f}" in text
 
 
+def test_layers_are_timed_with_the_threads_that_were_asked_for(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, seen, spread = torch.get_num_threads() + 1, set(), device.spread
+
+    def watched(*arguments: Any) -> dict[str, float]:
+        seen.add(torch.get_num_threads())
+        return spread(*arguments)
+
+    monkeypatch.setattr(device, "spread", watched)
+    target = Target.parse("latency=0.3", Timing(threads=asked))
+    singe_plugin.prune(net(), BATCHES, target=target, finetune=0, scoring="l2")
+    assert seen == {asked}
+
+
 @pytest.mark.parametrize("step", [1, 4, 8, 16])
 def test_the_step_that_a_device_likes_is_found(monkeypatch: pytest.MonkeyPatch, step: int, tmp_path: Path) -> None:
     install(monkeypatch, step)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import singe_plugin
 from singe_plugin import ArtifactError, Builder, ConfigError, Pace, Result
 from singe_plugin.run.arguments import timm_arguments
 from singe_plugin.run.inputs import describe_inputs
 
-from small_nets import Chain, assert_same_values, images
+from small_nets import Branching, Chain, assert_same_values, images
 
 FAST: dict[str, Any] = {"scoring": "l2", "finetune": 0, "repair": None, "target": None}
 VIT: dict[str, Any] = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 4}
@@ -123,18 +123,6 @@ def test_a_model_of_ones_own_is_a_program_and_an_earlier_one_goes(tmp_path: Path
     with pytest.raises(ConfigError, match="needs to know what the model is called with"):
         singe_plugin.save(result, tmp_path, builder, standalone=True)
     assert_same_values(singe_plugin.load(tmp_path, trust=True).model, result.model)
-
-
-class Branching(nn.Module):
-    """Not to be exported: what is computed depends on the values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(x) if x.sum() > 0 else self.fc(-x)
-        return out
 
 
 def test_what_can_be_written_in_neither_way_is_said_and_the_result_is_there(tmp_path: Path) -> None:
