@@ -6,6 +6,7 @@ network as it is by then. Runs in seconds on a CPU.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import tempfile
 
@@ -70,7 +71,8 @@ def main() -> None:
         # later: the architecture as it was, what was removed, then the weights
         again = EpochPruning(PRUNE_AT, target="macs=0.5")
         again.restore(whole, torch.load(f"{folder}/pruning.pt", weights_only=True))
-        saved = torch.load(f"{folder}/last.pth.tar", weights_only=False)  # timm keeps the command's arguments there
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps the command's arguments there
+            saved = torch.load(f"{folder}/last.pth.tar", weights_only=True)
         whole.load_state_dict(saved["state_dict_ema"])
         print(f"loaded again: {evaluate(whole, val):.2f} %")
 
