@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# the environment of other libraries' models: one of its own, or the same one
+BEYOND ?= $(VENV)-beyond
 
 .PHONY: demo test gpu slow backbones beyond zoo tables perf docs package notebooks lint types doctest examples coverage clean
 
@@ -32,22 +34,22 @@ backbones: $(STAMP)
 	$(BIN)/python benchmarks/backbones.py run
 	$(BIN)/python benchmarks/backbones.py table
 
-# models of other libraries, in an environment of their own: the examples, the tests and the zoo's fast subset
-beyond: $(VENV)-beyond/.installed
-	$(VENV)-beyond/bin/python -m pytest tests/test_transformers.py tests/test_libraries.py tests/test_audio_models.py tests/test_in_training.py
-	$(VENV)-beyond/bin/python benchmarks/zoo.py run --fast
-	@set -e; for example in examples/beyond_timm/*.py; do echo "== $$example"; $(VENV)-beyond/bin/python $$example; done
+# models of other libraries: the tests, the zoo's fast subset and the examples
+beyond: $(BEYOND)/.beyond
+	$(BEYOND)/bin/python -m pytest tests/test_transformers.py tests/test_libraries.py tests/test_audio_models.py tests/test_in_training.py
+	$(BEYOND)/bin/python benchmarks/zoo.py run --fast
+	@set -e; for example in examples/beyond_timm/*.py; do echo "== $$example"; $(BEYOND)/bin/python $$example; done
 
 # every model of the zoo, one process each; resumable, takes an hour
-zoo: $(VENV)-beyond/.installed
-	$(VENV)-beyond/bin/python -m pip install --quiet -e ".[zoo]"
-	$(VENV)-beyond/bin/python benchmarks/zoo.py run
-	$(VENV)-beyond/bin/python benchmarks/zoo.py table
+zoo: $(BEYOND)/.beyond
+	$(BEYOND)/bin/python -m pip install --quiet -e ".[zoo]"
+	$(BEYOND)/bin/python benchmarks/zoo.py run
+	$(BEYOND)/bin/python benchmarks/zoo.py table
 
-$(VENV)-beyond/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-beyond
-	$(VENV)-beyond/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-beyond/bin/python -m pip install --quiet -e ".[demo,dev,beyond,train]"
+$(BEYOND)/.beyond: pyproject.toml
+	$(PYTHON) -m venv $(BEYOND)
+	$(BEYOND)/bin/python -m pip install --quiet --upgrade pip
+	$(BEYOND)/bin/python -m pip install --quiet -e ".[demo,dev,beyond,train]"
 	touch $@
 
 # docs/results.md and its plots again, from the stored rows
@@ -99,8 +101,9 @@ doctest: $(STAMP)
 examples: $(STAMP)
 	@set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example > /dev/null; done
 
+# the tests with coverage measured around them, in twice the time
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 clean:
-	rm -rf $(VENV) $(VENV)-beyond $(VENV)-docs $(VENV)-notebooks site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo
+	rm -rf $(VENV) $(BEYOND) $(VENV)-docs $(VENV)-notebooks site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache singe_demo

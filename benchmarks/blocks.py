@@ -20,9 +20,8 @@ import torch
 from min_width import latency_ratio
 
 import singe_plugin
-from singe_plugin.loop.pace import Pace
 
-from harness import BASE, OF_PACE, accuracy, scoring_of, taken
+from harness import BASE, accuracy, pace_of, scoring_of
 from records import append, environment, read
 from settings import Setting, load_setting, setting_options
 
@@ -36,7 +35,7 @@ def compute(setting: Setting, method: str, target: str, seed: int, blocks: bool)
     start = time.perf_counter()
     result = singe_plugin.prune(
         setting.make(), setting.train, target=target, scoring=scoring_of(method, options, setting.classes), seed=seed,
-        pace=replace(Pace(**taken(options, OF_PACE)), blocks=blocks), finetune=0, repair=512,
+        pace=replace(pace_of(options), blocks=blocks), finetune=0, repair=512,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     model, images = result.model.eval(), torch.stack([setting.test[index][0] for index in range(64)])

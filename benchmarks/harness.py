@@ -92,6 +92,11 @@ OF_PACE = {"schedule": "course"} | {
 }
 
 
+def pace_of(options: dict[str, Any]) -> Pace:
+    """The pace of a row's options. Widths are as they come, so that the figures are the criteria's alone."""
+    return Pace(**{"round_to": 1} | taken(options, OF_PACE))
+
+
 def taken(options: dict[str, Any], *names: dict[str, str]) -> dict[str, Any]:
     """Those of a row's options that have a name there, under that name."""
     return {new: options[old] for table in names for old, new in table.items() if old in options}
@@ -214,7 +219,7 @@ def _pruned(spec: Spec, setting: Setting, options: dict[str, Any], clock: _Clock
     during = (spec.steps, spec.every) if spec.entwined else (0, "end")
     result = singe_plugin.prune(
         setting.make(), setting.train, target=f"params={spec.target}", scoring=scoring, seed=spec.seed,
-        pace=Pace(**taken(options, OF_PACE)), finetune=finetuning(setting, spec, *during), callbacks=[clock],
+        pace=pace_of(options), finetune=finetuning(setting, spec, *during), callbacks=[clock],
         fold=options.get("fold", False), repair=None,
     )  # fmt: skip
     passes = scoring.passes if isinstance(scoring.criterion, str) else None

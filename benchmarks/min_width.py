@@ -81,7 +81,7 @@ def row_of(setting: Setting, images: Subset[Any], spec: dict[str, Any], scores: 
         result = singe_plugin.prune(
             setting.make(), setting.train, target=spec["target"], seed=spec["seed"], finetune=0,
             scoring=singe_plugin.Scoring(criterion, batch_size=spec["scoring_batch_size"]),
-            pace=singe_plugin.Pace(rounds=spec["rounds"], min_width=spec["min_width"], verify=False),
+            pace=singe_plugin.Pace(rounds=spec["rounds"], min_width=spec["min_width"], round_to=1, verify=False),
         )  # fmt: skip
     except singe_plugin.SingeError as error:
         return {"error": f"{type(error).__name__}: {error}"}

@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader
 import singe_plugin
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.removal import remove_units
-from singe_plugin.loop.pace import Pace
+from singe_plugin.loop.pace import read_step
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.state import model_device
 
 from graphs import graphed_loss
-from harness import BASE, OF_PACE, accuracy, scoring_of, taken
+from harness import BASE, accuracy, pace_of, scoring_of
 from records import append, environment, peak_mb, read
 from settings import Setting, load_setting, setting_options
 
@@ -53,6 +53,7 @@ class Row:
         batches: of 64 images to score on.
         start: what is fine-tuned: the network as ``"pruned"``, ``"repaired"``, or ``"both"``; ``"entwined"`` is
             fine-tuned after each of the rounds, and repaired before that.
+        round_to: the widths: 1 for those that come, ``"auto"`` for the library's default for multiply-adds.
     """
 
     network: str
@@ -66,11 +67,12 @@ class Row:
     split: str = "test"
     batches: int = 1
     start: str = "both"
+    round_to: int | str = 1
 
     @property
     def key(self) -> str:
         """Equal for rows that compute the same; fields that came later are left out where they say nothing new."""
-        usual = {"batches": 1, "start": "both"}
+        usual = {"batches": 1, "start": "both", "round_to": 1}
         return json.dumps({k: v for k, v in asdict(self).items() if usual.get(k) != v}, sort_keys=True)
 
 
@@ -144,7 +146,7 @@ def _pruned(row: Row, setting: Setting, **given: Any) -> tuple[singe_plugin.Resu
     options |= {"nodes": 1} if row.batches > 1 else {}  # as the library does in rounds
     result = singe_plugin.prune(
         setting.make(), setting.train, target=row.target, scoring=scoring_of(row.method, options, setting.classes),
-        seed=row.seed, pace=Pace(**taken(options, OF_PACE)), **given,
+        seed=row.seed, pace=replace(pace_of(options), round_to=row.round_to), **given,
     )  # fmt: skip
     return result, {"removed_params": result.removed_params, "removed_macs": result.removed_macs}
 
@@ -189,7 +191,8 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
                 steps = (args.steps, args.lr, args.distill) if args.steps else (0, 0.0, False)
                 start = args.start if args.steps else "both"
                 target_ = f"{args.kind}={target:g}"
-                yield Row(args.network, method, target_, seed, args.images, *steps, args.split, args.batches, start)
+                what = (args.network, method, target_, seed, args.images, *steps, args.split, args.batches, start)
+                yield Row(*what, round_to=args.round_to)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -230,7 +233,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`benchmarks/repair.py` wrote this page from `benchmarks/results/repair.jsonl`. Top-1 in percent, the mean and "
         "deviation over seeds; four rounds, ranks per cost. *As pruned* is the network right after the last removal; "
         "*repaired* is the same network with the layers behind solved again on unlabelled training images "
-        "([usage](usage.md)). `fast` is `Scoring.fast()`.\n",
+        "([usage](usage.md)). `fast` is `Scoring.fast()`. Widths are as they come, so that only criteria are compared; "
+        "*in steps* they are multiples of 8 channels or less, which is the library's default for multiply-adds.\n",
         "## Without training\n",
         *_table([r for r in _untrained(rows) if r["split"] == "test"], ("pruned", "repaired")),
         "## Choices\n",
@@ -255,7 +259,7 @@ def _untrained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is known of the networks before any training; a row with fine-tuning has it, too."""
     found: dict[str, dict[str, Any]] = {}
     for row in sorted((r for r in rows if "repaired" in r), key=lambda r: bool(r["steps"])):
-        names = ("network", "data", "split", "target", "method", "seed", "images", "batches")
+        names = ("network", "data", "split", "target", "method", "seed", "images", "batches", "round_to")
         found.setdefault(
             json.dumps([row.get(name, 1) for name in names]), row | {"steps": 0, "lr": 0.0, "distilled": False}
         )
@@ -273,13 +277,19 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in rows:
         what = ("network", "data", "split", "target", "method", "images", "steps", "lr", "distilled")
-        groups.setdefault((*(r[name] for name in what), r.get("batches", 1)), []).append(r)
+        groups.setdefault((*(r[name] for name in what), r.get("batches", 1), str(r.get("round_to", 1))), []).append(r)
     order = {method: place for place, method in enumerate((*METHODS, FORMER))}
-    for key, found in sorted(groups.items(), key=lambda g: (g[0][0], g[0][3], -g[0][9], g[0][8], order[g[0][4]])):
-        network, data, split, target, method, images, steps, lr, distilled, batches = key
+
+    def place(group: tuple[tuple[Any, ...], Any]) -> tuple[Any, ...]:
+        network, _, _, target, method, *_, distilled, batches, widths = group[0]
+        return network, target, widths, -batches, distilled, order[method]
+
+    for key, found in sorted(groups.items(), key=place):
+        network, data, split, target, method, images, steps, lr, distilled, batches, widths = key
         where = f"{network}, {data}" + ("" if split == "test" else ", held-out")
         seeds = len({r["seed"] for r in found})
-        cells = [where, f"`{target}`", method, f"{64 * batches} images", str(seeds), str(images)]
+        removed = f"`{target}`" + ("" if widths == "1" else ", in steps")
+        cells = [where, removed, method, f"{64 * batches} images", str(seeds), str(images)]
         cells += [f"{steps} at {lr:g}, {'distilled' if distilled else 'labels'}"] if tuned else []
         for column in columns:
             of_seed = {r["seed"]: r[column] for r in found if column in r}
@@ -303,6 +313,7 @@ def main() -> None:
     asked.add_argument("--distill", action="store_true", help="learn from the unpruned network")
     asked.add_argument("--start", default="both", choices=("both", "pruned", "repaired", "entwined"))
     asked.add_argument("--batches", type=int, default=1, help="of 64 images to score on")
+    asked.add_argument("--round-to", default=1, type=read_step, help="1 for widths as they come, or auto")
     asked.add_argument("--models", type=Path, help="a folder that keeps what is pruned and repaired")
     asked.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every N-th row from I on")
     asked.add_argument("--split", default="test", choices=("test", "held_out"))

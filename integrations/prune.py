@@ -143,15 +143,15 @@ def prune(
 
 
 def settle_target(target: str | Target | None, pace: Pace) -> tuple[Target | None, Pace]:
-    """What is to go, and the pace: where latency is a target, widths are rounded to what the device likes.
+    """What is to go, and the pace: where it is to become faster, widths are rounded to what the device likes.
 
     Example:
-        >>> settle_target("latency=0.3", Pace())[1].round_to, settle_target("macs=0.3", Pace())[1].round_to
+        >>> settle_target("macs=0.3", Pace())[1].round_to, settle_target("params=0.3", Pace())[1].round_to
         ('auto', None)
     """
     wanted = None if target is None else Target.parse(target)
-    timed = wanted is not None and LATENCY in wanted.kinds
-    return wanted, replace(pace, round_to=AUTO) if timed and pace.round_to is None else pace
+    fast = wanted is not None and wanted.is_of_speed
+    return wanted, replace(pace, round_to=AUTO) if fast and pace.round_to is None else pace
 
 
 def describe_target(target: Target | None) -> dict[str, Any]:

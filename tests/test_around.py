@@ -36,7 +36,7 @@ class Starts(Callback):
         self.plans: list[dict[str, int]] = []
 
     def on_run_start(self, event: RunStarted) -> None:
-        self.plans.append(dict(event.plan))
+        self.plans.append({layer: count for layer, count in event.plan.items() if count})
 
 
 def pruned(target: str, rounds: int = 4, ratios: str = "per_cost") -> tuple[Any, Starts]:

@@ -22,6 +22,7 @@ from singe_plugin.loop.budget import GroupSpec, plan_removals
 from singe_plugin.loop.costs import CostModel, TensorCost, count_macs, count_macs_by_module, count_params
 from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.target import Target
+from singe_plugin.loop.widths import Widths
 
 from references import Net
 from small_nets import Chain, Dense, Grouped, Residual, Trace
@@ -192,13 +193,13 @@ def test_a_plan_meets_its_target_or_names_one_that_it_meets(
 def test_a_target_is_refused_only_if_no_combination_meets_it(fraction: float, round_to: int | None) -> None:
     pruner = pruner_of("residual")
     host = pruner.host()
-    layers, costs = host.layers(), host.costs()
+    layers, costs = Widths(round_to or 1, exact=True).of(host.layers()), host.costs()
     steps = [range(0, layer.units, 8 if round_to else 3) for layer in layers]
     every = [dict(zip((layer.name for layer in layers), c, strict=True)) for c in itertools.product(*steps)]
     least = min(abs(costs.removed_fraction("macs", counts) - fraction) for counts in every)
     target = Target("macs", fraction)
     try:
-        plan = plan_removals(layers, costs, target, "block", round_to)
+        plan = plan_removals(layers, costs, target, "block")
     except BudgetError:
         assert least > 0.01
     else:
@@ -265,18 +266,18 @@ def test_the_largest_ratio_is_respected() -> None:
 
 @pytest.mark.parametrize(("per_unit", "round_to", "quantum"), [(1, 8, 8), (4, 8, 2), (8, 8, 1), (3, 8, 8), (6, 4, 2)])
 def test_rounding_counts_channels_not_units(per_unit: int, round_to: int, quantum: int) -> None:
-    layer = GroupSpec("a", 48, "a", per_unit)
-    assert layer.quantum(round_to) == quantum
+    layer = GroupSpec("a", 48, "a", per_unit, step=round_to)
+    assert layer.quantum == quantum
     for kept in range(1, 49):
-        rounded = layer.kept_for(kept, round_to)
+        rounded = layer.kept_for(kept)
         assert rounded * per_unit % round_to == 0
         assert abs(rounded - kept) <= quantum / 2 or (kept < quantum and rounded == quantum)
 
 
 def test_a_layer_is_never_emptied() -> None:
     layer = GroupSpec("a", 3, "a")
-    assert [layer.kept_for(kept, None) for kept in (-1, 0, 0.4, 2.6, 9)] == [1, 1, 1, 3, 3]
-    assert layer.kept_for(1, 8) == 3  # narrower than one step: it stays
+    assert [layer.kept_for(kept) for kept in (-1, 0, 0.4, 2.6, 9)] == [1, 1, 1, 3, 3]
+    assert replace(layer, step=8).kept_for(1) == 3  # narrower than one step: it stays
 
 
 def test_bad_plans() -> None:

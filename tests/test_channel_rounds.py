@@ -109,8 +109,8 @@ def test_units_are_worth_their_score_per_cost(kind: str, seed: int) -> None:
         module.weight.data *= 0.5 + scale
     expected = cheapest(model, scores_of(model), kind, 0.4)
     counts = pruner_of(model, target=f"{kind}=0.4", ratios="per_cost").plan()
-    # the plan may move single units to come nearer to the target
-    assert max(abs(counts[name] - expected[name]) for name in expected) <= 2
+    # the plan may move single units to come nearer to the target; for multiply-adds, by less than two steps of width
+    assert max(abs(counts[name] - expected[name]) for name in expected) <= (2 if kind == "params" else 7)
     assert abs(sum(counts.values()) - sum(expected.values())) <= 2
 
 

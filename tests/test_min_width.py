@@ -116,11 +116,11 @@ def test_the_error_says_what_is_nearest_and_that_the_width_is_in_the_way() -> No
 @pytest.mark.parametrize("round_to", [None, 4])
 def test_the_units_kept(units: int, least: int, round_to: int | None) -> None:
     """Of all numbers that are allowed, the nearest."""
-    spec = GroupSpec("a", units, "a", max_ratio=0.9, min_units=least)
+    spec = GroupSpec("a", units, "a", max_ratio=0.9, min_units=least, step=round_to or 1)
     floor = max(1, min(least, units), 0.1 * units)
     allowed = [k for k in range(1, units) if k >= floor and k % (round_to or 1) == 0] + [units]
     for wanted in range(units + 1):
-        kept = spec.kept_for(wanted, round_to)
+        kept = spec.kept_for(wanted)
         assert kept in allowed
         if round_to is None:
             assert abs(kept - wanted) == min(abs(k - wanted) for k in allowed)

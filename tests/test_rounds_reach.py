@@ -16,6 +16,7 @@ from singe_plugin.loop.budget import GroupSpec
 from singe_plugin.loop.costs import CostModel, TensorCost
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.target import Target
+from singe_plugin.loop.widths import Widths
 
 
 class Numbers:
@@ -45,10 +46,10 @@ class Numbers:
         return self.costs().cost(kind, counts)
 
 
-def in_rounds(host: Numbers, target: Target, rounds: int, seed: int, round_to: int | None = None) -> float:
+def in_rounds(host: Numbers, target: Target, rounds: int, seed: int, widths: Widths) -> float:
     """What is reached when the scores of every round are drawn anew."""
     progress = Progress(dict.fromkeys(host.widths, 0), before=host.sizes())
-    choose = Rounds(host, progress, target, 0.5, "per_cost", round_to)  # type: ignore[arg-type]
+    choose = Rounds(host, progress, target, 0.5, "per_cost", widths)  # type: ignore[arg-type]
     drawn = torch.Generator().manual_seed(seed)
     for number in range(rounds):
         scores: dict[str, Tensor] = {}
@@ -60,10 +61,10 @@ def in_rounds(host: Numbers, target: Target, rounds: int, seed: int, round_to: i
     return 1 - host.sizes()[target.kind] / progress.before[target.kind]
 
 
-def reachable(host: Numbers, target: Target, round_to: int | None) -> float:
+def reachable(host: Numbers, target: Target, widths: Widths) -> float:
     """How near to a target some allocation comes: all are looked at."""
-    layers, costs = host.layers(), host.costs()
-    steps = [{layer.kept_for(kept, round_to) for kept in range(layer.units + 1)} for layer in layers]
+    layers, costs = widths.finest(widths.of(host.layers())), host.costs()
+    steps = [{layer.kept_for(kept) for kept in range(layer.units + 1)} for layer in layers]
     return min(
         abs(costs.removed_fraction(target.kind, {s.name: s.units - k for s, k in zip(layers, kept, strict=True)})
             - target.fraction)
@@ -71,16 +72,16 @@ def reachable(host: Numbers, target: Target, round_to: int | None) -> float:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("round_to", [None, 2])
+@pytest.mark.parametrize("allowed", [Widths(), Widths(2, exact=True), Widths(2)])
 @pytest.mark.parametrize("seed", range(40))
-def test_a_target_that_one_round_meets_is_met_in_several(seed: int, round_to: int | None) -> None:
+def test_a_target_that_one_round_meets_is_met_in_several(seed: int, allowed: Widths) -> None:
     drawn = torch.Generator().manual_seed(seed)
     widths = torch.randint(4, 13, (2 + seed % 2,), generator=drawn).tolist()
     target = Target("macs" if seed % 3 else "params", 0.3 + 0.05 * (seed % 7))
     host = Numbers(widths, 2 + seed % 3)
-    out_of_reach = reachable(host, target, round_to) > 0.01
+    out_of_reach = reachable(host, target, allowed) > 0.01
     with suppress(BudgetError) if out_of_reach else nullcontext():
-        assert in_rounds(host, target, 4, seed, round_to) == pytest.approx(target.fraction, abs=0.01 + 1e-9)
+        assert in_rounds(host, target, 4, seed, allowed) == pytest.approx(target.fraction, abs=0.01 + 1e-9)
 
 
 def test_what_is_left_costs_what_is_left() -> None:

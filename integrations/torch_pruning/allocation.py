@@ -13,6 +13,7 @@ from singe_plugin.loop.budget import GroupSpec, plan_removals
 from singe_plugin.loop.costs import LATENCY, POINT, CostModel
 from singe_plugin.loop.progress import Progress
 from singe_plugin.loop.target import Target, points
+from singe_plugin.loop.widths import Widths
 
 from .host import TorchPruningHost
 
@@ -26,7 +27,7 @@ def counts_for(
     host: TorchPruningHost,
     target: Target,
     ratios: str | Mapping[str, float],
-    round_to: int | None = None,
+    widths: Widths,
     scores: Scores | None = None,
 ) -> Counts:
     """How many units to remove from each layer; units are really removed to see what is reached, and put back.
@@ -34,21 +35,24 @@ def counts_for(
     Args:
         host: the layers and their cost.
         target: the fraction of what is there now.
-        ratios, round_to, scores: see :func:`~singe_plugin.loop.budget.plan_removals`.
+        ratios, scores: see :func:`~singe_plugin.loop.budget.plan_removals`.
+        widths: that the layers may have.
 
     Raises:
         BudgetError: if the target cannot be met, with the nearest that can.
     """
     before = host.sizes(target.kind)[target.kind]
     costs = host.costs(target.kind)
-    return _nearest(host, target, ratios, round_to, scores, host.layers(), costs, before, target.point)
+    return widths.plan(
+        widths.of(host.layers()),
+        lambda specs: _nearest(host, target, ratios, scores, specs, costs, before, target.point),
+    )
 
 
 def _nearest(
     host: TorchPruningHost,
     target: Target,
     ratios: str | Mapping[str, float],
-    round_to: int | None,
     scores: Scores | None,
     specs: list[GroupSpec],
     costs: CostModel,
@@ -60,7 +64,7 @@ def _nearest(
     tried: list[tuple[float, float, Counts]] = []  # how far off, what was reached, by what
     for _ in range(6):
         try:
-            counts = plan_removals(specs, costs, target, ratios, round_to, scores, aim=aim, point=point)
+            counts = plan_removals(specs, costs, target, ratios, scores, aim=aim, point=point)
         except BudgetError:
             if not tried:
                 raise
@@ -94,7 +98,7 @@ class Rounds:
         progress: what is removed; keeps the goal and the sizes before the first round, for a resumed run.
         target, pruning_ratio: what goes in all; without a target, a ratio of the units.
         ratios: ``"global"`` or ``"per_cost"``, if there is no goal.
-        round_to: channels kept are a multiple of this.
+        widths: that the layers may have.
     """
 
     def __init__(
@@ -104,10 +108,10 @@ class Rounds:
         target: Target | None,
         pruning_ratio: float,
         ratios: str | Mapping[Any, float],
-        round_to: int | None,
+        widths: Widths,
     ) -> None:
         self.host, self.progress, self.target = host, progress, target
-        self.pruning_ratio, self.ratios, self.round_to = pruning_ratio, str(ratios), round_to
+        self.pruning_ratio, self.ratios, self.widths = pruning_ratio, str(ratios), widths
 
     def __call__(self, scores: Scores, share: float) -> Counts:
         removed = self.progress.plan
@@ -118,7 +122,7 @@ class Rounds:
         now = self.host.sizes() if self.target is None else self.host.sizes(self.target.kind)
         if self.target is None:
             ratio = 1 - (1 - self.pruning_ratio * share) * first["units"] / now["units"]
-            return plan_removals(specs, costs, None, self.ratios, self.round_to, scores, max(ratio, 0.0))
+            return plan_removals(specs, costs, None, self.ratios, scores, max(ratio, 0.0))
         kind, whole, near = self.target.kind, self.target.fraction, self.target.point
         reached, fraction = 1 - now[kind] / first[kind], 1 - (1 - whole * share) * first[kind] / now[kind]
         if fraction <= 0 or (share < 1 and whole * (1 - share) * first[kind] < few_units(specs, costs, kind)):
@@ -126,14 +130,16 @@ class Rounds:
         last = near * first[kind] / now[kind]  # a point of the whole, in terms of what is left
         point = near if share < 1 else last
         left = replace(self.target, fraction=fraction)
+        end = replace(self.target, fraction=1 - (1 - whole) * first[kind] / now[kind])
+
+        def plan(specs: list[GroupSpec]) -> Counts:
+            if share < 1 and LATENCY in left.kinds:  # what it comes to is measured before the next round
+                return plan_removals(specs, costs, left, self.ratios, scores, point=1.0)
+            counts = _nearest(self.host, left, self.ratios, scores, specs, costs, now[kind], point)
+            return counts if share == 1 else self._with_a_way_on(counts, left, end, scores, specs, costs, last)
+
         try:
-            if share < 1 and LATENCY in self.target.kinds:  # what it comes to is measured before the next round
-                return plan_removals(specs, costs, left, self.ratios, self.round_to, scores, point=1.0)
-            counts = _nearest(self.host, left, self.ratios, self.round_to, scores, specs, costs, now[kind], point)
-            if share == 1:
-                return counts
-            end = replace(self.target, fraction=1 - (1 - whole) * first[kind] / now[kind])
-            return self._with_a_way_on(counts, left, end, scores, specs, costs, last)
+            return self.widths.plan(specs, plan)
         except BudgetError as error:
             if share < 1:
                 return {}  # too small a step for whole units; a later round makes up for it
@@ -155,11 +161,16 @@ class Rounds:
         """
         if self.progress.goal:
             return dict(self.progress.goal)
-        return plan_removals(*self._now(), self.target, self.ratios, self.round_to, scores, self.pruning_ratio)
+        specs, costs = self._now()
+        ratio = self.pruning_ratio
+        return self.widths.plan(specs, lambda s: plan_removals(s, costs, self.target, self.ratios, scores, ratio))
 
     def _now(self) -> tuple[list[GroupSpec], CostModel]:
         """The layers as they are, and what their units cost."""
-        specs = [self._spec(spec) for spec in self.host.layers()]
+        removed = self.progress.plan
+        specs = self.widths.of(
+            [self._spec(spec) for spec in self.host.layers()], lambda spec: spec.units + removed.get(spec.name, 0)
+        )
         return specs, self.host.costs("params" if self.target is None else self.target.kind)
 
     def _with_a_way_on(
@@ -183,18 +194,19 @@ class Rounds:
 
         def goal(specs: list[GroupSpec], costs: CostModel, target: Target, ratios: str) -> Counts | None:
             try:
-                return plan_removals(specs, costs, target, ratios, self.round_to, scores, point=point)
+                return plan_removals(specs, costs, target, ratios, scores, point=point)
             except BudgetError:
                 return None
 
-        after, behind = [_after(spec, counts[spec.name]) for spec in specs], costs.after(counts)
+        finest, behind = self.widths.finest(specs), costs.after(counts)
+        after = [_after(spec, counts[spec.name]) for spec in finest]
         further = 1 - (1 - end.fraction) * costs.cost(end.kind, {}) / behind.cost(end.kind, {})
         after = [spec for spec in after if not spec.is_block and not counts.get(spec.inside or "")]
         if further <= 0 or self._steps_are_small(after, behind, end.kind, further, point):
             return counts
         if goal(after, behind, replace(end, fraction=further), "uniform") is not None:
             return counts
-        whole = goal(specs, costs, end, self.ratios)
+        whole = goal(finest, costs, end, self.ratios)
         if whole is None:
             return counts
         within = [
@@ -202,7 +214,7 @@ class Rounds:
             for spec in specs
             if whole[spec.name] or not spec.is_block
         ]
-        return plan_removals(within, costs, left, self.ratios, self.round_to, scores, point=1.0)
+        return plan_removals(within, costs, left, self.ratios, scores, point=1.0)
 
     def _steps_are_small(
         self, specs: list[GroupSpec], costs: CostModel, kind: str, fraction: float, point: float
@@ -211,11 +223,11 @@ class Rounds:
 
         That is more than is needed, and quickly seen.
         """
-        fewest = {spec.name: spec.units - spec.kept_for(0, self.round_to) for spec in specs}
+        fewest = {spec.name: spec.units - spec.kept_for(0) for spec in specs}
         if costs.removed_fraction(kind, fewest) < fraction:
             return False
         able = [spec for spec in specs if fewest[spec.name]]
-        steps = (costs.removed_fraction(kind, {s.name: min(s.quantum(self.round_to), fewest[s.name])}) for s in able)
+        steps = (costs.removed_fraction(kind, {s.name: min(s.quantum, fewest[s.name])}) for s in able)
         return all(step <= 2 * point for step in steps)
 
     def _spec(self, spec: GroupSpec) -> GroupSpec:
@@ -239,5 +251,7 @@ def few_units(specs: list[GroupSpec], costs: CostModel, kind: str) -> float:
     they keep are no choice.
     """
     whole = costs.cost(kind, {})
-    can_go = (spec for spec in specs if not spec.is_block and spec.kept_for(spec.units - 1, None) < spec.units)
+    can_go = (
+        spec for spec in specs if not spec.is_block and replace(spec, step=1).kept_for(spec.units - 1) < spec.units
+    )
     return 6 * min((whole - costs.cost(kind, {spec.name: 1}) for spec in can_go), default=0.0)

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,7 @@ def _narrowed(
     undo = Snapshot(graph.model, graph)
     try:
         for spec in specs:
-            count = spec.units - spec.kept_for(kept[spec.name] * spec.units, round_to)
+            count = spec.units - replace(spec, step=round_to).kept_for(kept[spec.name] * spec.units)
             remove_units(graph, groups[spec.name], range(count), undo=False)
         yield
     finally:

@@ -30,6 +30,7 @@ from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.loop.turns import in_layers, in_rounds
 from singe_plugin.loop.watch import Watch
+from singe_plugin.loop.widths import Widths
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.objective import ObjectiveLike
 from singe_plugin.run.guards import check_here, check_parts, parts_of
@@ -213,27 +214,28 @@ class SInGEPruner(SteppingPruner):
         return self._plan(self.host())
 
     def _plan(self, host: TorchPruningHost) -> dict[str, int]:
-        specs, scores, round_to = host.layers(), None, self.round_step
+        specs, scores, widths = host.layers(), None, self.widths
         ratios = self._named(self.pace.ratios) if isinstance(self.pace.ratios, Mapping) else str(self.pace.ratios)
         if ratios in BY_SCORE:
             last = {spec.name: torch.tensor([math.inf]) for spec in specs if spec.units < 2}  # whatever its score
             scores = last | score_layers(host, {spec.name: spec.units for spec in specs if spec.units > 1})
         if self.target is not None:
-            return counts_for(host, self.target, ratios, round_to, scores)
+            return counts_for(host, self.target, ratios, widths, scores)
+        specs = widths.of(specs)
         if self.pruning_ratio_dict:
             own = {spec.name: self._ratio_of(spec.name) for spec in specs}
-            return plan_removals(specs, host.costs("params"), None, own, round_to)
-        return plan_removals(specs, host.costs("params"), None, ratios, round_to, scores, self.pruning_ratio)
+            return plan_removals(specs, host.costs("params"), None, own)
+        return plan_removals(specs, host.costs("params"), None, ratios, scores, self.pruning_ratio)
 
     @property
-    def round_step(self) -> int | None:
-        """What the channels that are kept are a multiple of: of ``"auto"``, what the latency table says, or else 8."""
+    def widths(self) -> Widths:
+        """The widths that layers may have: multiples of what was asked for, or of what the device likes."""
         given = self.pace.round_to
-        if given is None and self.meter.is_timed:
+        if given is None and self.target is not None and self.target.is_of_speed:
             given = AUTO
-        if not isinstance(given, str):
-            return given
-        return WIDE if self.meter.table is None else self.meter.table.step
+        if given == AUTO:
+            return Widths(WIDE if self.meter.table is None else self.meter.table.step)
+        return Widths(int(given or 1), exact=True)
 
     def _ratio_of(self, layer: str) -> float:
         """The ratio that ``pruning_ratio_dict`` gives to a layer of the group, else ``pruning_ratio``."""
@@ -278,7 +280,7 @@ class SInGEPruner(SteppingPruner):
             return in_layers(loop, self.pace)
         host: Any = loop.host
         allocation = Rounds(
-            host, loop.progress, self.target, float(self.pruning_ratio), str(self.pace.ratios), self.round_step
+            host, loop.progress, self.target, float(self.pruning_ratio), str(self.pace.ratios), self.widths
         )
         return in_rounds(loop, self.pace, allocation, allocation.expected)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +40,7 @@ class GroupSpec:
             one unit, none has to.
         multiple: the number of units that stay is a multiple of this.
         inside: the residual block that it goes with, or None.
+        step: the number of channels that stay is a multiple of this.
     """
 
     name: str
@@ -50,16 +51,17 @@ class GroupSpec:
     min_units: int = 1
     multiple: int = 1
     inside: str | None = None
+    step: int = 1
 
     @property
     def is_block(self) -> bool:
         """Whether it is a residual block, which goes as a whole."""
         return self.min_units == 0
 
-    def kept_for(self, kept: float, round_to: int | None) -> int:
+    def kept_for(self, kept: float) -> int:
         """The number of units kept that is nearest to ``kept`` and allowed: at least ``min_units``, channels a multiple
-        of ``round_to``."""
-        quantum = self.quantum(round_to)
+        of ``step``."""
+        quantum = self.quantum
         floor = max(self.min_units, math.ceil(self.units * (1 - self.max_ratio) - 1e-9))
         if quantum == 1:
             return min(self.units, max(floor, round(kept)))
@@ -69,9 +71,10 @@ class GroupSpec:
         nearest = max(lowest, round(kept / quantum) * quantum)
         return self.units if nearest > self.units else nearest
 
-    def quantum(self, round_to: int | None) -> int:
+    @property
+    def quantum(self) -> int:
         """How many units one rounding step is."""
-        return math.lcm(self.multiple, 1 if not round_to else round_to // math.gcd(round_to, self.channels_per_unit))
+        return math.lcm(self.multiple, self.step // math.gcd(self.step, self.channels_per_unit))
 
 
 Scores = Mapping[str, Tensor]
@@ -83,7 +86,6 @@ def plan_removals(
     cost: CostModel,
     target: Target | None,
     ratios: str | Mapping[str, float] = "block",
-    round_to: int | None = None,
     scores: Scores | None = None,
     pruning_ratio: float | None = None,
     aim: float | None = None,
@@ -99,7 +101,6 @@ def plan_removals(
             half of the last block's), ``"global"`` (all units ranked by score), ``"per_cost"`` (by score per parameter,
             or per MAC or millisecond if the target counts these: what a unit is worth for what it costs), or ``{layer
             or block: ratio}``.
-        round_to: channels kept are a multiple of this.
         scores: per layer, for ``"global"`` and ``"per_cost"``.
         pruning_ratio: the ratio of units when there is no target.
         aim: the fraction to aim at in place of the target's, to correct for costs the model does not know.
@@ -116,7 +117,7 @@ def plan_removals(
     if not layers:
         raise BudgetError("there is no layer that can be pruned; see the report for the reasons")
     if isinstance(ratios, Mapping):
-        counts = _from_dict(layers, ratios, round_to)
+        counts = _from_dict(layers, ratios)
         if target is not None:
             said = "the given ratios (which need no target, target=None) remove"
             _check(cost, target, counts, said, aim, target.point if point is None else point)
@@ -125,7 +126,7 @@ def plan_removals(
         raise ConfigError(f"unknown ratios {ratios!r}; choose one of {', '.join(RATIOS)} or give a dict")
     if ratios == "per_cost" and scores is not None:
         scores = _per_cost(layers, cost, "params" if target is None else target.kind, scores)
-    spread = _spreader(layers, ratios, scores, round_to)
+    spread = _spreader(layers, ratios, scores)
     if target is None:
         if pruning_ratio is None or not 0 <= pruning_ratio < 1:
             raise ConfigError(f"pruning_ratio={pruning_ratio!r} is not a fraction of units inside [0, 1[")
@@ -143,18 +144,27 @@ def plan_removals(
                 high = middle
         return spread(low), spread(high)
 
-    def met(layers: Sequence[GroupSpec], spread: Callable[[float], Counts]) -> Counts:
+    def met(layers: Sequence[GroupSpec], fixed: Counts) -> Counts:
+        def spread(layers: Sequence[GroupSpec]) -> Callable[[float], Counts]:
+            mine = _spreader(layers, ratios, scores)
+            return lambda level: fixed | mine(level)
+
         # with coarse steps the way from below and the way from above end in different places
-        return _refine(layers, cost, target.kind, wanted, list(levelled(spread)), round_to)
+        smooth = [replace(layer, step=1) for layer in layers]
+        best = _refine(smooth, cost, target.kind, wanted, list(levelled(spread(smooth))))
+        if smooth != list(layers):
+            best = _rounded(layers, cost, target.kind, wanted, best)
+            if abs(cost.removed_fraction(target.kind, best) - wanted) > POINT:
+                best = _refine(layers, cost, target.kind, wanted, [best, *levelled(spread(layers))])
+        return best
 
     if not any(layer.is_block for layer in layers):
-        best = met(layers, spread)
+        best = met(layers, {})
     else:  # the blocks below the level go, and channels make up for the rest; with one more, if they cannot
         for start in levelled(spread):
             gone = _blocks_in(layers, start)
             left = [layer for layer in layers if layer.name not in gone]
-            rest = _spreader(left, ratios, scores, round_to)
-            best = met(left, lambda level, gone=gone, rest=rest: gone | rest(level))  # type: ignore[misc]
+            best = met(left, gone)
             if abs(cost.removed_fraction(target.kind, best) - wanted) <= point:
                 break
     _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
@@ -177,7 +187,7 @@ def _check(cost: CostModel, target: Target, counts: Counts, what: str, aim: floa
         )
 
 
-def _from_dict(layers: Sequence[GroupSpec], ratios: Mapping[str, float], round_to: int | None) -> Counts:
+def _from_dict(layers: Sequence[GroupSpec], ratios: Mapping[str, float]) -> Counts:
     known = {layer.name for layer in layers} | {layer.block for layer in layers}
     unknown = [name for name in ratios if name not in known]
     if unknown:
@@ -188,18 +198,16 @@ def _from_dict(layers: Sequence[GroupSpec], ratios: Mapping[str, float], round_t
     counts = {}
     for layer in layers:
         ratio = float(ratios.get(layer.name, ratios.get(layer.block, 0.0)))
-        counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio), round_to) if ratio else 0
+        counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio)) if ratio else 0
     return counts
 
 
-def _spreader(
-    layers: Sequence[GroupSpec], ratios: str, scores: Scores | None, round_to: int | None
-) -> Callable[[float], Counts]:
+def _spreader(layers: Sequence[GroupSpec], ratios: str, scores: Scores | None) -> Callable[[float], Counts]:
     """A monotone function from one number (the level) to removals per layer."""
     if ratios in BY_SCORE:
         if scores is None:
             raise ConfigError(f"ratios={ratios!r} needs the scores of every layer")
-        return _by_score(layers, scores, round_to)
+        return _by_score(layers, scores)
     blocks = list(dict.fromkeys(layer.block for layer in layers))
     weight = dict.fromkeys(blocks, 1.0)
     if ratios == "block" and len(blocks) > 1:
@@ -209,7 +217,7 @@ def _spreader(
         counts = {}
         for layer in layers:
             ratio = min(level * weight[layer.block], layer.max_ratio)
-            counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio), round_to)
+            counts[layer.name] = layer.units - layer.kept_for(layer.units * (1 - ratio))
         return counts
 
     return spread
@@ -220,7 +228,7 @@ def _per_cost(layers: Sequence[GroupSpec], cost: CostModel, kind: str, scores: S
     return {layer.name: scores[layer.name] / cost.unit_cost(kind, layer.name) for layer in layers}
 
 
-def _by_score(layers: Sequence[GroupSpec], scores: Scores, round_to: int | None) -> Callable[[float], Counts]:
+def _by_score(layers: Sequence[GroupSpec], scores: Scores) -> Callable[[float], Counts]:
     # equal scores (batch-norm scales that were never trained) are taken evenly from all layers
     ordered = sorted(
         (score, (position + 0.5) / layer.units, number)
@@ -233,16 +241,14 @@ def _by_score(layers: Sequence[GroupSpec], scores: Scores, round_to: int | None)
     def spread(level: float) -> Counts:
         below = np.bincount(owners[: round(min(level, 1.0) * len(owners))], minlength=len(layers)).tolist()
         return {
-            layer.name: layer.units - layer.kept_for(layer.units - gone, round_to)
+            layer.name: layer.units - layer.kept_for(layer.units - gone)
             for layer, gone in zip(layers, below, strict=True)
         }
 
     return spread
 
 
-def _refine(
-    layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts], round_to: int | None
-) -> Counts:
+def _refine(layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts]) -> Counts:
     """Move layers by one rounding step while that brings the cost nearer to what is wanted.
 
     Where the best single move leads into a dead end more than a point away (coarse steps, a small network), the best
@@ -254,33 +260,68 @@ def _refine(
         return abs(cost.removed_fraction(kind, counts) - wanted)
 
     def search(start: Counts, width: int, patience: int) -> Counts:
-        best, beam, followed, left = start, [start], {tuple(start.values())}, patience
-        for _ in range(4 * len(layers)):
-            if miss(best) < POINT / 20 or not left:
-                break
-            fresh = {tuple(c.values()): c for b in beam for c in _moves(layers, b, round_to)}
-            ranked = sorted((miss(fresh[key]), key) for key in fresh.keys() - followed)[:width]
-            if not ranked:
-                break
-            beam = [fresh[key] for _, key in ranked]
-            followed |= {key for _, key in ranked}
-            left = patience if ranked[0][0] < miss(best) else left - 1
-            best = min(best, beam[0], key=miss)
-        return best
+        return _search(start, miss, lambda counts: _moves(layers, counts), 4 * len(layers), width, patience)
 
     best = min((search(start, 1, 1) for start in starts), key=miss)
     if miss(best) > POINT:
         best = min((best, *(search(start, _BEAM, _PATIENCE) for start in starts)), key=miss)
     if miss(best) > POINT:
-        every = ({**starts[0], **counts} for counts in _every(layers, round_to))
+        every = ({**starts[0], **counts} for counts in _every(layers))
         met = [counts for counts in every if miss(counts) <= POINT]
         best = min(met, key=lambda counts: _apart(layers, counts, starts[0]), default=best)
     return dict(best)
 
 
-def _every(layers: Sequence[GroupSpec], round_to: int | None) -> Iterator[Counts]:
+def _rounded(layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, smooth: Counts) -> Counts:
+    """Counts without steps, rounded: every layer up or down to a step of its own, so that the cost is what is wanted.
+
+    The widths stay those that the scores said: no layer goes further than to the next step on either side. Only where
+    that does not meet the target, as in a small network, may each go two or three.
+    """
+
+    def miss(counts: Counts) -> float:
+        return abs(cost.removed_fraction(kind, counts) - wanted)
+
+    def moves(counts: Counts) -> Iterator[Counts]:
+        for moved in _moves(layers, counts):
+            if all(abs(moved[layer.name] - smooth[layer.name]) < reach * layer.quantum for layer in layers):
+                yield moved
+
+    best = smooth | {layer.name: layer.units - layer.kept_for(layer.units - smooth[layer.name]) for layer in layers}
+    for reach, width in itertools.product((1, 2, 3), (1, _BEAM)):
+        best = _search(best, miss, moves, reach * len(layers), width, 1 if width == 1 else _PATIENCE)
+        if miss(best) <= POINT:
+            break
+    return best
+
+
+def _search(
+    start: Counts,
+    miss: Callable[[Counts], float],
+    moves: Callable[[Counts], Iterable[Counts]],
+    most: int,
+    width: int = 1,
+    patience: int = 1,
+) -> Counts:
+    """The nearest counts on a way of the best few moves; it ends where it leads away for so many steps."""
+    best, beam, followed, left = start, [start], {tuple(start.values())}, patience
+    for _ in range(most):
+        if miss(best) < POINT / 20 or not left:
+            break
+        fresh = {tuple(c.values()): c for b in beam for c in moves(b)}
+        ranked = sorted((miss(fresh[key]), key) for key in fresh.keys() - followed)[:width]
+        if not ranked:
+            break
+        beam = [fresh[key] for _, key in ranked]
+        followed |= {key for _, key in ranked}
+        left = patience if ranked[0][0] < miss(best) else left - 1
+        best = min(best, beam[0], key=miss)
+    return best
+
+
+def _every(layers: Sequence[GroupSpec]) -> Iterator[Counts]:
     """Every allocation; none if there are too many."""
-    steps = [sorted({layer.units - layer.kept_for(k, round_to) for k in range(layer.units + 1)}) for layer in layers]
+    steps = [sorted({layer.units - layer.kept_for(k) for k in range(layer.units + 1)}) for layer in layers]
     if math.prod(len(mine) for mine in steps) <= _EVERY:
         for counts in itertools.product(*steps):
             yield dict(zip((layer.name for layer in layers), counts, strict=True))
@@ -291,11 +332,11 @@ def _apart(layers: Sequence[GroupSpec], one: Counts, other: Counts) -> float:
     return sum(abs(one[layer.name] - other[layer.name]) / layer.units for layer in layers)
 
 
-def _moves(layers: Sequence[GroupSpec], counts: Counts, round_to: int | None) -> Iterator[Counts]:
+def _moves(layers: Sequence[GroupSpec], counts: Counts) -> Iterator[Counts]:
     """The counts with one layer moved by one rounding step, up or down."""
     for layer in layers:
-        step = layer.quantum(round_to)
+        step = layer.quantum
         for move in (-step, step):
-            kept = layer.kept_for(layer.units - counts[layer.name] - move, round_to)
+            kept = layer.kept_for(layer.units - counts[layer.name] - move)
             if kept != layer.units - counts[layer.name]:
                 yield {**counts, layer.name: layer.units - kept}

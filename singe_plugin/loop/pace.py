@@ -156,8 +156,9 @@ class Pace:
     )
     round_to: int | str | None = option(
         default=None,
-        text="Channels that are kept are a multiple of this; ``auto`` is what the latency table says that the device "
-        "likes, or 8 where there is none. By default auto for a target of latency, and 1 for others.",
+        text="Channels that are kept are a multiple of this. ``auto`` is what the latency table says that the device "
+        "likes, or 8 where there is none; less for layers of fewer than eight times as many channels, and where no "
+        "such widths meet the target. By default auto for targets of MACs and latency, and 1 for others.",
         read=read_step,
         metavar="N|auto",
     )

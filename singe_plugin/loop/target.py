@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.loop.costs import ALL, KINDS, check_kind
+from singe_plugin.loop.costs import ALL, KINDS, LATENCY, check_kind
 from singe_plugin.loop.times import Timing
 
 __all__ = ["Target", "points"]
@@ -43,6 +43,16 @@ class Target:
     def kinds(self) -> tuple[str, ...]:
         """What is counted."""
         return tuple(part.kind for part in self.parts) or (self.kind,)
+
+    @property
+    def is_of_speed(self) -> bool:
+        """Whether it counts what makes networks slow, and not only what makes them large.
+
+        Example:
+            >>> Target("macs", 0.5).is_of_speed, Target("params", 0.5).is_of_speed
+            (True, False)
+        """
+        return any(kind in ("macs", LATENCY) for kind in self.kinds)
 
     @property
     def point(self) -> float:
