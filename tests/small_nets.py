@@ -188,7 +188,9 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 
 def untimed(result: Result) -> tuple[Metrics, Metrics]:
     """What was measured before and after, but for the latency, which is never twice the same."""
-    before, after = (replace(m, latency_ms=None, latency_iqr_ms=None) for m in (result.before, result.after))
+    before, after = (
+        replace(m, latency_ms=None, latency_iqr_ms=None, latency_change=None) for m in (result.before, result.after)
+    )
     return before, after
 
 

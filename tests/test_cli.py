@@ -219,7 +219,7 @@ def _contents(output: Path) -> tuple[bytes, Any]:
     record = json.loads((output / "singe.json").read_text())
     del record["checksum"]
     for when in ("before", "after"):
-        del record[when]["latency_ms"], record[when]["latency_iqr_ms"]
+        del record[when]["latency_ms"], record[when]["latency_iqr_ms"], record[when]["latency_change"]
     record["history"] = [{k: v for k, v in row.items() if k != "seconds"} for row in record["history"]]
     return (output / "model.safetensors").read_bytes(), record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from singe_plugin.errors import ConfigError
-from singe_plugin.run.latency import latency_of, measure_latency
+from singe_plugin.loop.times import Timing
+from singe_plugin.run.latency import Stopwatch, latency_of, measure_latency
+from singe_plugin.run.result import Metrics, latency_cells
 
 from fingerprint import assert_untouched, fingerprint
 from references import Net
@@ -63,6 +66,29 @@ def test_it_is_measured_in_eval_mode_and_leaves_no_trace() -> None:
     trace.assert_unchanged()
     assert_untouched(before, model)
     handle.remove()
+
+
+@pytest.mark.parametrize(("faster", "said"), [(0.9, "-10.0 %"), (1.0, "not measurable"), (1.25, "+25.0 %")])
+def test_the_change_is_that_of_passes_in_turn(monkeypatch: pytest.MonkeyPatch, faster: float, said: str) -> None:
+    """Passes of one network may be further apart than two networks are: a machine that others use, too."""
+    drawn, repeats = np.random.default_rng(0), 41
+    busy, noise = drawn.uniform(0.01, 0.1, repeats), drawn.uniform(0.97, 1.03, repeats)
+    pairs = np.stack([busy, busy * faster * noise], axis=1)
+    clocked(monkeypatch, pairs.flatten().tolist())
+    monkeypatch.setattr("singe_plugin.run.latency._WARM", 0)
+    net = nn.Linear(3, 2)
+    watch = Stopwatch(net, torch.zeros(4, 3), Timing(repeats=repeats))
+    before, after = watch.compare(net)
+    expected = np.quantile(pairs[:, 1] / pairs[:, 0], (0.25, 0.5, 0.75))
+    assert watch.quartiles(net) == pytest.approx(expected.tolist())
+    assert after.iqr_ms > 20  # and the medians are no more than 25 ms apart
+    measured = [
+        Metrics(1, 1, latency_ms=found.median_ms, latency_iqr_ms=found.iqr_ms, latency_change=change)
+        for found, change in ((before, None), (after, [ratio - 1 for ratio in watch.quartiles(net)]))
+    ]
+    shown = latency_cells(*measured)[2]
+    assert shown == said if faster == 1 else float(shown[:-2]) == pytest.approx(float(said[:-2]), abs=1.5)
+    assert latency_cells(measured[0], replace(measured[1], latency_change=None))[2] == "not measurable"
 
 
 @pytest.mark.parametrize(("options", "message"), [({"repeats": 0}, "repeats=0"), ({"warmup": -1}, "warmup=-1")])

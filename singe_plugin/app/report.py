@@ -85,7 +85,8 @@ def markdown(
     parts += ["## Before and after", markdown_table(["", "before", "after", "change"], data["changes"])]
     if conditions := data["after"].get("latency_conditions"):
         parts.append(
-            f"Latency: {conditions}; medians of passes in turn, with half of the distance between the quartiles."
+            f"Latency: {conditions}; medians of passes in turn, with half of the distance between the quartiles; "
+            "the change is the median of the pairs of passes."
         )
     if data["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {text}" for text in data["warnings"])]

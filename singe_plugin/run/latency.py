@@ -221,7 +221,7 @@ class Stopwatch:
         self.timing, self.inputs = timing, timed_inputs(example_inputs, timing.batch)
         copy = frozen_copy(model, "timing it against the pruned one needs", "give another model")
         self._first = copy.cpu()  # where memory is scarce, it is needed for moments only
-        self._found: dict[Any, tuple[Latency, Latency, float]] = {}
+        self._found: dict[Any, tuple[Latency, Latency, list[float]]] = {}
         self._runner: Runner | None = None
 
     def compare(self, model: nn.Module) -> tuple[Latency, Latency]:
@@ -234,6 +234,10 @@ class Stopwatch:
 
         What a machine does besides for longer than a pass is in both of a pair, and in no ratio.
         """
+        return self.quartiles(model)[1]
+
+    def quartiles(self, model: nn.Module) -> list[float]:
+        """The lower quartile, the median and the upper quartile of :meth:`ratio` over the pairs of passes."""
         return self._of(model)[2]
 
     def spread(self, model: nn.Module, layers: Collection[str]) -> dict[str, float]:
@@ -244,14 +248,14 @@ class Stopwatch:
                 found = find_backend(self.timing.backend).spread(model, self.inputs, layers, threads)
         return ranks.first("the latency of the layers", found)
 
-    def _of(self, model: nn.Module) -> tuple[Latency, Latency, float]:
+    def _of(self, model: nn.Module) -> tuple[Latency, Latency, list[float]]:
         structure = structure_of(model)
         if structure not in self._found:
             ranks = current()
             self._found[structure] = ranks.first("the latency", self._compare(model) if ranks.main else None)  # type: ignore[assignment]
         return self._found[structure]
 
-    def _compare(self, model: nn.Module) -> tuple[Latency, Latency, float]:
+    def _compare(self, model: nn.Module) -> tuple[Latency, Latency, list[float]]:
         device, backend = model_device(model), find_backend(self.timing.backend)
         if model_device(self._first) != device:
             self._first.to(device)
@@ -264,5 +268,5 @@ class Stopwatch:
         return (
             _latency(first, self._first, self.inputs, threads, self.timing),
             _latency(this, model, self.inputs, threads, self.timing),
-            float(np.median(np.divide(this, np.maximum(first, 1e-9)))),  # a clock may stand still
+            np.percentile(np.divide(this, np.maximum(first, 1e-9)), (25, 50, 75)).tolist(),  # a clock may stand still
         )

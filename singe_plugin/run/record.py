@@ -111,18 +111,23 @@ def _pair(value: Any) -> bool:
     return _list_of(_count)(value) and len(value) == 2
 
 
-_METRICS_LATER = {"latency_conditions", "size_bytes", "by_layer"}  # fields that earlier versions did not write
+# fields that earlier versions did not write
+_METRICS_LATER = {"latency_conditions", "latency_change", "size_bytes", "by_layer"}
 
 
 def _metrics(value: Any) -> bool:
     names = {f.name for f in fields(Metrics)}
     if type(value) is not dict or not names - _METRICS_LATER <= set(value) <= names:
         return False
+    change = value.get("latency_change")
+    if change is not None and not (_list_of(_real)(change) and len(change) == 3 and None not in change):
+        return False
     if not isinstance(value.get("latency_conditions"), (str, type(None))) or not _dict_of(_real)(value["measured"]):
         return False
     if not _dict_of(_pair)(value.get("by_layer", {})):
         return False
-    if not all(_number(v) for k, v in value.items() if k not in ("measured", "by_layer", "latency_conditions")):
+    others = ("measured", "by_layer", "latency_conditions", "latency_change")
+    if not all(_number(v) for k, v in value.items() if k not in others):
         return False
     counts = [value["params"], value["macs"], *(value.get(k) or 0 for k in ("nonzero", "effective_macs", "size_bytes"))]
     return all(map(_count, counts)) and (value["accuracy"] or 0) <= 1

@@ -323,7 +323,8 @@ def timed(model: nn.Module, stage: Stage, before: Metrics, after: Metrics) -> tu
     if stage.watch is None:
         return before, _with_latency(after, current().first("the latency", latency_of(model, stage.example)))
     first, last = stage.watch.compare(model)
-    return _with_latency(before, first), _with_latency(after, last)
+    change = [ratio - 1 for ratio in stage.watch.quartiles(model)]
+    return _with_latency(before, first), replace(_with_latency(after, last), latency_change=change)
 
 
 def _with_latency(metrics: Metrics, found: Latency) -> Metrics:
