@@ -64,8 +64,8 @@ passes. ONNX Runtime has fast kernels for multiples alone.
 KEPT = """## What is kept
 
 Scored by `Scoring.fast()` and repaired on 512 images; top-1 in percent on all test images, an accuracy for each seed.
-*MACs as fast* is the target of multiply-adds whose network is as fast, found by bisection; its widths are in steps, too.
-*Steps* are of fine-tuning from the repaired network, in batches of 64, distilled from the unpruned one, at the
+*MACs as fast* is the target of multiply-adds whose network is as fast, found by bisection; its widths are in steps,
+too. *Steps* are of fine-tuning from the repaired network, in batches of 64, distilled from the unpruned one, at the
 library's rate.
 
 {accuracy}
