@@ -35,6 +35,7 @@ from singe_plugin.method.scoring import measuring, score_groups
 from singe_plugin.method.timeline import Prefix, Timeline
 from singe_plugin.method.units import UnitGroup
 
+import outlook
 from records import append, environment, read
 
 HERE = Path(__file__).parent
@@ -198,6 +199,7 @@ def write(rows: list[dict[str, Any]]) -> None:
             lines.append(f"| {' | '.join(cells)} |")
     about = sorted({(row["commit"], row["device"], row["versions"]) for row in found.values()})
     lines += ["", "Computed on: " + "; ".join(f"{device}, commit {commit}, {v}" for commit, device, v in about) + "."]
+    lines += ["", *outlook.page()]
     PAGE.write_text("\n".join(lines) + "\n")
 
 

@@ -3,104 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo_parts import Entry, images, made, of, tokens
+from zoo_transformers import ENCODER, TRANSFORMERS, transformer
 
 __all__ = ["MODELS", "Entry"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model of the zoo.
-
-    Attributes:
-        library: the package that it is of, as pip calls it.
-        make: builds it, with random weights.
-        inputs: what it is called with.
-        fast: whether it is in the subset that CI runs where the library is installed.
-    """
-
-    library: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], Any]
-    fast: bool = False
-
-
-def _of(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
-
-
-def _transformer(name: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        library = import_module("transformers")
-        made: nn.Module = getattr(library, name)(getattr(library, config)(**options))
-        return made
-
-    return make
-
-
-def _made(path: str, *args: Any, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: _of(path)(*args, **options)  # type: ignore[no-any-return]
-
-
-def _tokens(length: int = 12, words: int = 90) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(3, words, (2, length))}
-
-
-def _images(size: int = 64, channels: int = 3) -> Tensor:
-    return torch.randn(2, channels, size, size)
 
 
 def _list_of_images(size: int = 96) -> Any:
     return ([torch.rand(3, size, size), torch.rand(3, size, size)],)
 
 
-TEXT = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-ENCODER = TEXT | {"intermediate_size": 128, "max_position_embeddings": 64}
-GROUPED = ENCODER | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SEQ = {
-    "vocab_size": 100, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 64,
-    "patch_size": 16,
-}  # fmt: skip
-AUDIO = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 32,
-    "conv_dim": (32, 32, 32), "conv_stride": (5, 4, 2), "conv_kernel": (10, 8, 4), "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
-}  # fmt: skip
-
-
-def _seq_inputs() -> dict[str, Tensor]:
-    return _tokens() | {"decoder_input_ids": torch.randint(3, 90, (2, 7))}
-
-
 def _ultralytics(config: str, kind: str = "DetectionModel") -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        made: nn.Module = _of(f"ultralytics.nn.tasks.{kind}")(config, nc=5, verbose=False)
+        made: nn.Module = of(f"ultralytics.nn.tasks.{kind}")(config, nc=5, verbose=False)
         return made.float()
 
     return make
 
 
-def _clip() -> nn.Module:
-    library = import_module("transformers")
-    text = ENCODER | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = library.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=32)
-    made: nn.Module = library.CLIPModel(config)
-    return made
-
-
 def _unet_condition() -> nn.Module:
-    made: nn.Module = _of("diffusers.UNet2DConditionModel")(
+    made: nn.Module = of("diffusers.UNet2DConditionModel")(
         sample_size=16, block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, attention_head_dim=8,
         norm_num_groups=8, layers_per_block=1,
@@ -109,7 +36,7 @@ def _unet_condition() -> nn.Module:
 
 
 def _sd3() -> nn.Module:
-    made: nn.Module = _of("diffusers.SD3Transformer2DModel")(
+    made: nn.Module = of("diffusers.SD3Transformer2DModel")(
         sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=64, pooled_projection_dim=32,
         pos_embed_max_size=16,
@@ -122,7 +49,7 @@ class _Graph(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layer = _of("torch_geometric.nn.GCNConv")
+        layer = of("torch_geometric.nn.GCNConv")
         self.first, self.second = layer(16, 64), layer(64, 5)
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
@@ -141,7 +68,7 @@ class _Sentences(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         library = import_module("sentence_transformers.sentence_transformer.modules")
-        self.body = _transformer("BertModel", "BertConfig", **ENCODER)()
+        self.body = transformer("BertModel", "BertConfig", **ENCODER)()
         self.pool, self.dense = library.Pooling(64), library.Dense(64, 48)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -186,26 +113,8 @@ class _EDSR(nn.Module):
         return made
 
 
-def _encodec() -> nn.Module:
-    """Its code book is a buffer of zeros until it is loaded or trained; here it is random, too."""
-    made = _transformer(
-        "EncodecModel",
-        "EncodecConfig",
-        num_filters=8,
-        hidden_size=32,
-        num_residual_layers=1,
-        codebook_dim=32,
-        codebook_size=16,
-        upsampling_ratios=(4, 2),
-    )()
-    for name, buffer in made.named_buffers():
-        if name.endswith("embed"):
-            buffer.normal_()
-    return made
-
-
 def _open_clip() -> nn.Module:
-    made: nn.Module = _of("open_clip.model.CLIP")(
+    made: nn.Module = of("open_clip.model.CLIP")(
         embed_dim=32,
         vision_cfg={"image_size": 64, "layers": 2, "width": 64, "patch_size": 16, "head_width": 16},
         text_cfg={"context_length": 12, "vocab_size": 100, "width": 64, "heads": 4, "layers": 2},
@@ -219,7 +128,7 @@ def _raft() -> tuple[Tensor, Tensor]:
 
 def _detector(name: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        made: nn.Module = _of(f"torchvision.models.detection.{name}")(
+        made: nn.Module = of(f"torchvision.models.detection.{name}")(
             weights=None, weights_backbone=None, num_classes=5, **options
         )
         return made
@@ -253,191 +162,14 @@ def _encoder() -> nn.Module:
 
 
 def _conformer() -> nn.Module:
-    return _Between(_of("torchaudio.models.Conformer")(64, 4, 64, 2, 15))
+    return _Between(of("torchaudio.models.Conformer")(64, 4, 64, 2, 15))
 
 
-MODELS: dict[str, Entry] = {
-    # -- transformers: text
-    "bert": Entry(
-        "transformers", _transformer("BertForSequenceClassification", "BertConfig", **ENCODER), _tokens, True
-    ),
-    "roberta": Entry(
-        "transformers",
-        _transformer("RobertaForSequenceClassification", "RobertaConfig", **ENCODER, pad_token_id=0),
-        _tokens,
-    ),
-    "distilbert": Entry(
-        "transformers",
-        _transformer(
-            "DistilBertForSequenceClassification",
-            "DistilBertConfig",
-            vocab_size=100,
-            dim=64,
-            n_layers=2,
-            n_heads=4,
-            hidden_dim=128,
-        ),
-        _tokens,
-    ),
-    "deberta-v2": Entry(
-        "transformers", _transformer("DebertaV2ForSequenceClassification", "DebertaV2Config", **ENCODER), _tokens
-    ),
-    "electra": Entry(
-        "transformers",
-        _transformer("ElectraForSequenceClassification", "ElectraConfig", **ENCODER, embedding_size=32),
-        _tokens,
-    ),
-    "albert": Entry(
-        "transformers",
-        _transformer("AlbertForSequenceClassification", "AlbertConfig", **ENCODER, embedding_size=32),
-        _tokens,
-    ),
-    "gpt2": Entry(
-        "transformers",
-        _transformer("GPT2LMHeadModel", "GPT2Config", vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64),
-        _tokens,
-        True,
-    ),
-    "opt": Entry(
-        "transformers",
-        _transformer(
-            "OPTForCausalLM", "OPTConfig", **TEXT, ffn_dim=128, max_position_embeddings=64, word_embed_proj_dim=64
-        ),
-        _tokens,
-    ),
-    "gpt-neox": Entry("transformers", _transformer("GPTNeoXForCausalLM", "GPTNeoXConfig", **ENCODER), _tokens),
-    "bloom": Entry(
-        "transformers",
-        _transformer("BloomForCausalLM", "BloomConfig", vocab_size=100, hidden_size=64, n_layer=2, n_head=4),
-        _tokens,
-    ),
-    "llama": Entry("transformers", _transformer("LlamaForCausalLM", "LlamaConfig", **GROUPED), _tokens, True),
-    "mistral": Entry("transformers", _transformer("MistralForCausalLM", "MistralConfig", **GROUPED), _tokens),
-    "qwen2": Entry("transformers", _transformer("Qwen2ForCausalLM", "Qwen2Config", **GROUPED), _tokens),
-    "qwen3": Entry("transformers", _transformer("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=16), _tokens),
-    "gemma3": Entry(
-        "transformers", _transformer("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=16), _tokens
-    ),
-    "phi3": Entry("transformers", _transformer("Phi3ForCausalLM", "Phi3Config", **GROUPED), _tokens),
-    "mixtral": Entry(
-        "transformers", _transformer("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4), _tokens
-    ),
-    "qwen2-moe": Entry(
-        "transformers",
-        _transformer(
-            "Qwen2MoeForCausalLM",
-            "Qwen2MoeConfig",
-            **GROUPED,
-            num_experts=4,
-            moe_intermediate_size=64,
-            shared_expert_intermediate_size=64,
-        ),
-        _tokens,
-    ),
-    "mamba": Entry(
-        "transformers",
-        _transformer(
-            "MambaForCausalLM", "MambaConfig", vocab_size=100, hidden_size=64, num_hidden_layers=2, state_size=8
-        ),
-        _tokens,
-    ),
-    "t5": Entry(
-        "transformers",
-        _transformer(
-            "T5ForConditionalGeneration",
-            "T5Config",
-            vocab_size=100,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-        ),
-        _seq_inputs,
-    ),
-    "bart": Entry("transformers", _transformer("BartForConditionalGeneration", "BartConfig", **SEQ), _seq_inputs),
-    "whisper": Entry(
-        "transformers",
-        _transformer(
-            "WhisperForConditionalGeneration",
-            "WhisperConfig",
-            **SEQ | {"max_source_positions": 25},
-            num_mel_bins=20,
-            max_target_positions=32,
-        ),
-        lambda: {"input_features": torch.randn(2, 20, 50), "decoder_input_ids": torch.randint(3, 90, (2, 7))},
-    ),
-    # -- transformers: images, audio
-    "vit": Entry("transformers", _transformer("ViTForImageClassification", "ViTConfig", **VISION), _images),
-    "deit": Entry("transformers", _transformer("DeiTForImageClassification", "DeiTConfig", **VISION), _images),
-    "dinov2": Entry("transformers", _transformer("Dinov2ForImageClassification", "Dinov2Config", **VISION), _images),
-    "swin": Entry(
-        "transformers",
-        _transformer(
-            "SwinForImageClassification",
-            "SwinConfig",
-            image_size=64,
-            patch_size=4,
-            embed_dim=32,
-            depths=(1, 1),
-            num_heads=(2, 4),
-            window_size=4,
-        ),
-        _images,
-    ),
-    "segformer": Entry(
-        "transformers",
-        _transformer(
-            "SegformerForSemanticSegmentation",
-            "SegformerConfig",
-            depths=(1, 1, 1, 1),
-            hidden_sizes=(16, 32, 48, 64),
-            num_attention_heads=(1, 2, 3, 4),
-            decoder_hidden_size=64,
-        ),
-        _images,
-    ),
-    "clip": Entry(
-        "transformers",
-        _clip,
-        lambda: _tokens() | {"pixel_values": _images(), "attention_mask": torch.ones(2, 12).long()},
-    ),
-    "vit-mae": Entry(
-        "transformers",
-        _transformer(
-            "ViTMAEForPreTraining",
-            "ViTMAEConfig",
-            **VISION,
-            decoder_hidden_size=32,
-            decoder_num_hidden_layers=1,
-            decoder_num_attention_heads=4,
-            decoder_intermediate_size=64,
-        ),
-        _images,
-    ),
-    "convnext": Entry(
-        "transformers",
-        _transformer(
-            "ConvNextForImageClassification", "ConvNextConfig", depths=(1, 1, 1, 1), hidden_sizes=(16, 32, 48, 64)
-        ),
-        _images,
-    ),
-    "wav2vec2": Entry(
-        "transformers", _transformer("Wav2Vec2ForCTC", "Wav2Vec2Config", **AUDIO), lambda: torch.randn(2, 3000)
-    ),
-    "hubert": Entry(
-        "transformers", _transformer("HubertForCTC", "HubertConfig", **AUDIO), lambda: torch.randn(2, 3000)
-    ),
-    "encodec": Entry(
-        "transformers",
-        _encodec,
-        lambda: torch.randn(2, 1, 400),
-    ),
+MODELS: dict[str, Entry] = TRANSFORMERS | {
     # -- diffusers
     "unet2d": Entry(
         "diffusers",
-        _made(
+        made(
             "diffusers.UNet2DModel",
             sample_size=16,
             block_out_channels=(32, 64),
@@ -447,15 +179,15 @@ MODELS: dict[str, Entry] = {
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1,
         ),
-        lambda: (_images(16), torch.tensor([5, 9])),
+        lambda: (images(16), torch.tensor([5, 9])),
         True,
     ),
     "unet2d-condition": Entry(
-        "diffusers", _unet_condition, lambda: (_images(16, 4), torch.tensor([5, 9]), torch.randn(2, 7, 32))
+        "diffusers", _unet_condition, lambda: (images(16, 4), torch.tensor([5, 9]), torch.randn(2, 7, 32))
     ),
     "autoencoder-kl": Entry(
         "diffusers",
-        _made(
+        made(
             "diffusers.AutoencoderKL",
             block_out_channels=(16, 32),
             norm_num_groups=4,
@@ -463,11 +195,11 @@ MODELS: dict[str, Entry] = {
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
         ),
-        lambda: _images(32),
+        lambda: images(32),
     ),
     "dit": Entry(
         "diffusers",
-        _made(
+        made(
             "diffusers.DiTTransformer2DModel",
             num_attention_heads=4,
             attention_head_dim=16,
@@ -478,13 +210,13 @@ MODELS: dict[str, Entry] = {
             num_embeds_ada_norm=10,
             norm_num_groups=4,
         ),
-        lambda: (_images(16, 4), torch.tensor([5, 9]), torch.tensor([1, 2])),
+        lambda: (images(16, 4), torch.tensor([5, 9]), torch.tensor([1, 2])),
     ),
     "sd3": Entry(
         "diffusers",
         _sd3,
         lambda: {
-            "hidden_states": _images(16, 4),
+            "hidden_states": images(16, 4),
             "encoder_hidden_states": torch.randn(2, 7, 32),
             "pooled_projections": torch.randn(2, 32),
             "timestep": torch.tensor([5, 9]),
@@ -492,19 +224,19 @@ MODELS: dict[str, Entry] = {
     ),
     # -- ultralytics
     **{
-        name: Entry("ultralytics", _ultralytics(f"{name}.yaml"), lambda: _images(96), name == "yolov8n")
+        name: Entry("ultralytics", _ultralytics(f"{name}.yaml"), lambda: images(96), name == "yolov8n")
         for name in ("yolov5n", "yolov8n", "yolov10n", "yolo11n", "yolo26n")
     },
-    "yolov8n-seg": Entry("ultralytics", _ultralytics("yolov8n-seg.yaml", "SegmentationModel"), lambda: _images(96)),
+    "yolov8n-seg": Entry("ultralytics", _ultralytics("yolov8n-seg.yaml", "SegmentationModel"), lambda: images(96)),
     "rtdetr-resnet50": Entry(
-        "ultralytics", _ultralytics("rtdetr-resnet50.yaml", "RTDETRDetectionModel"), lambda: _images(128)
+        "ultralytics", _ultralytics("rtdetr-resnet50.yaml", "RTDETRDetectionModel"), lambda: images(128)
     ),
     # -- segmentation-models-pytorch
     **{
         f"smp-{name.lower()}": Entry(
             "segmentation-models-pytorch",
-            _made(f"segmentation_models_pytorch.{name}", "resnet18", encoder_weights=None, classes=4),
-            _images,
+            made(f"segmentation_models_pytorch.{name}", "resnet18", encoder_weights=None, classes=4),
+            images,
         )
         for name in ("Unet", "UnetPlusPlus", "FPN", "PSPNet", "DeepLabV3Plus", "MAnet")
     },
@@ -517,39 +249,39 @@ MODELS: dict[str, Entry] = {
     "ssdlite": Entry("torchvision", _detector("ssdlite320_mobilenet_v3_large"), lambda: _list_of_images(320)),
     "lraspp": Entry(
         "torchvision",
-        _made(
+        made(
             "torchvision.models.segmentation.lraspp_mobilenet_v3_large",
             weights=None,
             weights_backbone=None,
             num_classes=4,
         ),
-        _images,
+        images,
         True,
     ),
     "deeplabv3": Entry(
         "torchvision",
-        _made(
+        made(
             "torchvision.models.segmentation.deeplabv3_mobilenet_v3_large",
             weights=None,
             weights_backbone=None,
             num_classes=4,
         ),
-        _images,
+        images,
     ),
     "r3d-18": Entry(
-        "torchvision", _made("torchvision.models.video.r3d_18", num_classes=4), lambda: torch.randn(2, 3, 4, 32, 32)
+        "torchvision", made("torchvision.models.video.r3d_18", num_classes=4), lambda: torch.randn(2, 3, 4, 32, 32)
     ),
     "r2plus1d-18": Entry(
         "torchvision",
-        _made("torchvision.models.video.r2plus1d_18", num_classes=4),
+        made("torchvision.models.video.r2plus1d_18", num_classes=4),
         lambda: torch.randn(2, 3, 4, 32, 32),
     ),
-    "raft-small": Entry("torchvision", _made("torchvision.models.optical_flow.raft_small"), _raft),
+    "raft-small": Entry("torchvision", made("torchvision.models.optical_flow.raft_small"), _raft),
     # -- torchaudio
     "conformer": Entry("torchaudio", _conformer, lambda: (torch.randn(2, 20, 24), torch.tensor([20, 20]))),
     "conv-tasnet": Entry(
         "torchaudio",
-        _made(
+        made(
             "torchaudio.models.ConvTasNet",
             enc_num_feats=32,
             msk_num_feats=16,
@@ -560,22 +292,22 @@ MODELS: dict[str, Entry] = {
         lambda: torch.randn(2, 1, 400),
     ),
     "wav2letter": Entry(
-        "torchaudio", _made("torchaudio.models.Wav2Letter", num_classes=10), lambda: torch.randn(2, 1, 4000)
+        "torchaudio", made("torchaudio.models.Wav2Letter", num_classes=10), lambda: torch.randn(2, 1, 4000)
     ),
     "deepspeech": Entry(
-        "torchaudio", _made("torchaudio.models.DeepSpeech", 20, 64, 10), lambda: torch.randn(2, 1, 12, 20)
+        "torchaudio", made("torchaudio.models.DeepSpeech", 20, 64, 10), lambda: torch.randn(2, 1, 12, 20)
     ),
     # -- others
     "gcn": Entry("torch-geometric", _Graph, _graph_inputs),
     "sentences": Entry(
-        "sentence-transformers", _Sentences, lambda: _tokens() | {"attention_mask": torch.ones(2, 12).long()}
+        "sentence-transformers", _Sentences, lambda: tokens() | {"attention_mask": torch.ones(2, 12).long()}
     ),
     "open-clip": Entry(
-        "open_clip_torch", _open_clip, lambda: {"image": _images(), "text": torch.randint(1, 90, (2, 12))}
+        "open_clip_torch", _open_clip, lambda: {"image": images(), "text": torch.randint(1, 90, (2, 12))}
     ),
     "vit-pytorch-simple": Entry(
         "vit-pytorch",
-        _made(
+        made(
             "vit_pytorch.SimpleViT",
             image_size=64,
             patch_size=16,
@@ -586,20 +318,20 @@ MODELS: dict[str, Entry] = {
             mlp_dim=128,
             dim_head=16,
         ),
-        _images,
+        images,
     ),
     "x-transformers": Entry(
         "x-transformers",
-        lambda: _of("x_transformers.TransformerWrapper")(
+        lambda: of("x_transformers.TransformerWrapper")(
             num_tokens=100,
             max_seq_len=64,
-            attn_layers=_of("x_transformers.Decoder")(dim=64, depth=2, heads=4, attn_dim_head=16, rotary_pos_emb=True),
+            attn_layers=of("x_transformers.Decoder")(dim=64, depth=2, heads=4, attn_dim_head=16, rotary_pos_emb=True),
         ),
         lambda: torch.randint(0, 90, (2, 12)),
     ),
     "monai-unet": Entry(
         "monai",
-        _made(
+        made(
             "monai.networks.nets.UNet",
             spatial_dims=3,
             in_channels=1,
@@ -611,21 +343,21 @@ MODELS: dict[str, Entry] = {
     ),
     "monai-segresnet": Entry(
         "monai",
-        _made("monai.networks.nets.SegResNet", spatial_dims=2, init_filters=8, out_channels=3),
-        lambda: _images(32, 1),
+        made("monai.networks.nets.SegResNet", spatial_dims=2, init_filters=8, out_channels=3),
+        lambda: images(32, 1),
     ),
     "speechbrain-crdnn": Entry(
         "speechbrain",
-        _made("speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN", 20, channels=[32] * 4 + [96], lin_neurons=32),
+        made("speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN", 20, channels=[32] * 4 + [96], lin_neurons=32),
         lambda: torch.randn(2, 40, 20),
     ),
-    "timm-resnet18": Entry("timm", _made("timm.create_model", "resnet18", num_classes=10), _images, True),
+    "timm-resnet18": Entry("timm", made("timm.create_model", "resnet18", num_classes=10), images, True),
     "timm-vit-tiny": Entry(
-        "timm", _made("timm.create_model", "vit_tiny_patch16_224", img_size=64, num_classes=10), _images
+        "timm", made("timm.create_model", "vit_tiny_patch16_224", img_size=64, num_classes=10), images
     ),
-    "lstm-tagger": Entry("torch", _Tagger, _tokens, True),
-    "gru-tagger": Entry("torch", lambda: _Tagger(nn.GRU), _tokens),
+    "lstm-tagger": Entry("torch", _Tagger, tokens, True),
+    "gru-tagger": Entry("torch", lambda: _Tagger(nn.GRU), tokens),
     "torch-transformer": Entry("torch", _translator, lambda: (torch.randn(2, 9, 24), torch.randn(2, 7, 24)), True),
     "torch-encoder": Entry("torch", _encoder, lambda: torch.randn(2, 9, 24)),
-    "edsr": Entry("torch", _EDSR, lambda: _images(16)),
+    "edsr": Entry("torch", _EDSR, lambda: images(16)),
 }
