@@ -66,7 +66,7 @@ KEPT = """## What is kept
 Scored by `Scoring.fast()` and repaired on 512 images; top-1 in percent on all test images, an accuracy for each seed.
 *MACs as fast* is the target of multiply-adds whose network is as fast, found by bisection; its widths are in steps,
 too. *Steps* are of fine-tuning from the repaired network, in batches of 64, distilled from the unpruned one, at the
-library's rate.
+library's rate. {finding}
 
 {accuracy}
 
@@ -234,13 +234,24 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def finding(rows: list[dict[str, Any]]) -> str:
+    """What the rows without fine-tuning say, in a sentence."""
+    words = []
+    for target in sorted({row["target"] for row in rows}):
+        some = [row for row in rows if row["target"] == target and not row.get("steps")]
+        if some:
+            more = 100 * mean(row["accuracy"] - row["macs_accuracy"] for row in some)
+            words.append(f"{more:+.1f} points at -{target:.0%} ({len(some)} seeds)")
+    return f"What a target of latency keeps more than one of multiply-adds as fast: {', '.join(words)}."
+
+
 def write() -> None:
     """The page, from the stored rows."""
     rows = read(ROWS)
     where = "; ".join(dict.fromkeys(f"{r['device']}, commit {r['commit']}, {r['versions']}" for r in rows))
     kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in ("reach", "steps", "accuracy")}
     right = [r for r in kinds["accuracy"] if "error" not in r]
-    kept = KEPT.format(accuracy=accuracy_table(right)) if right else ""
+    kept = KEPT.format(accuracy=accuracy_table(right), finding=finding(right)) if right else ""
     reach, steps = reach_table(kinds["reach"]), steps_table(kinds["steps"])
     PAGE.write_text(HEAD.format(passes=PASSES, pairs=100, where=where, reach=reach, steps=steps, kept=kept))
 

@@ -135,7 +135,7 @@ def _cut(setting: Setting, left: dict[str, list[int]], state: dict[str, Any]) ->
     graph = AxisGraph(model, setting.test[0][0][None].to(model_device(model)))
     for name, units in left.items():
         if gone := sorted(set(range(graph.groups[name].size)) - set(units)):
-            remove_units(graph, graph.groups[name], gone)
+            remove_units(graph, graph.groups[name], gone, settled=True)
     model.load_state_dict(state)
     return model
 

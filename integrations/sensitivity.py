@@ -189,7 +189,7 @@ class _Work:
             done += len(asked) - len(ratios)
             known = {0: found.whole}
             for ratio in ratios:
-                count = spec.units - spec.kept_for(spec.units * (1 - ratio))
+                count = self.host.allowed({spec.name: spec.units - spec.kept_for(spec.units * (1 - ratio))})[spec.name]
                 if count not in known:
                     known[count] = self.without(spec.name, lowest(spec.name, scores[spec.name], count).tolist())
                 point, done = SensitivityPoint(ratio, count, dict(known[count])), done + 1

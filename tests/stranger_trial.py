@@ -117,8 +117,10 @@ def remove_unevenly(network: Stranger, pruner: Any, truth: Truth, r: random.Rand
         for name in r.sample(sorted(units), r.randint(min(1, len(units)), len(units))):
             most = units[name] - 1
             count = r.choice([1, r.randint(1, most), r.randint(1, max(most // 2, 1)), most if number else 1])
-            host.remove(name, r.sample(range(layers[name].units), count))
-            outcome.removals += 1
+            count = host.allowed({name: count})[name]
+            if count:
+                host.remove(name, r.sample(range(layers[name].units), count))
+                outcome.removals += 1
         compare(truth, network.model, network.fresh_inputs(number, 2 + 2 * number))
 
 

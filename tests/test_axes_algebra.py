@@ -10,7 +10,8 @@ import pytest
 from torch import nn
 
 from singe_plugin.axes.algebra import concat, expand, fix, fresh, labels, leaves, size_of, split, split_concat, unify
-from singe_plugin.axes.tracked import OBSERVERS, Place, TrackedInt, attribute
+from singe_plugin.axes.places import Place
+from singe_plugin.axes.tracked import OBSERVERS, TrackedInt, attribute
 
 
 def test_a_view_and_its_inverse_are_the_same_axis() -> None:

@@ -370,7 +370,7 @@ def test_a_model_that_begins_to_fail_is_no_reason_to_leave_layers_whole(at: int)
 def test_a_failure_that_comes_of_the_removal_is_a_reason() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = torch.relu(m.body(x))
-        if x.shape[1] % 4:
+        if x.detach().numpy().shape[1] % 4:  # which nobody sees; of x.shape[1] it would be known
             raise Broken("widths are multiples of 4")
         return m.head(x)
 

@@ -14,8 +14,8 @@ from torch import nn
 from singe_plugin.axes.algebra import Axis, is_fixed, leaves, size_of
 from singe_plugin.axes.layers import follow, graph_adapter
 from singe_plugin.axes.parameters import ModelAxes
+from singe_plugin.axes.places import Place
 from singe_plugin.axes.rules.base import OPAQUE
-from singe_plugin.axes.tracked import Place
 
 __all__ = ["link_widths"]
 

@@ -59,7 +59,8 @@ class GroupView(Group):  # type: ignore[misc]
         """Remove the group's units (or those that own the root's channels ``idxs``) from every coupled layer.
 
         Raises:
-            RemovalError: if it fails, or would leave a layer empty; the model is as before.
+            RemovalError: if it fails, would leave a layer empty, or would change the answer to what the model asks of
+                its widths; the model is as before.
         """
         if idxs is not None:
             self._DG.restricted(self, idxs).prune(record_history=record_history)
@@ -193,13 +194,20 @@ class AxisDependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             f"{sorted(whole - wanted) or 'channels of another group'}"
         )
 
-    def remove(self, group: axes.Group, units: Sequence[int], trackers: axes.Trackers, record: bool = True) -> None:
-        """Remove units and note it in the pruning history."""
+    def remove(
+        self,
+        group: axes.Group,
+        units: Sequence[int],
+        trackers: axes.Trackers,
+        record: bool = True,
+        settled: bool = False,
+    ) -> None:
+        """Remove units and note it in the pruning history; ``settled`` is :func:`~singe_plugin.axes.remove_units`'."""
         gone = {int(u) for u in units}
         rows = group.unit_group().producers[0]
         channels = [r for r, u in zip(rows.rows.tolist(), rows.units.tolist(), strict=True) if u in gone]
         before = [(part.tensor, part.tensor.shape) for part in group.slices() if part.is_parameter]
-        remove_units(self.axis_graph, group, units, trackers)
+        remove_units(self.axis_graph, group, units, trackers, settled=settled)
         remember_shapes(before)
         if record and gone:
             self._pruning_history.append([next(iter(group.writers)), True, channels])

@@ -63,6 +63,7 @@ class TorchPruningHost:
         self.max_ratio, self.min_width, self.unpruned = max_ratio, min_width, unpruned
         self.model: nn.Module = graph.model
         self._names = list(groups)
+        self._agreed: dict[str, int] = {}  # how many units of layers go in this turn
 
     @property
     def _groups(self) -> dict[str, Group]:
@@ -104,11 +105,24 @@ class TorchPruningHost:
             {n: BlockView(self.graph, blocks[n]) if n in blocks else GroupView(self.graph, groups[n]) for n in layers}
         )
 
+    def allowed(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """How many units of layers may go together: less where the model would go another way without them."""
+        found = self._together(counts)
+        self._agreed = dict(found)
+        return found
+
+    def _together(self, counts: Mapping[str, int]) -> dict[str, int]:
+        groups = self._groups
+        found = self.graph.axis_graph.allowed({groups[name]: count for name, count in counts.items() if name in groups})
+        return {**counts, **{group.name: count for group, count in found.items()}}
+
     def remove(self, layer: str, units: Sequence[int]) -> None:
+        """Remove units; as many as :meth:`allowed` gave together with others, or as many as may go alone."""
         if layer in self._blocks:
             self.graph.remove_block(self._blocks[layer], self.trackers)
         else:
-            self.graph.remove(self._groups[layer], units, self.trackers)
+            settled = self._agreed.pop(layer, 0) == len(units)
+            self.graph.remove(self._groups[layer], units, self.trackers, settled=settled)
         if self.unpruned is not None:
             self.unpruned.removed()
 
@@ -172,7 +186,7 @@ class TorchPruningHost:
         undo = Snapshot(self.model, self.graph.axis_graph)
         try:
             axes, groups, blocks = self.graph.axis_graph, self._groups, dict(self._blocks)
-            for name, count in plan.items():
+            for name, count in self._together(plan).items():
                 if name in blocks and count:
                     remove_block(axes, blocks[name], undo=False)
                 elif name in axes.groups:

@@ -221,9 +221,9 @@ def _narrowed(
     """Let the network have a share of the units of its groups, for a while."""
     undo = Snapshot(graph.model, graph)
     try:
-        for spec in specs:
-            count = spec.units - replace(spec, step=round_to).kept_for(kept[spec.name] * spec.units)
-            remove_units(graph, groups[spec.name], range(count), undo=False)
+        wanted = {s.name: s.units - replace(s, step=round_to).kept_for(kept[s.name] * s.units) for s in specs}
+        for group, count in graph.allowed({groups[name]: count for name, count in wanted.items()}).items():
+            remove_units(graph, group, range(count), undo=False)
         yield
     finally:
         undo.restore()

@@ -213,7 +213,10 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             loop = Loop(host, Progress({}))
             loop.progress.begin(host.layers())
             for name, units in loop.choose_units(Turn(names, self._least), missing=True).items():
-                yield GroupView(self.DG, self.graph.groups[name], units.tolist())
+                group = self.graph.groups[name]
+                most = self.graph.allowed({group: len(units)})[group]  # of the network as it is by then
+                if most:
+                    yield GroupView(self.DG, group, units.tolist()[:most])
 
     def load_pruning_history(self, pruning_history: list[Any]) -> None:
         """Repeat the removals of :meth:`pruning_history` on this (fresh) model."""
@@ -225,7 +228,8 @@ class SteppingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             module = self.model.get_submodule(name)
             pruner = self.DG.get_pruner_of_module(module)
             function = pruner.prune_out_channels if is_out else pruner.prune_in_channels
-            self.DG.get_pruning_group(module, function, idxs).prune()
+            group = self.DG.get_pruning_group(module, function, idxs)
+            self.DG.remove(group.axis_group, group.units, self.DG.trackers, settled=True)  # what it was then
 
     @property
     def objective(self) -> ObjectiveLike:

@@ -17,8 +17,9 @@ from fractions import Fraction
 from typing import TypeAlias
 
 from .algebra import Atom, Axis, concat, expand, fix, fix_all, fresh, is_fixed, size_of, split, unify
+from .places import Place
 from .trace import Trace
-from .tracked import Place, Term, TrackedInt
+from .tracked import Term, TrackedInt
 
 __all__ = ["solve"]
 

@@ -25,7 +25,7 @@ from .equations import solve
 from .rules import RULES, pointwise
 from .sizes import CUTS, cut_evenly, link_sizes
 from .trace import Forward, Trace
-from .tracked import COMPARED, OBSERVERS, dimension, tracked_attributes, tracked_in
+from .tracked import ASKED, COMPARED, OBSERVERS, dimension, tracked_attributes, tracked_in
 
 __all__ = ["trace"]
 
@@ -83,6 +83,11 @@ class _Functions(TorchFunctionMode):
             self.state.note_attention(kwargs["query"] if "query" in kwargs else args[0])
         with torch._C.DisableTorchFunctionSubclass():  # a subclass would give out another object than what was followed
             out = func(*args, **kwargs)
+        with self.state.booking():
+            return self._noted(name, args, kwargs, out)
+
+    def _noted(self, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+        """What the model gets of a function's result."""
         if name == "__get__" and isinstance(out, torch.Size):
             return self._sizes(args[0], out)
         if name == "size":
@@ -184,12 +189,14 @@ def trace(model: nn.Module, inputs: Any, forward: Forward = call_model) -> Trace
         stack.enter_context(_module_stack(state, forms))
         OBSERVERS.append(state.note_scale)
         COMPARED.append(state.note_equal)
+        ASKED.append(state.note_asked)
         try:
             with _Functions(state), _Operators(state, RULES, pointwise):
                 outputs = forward(model, inputs)
         finally:
             OBSERVERS.pop()
             COMPARED.pop()
+            ASKED.pop()
         results = list(results_in(outputs))
         state.read(results)
         for tensor in results:

@@ -17,6 +17,7 @@ from .blocks import Block
 from .groups import Group
 from .layers import adapt
 from .parameters import ModelAxes
+from .questions import Questions
 from .reasons import why_whole
 from .trace import Forward
 
@@ -68,6 +69,7 @@ class AxisGraph(ModelAxes):
         self.groups: dict[str, Group] = {}
         self.blocks: dict[str, Block] = {}
         self._dropped: dict[str, str] = {}
+        self._questions: tuple[int, Questions] | None = None
         self._find_groups()
         self._whole: dict[str, str] | None = dict(why_whole(self, self.groups.values()))
 
@@ -77,6 +79,22 @@ class AxisGraph(ModelAxes):
         if self._whole is None:
             self._whole = dict(why_whole(self, self.groups.values())) | self._dropped
         return self._whole
+
+    def allowed(self, counts: Mapping[Group, int]) -> dict[Group, int]:
+        """How many units of groups may go together: less than is asked for where the model would go another way.
+
+        See :mod:`singe_plugin.axes.questions`.
+        """
+        return self.questions.allowed(counts)
+
+    @property
+    def questions(self) -> Questions:
+        """What the model asked of its sizes."""
+        if self._questions is None or self._questions[0] != Atom.changes:
+            links = self.trace.links
+            made = Questions(self.trace.asked, lambda place: links.get(place, [None])[0])
+            self._questions = Atom.changes, made
+        return self._questions[1]
 
     def before_removal(self) -> None:
         """Say what is said of the sizes as they are: units are about to go."""

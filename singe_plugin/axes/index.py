@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from .algebra import Atom, Axis, leaves
+from .places import Place
 from .scales import ImpliedScale
 from .trace import Trace
-from .tracked import Place
 
 __all__ = ["Index"]
 

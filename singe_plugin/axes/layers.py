@@ -16,8 +16,8 @@ from torch import nn
 
 from .algebra import Axis, expand, fix, leaves, size_of, split, unify
 from .parameters import ModelAxes
+from .places import Place
 from .scales import ImpliedScale
-from .tracked import Place
 
 __all__ = [
     "ADAPTERS", "GRAPH_ADAPTERS", "adapt", "adapter", "bilinear", "follow", "graph_adapter", "multihead_attention",

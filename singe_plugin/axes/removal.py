@@ -48,7 +48,12 @@ class _Cut:
 
 
 def remove_units(
-    graph: AxisGraph, group: Group, units: Sequence[int], trackers: Trackers | None = None, undo: bool = True
+    graph: AxisGraph,
+    group: Group,
+    units: Sequence[int],
+    trackers: Trackers | None = None,
+    undo: bool = True,
+    settled: bool = False,
 ) -> None:
     """Remove units from every tensor that has a slice of them.
 
@@ -58,10 +63,11 @@ def remove_units(
         units: their present numbers, each once.
         trackers: what is cut along.
         undo: whether a failure is undone here; else by whoever tries this out, who goes back in any case.
+        settled: whether :meth:`AxisGraph.allowed` was asked about all that goes, and this is a part of it.
 
     Raises:
-        RemovalError: for units that are not there, if none would be left, or if something fails on the way; the
-            model is as before.
+        RemovalError: for units that are not there, if none would be left, if the model would go another way without
+            them (:mod:`singe_plugin.axes.questions`), or if something fails on the way; the model is as before.
     """
     trackers = trackers or Trackers()
     gone = {int(u) for u in units}
@@ -83,6 +89,8 @@ def remove_units(
             f"multiple of {group.multiple}, and {group.multiple_of} takes no others; remove as many at once, or let "
             "the model use another implementation (of transformers: set_experts_implementation('eager'))"
         )
+    if undo and not settled:
+        graph.questions.check(group, len(gone))
     graph.before_removal()
     leaf = group.leaf.root()
     cuts = _cuts(group, gone)

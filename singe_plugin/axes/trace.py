@@ -19,7 +19,9 @@ from singe_plugin.nested import tensors_in
 
 from .algebra import Axis, fix, fix_all, fresh, is_fixed, size_of, unify
 from .origins import Dims, Origins
-from .tracked import Place, TrackedInt, dimension, plain
+from .places import Place
+from .questions import Question
+from .tracked import TrackedInt, dimension, plain
 from .widths import own_widths, tensor_of
 
 __all__ = ["AttentionCall", "Forward", "Trace"]
@@ -62,6 +64,7 @@ class Trace:
         links: integer attributes, and the axes whose sizes they are (times a number).
         equations: sizes that the model computes from attributes and dimensions, and the axes that have these sizes.
         compared: sizes that the model found to be equal.
+        asked: other comparisons that the model made of sizes.
         spent: sizes that are numbers to a function, and what that function is.
         constants: parts whose sizes the code gives, and where.
         multiples: axes whose sizes have to stay multiples of a number, and where.
@@ -86,6 +89,7 @@ class Trace:
     links: dict[Place, list[tuple[Fraction, Axis]]] = field(default_factory=dict, init=False)
     equations: list[tuple[TrackedInt, Axis]] = field(default_factory=list, init=False)
     compared: list[tuple[TrackedInt, TrackedInt]] = field(default_factory=list, init=False)
+    asked: dict[Any, Question] = field(default_factory=dict, init=False)
     spent: list[tuple[TrackedInt, str]] = field(default_factory=list, init=False)
     constants: list[tuple[Axis, str]] = field(default_factory=list, init=False)
     multiples: list[tuple[Axis, int, str]] = field(default_factory=list, init=False)
@@ -122,6 +126,7 @@ class Trace:
         self.origins = Origins()
         self.operator = ""
         self._computed_from: set[int] = set()
+        self._booking = False
         for module in self.model.modules():
             for weight in computed_in(module):
                 self._computed_from |= {id(o._parameters[a]) for o, a in weight.sources() if a in o._parameters}
@@ -215,6 +220,22 @@ class Trace:
     def note_equal(self, size: TrackedInt, other: TrackedInt) -> None:
         """Note that the model found two sizes to be equal."""
         self.compared.append((size, other))
+
+    def note_asked(self, left: TrackedInt, right: Any, relation: Callable[[Any, Any], bool], answer: bool) -> None:
+        """Note a comparison of sizes that the model made; not those that are made here."""
+        if not self._booking:
+            where = type(self.stack[-1]).__name__ if self.stack else "the model"
+            question = Question(left, right, relation, answer, where)
+            self.asked.setdefault(question.key, question)
+
+    @contextmanager
+    def booking(self) -> Iterator[None]:
+        """What is compared now is not asked by the model."""
+        before, self._booking = self._booking, True
+        try:
+            yield
+        finally:
+            self._booking = before
 
     def note_scale(self, size: TrackedInt) -> None:
         """Note that a size becomes a factor (``head_dim ** -0.5``): a removal would change it."""

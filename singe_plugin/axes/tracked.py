@@ -9,9 +9,9 @@ that nothing can follow: a quotient with a remainder, a logarithm, an ``int(0.3 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -21,58 +21,18 @@ from torch import Tensor, nn
 from singe_plugin.nested import leaves_in
 
 from .algebra import Axis
+from .places import Place
 
 __all__ = [
-    "COMPARED", "OBSERVERS", "Place", "Term", "TrackedInt", "attribute", "dimension", "is_width", "plain",
-    "tracked_attributes",
-    "tracked_in",
+    "ASKED", "COMPARED", "OBSERVERS", "Term", "TrackedInt", "attribute", "dimension", "is_width", "plain",
+    "tracked_attributes", "tracked_in",
 ]  # fmt: skip
 
 OBSERVERS: list[Callable[[TrackedInt], None]] = []  # told when a size leaves the integers: ``head_dim ** -0.5``
 COMPARED: list[Callable[[TrackedInt, TrackedInt], None]] = []  # told of two that were found to be equal
+# told of other comparisons: what was compared with what, how, and the answer
+ASKED: list[Callable[[TrackedInt, Any, Callable[[Any, Any], bool], bool], None]] = []
 _OWN = frozenset({"training"})
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an integer lives: in ``owner.attr``, or in what that holds, along ``path``.
-
-    A step of the path is an index, a key, or ``".name"`` for an attribute.
-    """
-
-    owner: nn.Module
-    attr: str
-    path: tuple[Any, ...] = ()
-
-    def get(self) -> int:
-        value = self.owner.__dict__[self.attr]
-        for step in self.path:
-            value = getattr(value, step[1:]) if _is_attribute(step) else value[step]
-        return plain(value)
-
-    def set(self, value: int) -> None:
-        """Change the integer; what holds it is replaced, not changed, so that the old one can be put back."""
-        self.owner.__dict__[self.attr] = _replaced(self.owner.__dict__[self.attr], self.path, value)
-
-
-def _is_attribute(step: Any) -> bool:
-    return isinstance(step, str) and step.startswith(".")
-
-
-def _replaced(holder: Any, path: tuple[Any, ...], value: int) -> Any:
-    if not path:
-        return value
-    step, rest = path[0], path[1:]
-    if isinstance(holder, tuple):
-        changed = list(holder)
-        changed[step] = _replaced(changed[step], rest, value)
-        return type(holder)(changed)
-    made = copy(holder)
-    if _is_attribute(step):
-        setattr(made, step[1:], _replaced(getattr(holder, step[1:]), rest, value))
-    else:
-        made[step] = _replaced(holder[step], rest, value)
-    return made
 
 
 @dataclass(frozen=True)
@@ -99,6 +59,7 @@ class TrackedInt(int):
         terms: what it is the sum of.
         followed: whether it *is* that sum; False for what depends on it in another way.
         quotients: the quotients in it, each the sum of its terms: none had a remainder, and none may get one.
+        made: the operation that it is the result of, and what that was of; None for an attribute or a dimension.
 
     Example:
         >>> heads = TrackedInt(6, (Term(places={Place(nn.Module(), "num_heads"): 1}),))
@@ -110,6 +71,7 @@ class TrackedInt(int):
     terms: tuple[Term, ...]
     followed: bool
     quotients: tuple[tuple[Term, ...], ...]
+    made: tuple[Callable[..., Any], tuple[Any, ...]] | None
 
     def __new__(
         cls,
@@ -117,10 +79,11 @@ class TrackedInt(int):
         terms: tuple[Term, ...] = (),
         followed: bool = True,
         quotients: tuple[tuple[Term, ...], ...] = (),
+        made: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
     ) -> TrackedInt:
-        made = super().__new__(cls, value)
-        made.terms, made.followed, made.quotients = terms, followed, quotients
-        return made
+        number = super().__new__(cls, value)
+        number.terms, number.followed, number.quotients, number.made = terms, followed, quotients, made
+        return number
 
     def place(self) -> Place | None:
         """The attribute that it is, if it is one and nothing else."""
@@ -138,28 +101,33 @@ class TrackedInt(int):
         alone = term.factor == 1 and not term.places and [power for _, power in term.axes] == [1]
         return term.axes[0][0] if alone else None
 
-    def _combined(self, value: int, terms: tuple[Term, ...], *others: TrackedInt) -> TrackedInt:
-        every = (self, *others)
+    @staticmethod
+    def _combined(operation: Callable[..., int], operands: tuple[int, ...], terms: tuple[Term, ...]) -> TrackedInt:
+        every = [number for number in operands if isinstance(number, TrackedInt)]
         quotients = tuple(q for number in every for q in number.quotients)
-        return TrackedInt(value, terms, all(number.followed for number in every), quotients)
+        value = operation(*map(plain, operands))
+        return TrackedInt(value, terms, all(n.followed for n in every), quotients, (operation, operands))
 
-    def _depends(self, value: Any, other: Any = 0) -> Any:
-        """A number that is made of this one, in a way that is not followed."""
+    @staticmethod
+    def _depends(operation: Callable[..., Any], *operands: Any) -> Any:
+        """A number that is made of these, in a way that is not followed."""
+        value = operation(*(plain(n) if isinstance(n, int) else n for n in operands))
         if not isinstance(value, int) or isinstance(value, bool):
             return value
-        return TrackedInt(value, self.terms + (other.terms if isinstance(other, TrackedInt) else ()), False)
+        terms = tuple(term for n in operands if isinstance(n, TrackedInt) for term in n.terms)
+        return TrackedInt(value, terms, False, (), (operation, operands))
 
     # -- sums and products ----------------------------------------------------------------------------------------
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return self._leaves(other, lambda a, b: a + b)
-        return self._combined(plain(self) + plain(other), self.terms + _terms(other), *_tracked(other))
+        return self._combined(operator.add, (self, other), self.terms + _terms(other))
 
     __radd__ = __add__
 
     def __neg__(self) -> Any:
-        return self._combined(-plain(self), tuple(t.times(Term(Fraction(-1))) for t in self.terms))
+        return self._combined(operator.neg, (self,), tuple(t.times(Term(Fraction(-1))) for t in self.terms))
 
     def __pos__(self) -> Any:
         return self
@@ -176,7 +144,7 @@ class TrackedInt(int):
         if not isinstance(other, int):
             return self._leaves(other, lambda a, b: a * b)
         terms = tuple(a.times(b) for a in self.terms for b in _terms(other))
-        return self._combined(plain(self) * plain(other), terms, *_tracked(other))
+        return self._combined(operator.mul, (self, other), terms)
 
     __rmul__ = __mul__
 
@@ -199,12 +167,12 @@ class TrackedInt(int):
     def __mod__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return self._leaves(other, lambda a, b: a % b)
-        return self._depends(plain(self) % plain(other), other)
+        return self._depends(operator.mod, self, other)
 
     def __rmod__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return other % plain(self) if isinstance(other, str) else self._leaves(other, lambda a, b: b % a)
-        return self._depends(other % plain(self))
+        return self._depends(operator.mod, other, self)
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -213,16 +181,16 @@ class TrackedInt(int):
         return other // self, other % self
 
     def __rshift__(self, other: Any) -> Any:
-        return self // (1 << other) if type(other) is int else self._depends(plain(self) >> other, other)
+        return self // (1 << other) if type(other) is int else self._depends(operator.rshift, self, other)
 
     def __lshift__(self, other: Any) -> Any:
-        return self * (1 << other) if type(other) is int else self._depends(plain(self) << other, other)
+        return self * (1 << other) if type(other) is int else self._depends(operator.lshift, self, other)
 
     def __rrshift__(self, other: Any) -> Any:
-        return self._depends(other >> plain(self))
+        return self._depends(operator.rshift, other, self)
 
     def __rlshift__(self, other: Any) -> Any:
-        return self._depends(other << plain(self))
+        return self._depends(operator.lshift, other, self)
 
     def __abs__(self) -> Any:
         return self if plain(self) >= 0 else -self
@@ -233,21 +201,21 @@ class TrackedInt(int):
     __floor__ = __ceil__ = __round__
 
     def __and__(self, other: Any) -> Any:
-        return self._depends(plain(self) & other, other)
+        return self._depends(operator.and_, self, other)
 
     def __or__(self, other: Any) -> Any:
-        return self._depends(plain(self) | other, other)
+        return self._depends(operator.or_, self, other)
 
     def __xor__(self, other: Any) -> Any:
-        return self._depends(plain(self) ^ other, other)
+        return self._depends(operator.xor, self, other)
 
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
     def bit_length(self) -> Any:
-        return self._depends(plain(self).bit_length())
+        return self._depends(int.bit_length, self)
 
     def bit_count(self) -> Any:
-        return self._depends(plain(self).bit_count())
+        return self._depends(int.bit_count, self)
 
     # -- comparisons ----------------------------------------------------------------------------------------------
 
@@ -266,7 +234,37 @@ class TrackedInt(int):
         same = plain(self) == (plain(other) if isinstance(other, int) else other)
         if same and COMPARED and isinstance(other, TrackedInt):
             COMPARED[-1](self, other)
+        if ASKED and (not same or self._is_remainder):  # else a number of its own: every removal changes the answer
+            ASKED[-1](self, other, operator.eq, same)
         return same
+
+    @property
+    def _is_remainder(self) -> bool:
+        return self.made is not None and self.made[0] is operator.mod
+
+    def __bool__(self) -> bool:
+        return not self._compared(0)
+
+    def __lt__(self, other: Any) -> Any:
+        return self._ordered(other, operator.lt)
+
+    def __le__(self, other: Any) -> Any:
+        return self._ordered(other, operator.le)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._ordered(other, operator.gt)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._ordered(other, operator.ge)
+
+    def _ordered(self, other: Any, relation: Callable[[Any, Any], bool]) -> Any:
+        """Which is larger, as ``width > 64`` asks: it must not be otherwise when units are gone."""
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        answer = relation(plain(self), plain(other) if isinstance(other, int) else other)
+        if ASKED:
+            ASKED[-1](self, other, relation, answer)
+        return answer
 
     # -- out of the integers --------------------------------------------------------------------------------------
 
@@ -314,19 +312,14 @@ def _terms(number: int) -> tuple[Term, ...]:
     return (Term(Fraction(number)),) if number else ()
 
 
-def _tracked(number: int) -> tuple[TrackedInt, ...]:
-    return (number,) if isinstance(number, TrackedInt) else ()
-
-
 def _divided(above: int, below: int) -> Any:
     """Make a quotient, which is followed if nothing is left over and what it is divided by is one product."""
-    value, rest = divmod(plain(above), plain(below))
-    known = _tracked(above) + _tracked(below)
+    _, rest = divmod(plain(above), plain(below))
     if rest or len(_terms(below)) != 1 or isinstance(above, bool):
-        return known[0]._depends(value, known[-1])
+        return TrackedInt._depends(operator.floordiv, above, below)
     (divisor,) = _terms(below)
     terms = tuple(term.times(divisor, -1) for term in _terms(above))
-    made = known[0]._combined(value, terms, *known[1:])
+    made = TrackedInt._combined(operator.floordiv, (above, below), terms)
     made.quotients = (*made.quotients, terms)
     return made
 

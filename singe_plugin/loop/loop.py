@@ -87,6 +87,14 @@ class Repairing(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """A host that knows of numbers of units that must not go together."""
+
+    def allowed(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """How many units of layers may go in one turn: at most as many as is asked for."""
+
+
+@runtime_checkable
 class Sized(Protocol):
     """A host that says how large the network is: units of the prunable layers, and what targets count."""
 
@@ -259,6 +267,8 @@ class Loop:
         scores = score_layers(self.host, {name: self.progress.left(name) for name in turn.layers}, missing)
         seconds = time.perf_counter() - start
         counts = turn.allocate(scores)
+        if isinstance(self.host, Bounded):
+            counts = self.host.allowed(counts)
         for name, values in scores.items():
             self.callback.on_layer_scored(LayerScored(name, values, seconds / len(scores)))
         return {name: self.choose(name, scores[name], count) for name, count in counts.items() if count > 0}

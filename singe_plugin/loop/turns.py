@@ -40,7 +40,9 @@ def in_layers(loop: Loop, pace: Pace) -> Iterator[Turn]:
     for index in range(progress.next_layer, len(todo)):
         name, chunk, before = todo[index], chunks[index], sum(removals[:index])
         for number in range(removals[index]):
-            count = min(chunk, progress.plan[name] - number * chunk)
+            # of what was planned so far, what is not gone yet: a host may have kept some back (see Bounded)
+            gone = progress.original(name) - progress.left(name)
+            count = min((number + 1) * chunk, progress.plan[name]) - gone
             steps = 0
             if loop.every == "removal":
                 steps = loop.share(before + number, sum(removals))
@@ -87,12 +89,14 @@ def in_rounds(
             return counts
 
         names = [layer.name for layer in host.layers()]
+        before = {name: progress.left(name) for name in names}
         steps = 0 if loop.every == "end" else loop.share(number, pace.rounds)
         yield Turn(names, decide, steps, last=number + 1 == pace.rounds)
-        for name, count in counts.items():
-            progress.plan[name] = progress.plan.get(name, 0) + count
+        gone = {name: units - progress.left(name) for name, units in before.items()}
+        for name in counts:
+            progress.plan[name] = progress.plan.get(name, 0) + gone[name]
         left = sum(progress.left(name) for name in names)
-        callback.on_round_done(RoundDone(number + 1, pace.rounds, sum(counts.values()), left, loop.shares()))
+        callback.on_round_done(RoundDone(number + 1, pace.rounds, sum(gone.values()), left, loop.shares()))
         progress.next_layer = number + 1
         if number + 1 == pace.rounds:
             for index, name in enumerate(names):

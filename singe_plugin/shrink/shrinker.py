@@ -252,6 +252,10 @@ class _Shrinker:
             if len(numbers) == group.size:
                 self._say(group, "all its units are masked; the last one stays, so that the layer has one")
                 numbers.pop()
+        for group, most in self.graph.allowed({g: len(numbers) for g, numbers in gone.items()}).items():
+            if most < len(gone[group]):
+                self._say(group, f"{len(gone[group]) - most} of its masked units stay: the model compares widths")
+                del gone[group][most:]
         trials = Trials(self.lab, holes, closed, quiet, zeroed, self.tolerance)
         todo = {g: numbers for g, numbers in gone.items() if numbers}
         right, wrong = trials.sorted(todo)
@@ -268,7 +272,7 @@ class _Shrinker:
             self.made = made if known and done == {g: gone[g] for g in right} else None
         for group in right:
             before = [(part.tensor, part.tensor.shape) for part in group.slices() if part.is_parameter]
-            remove_units(self.graph, group, gone[group], self.trackers)
+            remove_units(self.graph, group, gone[group], self.trackers, settled=True)
             remember_shapes(before)
             self.history.on_removed(Removed(group.name, tuple(gone[group]), group.size))
 
