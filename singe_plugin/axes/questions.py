@@ -10,73 +10,20 @@ with the sizes that would be left.
 from __future__ import annotations
 
 import logging
-import operator
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from singe_plugin.errors import RemovalError
 
 from .algebra import Atom, leaves, size_of
+from .asked import Question, sources
+from .groups import Group
 from .places import Place
 from .tracked import TrackedInt, plain
 
-if TYPE_CHECKING:
-    from .groups import Group
+__all__ = ["Questions"]
 
-__all__ = ["Question", "Questions"]
-
-_WORDS = {
-    operator.eq: "equal to", operator.lt: "less than", operator.le: "at most", operator.gt: "greater than",
-    operator.ge: "at least",
-}  # fmt: skip
 _logger = logging.getLogger("singe_plugin")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A comparison of two numbers, one of which depends on sizes.
-
-    Attributes:
-        left, right: what was compared.
-        relation: how.
-        answer: what it said.
-        where: the class of the module that asked.
-    """
-
-    left: TrackedInt
-    right: Any
-    relation: Callable[[Any, Any], bool]
-    answer: bool
-    where: str
-
-    def __str__(self) -> str:
-        asked = f"a size of {plain(self.left)} is {_WORDS[self.relation]} {self.right}"
-        return f"{self.where} asks whether {asked}, and would go another way"
-
-    @property
-    def key(self) -> Any:
-        """Equal for questions that ask the same."""
-        return self.relation, _shape(self.left), _shape(self.right)
-
-
-def _shape(number: Any) -> Any:
-    """A number as what it is made of."""
-    if not isinstance(number, TrackedInt):
-        return number
-    if number.made is not None:
-        return number.made[0], *map(_shape, number.made[1])
-    return tuple((tuple(term.places.items()), term.axes) for term in number.terms)
-
-
-def _sources(number: Any) -> Iterator[Place | tuple[Atom, ...]]:
-    """The attributes and axes that a number is made of."""
-    if isinstance(number, TrackedInt):
-        for operand in () if number.made is None else number.made[1]:
-            yield from _sources(operand)
-        for term in number.terms if number.made is None else ():
-            yield from term.places
-            yield from (axis for axis, _ in term.axes)
 
 
 class Questions:
@@ -97,7 +44,7 @@ class Questions:
     def _leaves(self, question: Question) -> dict[Atom, None]:
         found: dict[Atom, None] = {}
         for number in (question.left, question.right):
-            for source in _sources(number):
+            for source in sources(number):
                 linked = self._sizes(source) if isinstance(source, Place) else (1, source)
                 if linked is not None:
                     found |= dict.fromkeys(leaf for leaf in leaves(linked[1]) if not leaf.fixed)
@@ -158,7 +105,7 @@ class Questions:
         if number.made is not None:
             operation, operands = number.made
             return operation(*map(self._now, operands))
-        (source,) = _sources(number)
+        (source,) = sources(number)
         if not isinstance(source, Place):
             return size_of(source)
         linked = self._sizes(source)

@@ -18,9 +18,9 @@ from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
 from .algebra import Axis, fix, fix_all, fresh, is_fixed, size_of, unify
+from .asked import Question
 from .origins import Dims, Origins
 from .places import Place
-from .questions import Question
 from .tracked import TrackedInt, dimension, plain
 from .widths import own_widths, tensor_of
 

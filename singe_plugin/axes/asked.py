@@ -1,0 +1,65 @@
+"""A comparison of sizes that a model made while it was traced."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .algebra import Axis
+from .places import Place
+from .tracked import TrackedInt, plain
+
+__all__ = ["Question", "sources"]
+
+_WORDS = {
+    operator.eq: "equal to", operator.lt: "less than", operator.le: "at most", operator.gt: "greater than",
+    operator.ge: "at least",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A comparison of two numbers, one of which depends on sizes.
+
+    Attributes:
+        left, right: what was compared.
+        relation: how.
+        answer: what it said.
+        where: the class of the module that asked.
+    """
+
+    left: TrackedInt
+    right: Any
+    relation: Callable[[Any, Any], bool]
+    answer: bool
+    where: str
+
+    def __str__(self) -> str:
+        asked = f"a size of {plain(self.left)} is {_WORDS[self.relation]} {self.right}"
+        return f"{self.where} asks whether {asked}, and would go another way"
+
+    @property
+    def key(self) -> Any:
+        """Equal for questions that ask the same."""
+        return self.relation, _shape(self.left), _shape(self.right)
+
+
+def _shape(number: Any) -> Any:
+    """A number as what it is made of."""
+    if not isinstance(number, TrackedInt):
+        return number
+    if number.made is not None:
+        return number.made[0], *map(_shape, number.made[1])
+    return tuple((tuple(term.places.items()), term.axes) for term in number.terms)
+
+
+def sources(number: Any) -> Iterator[Place | Axis]:
+    """The attributes and axes that a number is made of."""
+    if isinstance(number, TrackedInt):
+        for operand in () if number.made is None else number.made[1]:
+            yield from sources(operand)
+        for term in number.terms if number.made is None else ():
+            yield from term.places
+            yield from (axis for axis, _ in term.axes)
