@@ -19,8 +19,9 @@ COUNTED = {"params": "parameters", "macs": "multiply-adds"}
 
 
 def _default(stored: list[Row]) -> list[Row]:
-    """Rows of the default: its criterion on 256 images, on test images, before any training."""
-    return [r for r in stored if r["method"] == "obs" and r["split"] == "test" and r["batches"] == 4 and not r["steps"]]
+    """Rows of the default: its criterion on 256 images and its widths, on test images, before any training."""
+    rows = [r for r in stored if r["method"] == "obs" and r["split"] == "test" and r["batches"] == 4 and not r["steps"]]
+    return [r for r in rows if r.get("round_to", 1) == ("auto" if r["target"].startswith("macs") else 1)]
 
 
 def _settings(stored: list[Row]) -> list[tuple[str, str]]:
