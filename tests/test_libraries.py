@@ -71,6 +71,23 @@ def test_a_configuration_of_diffusers_follows_where_the_class_can_say_it(tmp_pat
     assert torch.equal(model(**inputs).sample, again(**inputs).sample)
 
 
+def test_an_autoencoder_comes_back_with_its_configuration(tmp_path: Path) -> None:
+    """Layers behind concatenations read sums of two numbers; with one of them doubled, the class has other layers."""
+    model = of_diffusers(
+        "AutoencoderKL", block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    x = torch.randn(2, 3, 16, 16)
+    share, _ = halved(model, x)
+    told = follow_config(model, x)
+    assert share > 0.8
+    assert told.endswith("(block_out_channels=[16, 32], latent_channels=2): save_pretrained works")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = type(model).from_pretrained(tmp_path).eval()  # type: ignore[attr-defined]
+    assert again.config.latent_channels == 2
+    assert torch.equal(model(x).sample, again(x).sample)
+
+
 def test_what_a_configuration_of_diffusers_cannot_say_is_said() -> None:
     model = of_diffusers(
         "UNet2DModel", sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
@@ -83,6 +100,7 @@ def test_what_a_configuration_of_diffusers_cannot_say_is_said() -> None:
     share, _ = halved(model, inputs)
     told = follow_config(model, inputs)
     assert share > 0.8
-    assert "cannot say the widths that are left" in told
+    # everything is halved but the sines of the time, whose number is that of the first block
+    assert "cannot say the widths that are left (time_embedding.linear_1.weight has the shape" in told
     assert "use singe_plugin.save" in told
     assert dict(model.config) == config  # type: ignore[arg-type]

@@ -66,6 +66,8 @@ def _config(model: nn.Module, changed: Mapping[_Key, int]) -> dict[str, Any]:
             config[key] = number
         else:
             config[key] = [number if i == index else value for i, value in enumerate(config[key])]
+    if usual := config.get("_use_default_values"):  # of these, diffusers takes its own
+        config["_use_default_values"] = [name for name in usual if name not in {key for key, _ in changed}]
     return config
 
 
@@ -85,6 +87,6 @@ def _solved(model: nn.Module) -> tuple[dict[_Key, int], str]:
     for order in (list(numbers), list(numbers)[::-1]):
         changed, reason = solved(shapes_of(model), numbers, order, partial(_with, model))
         if not reason:
-            return changed, ""
+            return {key: changed[key] for key in numbers if key in changed}, ""
         why = why or reason
     return {}, why

@@ -7,6 +7,7 @@ same with the same weights.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ _EXACT, _ROUNDED = 1e-7, 1e-6  # in double precision, with constants in single p
 Key = TypeVar("Key")
 Shapes = dict[str, tuple[int, ...]]
 _TRIED = (16, 32)  # of a number that is not said
+_TIMES = (2, 3, 5)  # of one that is: where it meets another number, the class may leave layers out
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -75,6 +77,10 @@ def solved(
     """
     changed = dict(known or {})
     base = built(lambda: make(changed))
+    if base not in (None, wanted):
+        alone = changed | _alone(wanted, base, {k: v for k, v in numbers.items() if k not in changed}, changed, make)
+        better = built(lambda: make(alone))
+        changed, base = (changed, base) if better is None else (alone, better)
     for key in order:
         if base is None:
             return {}, f"the class cannot be built with {changed}"
@@ -116,22 +122,66 @@ def value_of(
         >>> value_of("ratio", None, {}, base, wanted, lambda new: nn.Linear(4, int(4 * new["ratio"])), (1, 2))
         Fraction(3, 2)
     """
-    first, second = (value, 2 * value) if value is not None else tried
-    other = built(lambda: make({**changed, key: second}))
-    start = base if value is not None else built(lambda: make({**changed, key: first}))
-    if other is None or start is None or not other.keys() == start.keys() == wanted.keys():
+    start = base if value is not None else built(lambda: make({**changed, key: tried[0]}))
+    found = None if start is None else _wanted(key, value, changed, start, wanted, make, tried)
+    return None if found is None else _agreed(found.values())
+
+
+def _wanted(
+    key: Key,
+    value: int | None,
+    changed: Mapping[Key, Any],
+    start: Shapes,
+    wanted: Shapes,
+    make: Callable[[Mapping[Key, Any]], nn.Module],
+    tried: tuple[int, int] = _TRIED,
+) -> dict[tuple[str, int], Fraction] | None:
+    """What a number would have to be for each dimension that depends on it; None if that cannot be seen."""
+    first = tried[0] if value is None else value
+    for second in [tried[1]] if value is None else [times * value for times in _TIMES]:
+        other = built(lambda second=second: make({**changed, key: second}))  # type: ignore[misc]
+        if other is not None and other.keys() == start.keys() == wanted.keys():
+            break
+    else:
         return None
-    found: set[Fraction] = set()
+    found: dict[tuple[str, int], Fraction] = {}
     for name, shape in start.items():
         if not len(shape) == len(other[name]) == len(wanted[name]):
             return None
-        for one, two, target in zip(shape, other[name], wanted[name], strict=True):
+        for dim, (one, two, target) in enumerate(zip(shape, other[name], wanted[name], strict=True)):
             if one != two:  # the size is a straight line in the number
-                found.add(first + Fraction((target - one) * (second - first), two - one))
-    if len(found) != 1:
-        return None
-    (number,) = found
+                found[name, dim] = first + Fraction((target - one) * (second - first), two - one)
+    return found
+
+
+def _agreed(values: Iterable[Fraction]) -> Fraction | None:
+    """What all say, if that is a number of something."""
+    found = set(values)
+    number = found.pop() if len(found) == 1 else Fraction(0)
     return number if number > 0 else None
+
+
+def _alone(
+    wanted: Shapes,
+    base: Shapes,
+    numbers: Mapping[Key, int | None],
+    changed: Mapping[Key, int],
+    make: Callable[[Mapping[Key, int]], nn.Module],
+) -> dict[Key, int]:
+    """The numbers that are told by dimensions that depend on nothing else: sums and products of others wait for them.
+
+    A layer behind a concatenation reads 64 + 32 channels, and alone says neither of both. Where dimensions contradict
+    each other, the class cannot have these shapes; what most of them say then shows which ones are in the way.
+    """
+    moved = {k: _wanted(k, v, changed, base, wanted, make) or {} for k, v in numbers.items() if v is not None}
+    owners = Counter(place for places in moved.values() for place in places)
+    found: dict[Key, int] = {}
+    for key, places in moved.items():
+        said = Counter(value for place, value in places.items() if owners[place] == 1)
+        number = said.most_common(1)[0][0] if said else Fraction(0)
+        if number > 0 and number.denominator == 1 and number != numbers[key]:
+            found[key] = int(number)
+    return found
 
 
 def is_the_model(model: nn.Module, fresh: nn.Module, inputs: Any) -> bool:
