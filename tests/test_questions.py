@@ -66,6 +66,7 @@ WAYS: dict[str, Way] = {
     "the largest": lambda net, a, b: b * 3 if max(a.shape[1], b.shape[1]) == a.shape[1] else b,
     "divisible": lambda net, a, b: b * 2 if b.shape[1] % 4 == 0 else b,
     "refused": multiples_only,
+    "a quotient": lambda net, a, b: b * 2 if 60 // (b.shape[1] - 20) > 20 else b,
     "odd": lambda net, a, b: b if not b.shape[1] % 2 else b * 2,
 }
 

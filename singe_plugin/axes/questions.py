@@ -84,6 +84,8 @@ class Questions:
             left: leaf -> its size then.
         """
         asked = {id(q): q for leaf in left for q in self._by_leaf.get(leaf, ())}
+        # of others widths meet on the way to the end of this turn, or the module that asked is gone
+        asked = {key: q for key, q in asked.items() if self._stays(q)}
         if not asked:
             return None
         before = {leaf: leaf.size for leaf in left}
@@ -91,12 +93,19 @@ class Questions:
             for leaf, size in left.items():
                 leaf.resize(size)
             for question in asked.values():
-                if bool(question.relation(self._now(question.left), self._now(question.right))) != question.answer:
+                if not self._stays(question):
                     return question, self._leaves(question)
         finally:
             for leaf, size in before.items():
                 leaf.resize(size)
         return None
+
+    def _stays(self, question: Question) -> bool:
+        """Whether the answer is what it was, with the sizes that leaves have now."""
+        try:
+            return bool(question.relation(self._now(question.left), self._now(question.right))) == question.answer
+        except ArithmeticError:  # it cannot even be asked
+            return False
 
     def _now(self, number: Any) -> Any:
         """What a number is with the sizes that leaves have."""
