@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/singe demo --output singe_demo
 
+# one worker for each core, and so one thread for each worker
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # what runs on a CUDA device against what runs on the CPU; skipped without one
 gpu: $(STAMP)

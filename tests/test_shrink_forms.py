@@ -273,7 +273,7 @@ def test_a_failure_leaves_the_masks_on_the_model(
     types, expected = [type(m) for m in model.modules()], model.eval()(X)
     model.train()
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(SHRINK, "remove_units", fail)

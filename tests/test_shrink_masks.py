@@ -111,11 +111,11 @@ def test_a_failure_leaves_no_trace(error: BaseException, count: int, monkeypatch
     model(torch.randn(2, 2, 6, 6)).sum().backward()
     real, calls = SHRINK.remove_units, []
 
-    def remove(*args: Any) -> None:
+    def remove(*args: Any, **options: Any) -> None:
         calls.append(args)
         if len(calls) == count:
             raise error
-        real(*args)
+        real(*args, **options)
 
     monkeypatch.setattr(SHRINK, "remove_units", remove)
     trace = Trace(model)
