@@ -139,6 +139,22 @@ def test_what_is_ahead_and_what_is_not_known() -> None:
     assert Rates().guesses() == {}
 
 
+def test_without_fine_tuning_a_scoring_tells_how_long_a_repair_is() -> None:
+    """No pass is timed there: a scoring is six passes of its images, a repair three of its own."""
+    clock = Clock()
+    outlook = Outlook(clock)
+    outlook.begin(Ahead((1.0, 1.0), repairs=1, goal=1.0, rates=Rates(scored=100, repaired=400)))
+    assert outlook.left() is None
+    clock.now += 12.0
+    outlook.done("scoring")
+    assert outlook.left() == pytest.approx(12.0 + 12.0 / 6 / 100 * 3 * 400)
+    clock.now += 12.0
+    outlook.done("scoring")
+    clock.now += 10.0
+    outlook.done("repair")
+    assert outlook.left() == 0
+
+
 def test_a_stop_and_the_time_between_events() -> None:
     clock = Clock()
     outlook = Outlook(clock)

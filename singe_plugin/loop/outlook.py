@@ -209,7 +209,11 @@ class Outlook:
 
     def one(self, kind: str) -> float | None:
         """Seconds that one of a kind would take in the unpruned network; None if nothing is known of it."""
-        taken, guess = self._taken[kind], self.ahead.rates.guesses().get(kind)
+        rates = self.ahead.rates
+        taken, guess = self._taken[kind], rates.guesses().get(kind)
+        if kind == "repair" and guess is None and rates.scored and self._taken["scoring"]:
+            # no pass was timed where nothing is fine-tuned: a scoring tells how long one is
+            guess = (self.one("scoring") or 0.0) * REPAIR * rates.repaired / (SCORING * rates.scored)
         if not taken or (kind == "step" and self._first_step and guess is not None):
             return guess
         return sum(seconds for seconds, _ in taken) / sum(weight for _, weight in taken)
