@@ -17,11 +17,12 @@ from singe_plugin.fields import as_options, describe, to_plain
 from singe_plugin.loop.costs import LATENCY
 from singe_plugin.loop.events import Callback
 from singe_plugin.loop.finetune import FineTune
-from singe_plugin.loop.pace import AUTO, Pace
+from singe_plugin.loop.pace import Pace
 from singe_plugin.loop.repair import Repair
 from singe_plugin.loop.target import Target
 from singe_plugin.loop.times import Timing
 from singe_plugin.loop.watch import Evaluate
+from singe_plugin.loop.widths import with_step
 from singe_plugin.method.folding import fold_batchnorm
 from singe_plugin.method.options import Scoring
 from singe_plugin.ranks import together
@@ -150,8 +151,7 @@ def settle_target(target: str | Target | None, pace: Pace) -> tuple[Target | Non
         ('auto', None)
     """
     wanted = None if target is None else Target.parse(target)
-    fast = wanted is not None and wanted.is_of_speed
-    return wanted, replace(pace, round_to=AUTO) if fast and pace.round_to is None else pace
+    return wanted, with_step(pace, wanted)
 
 
 def describe_target(target: Target | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from singe_plugin.loop.target import Target
 from singe_plugin.loop.tuner import Tuner
 from singe_plugin.loop.turns import in_layers, in_rounds
 from singe_plugin.loop.watch import Watch
-from singe_plugin.loop.widths import Widths
+from singe_plugin.loop.widths import Widths, with_step
 from singe_plugin.method.batches import materialise
 from singe_plugin.method.objective import ObjectiveLike
 from singe_plugin.run.guards import check_here, check_parts, parts_of
@@ -230,9 +230,7 @@ class SInGEPruner(SteppingPruner):
     @property
     def widths(self) -> Widths:
         """The widths that layers may have: multiples of what was asked for, or of what the device likes."""
-        given = self.pace.round_to
-        if given is None and self.target is not None and self.target.is_of_speed:
-            given = AUTO
+        given = with_step(self.pace, self.target).round_to
         if given == AUTO:
             return Widths(WIDE if self.meter.table is None else self.meter.table.step)
         return Widths(int(given or 1), exact=True)

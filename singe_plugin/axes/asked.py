@@ -11,7 +11,7 @@ from .algebra import Axis
 from .places import Place
 from .tracked import TrackedInt, plain
 
-__all__ = ["Question", "sources"]
+__all__ = ["Question"]
 
 _WORDS = {
     operator.eq: "equal to", operator.lt: "less than", operator.le: "at most", operator.gt: "greater than",
@@ -45,6 +45,22 @@ class Question:
         """Equal for questions that ask the same."""
         return self.relation, _shape(self.left), _shape(self.right)
 
+    def sources(self) -> Iterator[Place | Axis]:
+        """The attributes and axes that both numbers are made of."""
+        yield from _sources(self.left)
+        yield from _sources(self.right)
+
+    def stays(self, size: Callable[[Place | Axis], int]) -> bool:
+        """Whether the answer is what it was.
+
+        Args:
+            size: what an attribute is, or the size of an axis.
+        """
+        try:
+            return bool(self.relation(_now(self.left, size), _now(self.right, size))) == self.answer
+        except ArithmeticError:  # it cannot even be asked
+            return False
+
 
 def _shape(number: Any) -> Any:
     """A number as what it is made of."""
@@ -55,11 +71,21 @@ def _shape(number: Any) -> Any:
     return tuple((tuple(term.places.items()), term.axes) for term in number.terms)
 
 
-def sources(number: Any) -> Iterator[Place | Axis]:
-    """The attributes and axes that a number is made of."""
+def _sources(number: Any) -> Iterator[Place | Axis]:
     if isinstance(number, TrackedInt):
         for operand in () if number.made is None else number.made[1]:
-            yield from sources(operand)
+            yield from _sources(operand)
         for term in number.terms if number.made is None else ():
             yield from term.places
             yield from (axis for axis, _ in term.axes)
+
+
+def _now(number: Any, size: Callable[[Place | Axis], int]) -> Any:
+    """What a number is with other sizes."""
+    if not isinstance(number, TrackedInt):
+        return number
+    if number.made is not None:
+        operation, operands = number.made
+        return operation(*(_now(operand, size) for operand in operands))
+    (source,) = _sources(number)
+    return size(source)

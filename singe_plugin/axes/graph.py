@@ -38,6 +38,7 @@ class AxisGraph(ModelAxes):
         groups: by name, in forward order.
         blocks: residual blocks that can go as a whole, by name; none until they are looked for
             (:func:`singe_plugin.axes.depth.find_blocks`).
+        questions: what the model asked of its sizes.
         left_whole: layer, or a parameter alone -> why nothing is removed from its outputs; all with two dimensions or
             more that no group writes are there.
         history: what a host notes of its removals; undone together with them.
@@ -69,7 +70,7 @@ class AxisGraph(ModelAxes):
         self.groups: dict[str, Group] = {}
         self.blocks: dict[str, Block] = {}
         self._dropped: dict[str, str] = {}
-        self._questions: tuple[int, Questions] | None = None
+        self.questions = Questions(self.trace, self.index)
         self._find_groups()
         self._whole: dict[str, str] | None = dict(why_whole(self, self.groups.values()))
 
@@ -86,15 +87,6 @@ class AxisGraph(ModelAxes):
         See :mod:`singe_plugin.axes.questions`.
         """
         return self.questions.allowed(counts)
-
-    @property
-    def questions(self) -> Questions:
-        """What the model asked of its sizes."""
-        if self._questions is None or self._questions[0] != Atom.changes:
-            links = self.trace.links
-            made = Questions(self.trace.asked, lambda place: links.get(place, [None])[0])
-            self._questions = Atom.changes, made
-        return self._questions[1]
 
     def before_removal(self) -> None:
         """Say what is said of the sizes as they are: units are about to go."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from .algebra import Atom, Axis, leaves
+from .asked import Question
 from .places import Place
 from .scales import ImpliedScale
 from .trace import Trace
@@ -15,7 +16,7 @@ __all__ = ["Index"]
 
 
 class Index:
-    """Attributes, operators and scales by the leaves that they depend on.
+    """Attributes, operators, scales and comparisons by the leaves that they depend on.
 
     It is made when it is first asked, and again when axes were unified or something was noted since.
 
@@ -31,6 +32,7 @@ class Index:
         self._mixing: dict[Atom, list[tuple[str, int]]] = {}
         self._widths: dict[Atom, list[ImpliedScale]] = {}
         self._rows: dict[nn.Module, list[ImpliedScale]] = {}
+        self._asked: dict[Atom, list[Question]] = {}
 
     def places(self, leaf: Atom) -> list[Place]:
         """The attributes that follow axes with the leaf in them."""
@@ -52,17 +54,22 @@ class Index:
         self._refresh()
         return list({id(s): s for owner in dict.fromkeys(owners) for s in self._rows.get(owner, [])}.values())
 
+    def asked(self, found: Iterable[Atom]) -> list[Question]:
+        """The comparisons whose answers depend on one of these leaves, each once."""
+        self._refresh()
+        return list({id(q): q for leaf in found for q in self._asked.get(leaf, [])}.values())
+
     def forget(self) -> None:
         """Make all of it again when it is next asked: something that was noted is gone, or there again."""
         self._made = ()
 
     def _refresh(self) -> None:
         trace = self.trace
-        now = (Atom.changes, len(trace.links), len(trace.mixing), len(self.scales))
+        now = (Atom.changes, len(trace.links), len(trace.mixing), len(trace.asked), len(self.scales))
         if now == self._made:
             return
         self._made = now
-        for table in (self._places, self._mixing, self._widths, self._rows):
+        for table in (self._places, self._mixing, self._widths, self._rows, self._asked):
             table.clear()
         for place, found in trace.links.items():
             for leaf in _once(found[0][1]):
@@ -70,6 +77,9 @@ class Index:
         for key, dims in trace.mixing.items():
             for leaf in dict.fromkeys(leaf for _, axis in dims for leaf in leaves(axis)):
                 self._mixing.setdefault(leaf, []).append(key)
+        for question in trace.asked.values():
+            for leaf in trace.depends_on(question):
+                self._asked.setdefault(leaf, []).append(question)
         for scale in self.scales:
             for leaf in _once(scale.width):
                 self._widths.setdefault(leaf, []).append(scale)

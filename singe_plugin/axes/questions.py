@@ -10,16 +10,16 @@ with the sizes that would be left.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from singe_plugin.errors import RemovalError
 
-from .algebra import Atom, leaves, size_of
-from .asked import Question, sources
+from .algebra import Atom, Axis, size_of
+from .asked import Question
 from .groups import Group
+from .index import Index
 from .places import Place
-from .tracked import TrackedInt, plain
+from .trace import Trace
 
 __all__ = ["Questions"]
 
@@ -27,28 +27,16 @@ _logger = logging.getLogger("singe_plugin")
 
 
 class Questions:
-    """What a model asked, by the leaves that the answers depend on.
+    """What a model asked, and what the answers are when units go.
 
     Args:
-        asked: the questions.
-        sizes: for an attribute, how many times the size of which axis it is; None for one that stays.
+        trace: what the forward pass showed.
+        index: the same, by leaves.
     """
 
-    def __init__(self, asked: Mapping[Any, Question], sizes: Callable[[Place], tuple[Any, Any] | None]) -> None:
-        self._sizes, self._told = sizes, set[Any]()
-        self._by_leaf: dict[Atom, list[Question]] = {}
-        for question in asked.values():
-            for leaf in self._leaves(question):
-                self._by_leaf.setdefault(leaf, []).append(question)
-
-    def _leaves(self, question: Question) -> dict[Atom, None]:
-        found: dict[Atom, None] = {}
-        for number in (question.left, question.right):
-            for source in sources(number):
-                linked = self._sizes(source) if isinstance(source, Place) else (1, source)
-                if linked is not None:
-                    found |= dict.fromkeys(leaf for leaf in leaves(linked[1]) if not leaf.fixed)
-        return found
+    def __init__(self, trace: Trace, index: Index) -> None:
+        self.trace, self.index = trace, index
+        self._told: set[Group] = set()
 
     def check(self, group: Group, count: int) -> None:
         """Raise :class:`RemovalError` if the model would go another way without so many units of a group alone."""
@@ -83,39 +71,23 @@ class Questions:
         Args:
             left: leaf -> its size then.
         """
-        asked = {id(q): q for leaf in left for q in self._by_leaf.get(leaf, ())}
         # of others widths meet on the way to the end of this turn, or the module that asked is gone
-        asked = {key: q for key, q in asked.items() if self._stays(q)}
+        asked = [question for question in self.index.asked(left) if question.stays(self._size)]
         if not asked:
             return None
         before = {leaf: leaf.size for leaf in left}
         try:
             for leaf, size in left.items():
                 leaf.resize(size)
-            for question in asked.values():
-                if not self._stays(question):
-                    return question, self._leaves(question)
+            met = next((question for question in asked if not question.stays(self._size)), None)
         finally:
             for leaf, size in before.items():
                 leaf.resize(size)
-        return None
+        return None if met is None else (met, self.trace.depends_on(met))
 
-    def _stays(self, question: Question) -> bool:
-        """Whether the answer is what it was, with the sizes that leaves have now."""
-        try:
-            return bool(question.relation(self._now(question.left), self._now(question.right))) == question.answer
-        except ArithmeticError:  # it cannot even be asked
-            return False
-
-    def _now(self, number: Any) -> Any:
-        """What a number is with the sizes that leaves have."""
-        if not isinstance(number, TrackedInt):
-            return number
-        if number.made is not None:
-            operation, operands = number.made
-            return operation(*map(self._now, operands))
-        (source,) = sources(number)
+    def _size(self, source: Place | Axis) -> int:
+        """What an attribute is, or the size of an axis, with the sizes that leaves have."""
         if not isinstance(source, Place):
             return size_of(source)
-        linked = self._sizes(source)
-        return plain(number) if linked is None else int(linked[0] * size_of(linked[1]))
+        times, axis = self.trace.follows(source)
+        return int(times * size_of(axis))

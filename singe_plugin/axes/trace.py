@@ -17,7 +17,7 @@ from singe_plugin.computed import Computed, computed_in
 from singe_plugin.method.folding import is_batchnorm
 from singe_plugin.nested import tensors_in
 
-from .algebra import Axis, fix, fix_all, fresh, is_fixed, size_of, unify
+from .algebra import Atom, Axis, fix, fix_all, fresh, is_fixed, leaves, size_of, unify
 from .asked import Question
 from .origins import Dims, Origins
 from .places import Place
@@ -227,6 +227,19 @@ class Trace:
             where = type(self.stack[-1]).__name__ if self.stack else "the model"
             question = Question(left, right, relation, answer, where)
             self.asked.setdefault(question.key, question)
+
+    def depends_on(self, question: Question) -> dict[Atom, None]:
+        """The leaves that the answer to a question depends on."""
+        found: dict[Atom, None] = {}
+        for source in question.sources():
+            axis = self.follows(source)[1] if isinstance(source, Place) else source
+            found |= dict.fromkeys(leaves(axis))
+        return found
+
+    def follows(self, place: Place) -> tuple[Fraction, Axis]:
+        """How many times the size of which axis an attribute is; of none, the number that it is."""
+        found = self.links.get(place)
+        return (Fraction(place.get()), ()) if found is None else found[0]
 
     @contextmanager
     def booking(self) -> Iterator[None]:

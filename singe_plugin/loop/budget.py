@@ -79,6 +79,7 @@ class GroupSpec:
 
 Scores = Mapping[str, Tensor]
 Counts = dict[str, int]
+Miss = Callable[[Counts], float]  # how far off the cost of counts is, in what is removed of the whole
 
 
 def plan_removals(
@@ -134,6 +135,9 @@ def plan_removals(
         return counts | _blocks_in(layers, counts)
     wanted, point = target.fraction if aim is None else aim, target.point if point is None else point
 
+    def miss(counts: Counts) -> float:
+        return abs(cost.removed_fraction(target.kind, counts) - wanted)
+
     def levelled(spread: Callable[[float], Counts]) -> tuple[Counts, Counts]:
         low, high = 0.0, 2.0
         for _ in range(50):
@@ -151,11 +155,11 @@ def plan_removals(
 
         # with coarse steps the way from below and the way from above end in different places
         smooth = [replace(layer, step=1) for layer in layers]
-        best = _refine(smooth, cost, target.kind, wanted, list(levelled(spread(smooth))))
+        best = _refine(smooth, miss, levelled(spread(smooth)))
         if smooth != list(layers):
-            best = _rounded(layers, cost, target.kind, wanted, best)
-            if abs(cost.removed_fraction(target.kind, best) - wanted) > POINT:
-                best = _refine(layers, cost, target.kind, wanted, [best, *levelled(spread(layers))])
+            best = _rounded(layers, miss, best)
+            if miss(best) > POINT:
+                best = _refine(layers, miss, [best, *levelled(spread(layers))])
         return best
 
     if not any(layer.is_block for layer in layers):
@@ -165,7 +169,7 @@ def plan_removals(
             gone = _blocks_in(layers, start)
             left = [layer for layer in layers if layer.name not in gone]
             best = met(left, gone)
-            if abs(cost.removed_fraction(target.kind, best) - wanted) <= point:
+            if miss(best) <= point:
                 break
     _check(cost, target, best, "the nearest that these ratios reach is", aim, point)
     return best
@@ -248,16 +252,13 @@ def _by_score(layers: Sequence[GroupSpec], scores: Scores) -> Callable[[float], 
     return spread
 
 
-def _refine(layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, starts: list[Counts]) -> Counts:
+def _refine(layers: Sequence[GroupSpec], miss: Miss, starts: Sequence[Counts]) -> Counts:
     """Move layers by one rounding step while that brings the cost nearer to what is wanted.
 
     Where the best single move leads into a dead end more than a point away (coarse steps, a small network), the best
     few are followed instead, for a while also where they lead away. Where these end there, too, every allocation is
     looked at, if there are not too many: of those that meet the target, the one nearest to the first start.
     """
-
-    def miss(counts: Counts) -> float:
-        return abs(cost.removed_fraction(kind, counts) - wanted)
 
     def search(start: Counts, width: int, patience: int) -> Counts:
         return _search(start, miss, lambda counts: _moves(layers, counts), 4 * len(layers), width, patience)
@@ -272,15 +273,12 @@ def _refine(layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: flo
     return dict(best)
 
 
-def _rounded(layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: float, smooth: Counts) -> Counts:
+def _rounded(layers: Sequence[GroupSpec], miss: Miss, smooth: Counts) -> Counts:
     """Counts without steps, rounded: every layer up or down to a step of its own, so that the cost is what is wanted.
 
     The widths stay those that the scores said: no layer goes further than to the next step on either side. Only where
     that does not meet the target, as in a small network, may each go two or three.
     """
-
-    def miss(counts: Counts) -> float:
-        return abs(cost.removed_fraction(kind, counts) - wanted)
 
     def moves(counts: Counts) -> Iterator[Counts]:
         for moved in _moves(layers, counts):
@@ -297,7 +295,7 @@ def _rounded(layers: Sequence[GroupSpec], cost: CostModel, kind: str, wanted: fl
 
 def _search(
     start: Counts,
-    miss: Callable[[Counts], float],
+    miss: Miss,
     moves: Callable[[Counts], Iterable[Counts]],
     most: int,
     width: int = 1,

@@ -74,11 +74,10 @@ def in_rounds(
     rounds = range(progress.next_layer, pace.rounds)
     loop.look_ahead([pace.share_after(number) for number in rounds], progress.next_layer, pace.rounds)
     for number in rounds:
-        counts: dict[str, int] = {}
 
-        def decide(scores: Scores, number: int = number, counts: dict[str, int] = counts) -> dict[str, int]:
+        def decide(scores: Scores, number: int = number) -> dict[str, int]:
             share = pace.share_after(number + 1)
-            counts.update({name: count for name, count in allocate(scores, share).items() if count > 0})
+            counts = {name: count for name, count in allocate(scores, share).items() if count > 0}
             if number == 0 and not progress.end_done:
                 # what one round would do; later scores may spread it otherwise
                 if pace.rounds == 1:
@@ -93,8 +92,9 @@ def in_rounds(
         steps = 0 if loop.every == "end" else loop.share(number, pace.rounds)
         yield Turn(names, decide, steps, last=number + 1 == pace.rounds)
         gone = {name: units - progress.left(name) for name, units in before.items()}
-        for name in counts:
-            progress.plan[name] = progress.plan.get(name, 0) + gone[name]
+        for name, count in gone.items():
+            if count:
+                progress.plan[name] = progress.plan.get(name, 0) + count
         left = sum(progress.left(name) for name in names)
         callback.on_round_done(RoundDone(number + 1, pace.rounds, sum(gone.values()), left, loop.shares()))
         progress.next_layer = number + 1

@@ -19,13 +19,26 @@ from typing import TypeVar
 
 from singe_plugin.errors import BudgetError
 from singe_plugin.loop.budget import GroupSpec
+from singe_plugin.loop.pace import AUTO, Pace
+from singe_plugin.loop.target import Target
 
-__all__ = ["FEWEST", "Widths"]
+__all__ = ["FEWEST", "Widths", "with_step"]
 
 FEWEST = 8  # widths that a layer has to choose from, if its step is found by itself
 
 _logger = logging.getLogger("singe_plugin")
 T = TypeVar("T")
+
+
+def with_step(pace: Pace, target: Target | None) -> Pace:
+    """A pace that says what widths are rounded to: to what hardware likes, if the network is to become faster.
+
+    Example:
+        >>> with_step(Pace(), Target("macs", 0.3)).round_to, with_step(Pace(), Target("params", 0.3)).round_to
+        ('auto', None)
+    """
+    fast = target is not None and target.is_of_speed
+    return replace(pace, round_to=AUTO) if fast and pace.round_to is None else pace
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Widths:
 
     def finest(self, layers: Sequence[GroupSpec]) -> list[GroupSpec]:
         """Layers that have their steps, with the smallest that are allowed."""
-        return [replace(layer, step=min(layer.step, self.steps[-1])) for layer in layers]
+        return _at_most(layers, self.steps[-1])
 
     def plan(self, layers: Sequence[GroupSpec], plan: Callable[[list[GroupSpec]], T]) -> T:
         """What a function makes of layers that have their steps; of finer ones, where it cannot meet its target.
@@ -81,9 +94,13 @@ class Widths:
         """
         for step in self.steps:
             try:
-                return plan([replace(layer, step=min(layer.step, step)) for layer in layers])
+                return plan(_at_most(layers, step))
             except BudgetError:
                 if step == self.steps[-1]:
                     raise
                 _logger.info("no multiples of %d channels meet the target; multiples of %d are tried", step, step // 2)
         raise AssertionError("there is at least one step")
+
+
+def _at_most(layers: Sequence[GroupSpec], step: int) -> list[GroupSpec]:
+    return [replace(layer, step=min(layer.step, step)) for layer in layers]

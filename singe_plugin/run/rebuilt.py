@@ -122,32 +122,33 @@ def value_of(
         >>> value_of("ratio", None, {}, base, wanted, lambda new: nn.Linear(4, int(4 * new["ratio"])), (1, 2))
         Fraction(3, 2)
     """
-    start = base if value is not None else built(lambda: make({**changed, key: tried[0]}))
-    found = None if start is None else _wanted(key, value, changed, start, wanted, make, tried)
-    return None if found is None else _agreed(found.values())
+    return _agreed(_told_by(key, value, changed, base, wanted, make, tried).values())
 
 
-def _wanted(
+def _told_by(
     key: Key,
     value: int | None,
     changed: Mapping[Key, Any],
-    start: Shapes,
+    base: Shapes,
     wanted: Shapes,
     make: Callable[[Mapping[Key, Any]], nn.Module],
     tried: tuple[int, int] = _TRIED,
-) -> dict[tuple[str, int], Fraction] | None:
-    """What a number would have to be for each dimension that depends on it; None if that cannot be seen."""
+) -> dict[tuple[str, int], Fraction]:
+    """What a number would have to be for each dimension that depends on it; none where that cannot be seen."""
     first = tried[0] if value is None else value
+    start = base if value is not None else built(lambda: make({**changed, key: first}))
+    if start is None:
+        return {}
     for second in [tried[1]] if value is None else [times * value for times in _TIMES]:
         other = built(lambda second=second: make({**changed, key: second}))  # type: ignore[misc]
         if other is not None and other.keys() == start.keys() == wanted.keys():
             break
     else:
-        return None
+        return {}
     found: dict[tuple[str, int], Fraction] = {}
     for name, shape in start.items():
         if not len(shape) == len(other[name]) == len(wanted[name]):
-            return None
+            return {}
         for dim, (one, two, target) in enumerate(zip(shape, other[name], wanted[name], strict=True)):
             if one != two:  # the size is a straight line in the number
                 found[name, dim] = first + Fraction((target - one) * (second - first), two - one)
@@ -173,7 +174,7 @@ def _alone(
     A layer behind a concatenation reads 64 + 32 channels, and alone says neither of both. Where dimensions contradict
     each other, the class cannot have these shapes; what most of them say then shows which ones are in the way.
     """
-    moved = {k: _wanted(k, v, changed, base, wanted, make) or {} for k, v in numbers.items() if v is not None}
+    moved = {k: _told_by(k, v, changed, base, wanted, make) for k, v in numbers.items() if v is not None}
     owners = Counter(place for places in moved.values() for place in places)
     found: dict[Key, int] = {}
     for key, places in moved.items():
