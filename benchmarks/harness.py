@@ -183,10 +183,9 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
     row["tuned" if spec.entwined else "pruned"] = accuracy(spec.split, setting, result.model)
     if spec.steps and not spec.entwined:
         torch.manual_seed(spec.seed)
-        tuner = Tuner(finetuning(setting, spec, spec.steps, "end"))
-        tuner.prepare(result.model)
+        options = finetuning(setting, spec, spec.steps, "end")
         try:
-            tuner.run(result.model, spec.steps, singe_plugin.Callback())
+            fine_tune(result.model, options)
             row["tuned"] = accuracy(spec.split, setting, result.model)
         except singe_plugin.SingeError as error:  # what was measured before stays
             row["error"] = _text(error)
@@ -195,6 +194,13 @@ def compute(spec: Spec, setting: Setting) -> dict[str, Any]:
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def fine_tune(model: Any, options: singe_plugin.FineTune) -> None:
+    """All steps of a fine-tuning, on a network that nothing more is removed from."""
+    tuner = Tuner(options)
+    tuner.prepare(model)
+    tuner.run(model, options.steps, singe_plugin.Callback())
 
 
 def finetuning(setting: Setting, spec: Spec, steps: int, every: str) -> singe_plugin.FineTune:

@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader
 
 import singe_plugin
 from singe_plugin import Pace, Repair, Scoring, Target, Timing
-from singe_plugin.loop.tuner import Tuner
 from singe_plugin.run.latency import Stopwatch
 
-from harness import accuracy
+from harness import accuracy, fine_tune
 from records import append, environment, read
 from settings import Setting, load_setting, setting_options
 
@@ -155,9 +154,7 @@ def tune(setting: Setting, model: nn.Module, steps: int, seed: int) -> None:
     """Fine-tune a network, with the library's defaults and the unpruned one as its teacher."""
     torch.manual_seed(seed)
     loader = DataLoader(setting.train, 64, shuffle=True, drop_last=True)
-    tuner = Tuner(singe_plugin.FineTune(loader, steps, "end", distill=setting.make()))
-    tuner.prepare(model)
-    tuner.run(model, steps, singe_plugin.Callback())
+    fine_tune(model, singe_plugin.FineTune(loader, steps, "end", distill=setting.make()))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,11 +29,10 @@ import singe_plugin
 from singe_plugin.axes.graph import AxisGraph
 from singe_plugin.axes.removal import remove_units
 from singe_plugin.loop.pace import read_step
-from singe_plugin.loop.tuner import Tuner
 from singe_plugin.state import model_device
 
 from graphs import graphed_loss
-from harness import BASE, accuracy, pace_of, scoring_of
+from harness import BASE, accuracy, fine_tune, pace_of, scoring_of
 from records import append, environment, peak_mb, read
 from settings import Setting, load_setting, setting_options
 
@@ -104,10 +103,9 @@ def compute(row: Row, setting: Setting, models: Path | None) -> dict[str, Any]:
         starts = ("pruned", "repaired") if row.start == "both" else (row.start,)
         for start in starts:
             torch.manual_seed(row.seed)
-            model, tuner = networks[start], Tuner(_finetuning(row, setting, "end"))
-            tuner.prepare(model)
-            tuner.run(model, row.steps, singe_plugin.Callback())
-            found["tuned" if start == "pruned" else "repaired_tuned"] = accuracy(row.split, setting, model)
+            fine_tune(networks[start], _finetuning(row, setting, "end"))
+            name = "tuned" if start == "pruned" else "repaired_tuned"
+            found[name] = accuracy(row.split, setting, networks[start])
     return found
 
 
